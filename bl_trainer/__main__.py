@@ -1,0 +1,55 @@
+"""The verbs: `accelerate launch -m bl_trainer train --config recipe.yaml`."""
+
+import os
+import sys
+
+VERBS = ("train",)
+
+
+def train(argv: list[str]) -> None:
+    """Train the recipe that `argv` names: `--config recipe.yaml --any_key value ...`.
+
+    A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
+    """
+    from .recipe import Recipe, RecipeError, fail
+    from .trainer import BLTrainer
+
+    try:
+        recipe = Recipe.read(argv)
+        checkpoint = recipe.checkpoint()
+        train_dataset, eval_dataset = recipe.load_datasets()
+    except RecipeError as error:
+        fail(error)
+    recipe.training.model_init_kwargs = recipe.model_init_kwargs()
+    trainer = BLTrainer(
+        model=recipe.model.model_name_or_path,
+        args=recipe.training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=recipe.quantization_config,
+        peft_config=recipe.peft_config,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(recipe.training.output_dir)
+    trainer.create_model_card(dataset_name=recipe.script.dataset_name)
+    trainer.accelerator.print(f"Model saved to {recipe.training.output_dir}.")
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+    trainer.end()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the verb that `argv` names."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in VERBS:
+        wrong = f"unknown verb {argv[0]!r}" if argv else "no verb"
+        print(f"error: {wrong}. Write `accelerate launch -m bl_trainer train --config recipe.yaml`.", file=sys.stderr)
+        sys.exit(2)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
+    train(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""Objectives f(p) of the probability p that the model gives a target token, and thresholds on p.
+
+Source: Li et al., "Beyond Log Likelihood", https://arxiv.org/abs/2510.00526, sections 3 and 5. An objective is a function
+of `logp` = log p that returns one cost per token; it never masks and never reduces. `Objective` is such a function with
+its parameters filled in, `Threshold` says which target tokens train.
+"""
+
+import difflib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What the trainer can hand to an objective besides `logp`; see `Objective`.
+STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "label", "progress")
+
+# Where a token has no say, functions see a fair coin: every sensible f and its slope are finite there.
+COIN_FLIP = {
+    "logp": -math.log(2),
+    "entropy": math.log(2),
+    "log_sum_sq_probs": -math.log(2),
+    "is_top1": True,
+    "label": 0,
+}
+
+
+def nll(logp: Tensor) -> Tensor:
+    """f(p) = -log p, weight on its own gradient 1. Standard SFT (paper, Eq. 1).
+
+    `logp`: float tensor of any shape. Returns the same shape and dtype.
+    """
+    return -logp
+
+
+def neg_p(logp: Tensor) -> Tensor:
+    """f(p) = 1 - p, weight on the NLL gradient p. The paper's -p; the gradient of DFT (https://arxiv.org/abs/2508.05629).
+
+    `logp`: float tensor of any shape. Returns the same shape and dtype.
+    """
+    return _Pointwise.apply(logp, -torch.expm1(logp), -torch.exp(logp))
+
+
+def power(logp: Tensor, alpha: float) -> Tensor:
+    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha (paper, Eq. 3).
+
+    alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more prior-averse than `nll`. There
+    p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly in log p.
+
+    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless alpha is a finite number.
+    """
+    _require_number("power", "alpha", alpha)
+    if abs(alpha) < 1e-16:  # (1 - p^alpha) / alpha differs from -log p by less than a float64 can hold
+        return -logp
+    wide = _widen(logp)
+    exponent = alpha * wide  # in float64: at log p = -100 a rounding of the exponent is a relative error of exp
+    tame = exponent.clamp(max=80)
+    weight = tame.exp()
+    value = -(tame.expm1() + weight * (exponent - 80).clamp(min=0)) / alpha
+    return _Pointwise.apply(logp, value.to(logp.dtype), -weight.to(logp.dtype))
+
+
+def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
+    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon). The paper's Fig. 5.
+
+    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless epsilon > 0, without
+    which f has no slope at p = 1.
+    """
+    _require_number("log_one_minus_p", "epsilon", epsilon)
+    if epsilon <= 0:
+        raise ValueError(f"`epsilon` of objective 'log_one_minus_p' must be positive, got {epsilon}; the paper has 1e-3.")
+    wide = _widen(logp)
+    p, one_minus_p = wide.exp(), -wide.expm1()
+    value = torch.where(p < 0.5, torch.log1p(epsilon - p), torch.log(one_minus_p + epsilon))
+    return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "nll": nll,
+    "neg_p": neg_p,
+    "power": power,
+    "log_one_minus_p": log_one_minus_p,
+}
+
+
+class _Pointwise(torch.autograd.Function):
+    """`value` with the slope in log p given in closed form: autograd's own for expm1 is expm1 + 1, which loses small p."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, None, None
+
+
+def _widen(logp: Tensor) -> Tensor:
+    return logp if logp.device.type == "mps" else logp.double()  # MPS has no float64
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective function with its parameters filled in.
+
+    The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
+    exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
+    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `label` (token ids), and the float `progress`, from 0
+    to 1 over training. Its other parameters come from the recipe. It returns one cost per token, and the cost of a token
+    must not depend on other tokens, or the gradient would depend on how a batch is cut up.
+
+    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, spec: "str | Mapping[str, Any] | Objective") -> "Objective":
+        """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
+
+        Raises ValueError on an unknown name, a missing or surplus parameter, or a function that doesn't keep the contract
+        above, which is tried on four probabilities.
+        """
+        if isinstance(spec, Objective):
+            return spec
+        spec = _from_json("objective", spec, '{"name": "power", "alpha": 10}')
+        if isinstance(spec, Mapping):
+            parameters = {key: _to_number(value) for key, value in spec.items() if key != "name"}
+            name = spec.get("name")
+        else:
+            name, parameters = spec, {}
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, or "
+                "`objective: {name: power, alpha: 10}`."
+            )
+        objective = cls(name, parameters)
+        objective._check_parameters()
+        objective._check_contract()
+        return objective
+
+    def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
+        """Return f, elementwise. `logp`: float tensor of any shape; `statistics`: those of `STATISTICS` that f names."""
+        asked = {name: value for name, value in statistics.items() if name in self.statistics}
+        return self.function(logp, **asked, **self.parameters)
+
+    def gradient_weight(self, logp: Tensor, **statistics: Any) -> Tensor:
+        """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient."""
+        logp = logp.detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self(logp, **statistics).sum(), logp)
+        return -slope
+
+    def weight(self, logp: Tensor, **statistics: Any) -> Tensor:
+        """Return W_f(p) = -f'(p) p (1 - p), the pull of a token on its own logit (paper, Lemma 3.1); same shape as `logp`."""
+        return self.gradient_weight(logp, **statistics) * -torch.expm1(logp.detach())
+
+    @cached_property
+    def function(self) -> Callable[..., Tensor]:
+        """The objective function itself."""
+        if ":" in self.name:
+            return _import(self.name)
+        if self.name not in OBJECTIVES:
+            raise ValueError(
+                f"Unknown objective {self.name!r}.{_nearest(self.name, OBJECTIVES)} Built in: {', '.join(OBJECTIVES)}. Your "
+                "own function goes by its import path, e.g. `objective: my_package.losses:my_objective`."
+            )
+        return OBJECTIVES[self.name]
+
+    @cached_property
+    def statistics(self) -> tuple[str, ...]:
+        """The names in `STATISTICS` that the function asks for."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name in STATISTICS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that `parse` reads."""
+        return {"name": self.name, **self.parameters}
+
+    def _check_parameters(self) -> None:
+        try:
+            first, *others = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Objective {self.name!r} is not a function of `logp`: {error}. Give a Python function whose first "
+                "parameter is `logp`."
+            ) from error
+        if first.name != "logp":
+            raise ValueError(f"The first parameter of objective {self.name!r} must be `logp`, got {first.name!r}.")
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in others)
+        own = {p.name: p for p in others if p.name not in STATISTICS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        supplied = [key for key in self.parameters if key in STATISTICS]
+        surplus = [key for key in self.parameters if key not in own and not takes_any]
+        missing = [key for key, p in own.items() if p.default is p.empty and key not in self.parameters]
+        if supplied or surplus or missing:
+            problems = [
+                f"{key!r} is a statistic that the trainer supplies" if key in supplied else f"{key!r} is not one of them"
+                for key in dict.fromkeys(supplied + surplus)
+            ]
+            problems += [f"{key!r} is missing" for key in missing]
+            example = ", ".join([f"name: {self.name}", *(f"{key}: ..." for key in own)])
+            raise ValueError(
+                f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}. Write "
+                f"`objective: {'{' + example + '}' if own else self.name}`."
+            )
+
+    def _check_contract(self) -> None:
+        """Try the function on four tokens, then with one of them changed: only that one's cost may change."""
+        shape, what = (2, 2), f"Objective {self.name!r}"
+        logp = torch.tensor([[-0.1, -0.7], [-1.6, -3.0]])
+        statistics = {
+            "entropy": torch.tensor([[0.3, 0.9], [1.4, 2.0]]),
+            "log_sum_sq_probs": torch.tensor([[-0.2, -0.6], [-1.1, -1.7]]),
+            "is_top1": torch.tensor([[True, True], [False, False]]),
+            "label": torch.zeros(shape, dtype=torch.long),
+            "progress": 0.5,
+        }
+        if self.name in OBJECTIVES:
+            self(logp, **statistics)  # its parameters are checked; the rest is tested with the package
+            return
+        other = logp.clone()
+        other[1, 1] = -2.0
+        inputs = (logp.requires_grad_(), statistics["entropy"].requires_grad_())
+        try:
+            costs = []
+            for variant in (logp, other):
+                with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                    torch.manual_seed(0)
+                    costs.append(self(variant, **statistics))
+        except Exception as error:
+            raise ValueError(f"{what} failed when tried on four values of log p: {type(error).__name__}: {error}") from error
+        cost, changed = costs
+        if not isinstance(cost, Tensor) or cost.shape != shape or not cost.is_floating_point():
+            got = f"{cost.dtype} {tuple(cost.shape)}" if isinstance(cost, Tensor) else type(cost).__name__
+            raise ValueError(
+                f"{what} must return one float per token, of the shape of `logp`; for a float32 {shape} it gave {got}. "
+                "Don't take the mean or the sum: the trainer does."
+            )
+        if not cost.isfinite().all():
+            raise ValueError(f"{what} is not finite at ordinary probabilities: f(log p = {logp.tolist()}) = {cost.tolist()}.")
+        if not cost.requires_grad or all(grad is None for grad in torch.autograd.grad(cost.sum(), inputs, allow_unused=True)):
+            raise ValueError(f"{what} has no gradient with respect to `logp`, so nothing would train. Don't detach all of it.")
+        if not torch.allclose(cost[0], changed[0]) or not torch.allclose(cost[1, 0], changed[1, 0]):
+            raise ValueError(
+                f"{what} makes the cost of one token depend on other tokens, so training would depend on how a batch is cut "
+                "into micro-batches and ranks. Compute each token's cost from its own statistics."
+            )
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Train only on target tokens with above <= p <= below (paper, Eq. 4); p is the current model's, without gradient.
+
+    `above`, `below`: probabilities, both inclusive. `normalize`: what the sum of costs is divided by. `tokens`: all target
+    tokens of the batch, exact under gradient accumulation and on several processes. `kept`: the kept tokens of each
+    micro-batch, all micro-batches weighing the same, as the paper's code does. Raises ValueError on anything else.
+    """
+
+    above: float = 0.0
+    below: float = 1.0
+    normalize: str = "tokens"
+
+    def __post_init__(self) -> None:
+        for name in ("above", "below"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.")
+        if self.above > self.below:
+            raise ValueError(
+                f"`threshold` keeps no token: above = {self.above} exceeds below = {self.below}. Tokens with "
+                "above <= p <= below are kept; swap the two."
+            )
+        if self.normalize not in ("tokens", "kept"):
+            raise ValueError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
+
+    @classmethod
+    def parse(cls, spec: "float | str | Mapping[str, Any] | Threshold | None") -> "Threshold":
+        """Read `0.2` (meaning `{"above": 0.2}`), `{"above": 0.2, "below": 0.9, "normalize": "kept"}`, also as JSON text.
+
+        None keeps every token. Raises ValueError on an unknown key or value.
+        """
+        if isinstance(spec, Threshold):
+            return spec
+        spec = _to_number(_from_json("threshold", spec, '{"above": 0.2, "below": 0.9}'))
+        if spec is None:
+            return cls()
+        if _is_number(spec):
+            return cls(above=spec)
+        if not isinstance(spec, Mapping) or not spec:
+            raise ValueError(
+                f"`threshold` must be a probability or a mapping, got {spec!r}. Write `threshold: 0.2`, or `threshold: "
+                "{above: 0.2, below: 0.9}`."
+            )
+        allowed = [f.name for f in fields(cls)]
+        for key in spec:
+            if key not in allowed:
+                raise ValueError(f"Unknown key {key!r} in `threshold`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
+        return cls(**{key: _to_number(value) for key, value in spec.items()})
+
+    def keep(self, logp: Tensor) -> Tensor:
+        """Return which tokens train: bool tensor of the shape of `logp`."""
+        p = logp.detach().exp()
+        return (p >= self.above) & (p <= self.below)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping that `parse` reads."""
+        return {"above": self.above, "below": self.below, "normalize": self.normalize}
+
+
+def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: Any) -> tuple[Tensor, Tensor]:
+    """Return (f, weight on the NLL gradient) per token, both exactly zero, also in the gradient, where not `kept`.
+
+    `kept`: bool tensor; `logp` and the tensors in `statistics`: its shape; both results: its shape, `logp`'s dtype. The
+    weight has no gradient. f may be infinite or NaN on tokens that are not kept, since it never sees them.
+    """
+    with torch.enable_grad():
+        seen = {
+            name: torch.where(kept, value, value.new_full((), COIN_FLIP[name])) if isinstance(value, Tensor) else value
+            for name, value in {"logp": logp, **statistics}.items()
+        }
+        leaf = seen.pop("logp")
+        if not leaf.requires_grad:
+            leaf.requires_grad_()
+        cost = objective(leaf, **seen)
+        slope = None
+        if cost.requires_grad:  # a function of the entropy alone has no gradient in evaluation
+            (slope,) = torch.autograd.grad(cost.sum(), leaf, retain_graph=True, allow_unused=True)
+    weight = torch.zeros_like(logp) if slope is None else -slope
+    if not torch.is_grad_enabled():
+        cost = cost.detach()
+    zero = cost.new_zeros(())
+    return torch.where(kept, cost, zero), torch.where(kept, weight, zero)
+
+
+def _import(path: str) -> Callable[..., Tensor]:
+    module_name, _, attribute = path.partition(":")
+    hint = "Write `objective: package.module:function`; the module must be importable from where you launch."
+    try:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ValueError(f"Can't import objective {path!r}: {error}. {hint}") from error
+    try:
+        function = attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise ValueError(f"Module {module_name!r} has no {attribute!r}.{_nearest(attribute, vars(module))} {hint}") from error
+    if not callable(function):
+        raise ValueError(f"Objective {path!r} is a {type(function).__name__}, not a function. {hint}")
+    return function
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(name), list(allowed), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _from_json(key: str, value: Any, example: str) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
+
+
+def _to_number(value: Any) -> Any:
+    """Read numbers that reach us as text: from the command line, or `1e-3`, which YAML takes for a string."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_number(objective: str, name: str, value: Any) -> None:
+    if not _is_number(value):
+        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.")

@@ -1,0 +1,359 @@
+"""`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
+
+import inspect
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from .objectives import Objective, Threshold, masked_cost
+
+logger = get_logger(__name__)
+
+RECORD_FILE = "bl_trainer.json"
+# The means over target tokens that every run reports; the last is the objective itself, which `loss` reports already
+METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy", "objective")
+LOWER_IS_BETTER = ("nll", "perplexity")
+
+
+@dataclass
+class BLConfig(SFTConfig):
+    r"""
+    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and two keys.
+
+    Parameters:
+        objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
+            The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
+            a function of your own by its import path, `"my_package.losses:my_objective"`. See [`Objective`].
+        threshold (`float` or `dict[str, Any]`, *optional*):
+            Train only on target tokens of which the current model's probability is at least this, or
+            `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`. See [`Threshold`].
+
+    Raises:
+        `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
+            would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
+
+    > [!NOTE]
+    > `greater_is_better` defaults to `False` for `metric_for_best_model="eval_nll"` and `"eval_perplexity"`.
+    """
+
+    objective: dict[str, Any] | str | None = field(
+        default="nll",
+        metadata={
+            "help": "Objective f(p): nll, neg_p, log_one_minus_p, package.module:function, or a mapping such as "
+            "{name: power, alpha: 10}."
+        },
+    )
+    threshold: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only on target tokens with at least this probability, or a mapping such as "
+            "{above: 0.2, below: 0.9, normalize: tokens}."
+        },
+    )
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
+
+    def __post_init__(self) -> None:
+        Objective.parse(self.objective)  # type: ignore[arg-type]
+        threshold = Threshold.parse(self.threshold)
+        if self.load_best_model_at_end and self.metric_for_best_model is None and threshold != Threshold():
+            raise ValueError(
+                "`load_best_model_at_end` would choose by `eval_loss`, which falls as tokens drop out of the `threshold`. "
+                "Write `metric_for_best_model: eval_nll`, or another metric."
+            )
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False
+        super().__post_init__()
+        refuse_bypass(self)
+
+
+class BLTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens in place of the mean of -log p, p being the
+    probability that the model gives the target token (Li et al., https://arxiv.org/abs/2510.00526).
+
+    The only change to what is trained is in `compute_loss`, which hands TRL's own the per-token -f(p) for log p; token
+    counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. With `objective="nll"` the trained
+    weights are bit-identical to [`~trl.SFTTrainer`]'s.
+
+    Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
+    `compute_loss_func` is refused, and so is a PEFT adapter on the LM head (`ValueError`).
+
+    It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
+    `nll` (nats), `target_prob` (p), `kept_fraction` (share of tokens within the threshold), `gradient_weight` (-f'(p) p, the
+    weight on the NLL gradient; 1 under NLL, 0 for a dropped token), TRL's `entropy` and `mean_token_accuracy`, and in
+    evaluation `perplexity` and `loss`, the mean of f.
+    """
+
+    _tag_names = [*SFTTrainer._tag_names, "bl-trainer"]
+    _name = "BLTrainer"
+    _paper = {
+        "title": "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model "
+        "Capability Continuum",
+        "id": "2510.00526",
+        "citation": """@inproceedings{li2026beyond,
+  title     = {Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability Continuum},
+  author    = {Li, Gaotang and Qiu, Ruizhong and Chen, Xiusi and Ji, Heng and Tong, Hanghang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2026},
+  note      = {arXiv:2510.00526}
+}""",
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if isinstance(given.get("args"), TrainingArguments):
+            refuse_bypass(given["args"])
+        if given.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` would replace the objective. Leave it out, and write your loss as an objective: "
+                '`BLConfig(objective="my_package.losses:my_objective")`.'
+            )
+        refuse_lm_head_adapter(given.get("peft_config"))
+        super().__init__(*args, **kwargs)
+        self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
+        self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
+        if "log_sum_sq_probs" in self.objective.statistics:
+            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
+        if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
+            self.data_collator = _FlatCollator(**vars(self.data_collator))
+        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        example_lengths = inputs.pop("example_lengths", None)
+
+        def forward(**kwargs):
+            outputs = model(**kwargs)
+            if kwargs.get("fused_lm_head"):
+                cost, kept = self._cost(outputs, kwargs, example_lengths)
+                if self.threshold.normalize == "kept":
+                    cost = cost * self._kept_scale(kept, outputs.label_mask, num_items_in_batch)
+                outputs.log_probs = -cost
+            return outputs
+
+        return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+
+    def _cost(self, outputs, inputs: dict[str, Any], example_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return f per token, zero on tokens that don't train, and which train; add to the metrics. (batch, length)."""
+        logp, is_target = outputs.log_probs, outputs.label_mask
+        kept = is_target & self.threshold.keep(logp)
+        available = {
+            "entropy": lambda: outputs.entropy,
+            "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
+            "is_top1": lambda: outputs.is_top1,
+            "label": lambda: _labels_of(logp, inputs),
+            "progress": lambda: self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0,
+        }
+        statistics = {name: available[name]() for name in self.objective.statistics}
+        cost, weight = masked_cost(self.objective, kept, logp, **statistics)
+        with torch.no_grad():
+            per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
+            self._add(per_token, self._counted(is_target, example_lengths), outputs.aux_loss)
+        return cost, kept
+
+    def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
+        scale = 1 / kept.sum().clamp(min=1)
+        if num_items_in_batch is None:
+            return scale * is_target.sum().clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            scale = scale / (self.accelerator.num_processes // self.get_tp_size())
+        return scale * torch.as_tensor(num_items_in_batch).clamp(min=1) / self.current_gradient_accumulation_steps
+
+    def _counted(self, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
+        """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes."""
+        state, accelerator = self.accelerator.gradient_state, self.accelerator
+        filled = accelerator.num_processes > 1 and accelerator.parallelism_config is None and state.end_of_dataloader
+        if self.model.training or not filled or state.remainder <= 0:
+            return is_target
+        per_process = state.active_dataloader.total_batch_size // accelerator.num_processes
+        own = min(max(state.remainder - accelerator.process_index * per_process, 0), per_process)
+        is_own = torch.zeros_like(is_target)
+        if example_lengths is None:
+            is_own[:own] = True
+        else:
+            is_own[:, : int(example_lengths[:own].sum())] = True
+        return is_target & is_own
+
+    def _add(self, per_token: tuple[Tensor, ...], counted: Tensor, aux_loss: Tensor | None) -> None:
+        """Add to the sums over target tokens, on the device: [number of tokens, auxiliary loss, *METRICS]."""
+        wide = torch.float32 if counted.device.type == "mps" else torch.float64
+        num_tokens = counted.sum(dtype=wide)
+        aux = num_tokens * aux_loss if aux_loss is not None else torch.zeros_like(num_tokens)
+        sums = torch.stack([num_tokens, aux, *(torch.where(counted, x, x.new_zeros(())).sum(dtype=wide) for x in per_token)])
+        mode = "train" if self.model.training else "eval"
+        total = self._sums[mode]
+        self._sums[mode] = sums if total is None else total + sums
+
+    def _pop_means(self, mode: str) -> dict[str, float]:
+        """Return the means over all processes' target tokens since the last call. The one synchronisation per log."""
+        sums, self._sums[mode] = self._sums[mode], None
+        if sums is None:
+            return {}
+        num_tokens, *rest = self.accelerator.reduce(sums, reduction="sum").tolist()
+        means = [x / num_tokens if num_tokens else float("nan") for x in rest]
+        return dict(zip(("aux_loss", *METRICS), means, strict=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Only where every process logs: `_pop_means` communicates
+        if self.model.training and ("loss" in logs or "train_loss" in logs):
+            means = self._pop_means("train")
+            for name in METRICS[:-1]:
+                if name in means:
+                    self._metrics["train"][name] = [means[name]]  # in place of TRL's list of micro-batch means
+            if means.get("kept_fraction") == 0:
+                logger.warning(
+                    f"Nothing trains: since the last log no target token was within the threshold {self.threshold.to_dict()} "
+                    f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
+                )
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._sums["eval"] = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._pop_means("eval")
+        if means and output.metrics is not None:
+            for name in METRICS[:-1]:
+                self._metrics["eval"][name] = [means[name]]
+            loss, aux_loss = means.pop("objective"), means.pop("aux_loss")
+            if self.threshold.normalize == "kept":
+                loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
+            means["loss"] = loss + (self.router_aux_loss_coef * aux_loss if self.aux_loss_enabled else 0.0)
+            means["perplexity"] = torch.tensor(means["nll"], dtype=torch.float64).exp().item()
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint:
+            found = resume_from_checkpoint
+            if found is True:
+                found = get_last_checkpoint(self.args.output_dir)
+            if found is not None:
+                self._refuse_other_recipe(Path(found))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _record(self) -> dict[str, Any]:
+        packages = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
+        return {
+            "objective": self.objective.to_dict(),
+            "threshold": self.threshold.to_dict(),
+            "versions": {package: version(package) for package in packages},
+        }
+
+    def _refuse_other_recipe(self, checkpoint: Path) -> None:
+        path = checkpoint / RECORD_FILE
+        if not path.is_file():
+            return
+        recorded, current = json.loads(path.read_text()), self._record()
+        for key in ("objective", "threshold"):
+            if recorded[key] != current[key]:
+                raise ValueError(
+                    f"{checkpoint} was trained with {key} {recorded[key]}, the recipe says {current[key]}. Resume with the "
+                    f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
+                )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            record = self._record()
+            lines = [
+                "",
+                "## Objective",
+                "",
+                "```yaml",
+                *(f"{key}: {json.dumps(record[key])}" for key in ("objective", "threshold")),
+                "```",
+                "",
+                "Trained with " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) + ".",
+                "",
+            ]
+            with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+                card.write("\n".join(lines))
+
+
+class _FlatCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which in padding-free mode flattens a batch into one row; says where one example ends there."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return {**super().torch_call(examples), "example_lengths": lengths}
+
+
+def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Return the token ids that `logp` is about, -100 where there is none; same shape as `logp`."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"].to(logp.device)
+    labels = inputs["labels"].to(logp.device)
+    virtual_tokens = logp.shape[1] + 1 - labels.shape[1]  # that prompt-learning PEFT puts in front
+    return torch.nn.functional.pad(labels, (virtual_tokens, 0), value=-100)[:, 1:]
+
+
+def refuse_bypass(args: TrainingArguments) -> None:
+    """Raise ValueError if `args` would train something else than the objective."""
+    if getattr(args, "loss_type", "nll") != "nll":
+        same = " (`objective: neg_p` has the gradient of dft)" if args.loss_type == "dft" else ""  # type: ignore[attr-defined]
+        raise ValueError(
+            f"`loss_type: {args.loss_type}` would change the objective. Remove it and choose by `objective`{same}."  # type: ignore[attr-defined]
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor: {args.label_smoothing_factor}` would replace the objective by label-smoothed NLL. "
+            "Remove it."
+        )
+    liger = args.liger_kernel_config or {}
+    for key in ("fused_linear_cross_entropy", "cross_entropy"):
+        if liger.get(key):
+            raise ValueError(
+                f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
+                "Remove it; Liger's other kernels can stay."
+            )
+    parallelism = getattr(args, "parallelism_config", None)
+    if parallelism is not None:
+        size, backend = parallelism.sp_size, parallelism.sp_backend
+    elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        size = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
+        backend = os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
+    else:
+        return
+    if size > 1 and backend == "deepspeed":
+        raise ValueError(
+            f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
+            "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
+        )
+
+
+def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
+    """Raise ValueError if `peft_config` puts an adapter on `lm_head`, which the fused head would pass by."""
+    targets = getattr(peft_config, "target_modules", None) or []
+    parameters = getattr(peft_config, "target_parameters", None) or []
+    names = [targets] if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(targets, "lm_head"):
+        names.append("lm_head")
+    if any(name.split(".")[-1] == "lm_head" for name in names) or any("lm_head" in name for name in parameters):
+        raise ValueError(
+            "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
+            "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."
+        )

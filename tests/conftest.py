@@ -1,0 +1,119 @@
+"""Tiny models, a tokenizer and data, all made here: no test needs the Hub."""
+
+import json
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+disable_progress_bars()
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.:?"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<end>' }}{% endgeneration %}"
+    "{% else %}{{ '<user>' + message['content'] + '<end>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    vocab = {token: i for i, token in enumerate(["<pad>", "<end>", "<user>", "<unk>", *LETTERS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
+    made.add_special_tokens({"additional_special_tokens": ["<user>"]})
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def make_llama(tokenizer, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.3,  # large, so that probabilities differ from uniform and thresholds have both sides
+        **kwargs,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_mixtral(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        router_aux_loss_coef=0.5,
+        output_router_logits=True,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return MixtralForCausalLM(config)
+
+
+def sentence(rng, low, high):
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(low, high)))
+
+
+@pytest.fixture(scope="session")
+def text_data():
+    rng = random.Random(0)
+    return Dataset.from_list([{"text": sentence(rng, 4, 40)} for _ in range(32)])
+
+
+@pytest.fixture(scope="session")
+def pair_data():
+    rng = random.Random(1)
+    return Dataset.from_list([{"prompt": sentence(rng, 3, 20), "completion": sentence(rng, 2, 20)} for _ in range(32)])
+
+
+@pytest.fixture(scope="session")
+def chat_data():
+    rng = random.Random(2)
+    turn = lambda role: {"role": role, "content": sentence(rng, 3, 15)}  # noqa: E731
+    return Dataset.from_list([{"messages": [turn("user"), turn("assistant")] * 2} for _ in range(32)])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tokenizer, tmp_path_factory):
+    """A folder with a tiny model and its tokenizer, as a recipe names it."""
+    folder = tmp_path_factory.mktemp("model")
+    make_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(pair_data, tmp_path_factory):
+    """A folder with train.jsonl and test.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = list(pair_data)
+    for name, part in (("train", rows[:24]), ("test", rows[24:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
