@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from typing import Any
 
 VERBS = ("train",)
 
@@ -11,24 +13,26 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
-    from .recipe import Recipe, RecipeError, fail
+    from .recipe import Recipe, fail
     from .trainer import BLTrainer
 
     try:
         recipe = Recipe.read(argv)
         checkpoint = recipe.checkpoint()
         train_dataset, eval_dataset = recipe.load_datasets()
-    except RecipeError as error:
+        recipe.training.model_init_kwargs = recipe.model_init_kwargs()
+        trainer = BLTrainer(
+            model=recipe.model.model_name_or_path,
+            args=recipe.training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=recipe.quantization_config,
+            peft_config=recipe.peft_config,
+        )
+        if checkpoint:
+            trainer.refuse_other_recipe(checkpoint)
+    except (ValueError, OSError) as error:  # what the recipe points to: TRL's and the Hub's own words for it
         fail(error)
-    recipe.training.model_init_kwargs = recipe.model_init_kwargs()
-    trainer = BLTrainer(
-        model=recipe.model.model_name_or_path,
-        args=recipe.training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=recipe.quantization_config,
-        peft_config=recipe.peft_config,
-    )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(recipe.training.output_dir)
     trainer.create_model_card(dataset_name=recipe.script.dataset_name)
@@ -36,7 +40,15 @@ def train(argv: list[str]) -> None:
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
         trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
-    trainer.end()
+    end(trainer)
+
+
+def end(trainer: Any) -> None:
+    """Finish the trackers and the process group."""
+    # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
+    # lock, waits for that thread (torch 2.13): let it go first
+    time.sleep(0.2)
+    trainer.accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> None:

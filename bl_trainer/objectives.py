@@ -187,8 +187,9 @@ class Objective:
         return {"name": self.name, **self.parameters}
 
     def _check_parameters(self) -> None:
+        function = self.function
         try:
-            first, *others = inspect.signature(self.function).parameters.values()
+            first, *others = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Objective {self.name!r} is not a function of `logp`: {error}. Give a Python function whose first "
@@ -217,7 +218,7 @@ class Objective:
         """Try the function on four tokens, then with one of them changed: only that one's cost may change."""
         shape, what = (2, 2), f"Objective {self.name!r}"
         logp = torch.tensor([[-0.1, -0.7], [-1.6, -3.0]])
-        statistics = {
+        statistics: dict[str, Any] = {
             "entropy": torch.tensor([[0.3, 0.9], [1.4, 2.0]]),
             "log_sum_sq_probs": torch.tensor([[-0.2, -0.6], [-1.1, -1.7]]),
             "is_top1": torch.tensor([[True, True], [False, False]]),
@@ -294,7 +295,7 @@ class Threshold:
         if spec is None:
             return cls()
         if _is_number(spec):
-            return cls(above=spec)
+            return cls(above=spec)  # type: ignore[arg-type]
         if not isinstance(spec, Mapping) or not spec:
             raise ValueError(
                 f"`threshold` must be a probability or a mapping, got {spec!r}. Write `threshold: 0.2`, or `threshold: "

@@ -1,5 +1,6 @@
 """Recipes: TRL's SFT recipe keys and ours, from a YAML file and the command line, read strictly."""
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -107,6 +108,7 @@ NEEDS = {
     "packing_strategy": ("packing", "packing: true"),
 }
 
+DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -126,9 +128,7 @@ class Recipe:
     def read(cls, argv: list[str]) -> "Recipe":
         """Read `--config recipe.yaml --any_key value ...`; the command line wins. Raises RecipeError."""
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        parser = _Parser(
-            (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig), prog="bl_trainer train", allow_abbrev=False
-        )
+        parser = _Parser(DATACLASSES, prog="bl_trainer train", allow_abbrev=False)
         config = _load_yaml(argv) if "--config" in argv else {}
         parser.check(config, argv)
         try:
@@ -156,7 +156,7 @@ class Recipe:
             "attn_implementation": self.model.attn_implementation,
             "dtype": self.model.dtype,
         }
-        return {**kwargs, **(self.training.model_init_kwargs or {})}
+        return {**kwargs, **self._mapping("model_init_kwargs")}
 
     def load_datasets(self) -> tuple[Any, Any]:
         """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had."""
@@ -172,12 +172,32 @@ class Recipe:
             wanted["dataset_test_split"] = script.dataset_test_split
         for key, split in wanted.items():
             if split not in loaded:
-                instead = "" if key == "dataset_train_split" else ", or `eval_strategy: no`, or `test_split_size` for a mixture"
+                other = ", or `eval_strategy: no`, or `test_split_size` for a mixture"
+                instead = other if key == "dataset_test_split" else ""
                 raise RecipeError(
                     f"The data set has no split {split!r}, only {', '.join(map(repr, loaded))}. Write `{key}: "
                     f"{next(iter(loaded))}`{instead}."
                 )
-        return loaded[script.dataset_train_split], loaded[script.dataset_test_split] if len(wanted) > 1 else None
+        found = [loaded[split] for split in wanted.values()]
+        for split, dataset in zip(wanted.values(), found, strict=True):
+            self._check_columns(split, dataset)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _mapping(self, key: str) -> dict[str, Any]:
+        value = getattr(self.training, key) or {}
+        if not isinstance(value, dict):
+            raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
+        return value
+
+    def _check_columns(self, split: str, dataset: Any) -> None:
+        text = self.training.dataset_text_field
+        columns = set(dataset.column_names or next(iter(dataset)))
+        usable = columns & {text, "messages", "conversations", "input_ids"} or {"prompt", "completion"} <= columns
+        if not usable and not self._mapping("dataset_kwargs").get("skip_prepare_dataset"):
+            raise RecipeError(
+                f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
+                f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
+            )
 
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
@@ -190,8 +210,8 @@ class Recipe:
         if resume and str(resume).lower() not in ("true", "false"):
             if not Path(resume).is_dir():
                 raise RecipeError(
-                    f"`resume_from_checkpoint: {resume}` is not a folder. Write a checkpoint's path, or `true` for the last one "
-                    "in `output_dir`."
+                    f"`resume_from_checkpoint: {resume}` is not a folder. Write a checkpoint's path, or `true` for the last "
+                    "one in `output_dir`."
                 )
             return str(resume)
         if str(resume).lower() == "true":
@@ -307,7 +327,10 @@ def _load_yaml(argv: list[str]) -> dict[str, Any]:
         raise RecipeError(f"Can't read the recipe {path}: {_sentence(error)}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
-    for entry in config.get("datasets") or []:
+    entries = config.get("datasets") or []
+    if not isinstance(entries, list):
+        raise RecipeError(f"`datasets` must be a list of mappings with `path`, got {entries!r}.")
+    for entry in entries:
         allowed = [f.name for f in fields(DatasetConfig)]
         if not isinstance(entry, dict) or "path" not in entry:
             raise RecipeError(f"Each of `datasets` must be a mapping with `path`, got {entry!r}.")
@@ -336,7 +359,7 @@ def _load_dataset(script: ScriptArguments) -> Any:
             data_files={script.dataset_train_split: str(path)},
             streaming=script.dataset_streaming,
         )
-    if _is_path(str(path)) and not path.exists():
+    if _is_path(script.dataset_name or "") and not path.exists():
         raise FileNotFoundError("there is no such file or folder")
     return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
@@ -352,6 +375,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def fail(error: BaseException) -> None:
-    """End the process with exit code 2 and one line on stderr."""
-    print(f"error: {_sentence(error)}", file=sys.stderr)
+    """End the process with exit code 2 and, from the first process, one line on stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {_sentence(error)}", file=sys.stderr)
     sys.exit(2)

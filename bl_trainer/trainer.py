@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -100,6 +101,10 @@ class BLTrainer(SFTTrainer):
     evaluation `perplexity` and `loss`, the mean of f.
     """
 
+    model: Any  # transformers' declaration leaves out what TRL has made of it
+    objective: Objective
+    threshold: Threshold
+
     _tag_names = [*SFTTrainer._tag_names, "bl-trainer"]
     _name = "BLTrainer"
     _paper = {
@@ -107,7 +112,8 @@ class BLTrainer(SFTTrainer):
         "Capability Continuum",
         "id": "2510.00526",
         "citation": """@inproceedings{li2026beyond,
-  title     = {Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability Continuum},
+  title     = {Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model
+               Capability Continuum},
   author    = {Li, Gaotang and Qiu, Ruizhong and Chen, Xiusi and Ji, Heng and Tong, Hanghang},
   booktitle = {International Conference on Machine Learning},
   year      = {2026},
@@ -224,9 +230,16 @@ class BLTrainer(SFTTrainer):
                 )
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         self._sums["eval"] = None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
         if means and output.metrics is not None:
             for name in METRICS[:-1]:
@@ -245,7 +258,7 @@ class BLTrainer(SFTTrainer):
             if found is True:
                 found = get_last_checkpoint(self.args.output_dir)
             if found is not None:
-                self._refuse_other_recipe(Path(found))
+                self.refuse_other_recipe(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _record(self) -> dict[str, Any]:
@@ -256,8 +269,9 @@ class BLTrainer(SFTTrainer):
             "versions": {package: version(package) for package in packages},
         }
 
-    def _refuse_other_recipe(self, checkpoint: Path) -> None:
-        path = checkpoint / RECORD_FILE
+    def refuse_other_recipe(self, checkpoint: str) -> None:
+        """Raise ValueError if `checkpoint` records another objective or threshold than this trainer's."""
+        path = Path(checkpoint) / RECORD_FILE
         if not path.is_file():
             return
         recorded, current = json.loads(path.read_text()), self._record()
@@ -271,7 +285,7 @@ class BLTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
 
@@ -290,7 +304,7 @@ class BLTrainer(SFTTrainer):
                 "Trained with " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) + ".",
                 "",
             ]
-            with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+            with open(Path(str(self.args.output_dir)) / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n".join(lines))
 
 

@@ -1,0 +1,281 @@
+"""Objectives and thresholds against their formulas in float64, and every mistake a spec can hold."""
+
+import math
+import pickle
+
+import pytest
+import torch
+
+from bl_trainer.objectives import OBJECTIVES, Objective, Threshold, masked_cost
+
+# spec, f(log p), weight on the NLL gradient -df/dlog p: the paper's formulas, written for float64
+FORMULAS = [
+    ("nll", lambda logp: -logp, torch.ones_like),
+    ("neg_p", lambda logp: -torch.expm1(logp), torch.exp),
+    *(
+        (
+            {"name": "power", "alpha": alpha},
+            lambda logp, alpha=alpha: -torch.expm1(alpha * logp) / alpha,
+            lambda logp, alpha=alpha: torch.exp(alpha * logp),
+        )
+        for alpha in (10, 1, 0.5, 0.1, 1e-6, -1e-3, -0.5, -0.79)
+    ),
+    *(
+        (
+            {"name": "log_one_minus_p", "epsilon": epsilon},
+            lambda logp, epsilon=epsilon: torch.log1p(epsilon - logp.exp()),
+            lambda logp, epsilon=epsilon: logp.exp() / (epsilon - torch.expm1(logp)),
+        )
+        for epsilon in (1e-3, 0.1)
+    ),
+]
+SPECS = [spec for spec, *_ in FORMULAS]
+GRID = torch.cat([-torch.logspace(2, -9, 3001), torch.zeros(1)])  # log p from -100 up to 0, float32
+
+
+def relative_error(actual, expected):
+    smallest = torch.finfo(torch.float32).tiny  # below it float32 itself has fewer digits
+    return ((actual.double() - expected).abs() / expected.abs().clamp(min=smallest)).max().item()
+
+
+@pytest.mark.parametrize(("spec", "f", "weight"), FORMULAS, ids=map(str, SPECS))
+def test_value_and_gradient_match_float64(spec, f, weight):
+    objective = Objective.parse(spec)
+    cost = objective(GRID)
+    assert cost.dtype == torch.float32
+    assert relative_error(cost, f(GRID.double())) <= 1e-6
+    assert relative_error(objective.gradient_weight(GRID), weight(GRID.double())) <= 1e-6
+
+
+@pytest.mark.parametrize(("spec", "f", "weight"), FORMULAS, ids=map(str, SPECS))
+def test_weight_is_the_papers_closed_form(spec, f, weight):
+    p = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    torch.testing.assert_close(Objective.parse(spec).weight(p.log()), weight(p.log()) * (1 - p))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1, 5, 10])
+def test_weight_of_power_peaks_where_the_paper_says(alpha):
+    p = torch.linspace(0, 1, 100_001, dtype=torch.float64)[1:]
+    peak = p[Objective.parse({"name": "power", "alpha": alpha}).weight(p.log()).argmax()]
+    assert peak.item() == pytest.approx(alpha / (1 + alpha), abs=2e-5)  # paper, section 3
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradcheck(spec):
+    logp = torch.linspace(-5, -0.01, 30, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Objective.parse(spec), logp)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradient_on_the_labels_logit_is_the_weight(spec):
+    objective = Objective.parse(spec)
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(5, (7, 1))
+    logp = logits.log_softmax(-1).gather(1, labels).squeeze(1)
+    (grad,) = torch.autograd.grad(objective(logp).sum(), logits)
+    torch.testing.assert_close(-grad.gather(1, labels).squeeze(1), objective.weight(logp))
+
+
+def test_power_is_continuous_through_zero():
+    for alpha in (1e-3, 1e-9, 1e-15, 1e-17, 0, -1e-17, -1e-15, -1e-9, -1e-3):
+        cost = Objective.parse({"name": "power", "alpha": alpha})(GRID.double())
+        # (1 - p^alpha) / alpha = -log p (1 + alpha log p / 2 + ...)
+        assert relative_error(cost, -GRID.double()) <= 1e-6 + abs(alpha) * 60
+    at_zero = Objective.parse({"name": "power", "alpha": 0})
+    assert torch.equal(at_zero(GRID), -GRID)
+
+
+def test_power_one_is_neg_p():
+    one, neg_p = Objective.parse({"name": "power", "alpha": 1}), Objective.parse("neg_p")
+    torch.testing.assert_close(one(GRID), neg_p(GRID), rtol=2e-7, atol=0)
+    torch.testing.assert_close(one.gradient_weight(GRID), neg_p.gradient_weight(GRID), rtol=2e-7, atol=1e-38)
+
+
+@pytest.mark.parametrize("alpha", [-0.5, -1, -3, -100])
+def test_negative_alpha_is_more_prior_averse_and_finite(alpha):
+    objective = Objective.parse({"name": "power", "alpha": alpha})
+    logp = torch.tensor([-100.0, -20.0, -3.0, -0.1])
+    assert objective(logp).isfinite().all()
+    weight = objective.gradient_weight(logp)
+    assert weight.isfinite().all()
+    assert (weight > 1).all()  # NLL has 1
+    dense = torch.linspace(-100, 0, 5001)
+    assert (objective(dense).diff() <= 0).all()  # goes on falling in p where it is continued
+
+
+def test_impossible_tokens_have_the_limit():
+    impossible = torch.tensor([-math.inf])
+    assert Objective.parse("neg_p")(impossible).item() == 1
+    assert Objective.parse({"name": "power", "alpha": 0.5})(impossible).item() == 2
+    for spec in ("neg_p", {"name": "power", "alpha": 0.5}, "log_one_minus_p"):
+        assert Objective.parse(spec).gradient_weight(impossible).item() == 0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_spec_survives_pickle_and_dict(spec):
+    objective = Objective.parse(spec)
+    objective(GRID)
+    assert pickle.loads(pickle.dumps(objective)) == objective
+    assert Objective.parse(objective.to_dict()) == objective
+
+
+def test_numbers_may_come_as_text():
+    assert Objective.parse({"name": "power", "alpha": "1e-3"}).parameters == {"alpha": 1e-3}  # YAML reads 1e-3 as text
+    assert Objective.parse('{"name": "power", "alpha": 10}') == Objective("power", {"alpha": 10})
+    assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
+
+
+# A user's own objectives, found by import path
+
+
+def gated(logp, entropy, *, gamma=1.0):
+    return -logp * torch.exp(-gamma * entropy.detach())
+
+
+def every_statistic(logp, entropy, log_sum_sq_probs, is_top1, label, progress, scale):
+    return scale * (-logp * is_top1 + entropy * log_sum_sq_probs.exp() + label + progress)
+
+
+def by_batch_mean(logp):
+    return -logp / (-logp).mean().detach()
+
+
+def no_gradient(logp):
+    return -logp.detach()
+
+
+def reduced(logp):
+    return -logp.mean()
+
+
+def raises(logp):
+    raise RuntimeError("out of ideas")
+
+
+def infinite(logp):
+    return logp / 0
+
+
+def wrong_first(p, alpha):
+    return p
+
+
+def any_parameters(logp, **parameters):
+    return -logp * parameters["scale"]
+
+
+def random_half(logp):
+    return -logp * (torch.rand_like(logp) < 0.5)
+
+
+NOT_A_FUNCTION = 3
+
+
+def test_own_function_gets_what_it_names():
+    path = f"{__name__}:every_statistic"
+    objective = Objective.parse({"name": path, "scale": 2})
+    assert objective.statistics == ("entropy", "log_sum_sq_probs", "is_top1", "label", "progress")
+    logp = torch.tensor([-1.0, -2.0])
+    statistics = {
+        "entropy": torch.tensor([0.5, 1.0]),
+        "log_sum_sq_probs": torch.tensor([-0.5, -0.1]),
+        "is_top1": torch.tensor([True, False]),
+        "label": torch.tensor([3, 4]),
+        "progress": 0.25,
+    }
+    expected = every_statistic(logp, **statistics, scale=2)
+    assert torch.equal(objective(logp, **statistics), expected)
+    assert torch.equal(objective.gradient_weight(logp, **statistics), torch.tensor([2.0, 0.0]))
+    assert Objective.parse({"name": f"{__name__}:gated", "gamma": 0}).statistics == ("entropy",)
+    assert Objective.parse({"name": f"{__name__}:any_parameters", "scale": 3}).parameters == {"scale": 3}
+    assert Objective.parse(f"{__name__}:random_half").name.endswith("random_half")  # per token, so allowed
+
+
+HERE = __name__
+BAD_OBJECTIVES = [
+    (None, "`objective` must be a name or a mapping with `name`, got None"),
+    ("", "must be a name or a mapping"),
+    (3, "must be a name or a mapping with `name`, got 3"),
+    ({"alpha": 3}, "must be a name or a mapping with `name`"),
+    ('{"name": power}', "`objective` is not valid JSON"),
+    ("negp", r"Unknown objective 'negp'. Did you mean 'neg_p'\? Built in: nll, neg_p, power, log_one_minus_p"),
+    ("power", "Objective 'power' takes alpha: 'alpha' is missing. Write `objective: {name: power, alpha: ...}`"),
+    ({"name": "power", "alpa": 3}, "takes alpha: 'alpa' is not one of them and 'alpha' is missing"),
+    ({"name": "nll", "alpha": 3}, "takes no parameters: 'alpha' is not one of them. Write `objective: nll`"),
+    ({"name": "power", "alpha": "ten"}, "`alpha` of objective 'power' must be a finite number, got 'ten'"),
+    ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),
+    ({"name": "power", "alpha": True}, "must be a finite number, got True"),
+    ({"name": "log_one_minus_p", "epsilon": 0}, "`epsilon` of objective 'log_one_minus_p' must be positive, got 0"),
+    ("no_such_module:f", "Can't import objective 'no_such_module:f': No module named 'no_such_module'"),
+    (f"{HERE}:gate", f"Module '{HERE}' has no 'gate'. Did you mean 'gated'"),
+    (f"{HERE}:NOT_A_FUNCTION", "is a int, not a function"),
+    (f"{HERE}:wrong_first", "first parameter of objective .* must be `logp`, got 'p'"),
+    ({"name": f"{HERE}:gated", "entropy": 1}, "'entropy' is a statistic that the trainer supplies"),
+    (f"{HERE}:by_batch_mean", "makes the cost of one token depend on other tokens"),
+    (f"{HERE}:no_gradient", "has no gradient with respect to `logp`"),
+    (f"{HERE}:reduced", r"must return one float per token, of the shape of `logp`; .* it gave torch.float32 \(\)"),
+    (f"{HERE}:raises", "failed when tried on four values of log p: RuntimeError: out of ideas"),
+    (f"{HERE}:infinite", "is not finite at ordinary probabilities"),
+    ("builtins:max", "is not a function of `logp`"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), BAD_OBJECTIVES, ids=[str(spec) for spec, _ in BAD_OBJECTIVES])
+def test_wrong_objective_says_what_to_write(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Objective.parse(spec)
+    assert str(caught.value).startswith(("Unknown", "Objective", "`", "Can't", "Module", "The first"))
+
+
+def test_threshold_is_inclusive_and_combines():
+    logp = torch.linspace(0.01, 1, 100, dtype=torch.float64).log()
+    p = logp.exp()
+    assert Threshold.parse(None).keep(logp).all()
+    assert torch.equal(Threshold.parse({"above": 0.3, "below": 0.6}).keep(logp), (p >= 0.3) & (p <= 0.6))
+    exact = torch.tensor([0.25, 0.5]).log()  # exp(log p) gives both back exactly
+    assert Threshold(above=0.25, below=0.25).keep(exact).tolist() == [True, False]
+    assert Threshold(above=1).keep(torch.tensor([0.0, -1e-3])).tolist() == [True, False]
+
+
+BAD_THRESHOLDS = [
+    (1.5, "`threshold` `above` must be a probability between 0 and 1, got 1.5"),
+    (-0.1, "must be a probability between 0 and 1, got -0.1"),
+    ("20%", "`threshold` must be a probability or a mapping, got '20%'"),
+    (True, "must be a probability or a mapping, got True"),
+    ({}, "must be a probability or a mapping"),
+    ('{"above": }', "`threshold` is not valid JSON"),
+    ({"abov": 0.1}, "Unknown key 'abov' in `threshold`. Did you mean 'above'"),
+    ({"above": 0.1, "below": float("nan")}, "`below` must be a probability"),
+    ({"above": 0.6, "below": 0.3}, "keeps no token: above = 0.6 exceeds below = 0.3"),
+    ({"above": 0.2, "normalize": "keep"}, "`normalize` must be `tokens` or `kept`, got 'keep'"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), BAD_THRESHOLDS, ids=[str(spec) for spec, _ in BAD_THRESHOLDS])
+def test_wrong_threshold_says_what_to_write(spec, message):
+    with pytest.raises(ValueError, match=message):
+        Threshold.parse(spec)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, f"{__name__}:gated"], ids=str)
+def test_dropped_tokens_are_exactly_zero_even_where_f_is_infinite(spec):
+    objective = Objective.parse(spec)
+    logp = torch.tensor([-1.0, -math.inf, math.nan, -2.0], requires_grad=True)
+    entropy = torch.tensor([1.0, math.nan, math.inf, 1.0])
+    kept = torch.tensor([True, False, False, True])
+    cost, weight = masked_cost(objective, kept, logp, **({"entropy": entropy} if objective.statistics else {}))
+    assert cost[1:3].tolist() == weight[1:3].tolist() == [0, 0]
+    (grad,) = torch.autograd.grad(cost.sum(), logp)
+    assert grad[1:3].tolist() == [0, 0]
+    torch.testing.assert_close(-grad, weight)
+    torch.testing.assert_close(cost[kept], objective(logp[kept], entropy=entropy[kept]))
+    with torch.no_grad():
+        again, _ = masked_cost(objective, kept, logp, **({"entropy": entropy} if objective.statistics else {}))
+    assert not again.requires_grad
+    assert torch.equal(again, cost)
+
+
+def test_every_built_in_falls_in_p():
+    for name in OBJECTIVES:
+        cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID)
+        assert (cost.diff() <= 0).all(), name

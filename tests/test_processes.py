@@ -1,0 +1,188 @@
+"""Several processes, and the command line, for real: subprocesses under `accelerate launch` with gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "scripts" / "train.py"
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(processes, *command, cwd=None):
+    """Run under `accelerate launch`; `--multi_gpu` is its word for torchrun, the recipe's `use_cpu` makes it gloo."""
+    several = ["--multi_gpu"] if processes > 1 else []
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes), "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launcher, *map(str, command)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False
+    )
+
+
+def most_probable_first(model, tokenizer, data):
+    """Sort examples by the probability of their most probable target token, and say which those are."""
+    peaks = []
+    for row in data:
+        ids = torch.tensor([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id])
+        with torch.no_grad():
+            p = model(ids[None]).logits[0, :-1].softmax(-1).gather(1, ids[1:, None])
+        peaks.append(p.max().item())
+    order = sorted(range(len(data)), key=lambda i: -peaks[i])
+    return [data[i] for i in order], [peaks[i] for i in order]
+
+
+CASES = {
+    "padded": {"objective": {"name": "power", "alpha": 0.5}},
+    "padding_free": {"objective": "neg_p", "padding_free": True},
+    "entropy": {"objective": "test_trainer:pushes_entropy"},
+    "nll": {},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_do_as_one(name, tokenizer, text_data, checkpoint, tmp_path):
+    """Unequal token counts, a process whose first micro-batch keeps nothing, and an uneven evaluation set."""
+    examples, peaks = most_probable_first(make_llama(tokenizer), tokenizer, text_data)
+    # Of two processes, one takes examples 0, 1, 4, 5 of a step and the other 2, 3, 6, 7: that one starts with two improbable
+    train, lowest = examples[:2] + examples[-2:] + examples[2:14], peaks[-2]
+    threshold = (lowest + peaks[5]) / 2
+    assert lowest < threshold < peaks[5]
+    results = {}
+    for processes in (1, 2):
+        case = {
+            "processes": processes,
+            "train": train,
+            "eval": list(text_data.select(range(13))),  # 13 is no multiple of 2 x 3
+            "output": str(tmp_path / f"out{processes}"),
+            "result": str(tmp_path / f"result{processes}.pt"),
+            "options": {
+                **CASES[name],
+                "threshold": threshold,
+                "per_device_train_batch_size": 4 // processes,
+                "gradient_accumulation_steps": 2,
+                "per_device_eval_batch_size": 3,
+            },
+        }
+        path = tmp_path / f"case{processes}.json"
+        path.write_text(json.dumps(case))
+        done = launch(processes, TESTS / "worker.py", checkpoint, path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[processes] = torch.load(case["result"], weights_only=False)
+    one, two = results[1], results[2]
+    assert one["gradient"].norm() > 0
+    assert (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm() < 1e-5
+    for part in ("log", "eval"):
+        for metric in ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
+            key = metric if part == "log" else f"eval_{metric}"
+            assert two[part][key] == pytest.approx(one[part][key], rel=1e-6), key
+
+
+def write_recipe(tmp_path, checkpoint, data_folder, **changes):
+    recipe = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(data_folder),
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items()))
+    return path
+
+
+def test_train_script_end_to_end(checkpoint, data_folder, tmp_path):
+    """Local JSONL, LoRA, two processes, evaluation, best checkpoint by eval_nll, resumed by the same command."""
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, use_peft=True, lora_r=4, lora_target_modules=["q_proj", "v_proj"],
+        objective={"name": "power", "alpha": 0.5}, threshold=0.001, learning_rate=0.5, max_steps=6, eval_strategy="steps",
+        eval_steps=2, save_steps=2, logging_steps=2, per_device_train_batch_size=4, load_best_model_at_end=True,
+        metric_for_best_model="eval_nll", resume_from_checkpoint=True,
+    )  # fmt: skip
+    done = launch(2, SCRIPT, "--config", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    assert f"Model saved to {out}." in done.stdout
+    state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_nll"] for entry in state["log_history"] if "eval_nll" in entry}
+    assert sorted(evaluated) == [2, 4, 6]
+    best = min(evaluated, key=evaluated.get)
+    assert state["best_metric"] == evaluated[best]
+    saved = load_file(out / "adapter_model.safetensors")
+    for name, tensor in load_file(out / f"checkpoint-{best}" / "adapter_model.safetensors").items():
+        assert torch.equal(saved[name], tensor)
+    assert json.loads((out / "bl_trainer.json").read_text())["objective"] == {"name": "power", "alpha": 0.5}
+    assert "## Objective" in (out / "README.md").read_text()
+    again = launch(1, SCRIPT, "--config", recipe)
+    assert again.returncode == 0, again.stderr[-3000:]
+    other = launch(1, SCRIPT, "--config", recipe, "--objective", "neg_p")
+    assert other.returncode != 0
+    assert "was trained with objective {'name': 'power', 'alpha': 0.5}, the recipe says" in other.stderr
+
+
+def test_module_verb_full_fine_tune_and_own_objective_beside_the_recipe(checkpoint, data_folder, tmp_path):
+    (tmp_path / "my_losses.py").write_text(
+        "def tilted(logp, entropy, *, gamma=1.0):\n    return -logp * (1 + gamma * entropy.detach())\n"
+    )
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, max_steps=2, learning_rate=0.1, save_strategy="no")
+    objective = json.dumps({"name": "my_losses:tilted", "gamma": 0.5})
+    done = launch(1, "-m", "bl_trainer", "train", "--config", recipe, "--objective", objective, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", checkpoint))
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("changes", [{"load_in_4bit": True, "use_peft": True, "lora_r": 4}], ids=["qlora"])
+def test_qlora(changes, checkpoint, data_folder, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra `qlora` isn't installed")
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, max_steps=2, learning_rate=0.1, objective="neg_p", save_strategy="no", **changes
+    )
+    done = launch(1, SCRIPT, "--config", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_user_mistake_is_one_sentence_and_exit_code_2(checkpoint, data_folder, tmp_path):
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, objective="negp")
+    done = subprocess.run([sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: Unknown objective 'negp'. Did you mean 'neg_p'?")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    launched = launch(2, SCRIPT, "--config", recipe)
+    assert launched.returncode != 0
+    assert launched.stderr.count("error: Unknown objective 'negp'") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("argv", "message"), [([], "no verb"), (["trian"], "unknown verb 'trian'")])
+def test_unknown_verb(argv, message):
+    done = subprocess.run([sys.executable, "-m", "bl_trainer", *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "accelerate launch -m bl_trainer train --config recipe.yaml" in done.stderr
+
+
+def test_help_lists_our_keys():
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    assert "--objective" in done.stdout
+    assert "--threshold" in done.stdout

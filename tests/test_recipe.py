@@ -1,0 +1,235 @@
+"""The recipe reader: what it takes, and one sentence for every mistake."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from bl_trainer import BLConfig
+from bl_trainer.recipe import NEEDS, REPLACED, Recipe, RecipeError
+
+KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
+
+
+@pytest.fixture
+def write(tmp_path, checkpoint, data_folder):
+    """Write a recipe: a good one with `changes`; None removes a key."""
+
+    def write(text=None, **changes):
+        recipe = {
+            "model_name_or_path": str(checkpoint),
+            "dataset_name": str(data_folder),
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            **changes,
+        }
+        if text is None:
+            text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items() if value is not None)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_reads_file_and_command_line(write):
+    argv = write(objective={"name": "power", "alpha": 10}, learning_rate="1e-4", threshold=0.2, lora_r=4, use_peft=True)
+    recipe = Recipe.read(argv)
+    assert recipe.training.objective == {"name": "power", "alpha": 10}
+    assert recipe.training.threshold == 0.2
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.peft_config.r == 4
+    recipe = Recipe.read(
+        [argv[0] + "=" + argv[1], "--objective", "neg_p", "--threshold", '{"below": 0.9}', "--lora_r=8", "--max_steps", "3"]
+    )
+    assert recipe.training.objective == "neg_p"
+    assert recipe.training.threshold == {"below": 0.9}
+    assert recipe.peft_config.r == 8
+    assert recipe.training.max_steps == 3
+    assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
+
+
+def test_command_line_alone(checkpoint, data_folder, tmp_path):
+    paths = {"model_name_or_path": checkpoint, "dataset_name": data_folder, "output_dir": tmp_path}
+    argv = [part for key, path in paths.items() for part in (f"--{key}", str(path))]
+    recipe = Recipe.read([*argv, "--use_cpu", "--bf16", "false", "--objective", "neg_p"])
+    assert recipe.training.objective == "neg_p"
+
+
+def test_loads_folders_files_and_mixtures(write, data_folder):
+    train, test = Recipe.read(write(eval_strategy="epoch")).load_datasets()
+    assert (len(train), len(test)) == (24, 8)
+    train, test = Recipe.read(write(dataset_name=str(data_folder / "train.jsonl"))).load_datasets()
+    assert (len(train), test) == (24, None)
+    file = {"path": "json", "data_files": str(data_folder / "train.jsonl")}
+    mixture = {"dataset_name": None, "datasets": [file, {**file, "data_files": str(data_folder / "test.jsonl")}]}
+    train, _ = Recipe.read(write(**mixture)).load_datasets()
+    assert len(train) == 32
+    train, _ = Recipe.read(write(dataset_streaming=True, max_steps=2)).load_datasets()
+    assert len(list(train)) == 24
+
+
+def test_mixture_is_split_alike_every_time(write, data_folder):
+    options = {
+        "dataset_name": None, "datasets": [{"path": "json", "data_files": str(data_folder / "train.jsonl")}],
+        "test_split_size": 0.25, "eval_strategy": "epoch",
+    }  # fmt: skip
+    first, second = (Recipe.read(write(**options)).load_datasets() for _ in range(2))
+    assert [list(part) for part in first] == [list(part) for part in second]
+    assert [len(part) for part in first] == [18, 6]
+
+
+BAD_RECIPES = [
+    ({"objectve": "neg_p"}, "Unknown recipe key 'objectve'. Did you mean 'objective'?"),
+    ({"lerning_rate": 1e-4}, "Did you mean 'learning_rate'?"),
+    ({"objective": "negp"}, "Unknown objective 'negp'. Did you mean 'neg_p'?"),
+    ({"objective": "power"}, "Objective 'power' takes alpha: 'alpha' is missing."),
+    ({"objective": {"name": "nll", "alpha": 3}}, "takes no parameters: 'alpha' is not one of them"),
+    ({"threshold": 1.2}, "`threshold` `above` must be a probability between 0 and 1, got 1.2."),
+    ({"threshold": {"above": 0.9, "below": 0.2}}, "`threshold` keeps no token: above = 0.9 exceeds below = 0.2."),
+    ({"threshold": {"above_percentil": 10}}, "Unknown key 'above_percentil' in `threshold`."),
+    ({"loss_type": "dft"}, "`loss_type: dft` would change the objective."),
+    ({"loss_type": "dtf"}, "`loss_type: dtf` is not allowed. Did you mean 'dft'? Allowed: nll, dft, chunked_nll."),
+    ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1` would replace the objective"),
+    ({"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]}, "A PEFT adapter on `lm_head` would not train"),
+    ({"liger_kernel_config": {"fused_linear_cross_entropy": True}}, "is a cross-entropy of its own"),
+    ({"max_seq_length": 512}, "`max_seq_length` is not a recipe key any more. Write `max_length: 512` instead."),
+    ({"torch_dtype": "bfloat16"}, "Write `dtype: bfloat16` instead."),
+    ({"overwrite_output_dir": True}, "`overwrite_output_dir` is not a recipe key any more. Remove it"),
+    ({"dataset_mixer": {"a/b": 1.0}}, "Write `datasets: [{path: ..., split: train, fraction: ...}]` instead."),
+    ({"dataset_mixture": {"datasets": []}}, "`datasets: [{path: ..., split: train, fraction: ...}], and test_split"),
+    ({"evaluation_strategy": "steps"}, "Write `eval_strategy: steps` instead."),
+    ({"no_cuda": True}, "Write `use_cpu: true` instead."),
+    ({"gradient_checkpointing_use_reentrant": False}, "`gradient_checkpointing_kwargs: {use_reentrant: false}` instead."),
+    ({"model_name_or_path": None}, "The recipe names no model."),
+    ({"model_name_or_path": "./no/such/folder"}, "`model_name_or_path: ./no/such/folder` is not a folder."),
+    ({"dataset_name": None}, "The recipe names no data set."),
+    ({"datasets": [{"path": "json"}]}, "The recipe names both `dataset_name` and `datasets`."),
+    ({"dataset_name": None, "datasets": [{"pth": "json"}]}, "Each of `datasets` must be a mapping with `path`"),
+    (
+        {"dataset_name": None, "datasets": [{"path": "json", "spilt": "a"}]},
+        "Unknown key 'spilt' in `datasets`. Did",
+    ),
+    ({"dataset_name": None, "datasets": "json"}, "`datasets` must be a list of mappings with `path`, got 'json'."),
+    ({"dataset_streaming": True}, "A streamed data set has no length. Write `max_steps: ...`"),
+    ({"lora_r": 8}, "`lora_r` does nothing without `use_peft`. Write `use_peft: true`, or remove `lora_r`."),
+    ({"bnb_4bit_quant_type": "nf4"}, "`bnb_4bit_quant_type` does nothing without `load_in_4bit`."),
+    ({"test_split_size": 0.1}, "`test_split_size` does nothing without `datasets`."),
+    ({"packing_strategy": "bfd_split"}, "`packing_strategy` does nothing without `packing`."),
+    ({"ignore_bias_buffers": True}, "`ignore_bias_buffers` does nothing in SFT."),
+    ({"load_in_4bit": True}, "A model in 4 or 8 bits can't be trained as it is. Write `use_peft: true` for QLoRA."),
+    ({"packing_strategy": "bdf", "packing": True}, "`packing_strategy: bdf` is not allowed. Did you mean 'bfd'?"),
+    ({"learning_rate": "fast"}, "Argument --learning_rate/--learning-rate: invalid float value: 'fast'."),
+    ({"learning_rate": [1e-4]}, "`learning_rate: [0.0001]` is of the wrong type. Write a number."),
+    ({"per_device_train_batch_size": 2.5}, "`per_device_train_batch_size: 2.5` is of the wrong type. Write a whole number."),
+    ({"packing": 2}, "`packing: 2` is of the wrong type. Write true or false."),
+    ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+]
+# An older transformers still has, and obeys, some of the keys that the newest one lacks
+BAD_RECIPES = [(changes, message) for changes, message in BAD_RECIPES if not changes.keys() & REPLACED.keys() & KEYS]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_RECIPES, ids=[str(changes) for changes, _ in BAD_RECIPES])
+def test_mistake_says_what_to_write(changes, message, write, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: neg_p\nobjective: nll\n", "The recipe gives 'objective' twice (line 2). Keep one of them."),
+        ("- a\n- b\n", "must be a YAML mapping of keys to values, got list."),
+        ("", "must be a YAML mapping of keys to values, got NoneType."),
+        ("objective: [neg_p\n", "Can't read the recipe"),
+    ],
+)
+def test_broken_file(text, message, write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(text))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config"], "`--config` needs the path of a recipe."),
+        (["--config", "missing.yaml"], "Can't read the recipe missing.yaml"),
+        (["--objectiv", "neg_p"], "Unknown recipe key 'objectiv'. Did you mean 'objective'?"),
+        (["--max-seq-length", "512"], "Write `max_length: 512` instead."),
+        (["neg_p"], "Some specified arguments are not used by the HfArgumentParser: ['neg_p']"),
+        (["--eval_strategy", "stepz"], "Argument --eval_strategy/--eval-strategy: invalid choice: 'stepz'"),
+        (["--objective", "{name: power}"], "`objective` is not valid JSON"),
+    ],
+    ids=str,
+)
+def test_bad_command_line(argv, message, write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(argv if "--config" in argv else [*write(), *argv])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "./missing"}, "Can't load the data set ./missing: there is no such file or folder"),
+        ({"dataset_train_split": "trian"}, "The data set has no split 'trian', only 'train', 'test'. Write `dataset_train_sp"),
+        (
+            {"dataset_test_split": "dev", "eval_strategy": "epoch"},
+            "no split 'dev', only 'train', 'test'. Write `dataset_test_s",
+        ),
+    ],
+    ids=str,
+)
+def test_data_that_is_not_there(changes, message, write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(**changes)).load_datasets()
+    assert message in str(caught.value)
+
+
+def test_data_without_a_format(write, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    with pytest.raises(RecipeError, match="columns answer, question, of which TRL can't make a training text"):
+        Recipe.read(write(dataset_name=str(tmp_path / "data.jsonl"))).load_datasets()
+    (tmp_path / "data.xlsx").write_text("")
+    with pytest.raises(RecipeError, match=r"'\.xlsx' is none of .jsonl, .json, .parquet, .csv, .txt"):
+        Recipe.read(write(dataset_name=str(tmp_path / "data.xlsx"))).load_datasets()
+
+
+def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
+    assert Recipe.read(write()).checkpoint() is None
+    assert Recipe.read(write(resume_from_checkpoint=True)).checkpoint() is None  # nothing there yet: the first start
+    last = tmp_path / "out" / "checkpoint-5"
+    last.mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"holds an earlier run \(checkpoint-5\), which would be overwritten"):
+        Recipe.read(write()).checkpoint()
+    assert Recipe.read(write(resume_from_checkpoint=True)).checkpoint() == str(last)
+    assert Recipe.read([*write(), "--resume_from_checkpoint", "true"]).checkpoint() == str(last)
+    assert Recipe.read(write(resume_from_checkpoint=str(last))).checkpoint() == str(last)
+    with pytest.raises(RecipeError, match="`resume_from_checkpoint: nowhere` is not a folder"):
+        Recipe.read(write(resume_from_checkpoint="nowhere")).checkpoint()
+    last.rmdir()
+    (tmp_path / "out" / "adapter_config.json").touch()
+    with pytest.raises(RecipeError, match=r"holds an earlier run \(adapter_config.json\)"):
+        Recipe.read(write()).checkpoint()
+
+
+def test_missing_bitsandbytes_is_named(write, monkeypatch):
+    monkeypatch.setattr("bl_trainer.recipe.is_bnb_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"need bitsandbytes. Run `pip install 'bl_trainer\[qlora\]'`"):
+        Recipe.read(write(load_in_4bit=True, use_peft=True))
+
+
+def test_tables_of_keys_are_true():
+    for key, line in REPLACED.items():
+        for word in (line or "").replace("{value}", "").replace("{{", "").split(":")[:1]:
+            first = word.split(",")[0].split(" ")[0]
+            assert not first or first in KEYS, f"{key}: {first} is not a recipe key"
+    for key, (other, _) in NEEDS.items():
+        assert {key, other} <= KEYS

@@ -1,0 +1,532 @@
+"""`BLTrainer` against `SFTTrainer`, against plain transformers, and against itself with the batch cut up in other ways."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_llama, make_mixtral
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.trainer import RECORD_FILE
+
+SPECS = ["nll", "neg_p", {"name": "power", "alpha": 10}, {"name": "power", "alpha": -0.5}, "log_one_minus_p"]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of the first optimizer step."""
+
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+class Ordered(BLTrainer):
+    """Takes the training set in its order."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+def build(trainer_class, tokenizer, data, tmp_path, model=None, peft_config=None, eval_data=None, callbacks=None, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "max_length": None,
+    }
+    config_class = SFTConfig if trainer_class is SFTTrainer else BLConfig
+    return trainer_class(
+        model=make_llama(tokenizer) if model is None else model,
+        args=config_class(**{**defaults, **options}),
+        train_dataset=data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def train(*args, **kwargs):
+    trainer = build(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def first_gradient(*args, **kwargs):
+    seen = Gradients()
+    train(Ordered, *args, callbacks=[seen], **kwargs)
+    return seen.first
+
+
+def relative_difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
+WAYS = {
+    "full": {},
+    "lora": {"peft_config": LORA},
+    "lora_trained_head": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])},
+    "packing": {"packing": True, "max_length": 64},
+    "padding_free": {"padding_free": True},
+    "completion_only": {"data": "pair_data"},
+    "assistant_only": {"data": "chat_data", "assistant_only_loss": True},
+    "mixture_of_experts": {"make": make_mixtral},
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "bf16": {"bf16": True},
+    "tied_head": {"make": lambda tokenizer: make_llama(tokenizer, tie_word_embeddings=True)},
+    "prefix_tuning": {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
+def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request):
+    options = dict(WAYS[way])
+    data = request.getfixturevalue(options.pop("data", "text_data"))
+    make = options.pop("make", make_llama)
+    options |= {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1.0}
+    reference = train(SFTTrainer, tokenizer, data, tmp_path, model=make(tokenizer), loss_type=theirs, **options)
+    trainer = train(BLTrainer, tokenizer, data, tmp_path, model=make(tokenizer), objective=ours, **options)
+    start, expected, actual = dict(make(tokenizer).named_parameters()), weights(reference), weights(trainer)
+    moved = [name for name, p in expected.items() if name not in start or not torch.equal(p, start[name])]
+    assert moved, "the reference didn't train"
+    for name, p in expected.items():
+        if ours == "nll":
+            assert torch.equal(actual[name], p), name
+        else:  # p log p in float32 rounds differently from -expm1
+            torch.testing.assert_close(actual[name], p, rtol=1e-4, atol=1e-5)
+    if ours == "nll":
+        assert [x["loss"] for x in trainer.state.log_history if "loss" in x] == [
+            x["loss"] for x in reference.state.log_history if "loss" in x
+        ]
+
+
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.01, {"below": 0.05}], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradient_does_not_depend_on_accumulation(spec, threshold, tokenizer, text_data, tmp_path):
+    whole, *parts = (
+        first_gradient(
+            tokenizer,
+            text_data,
+            tmp_path,
+            objective=spec,
+            threshold=threshold,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        for size, steps in CUTS
+    )
+    assert whole.norm() > 0
+    for part in parts:
+        assert relative_difference(part, whole) < 1e-5
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pad_to_multiple_of": 64},
+        {"padding_free": True},
+        {"packing": True, "max_length": 64, "per_device_train_batch_size": 64},
+        {"packing": True, "max_length": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 64},
+    ],
+    ids=str,
+)
+def test_gradient_does_not_depend_on_padding_or_packing(spec, options, tokenizer, text_data, tmp_path):
+    # One step over the whole set, so that packing can't change which examples it sees
+    common = {"objective": spec, "threshold": {"above": 0.001, "below": 0.5}}
+    plain = first_gradient(tokenizer, text_data, tmp_path, **common, per_device_train_batch_size=32)
+    other = first_gradient(tokenizer, text_data, tmp_path, **{**common, "per_device_train_batch_size": 32, **options})
+    assert relative_difference(other, plain) < 1e-5
+
+
+# Objectives of our own, found by import path
+
+
+def uses_everything(logp, entropy, log_sum_sq_probs, is_top1, label, progress):
+    weight = (0.1 + entropy.detach()) * log_sum_sq_probs.exp() * (1 + is_top1) * (1 + label) * (1 + progress)
+    return -logp * weight
+
+
+def pushes_entropy(logp, entropy):
+    return -torch.expm1(logp) - 0.1 * entropy
+
+
+def reference_tokens(model, tokenizer, texts, prompts=None):
+    """Each target token's log-probabilities over the vocabulary, from a plain forward of one example at a time."""
+    logp, labels = [], []
+    for i, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        start = len(tokenizer(prompts[i])["input_ids"]) if prompts else 1
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logp.append(rows[start - 1 : -1])
+        labels.append(torch.tensor(ids[start:]))
+    return torch.cat(logp), torch.cat(labels)
+
+
+def reference_metrics(model, tokenizer, texts, objective, threshold, prompts=None):
+    rows, labels = reference_tokens(model, tokenizer, texts, prompts)
+    logp = rows.gather(1, labels[:, None])[:, 0]
+    kept = threshold.keep(logp)
+    cost = torch.where(kept, objective(logp), 0)
+    metrics = {
+        "nll": -logp,
+        "target_prob": logp.exp(),
+        "kept_fraction": kept.double(),
+        "gradient_weight": torch.where(kept, objective.gradient_weight(logp), 0),
+        "entropy": -(rows.exp() * rows).sum(-1),
+        "mean_token_accuracy": (rows.argmax(-1) == labels).double(),
+        "loss": cost,
+    }
+    means = {name: values.mean().item() for name, values in metrics.items()}
+    if threshold.normalize == "kept":
+        means["loss"] /= means["kept_fraction"]
+    return means
+
+
+@pytest.mark.parametrize("threshold", [None, 0.01, {"above": 0.01, "normalize": "kept"}], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_evaluation_is_exact_over_the_whole_set(spec, threshold, tokenizer, pair_data, tmp_path):
+    model = make_llama(tokenizer)
+    data = pair_data.select(range(11))  # the last batch is smaller than the others
+    trainer = build(
+        BLTrainer, tokenizer, data, tmp_path, model, eval_data=data, objective=spec, threshold=threshold,
+        per_device_eval_batch_size=4,
+    )  # fmt: skip
+    actual = trainer.evaluate()
+    texts = [row["prompt"] + row["completion"] for row in data]
+    expected = reference_metrics(model, tokenizer, texts, Objective.parse(spec), Threshold.parse(threshold), data["prompt"])
+    expected["perplexity"] = math.exp(expected["nll"])
+    for name, value in expected.items():
+        assert actual[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    assert trainer.state.log_history[-1].items() >= {k: actual[k] for k in ("eval_nll", "eval_entropy")}.items()
+
+
+def test_training_metrics_are_token_weighted_over_micro_batches_and_steps(tokenizer, text_data, tmp_path):
+    trainer = train(
+        Ordered, tokenizer, text_data, tmp_path, objective="neg_p", threshold=0.01, learning_rate=0.0, max_steps=4,
+        logging_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+    )  # fmt: skip
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for i, log in enumerate(logs):
+        texts = [row["text"] for row in text_data.select(range(12 * i, 12 * i + 12))]
+        expected = reference_metrics(make_llama(tokenizer), tokenizer, texts, Objective.parse("neg_p"), Threshold.parse(0.01))
+        for name in ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
+            assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_evaluation_loss_of_a_mixture_of_experts_has_the_auxiliary_loss(tokenizer, text_data, tmp_path):
+    options = {"eval_data": text_data, "per_device_eval_batch_size": 32}
+    ours = build(BLTrainer, tokenizer, text_data, tmp_path, make_mixtral(tokenizer), **options).evaluate()
+    theirs = build(SFTTrainer, tokenizer, text_data, tmp_path, make_mixtral(tokenizer), **options).evaluate()
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)  # one batch: TRL's is exact too
+    assert ours["eval_loss"] - ours["eval_nll"] == pytest.approx(0.5 * theirs["eval_aux_loss"], rel=1e-5)
+
+
+def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data, tmp_path):
+    parts = {"a": text_data.select(range(9)), "b": text_data.select(range(9, 20))}
+    trainer = train(
+        BLTrainer, tokenizer, text_data, tmp_path, eval_data=parts, eval_strategy="steps", eval_steps=1,
+        learning_rate=0.0, per_device_eval_batch_size=4, load_best_model_at_end=True, save_strategy="steps", save_steps=1,
+        metric_for_best_model="eval_b_nll",
+    )  # fmt: skip
+    logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    for name, part in parts.items():
+        expected = reference_metrics(
+            make_llama(tokenizer), tokenizer, part["text"], Objective.parse("nll"), Threshold.parse(None)
+        )
+        assert logs[f"eval_{name}_nll"] == pytest.approx(expected["nll"], rel=1e-5)
+        assert logs[f"eval_{name}_entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
+    assert trainer.state.best_metric == logs["eval_b_nll"]
+
+
+@pytest.mark.parametrize("metric", ["eval_nll", "nll", "eval_perplexity"])
+def test_best_model_has_the_lowest_nll(metric, tmp_path):
+    assert BLConfig(output_dir=str(tmp_path), metric_for_best_model=metric, use_cpu=True).greater_is_better is False
+    assert BLConfig(output_dir=str(tmp_path), metric_for_best_model="eval_target_prob", use_cpu=True).greater_is_better
+
+
+def test_statistics_reach_the_objective_aligned(tokenizer, pair_data, tmp_path):
+    model = make_llama(tokenizer)
+    data = pair_data.select(range(8))
+    gradient = first_gradient(tokenizer, data, tmp_path, model=model, objective=f"{__name__}:uses_everything")
+    model = make_llama(tokenizer)
+    total, count = 0.0, 0
+    for row in data:
+        prompt, ids = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
+        ids = torch.tensor([*ids, tokenizer.eos_token_id])
+        rows = model(ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        label = ids[len(prompt) :]
+        logp = rows.gather(1, label[:, None])[:, 0]
+        entropy, sum_sq = -(rows.exp() * rows).sum(-1), (2 * rows).exp().sum(-1).detach()
+        total = total + uses_everything(logp, entropy, sum_sq.log(), rows.argmax(-1) == label, label, 0.0).sum()
+        count += len(label)
+    (total / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert relative_difference(gradient, expected) < 1e-5
+
+
+def test_gradient_flows_through_the_entropy(tokenizer, text_data, tmp_path):
+    gradient = first_gradient(tokenizer, text_data, tmp_path, objective=f"{__name__}:pushes_entropy")
+    plain = first_gradient(tokenizer, text_data, tmp_path, objective="neg_p")
+    assert relative_difference(gradient, plain) > 0.01
+    parts = first_gradient(
+        tokenizer, text_data, tmp_path, objective=f"{__name__}:pushes_entropy", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    assert relative_difference(parts, gradient) < 1e-5
+
+
+def test_only_what_the_objective_names_is_computed(tokenizer, text_data, tmp_path):
+    for spec, expected in (("neg_p", False), (f"{__name__}:uses_everything", True)):
+        trainer = build(BLTrainer, tokenizer, text_data, tmp_path, objective=spec)
+        batch = next(iter(trainer.get_train_dataloader()))
+        outputs = trainer.model(**batch, fused_lm_head=True)
+        assert (outputs.log_sum_sq_probs is not None) is expected
+
+
+seen_labels = []
+
+
+def remembers_labels(logp, label):
+    seen_labels.append(label)
+    return -logp
+
+
+@pytest.mark.parametrize("virtual_tokens", [0, 5])
+def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, tokenizer, text_data, tmp_path):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens) if virtual_tokens else None
+    seen_labels.clear()
+    trainer = build(
+        BLTrainer, tokenizer, text_data, tmp_path, peft_config=peft_config, objective=f"{__name__}:remembers_labels"
+    )
+    seen_labels.clear()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, dict(batch))
+    (labels,) = seen_labels
+    given = batch["labels"] if virtual_tokens else batch["labels"][:, 1:]
+    assert torch.equal(labels[:, max(virtual_tokens - 1, 0) :], given.clamp(min=0))
+
+
+seen_progress = []
+
+
+def remembers_progress(logp, progress):
+    seen_progress.append(progress)
+    return -logp
+
+
+def test_progress_runs_from_0_to_1(tokenizer, text_data, tmp_path):
+    seen_progress.clear()
+    trainer = train(
+        BLTrainer, tokenizer, text_data, tmp_path, objective=f"{__name__}:remembers_progress", max_steps=4,
+        gradient_accumulation_steps=2, eval_data=text_data.select(range(4)),
+    )  # fmt: skip
+    steps = seen_progress[-8:]
+    assert steps == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    trainer.evaluate()
+    assert seen_progress[-1] == 1
+
+
+def test_normalising_by_kept_tokens_weighs_micro_batches_alike(tokenizer, text_data, tmp_path):
+    """As the paper's code: the mean over micro-batches of sum over kept f / number of kept tokens."""
+    threshold = Threshold(above=0.01, normalize="kept")
+    gradient = first_gradient(
+        tokenizer, text_data, tmp_path, objective="neg_p", threshold=threshold.to_dict(), per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    model = make_llama(tokenizer)
+    loss = 0.0
+    for start in range(0, 8, 2):
+        costs = []
+        for text in text_data[start : start + 2]["text"]:
+            ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+            p = model(ids[None]).logits[0, :-1].softmax(-1).gather(1, ids[1:, None])[:, 0]
+            costs.append((1 - p)[p >= 0.01])
+        loss = loss + torch.cat(costs).mean() / 4
+    loss.backward()
+    assert relative_difference(gradient, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "kept"])
+def test_a_batch_with_nothing_to_train_on_is_a_finite_connected_zero(normalize, tokenizer, text_data, tmp_path, caplog):
+    trainer = train(
+        BLTrainer, tokenizer, text_data, tmp_path, threshold={"above": 1.0, "normalize": normalize}, max_steps=2,
+        optim="sgd",
+    )  # fmt: skip
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0, 0]
+    for name, p in make_llama(tokenizer).named_parameters():
+        assert torch.equal(dict(trainer.model.named_parameters())[name], p), name
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch).backward()
+    for name, p in trainer.model.named_parameters():
+        assert p.grad is not None, name
+        assert not p.grad.any(), name
+
+
+def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    train(BLTrainer, tokenizer, text_data, tmp_path, threshold=0.01)
+    assert not said
+    train(BLTrainer, tokenizer, text_data, tmp_path, threshold=1.0)
+    assert len(said) == 1
+    assert said[0].startswith("Nothing trains: since the last log no target token was within the threshold")
+
+
+def test_targets_without_a_label_do_not_break_the_metrics(tokenizer, tmp_path):
+    data = Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [-100, -100, -100]}] * 8)
+    trainer = train(BLTrainer, tokenizer, data, tmp_path, objective="neg_p")
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == 0
+    assert math.isnan(log["nll"])
+
+
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tokenizer, text_data, tmp_path):
+    options = {
+        "objective": f"{__name__}:uses_everything", "threshold": 0.005, "max_steps": 6, "save_strategy": "steps",
+        "save_steps": 3, "logging_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear",
+    }  # fmt: skip
+    for peft_config in (None, LORA):
+        folder = tmp_path / str(peft_config is None)
+        whole = train(BLTrainer, tokenizer, text_data, folder, peft_config=peft_config, **options)
+        again = build(BLTrainer, tokenizer, text_data, folder, peft_config=peft_config, **options)
+        again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-3"))
+        for name, p in weights(whole).items():
+            assert torch.equal(weights(again)[name], p), name
+
+
+def test_recipe_is_recorded_and_another_one_is_not_resumed(tokenizer, text_data, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(
+        BLTrainer, tokenizer, text_data, tmp_path, objective={"name": "power", "alpha": 2}, threshold=0.01, **options
+    )  # fmt: skip
+    out = tmp_path / "out"
+    for folder in (out / "checkpoint-1", out / "checkpoint-2"):
+        record = json.loads((folder / RECORD_FILE).read_text())
+        assert record["objective"] == {"name": "power", "alpha": 2}
+        assert record["threshold"] == {"above": 0.01, "below": 1.0, "normalize": "tokens"}
+        assert {"bl_trainer", "trl", "transformers", "torch"} <= record["versions"].keys()
+    card = (out / "README.md").read_text()
+    assert 'objective: {"name": "power", "alpha": 2}' in card
+    assert "2510.00526" in card
+    for other, message in (
+        ({"objective": "neg_p", "threshold": 0.01}, "was trained with objective {'name': 'power', 'alpha': 2}, the recipe"),
+        ({"objective": {"name": "power", "alpha": 2}}, "was trained with threshold"),
+    ):
+        trainer = build(BLTrainer, tokenizer, text_data, tmp_path, **other, **options)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_plain_sft_config_means_nll(tokenizer, text_data, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = BLTrainer(make_llama(tokenizer), args, train_dataset=text_data, processing_class=tokenizer)
+    assert trainer.objective == Objective("nll")
+
+
+class TestRefusals:
+    """Whatever would train something else than the objective is refused by name before the model loads."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"objective": "negp"}, "Unknown objective 'negp'"),
+            ({"threshold": 2}, "must be a probability between 0 and 1, got 2"),
+            ({"loss_type": "dft"}, "`loss_type: dft` would change the objective. .*`objective: neg_p` has the gradient of dft"),
+            ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1` would replace the objective"),
+            (
+                {"liger_kernel_config": {"fused_linear_cross_entropy": True}},
+                r"`liger_kernel_config: \{fused_linear_cross_entropy: true\}` is a cross-entropy of its own",
+            ),
+            ({"liger_kernel_config": {"cross_entropy": True}}, "is a cross-entropy of its own"),
+            (
+                {"load_best_model_at_end": True, "threshold": 0.2, "eval_strategy": "steps", "save_strategy": "steps"},
+                "`load_best_model_at_end` would choose by `eval_loss`, which falls as tokens drop out",
+            ),
+        ],
+        ids=str,
+    )
+    def test_config(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, **options)
+        assert not (tmp_path / "out").exists()
+
+    def test_sequence_parallelism(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+        with pytest.raises(ValueError, match=r"DeepSpeed sequence parallelism \(sp_size = 2\) trains the model's own"):
+            BLConfig(output_dir=str(tmp_path), use_cpu=True)
+
+    def test_plain_config(self, tmp_path):
+        args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="dft")
+        with pytest.raises(ValueError, match="`loss_type: dft` would change the objective"):
+            BLTrainer("no-such-model", args)
+
+    def test_compute_loss_func(self):
+        with pytest.raises(ValueError, match="`compute_loss_func` would replace the objective"):
+            BLTrainer("no-such-model", compute_loss_func=lambda *args, **kwargs: 0)
+
+    @pytest.mark.parametrize(
+        "targets",
+        [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": "lm_head"}, {"target_modules": ".*(q_proj|lm_head)"}],
+        ids=str,
+    )
+    def test_lm_head_adapter(self, targets):
+        with pytest.raises(ValueError, match="A PEFT adapter on `lm_head` would not train"):
+            BLTrainer("no-such-model", peft_config=LoraConfig(**targets))
+
+    def test_lm_head_adapter_of_a_loaded_model(self, tokenizer, text_data, tmp_path):
+        model = get_peft_model(make_llama(tokenizer), LoraConfig(target_modules=["lm_head"]))
+        with pytest.raises(ValueError, match="lm_head"):
+            build(BLTrainer, tokenizer, text_data, tmp_path, model=model)
+
+
+def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path):
+    """Operations that make the host wait for a GPU, counted on a CPU: as many as TRL's own, and one copy per log."""
+    waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+    options = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
+    counts, pops = {}, []
+    for trainer_class in (SFTTrainer, BLTrainer):
+        own = {"objective": f"{__name__}:uses_everything", "threshold": 0.01} if trainer_class is BLTrainer else {}
+        trainer = build(trainer_class, tokenizer, text_data, tmp_path, **options, **own)
+        if trainer_class is BLTrainer:
+            inner = trainer._pop_means
+            trainer._pop_means = lambda mode, inner=inner: pops.append(mode) or inner(mode)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            trainer.train()
+        counts[trainer_class] = sum(event.count for event in profile.key_averages() if event.key in waits)
+    assert counts[SFTTrainer] > 0
+    assert counts[BLTrainer] <= counts[SFTTrainer]
+    assert len(pops) == 3  # two logs, and the last, of the whole run, which has nothing left to fetch

@@ -1,0 +1,43 @@
+"""What `test_processes.py` launches: one step and one evaluation of `BLTrainer`, dumped by the first process."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from conftest import make_llama
+from datasets import Dataset
+from test_trainer import Gradients, Ordered
+from transformers import AutoTokenizer
+
+from bl_trainer import BLConfig
+from bl_trainer.__main__ import end
+
+
+def main(folder, case_path):
+    torch.set_num_threads(1)
+    case = json.loads(Path(case_path).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = Gradients()
+    args = BLConfig(
+        output_dir=case["output"], max_steps=2, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, bf16=False,
+        report_to="none", save_strategy="no", logging_steps=2, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
+        **case["options"],
+    )  # fmt: skip
+    trainer = Ordered(
+        model=make_llama(tokenizer), args=args, processing_class=tokenizer, callbacks=[seen],
+        train_dataset=Dataset.from_list(case["train"]), eval_dataset=Dataset.from_list(case["eval"]),
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert trainer.accelerator.num_processes == case["processes"]
+    if trainer.is_world_process_zero():
+        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        torch.save({"gradient": seen.first, "log": log, "eval": metrics}, case["result"])
+    end(trainer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
