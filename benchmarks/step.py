@@ -1,8 +1,8 @@
 """Time and peak memory of one training step: TRL's losses, our objectives, and the paper's way (full float32 logits).
 
-`python benchmarks/step.py --help`. Every arm runs on the same randomly initialised model and batch, interleaved round by
-round in one process; reported are medians, and ratios to TRL's `nll`. A step is forward and backward, without the
-optimizer, which is the same for all.
+`python benchmarks/step.py --help`. Every arm runs on the same randomly initialised model and batch, round by round in one
+process and in rotating order. Reported are medians, and medians of each round's ratios to TRL's `nll`. A step is forward
+and backward, without the optimizer, which is the same for all.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def peak_memory(device: str, reset: bool = False) -> float:
     return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1e3
 
 
-def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return {arm: {"seconds": median, "megabytes": peak}} for one model."""
+def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Return {arm: {"seconds": [...], "megabytes": [...]}}, a figure a round, for one model."""
     torch.manual_seed(0)
     model_class, config_class, sizes = SHAPES[shape]
     dtype = getattr(torch, options.dtype)
@@ -124,8 +124,10 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
             trainers[name].current_gradient_accumulation_steps = 1
         times: dict[str, list[float]] = {name: [] for name in trainers}
         peaks: dict[str, list[float]] = {name: [] for name in trainers}
+        names = list(trainers)
         for round_ in range(options.rounds + 1):  # the first warms up
-            for name, trainer in trainers.items():
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                trainer = trainers[name]
                 model.zero_grad(set_to_none=True)
                 gc.collect()
                 peak_memory(options.device, reset=True)
@@ -136,7 +138,7 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
                 if round_:
                     times[name].append(time.perf_counter() - start)
                     peaks[name].append(peak_memory(options.device))
-    return {name: {"seconds": statistics.median(times[name]), "megabytes": statistics.median(peaks[name])} for name in trainers}
+    return {name: {"seconds": times[name], "megabytes": peaks[name]} for name in trainers}
 
 
 def main() -> None:
@@ -166,8 +168,9 @@ def main() -> None:
         cells = []
         for result in results.values():
             base, own = result["TRL nll"], result[name]
-            cells += [f"{own['seconds']:.3f}", f"{own['seconds'] / base['seconds']:.3f}"]
-            cells += [f"{own['megabytes']:.0f}", f"{own['megabytes'] / base['megabytes']:.3f}"]
+            for unit, digits in (("seconds", 2), ("megabytes", 0)):
+                ratios = [a / b for a, b in zip(own[unit], base[unit], strict=True)]
+                cells += [f"{statistics.median(own[unit]):.{digits}f}", f"{statistics.median(ratios):.3f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     if options.output:

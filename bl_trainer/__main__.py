@@ -35,10 +35,12 @@ def train(argv: list[str]) -> None:
         fail(error)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(recipe.training.output_dir)
-    trainer.create_model_card(dataset_name=recipe.script.dataset_name)
+    name = recipe.script.dataset_name
+    hub_name = None if name is None or os.path.exists(name) else name  # the card links to it
+    trainer.create_model_card(dataset_name=hub_name)
     trainer.accelerator.print(f"Model saved to {recipe.training.output_dir}.")
     if recipe.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
+        trainer.push_to_hub(dataset_name=hub_name)
         trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
     end(trainer)
 

@@ -134,6 +134,11 @@ class Objective:
         if isinstance(spec, Objective):
             return spec
         spec = _from_json("objective", spec, '{"name": "power", "alpha": 10}')
+        if callable(spec):
+            raise ValueError(
+                f"`objective` must be a name, got {spec!r}. Give a function by its import path, `module:function`, in "
+                "a notebook `__main__:function`, so that checkpoints can record it."
+            )
         if isinstance(spec, Mapping):
             parameters = {key: _to_number(value) for key, value in spec.items() if key != "name"}
             name = spec.get("name")
@@ -156,10 +161,8 @@ class Objective:
 
     def gradient_weight(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient."""
-        logp = logp.detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self(logp, **statistics).sum(), logp)
-        return -slope
+        everywhere = torch.ones_like(logp, dtype=torch.bool)
+        return masked_cost(self, everywhere, logp.detach(), **statistics)[1]
 
     def weight(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return W_f(p) = -f'(p) p (1 - p), the pull of a token on its own logit (paper, Lemma 3.1); same shape as `logp`."""
@@ -292,7 +295,7 @@ class Threshold:
         if isinstance(spec, Threshold):
             return spec
         spec = _to_number(_from_json("threshold", spec, '{"above": 0.2, "below": 0.9}'))
-        if spec is None:
+        if spec is None or (isinstance(spec, str) and spec.lower() in ("none", "null")):  # as the command line has it
             return cls()
         if _is_number(spec):
             return cls(above=spec)  # type: ignore[arg-type]

@@ -156,7 +156,7 @@ class Recipe:
             "attn_implementation": self.model.attn_implementation,
             "dtype": self.model.dtype,
         }
-        return {**kwargs, **self._mapping("model_init_kwargs")}
+        return {**kwargs, **(self.training.model_init_kwargs or {})}  # type: ignore[dict-item]
 
     def load_datasets(self) -> tuple[Any, Any]:
         """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had."""
@@ -183,17 +183,12 @@ class Recipe:
             self._check_columns(split, dataset)
         return found[0], found[1] if len(found) > 1 else None
 
-    def _mapping(self, key: str) -> dict[str, Any]:
-        value = getattr(self.training, key) or {}
-        if not isinstance(value, dict):
-            raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
-        return value
-
     def _check_columns(self, split: str, dataset: Any) -> None:
         text = self.training.dataset_text_field
         columns = set(dataset.column_names or next(iter(dataset)))
         usable = columns & {text, "messages", "conversations", "input_ids"} or {"prompt", "completion"} <= columns
-        if not usable and not self._mapping("dataset_kwargs").get("skip_prepare_dataset"):
+        options: Any = self.training.dataset_kwargs or {}
+        if not usable and not options.get("skip_prepare_dataset"):
             raise RecipeError(
                 f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
                 f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
@@ -214,13 +209,14 @@ class Recipe:
                     "one in `output_dir`."
                 )
             return str(resume)
-        if str(resume).lower() == "true":
+        if last and str(resume).lower() == "true":
             return last
         finished = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
         if last or finished:
+            go_on = "`resume_from_checkpoint: true` to go on with it, or " if last else ""
             raise RecipeError(
                 f"`output_dir: {folder}` holds an earlier run ({Path(last).name if last else finished[0]}), which would be "
-                "overwritten. Write `resume_from_checkpoint: true` to go on with it, or another `output_dir`."
+                f"overwritten. Write {go_on}another `output_dir`."
             )
         return None
 
@@ -230,6 +226,10 @@ class Recipe:
             raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
         if _is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
             raise RecipeError(f"`model_name_or_path: {model.model_name_or_path}` is not a folder.")
+        for key in ("model_init_kwargs", "dataset_kwargs"):
+            value = getattr(training, key)
+            if value is not None and not isinstance(value, dict):
+                raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
         if bool(mixture.datasets) == bool(script.dataset_name):
             both = "names both `dataset_name` and `datasets`" if script.dataset_name else "names no data set"
             raise RecipeError(f"The recipe {both}. Write one of `dataset_name: ...` and `datasets: [{{path: ...}}]`.")

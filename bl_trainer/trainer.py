@@ -6,12 +6,14 @@ import os
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -122,6 +124,11 @@ class BLTrainer(SFTTrainer):
     }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if Version(version("trl")) < Version("1.16") and find_spec("triton") is None:
+            raise ValueError(
+                f"TRL {version('trl')} computes the loss with Triton, which is not installed here. Run `pip install "
+                "'trl>=1.16,<2'`, which also computes it without."
+            )
         given = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         if isinstance(given.get("args"), TrainingArguments):
             refuse_bypass(given["args"])
@@ -188,8 +195,8 @@ class BLTrainer(SFTTrainer):
         filled = accelerator.num_processes > 1 and accelerator.parallelism_config is None and state.end_of_dataloader
         if self.model.training or not filled or state.remainder <= 0:
             return is_target
-        per_process = state.active_dataloader.total_batch_size // accelerator.num_processes
-        own = min(max(state.remainder - accelerator.process_index * per_process, 0), per_process)
+        examples = len(is_target) if example_lengths is None else len(example_lengths)
+        own = min(max(state.remainder - accelerator.process_index * examples, 0), examples)
         is_own = torch.zeros_like(is_target)
         if example_lengths is None:
             is_own[:own] = True
@@ -327,11 +334,10 @@ def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 def refuse_bypass(args: TrainingArguments) -> None:
     """Raise ValueError if `args` would train something else than the objective."""
-    if getattr(args, "loss_type", "nll") != "nll":
-        same = " (`objective: neg_p` has the gradient of dft)" if args.loss_type == "dft" else ""  # type: ignore[attr-defined]
-        raise ValueError(
-            f"`loss_type: {args.loss_type}` would change the objective. Remove it and choose by `objective`{same}."  # type: ignore[attr-defined]
-        )
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type != "nll":
+        same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""
+        raise ValueError(f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}.")
     if args.label_smoothing_factor:
         raise ValueError(
             f"`label_smoothing_factor: {args.label_smoothing_factor}` would replace the objective by label-smoothed NLL. "

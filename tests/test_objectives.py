@@ -196,6 +196,7 @@ BAD_OBJECTIVES = [
     (None, "`objective` must be a name or a mapping with `name`, got None"),
     ("", "must be a name or a mapping"),
     (3, "must be a name or a mapping with `name`, got 3"),
+    (max, "`objective` must be a name, got <built-in function max>. Give a function by its import path"),
     ({"alpha": 3}, "must be a name or a mapping with `name`"),
     ('{"name": power}', "`objective` is not valid JSON"),
     ("negp", r"Unknown objective 'negp'. Did you mean 'neg_p'\? Built in: nll, neg_p, power, log_one_minus_p"),
@@ -231,6 +232,7 @@ def test_threshold_is_inclusive_and_combines():
     logp = torch.linspace(0.01, 1, 100, dtype=torch.float64).log()
     p = logp.exp()
     assert Threshold.parse(None).keep(logp).all()
+    assert Threshold.parse("none") == Threshold.parse(None) == Threshold()
     assert torch.equal(Threshold.parse({"above": 0.3, "below": 0.6}).keep(logp), (p >= 0.3) & (p <= 0.6))
     exact = torch.tensor([0.25, 0.5]).log()  # exp(log p) gives both back exactly
     assert Threshold(above=0.25, below=0.25).keep(exact).tolist() == [True, False]

@@ -52,6 +52,8 @@ CASES = {
     "padding_free": {"objective": "neg_p", "padding_free": True},
     "entropy": {"objective": "test_trainer:pushes_entropy"},
     "nll": {},
+    "kept": {"objective": "neg_p"},
+    "streamed_evaluation": {"objective": "neg_p"},
 }
 
 
@@ -67,15 +69,16 @@ def test_two_processes_do_as_one(name, tokenizer, text_data, checkpoint, tmp_pat
     for processes in (1, 2):
         case = {
             "processes": processes,
+            "stream": name == "streamed_evaluation",
             "train": train,
             "eval": list(text_data.select(range(13))),  # 13 is no multiple of 2 x 3
             "output": str(tmp_path / f"out{processes}"),
             "result": str(tmp_path / f"result{processes}.pt"),
             "options": {
                 **CASES[name],
-                "threshold": threshold,
-                "per_device_train_batch_size": 4 // processes,
-                "gradient_accumulation_steps": 2,
+                "threshold": {"above": threshold, "normalize": "kept" if name == "kept" else "tokens"},
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 4 // processes,
                 "per_device_eval_batch_size": 3,
             },
         }

@@ -115,6 +115,17 @@ BAD_RECIPES = [
     ),
     ({"dataset_name": None, "datasets": "json"}, "`datasets` must be a list of mappings with `path`, got 'json'."),
     ({"dataset_streaming": True}, "A streamed data set has no length. Write `max_steps: ...`"),
+    (
+        {"dataset_name": None, "datasets": [{"path": "json"}], "streaming": True, "max_steps": 1, "test_split_size": 0.1},
+        "`test_split_size` can't split a streamed mixture.",
+    ),
+    (
+        {"dataset_name": None, "datasets": [{"path": "json"}], "dataset_config": "main"},
+        "`dataset_config` does nothing without `dataset_name`.",
+    ),
+    ({"model_init_kwargs": "fast"}, "`model_init_kwargs` must be a mapping, got 'fast'."),
+    ({"dataset_kwargs": "fast"}, "`dataset_kwargs` must be a mapping, got 'fast'."),
+    ({"use_peft": True, "lora_target_parameters": ["lm_head.weight"]}, "A PEFT adapter on `lm_head` would not train"),
     ({"lora_r": 8}, "`lora_r` does nothing without `use_peft`. Write `use_peft: true`, or remove `lora_r`."),
     ({"bnb_4bit_quant_type": "nf4"}, "`bnb_4bit_quant_type` does nothing without `load_in_4bit`."),
     ({"test_split_size": 0.1}, "`test_split_size` does nothing without `datasets`."),
@@ -218,6 +229,8 @@ def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
     (tmp_path / "out" / "adapter_config.json").touch()
     with pytest.raises(RecipeError, match=r"holds an earlier run \(adapter_config.json\)"):
         Recipe.read(write()).checkpoint()
+    with pytest.raises(RecipeError, match=r"would be overwritten\. Write another `output_dir`"):  # nothing to resume from
+        Recipe.read(write(resume_from_checkpoint=True)).checkpoint()
 
 
 def test_missing_bitsandbytes_is_named(write, monkeypatch):

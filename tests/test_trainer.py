@@ -494,6 +494,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`loss_type: dft` would change the objective"):
             BLTrainer("no-such-model", args)
 
+    def test_trl_without_a_head_for_this_device(self, monkeypatch):
+        monkeypatch.setattr("bl_trainer.trainer.version", lambda package: "1.15.0")
+        monkeypatch.setattr("bl_trainer.trainer.find_spec", lambda package: None)
+        with pytest.raises(ValueError, match=r"TRL 1\.15\.0 computes the loss with Triton, which is not installed here"):
+            BLTrainer("no-such-model")
+
     def test_compute_loss_func(self):
         with pytest.raises(ValueError, match="`compute_loss_func` would replace the objective"):
             BLTrainer("no-such-model", compute_loss_func=lambda *args, **kwargs: 0)

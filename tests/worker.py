@@ -26,9 +26,12 @@ def main(folder, case_path):
         report_to="none", save_strategy="no", logging_steps=2, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
         **case["options"],
     )  # fmt: skip
+    evaluation = Dataset.from_list(case["eval"])
+    if case["stream"]:
+        evaluation = evaluation.to_iterable_dataset()
     trainer = Ordered(
         model=make_llama(tokenizer), args=args, processing_class=tokenizer, callbacks=[seen],
-        train_dataset=Dataset.from_list(case["train"]), eval_dataset=Dataset.from_list(case["eval"]),
+        train_dataset=Dataset.from_list(case["train"]), eval_dataset=evaluation,
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()

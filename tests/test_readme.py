@@ -1,0 +1,148 @@
+"""The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from transformers import TrainingArguments
+
+from bl_trainer import Objective, Threshold
+from bl_trainer.objectives import OBJECTIVES, STATISTICS
+from bl_trainer.recipe import DATACLASSES, Recipe, _Parser
+from bl_trainer.trainer import METRICS, BLTrainer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+P = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def table(header):
+    """The rows of the table whose first header cell is `header`, as lists of cells."""
+    lines = README[README.index(f"| {header} |") :].splitlines()
+    rows = []
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def evaluate(formula, **values):
+    return eval(formula.replace("^", "**"), {"log": torch.log, "__builtins__": {}}, {"p": P, **values})
+
+
+def test_table_of_objectives():
+    rows = table("objective")
+    assert [re.match(r"`(\w+)`", row[0])[1] for row in rows] == list(OBJECTIVES)
+    for cells in rows:
+        name = re.match(r"`(\w+)`", cells[0])[1]
+        parameters = {"power": {"alpha": 0.7}, "log_one_minus_p": {"epsilon": 1e-3}}.get(name, {})
+        objective = Objective.parse({"name": name, **parameters})
+        torch.testing.assert_close(objective(P.log()), evaluate(cells[1], **parameters))
+        torch.testing.assert_close(objective.weight(P.log()), evaluate(cells[2], **parameters).expand_as(P))
+
+
+# Cost of a kept token and which tokens are kept, as the paper's repository writes them (paper, section 3; its trainer)
+PAPER = {
+    "original": (lambda logp: -logp, lambda p, q: p >= 0),
+    "logp": (lambda logp: -logp, lambda p, q: p >= 0),
+    "p": (lambda logp: -logp.exp(), lambda p, q: p >= 0),
+    "GeneralFamily": (lambda logp, a: (1 - (a * logp).exp()) / a, lambda p, q: p >= 0),
+    "convexity": (lambda logp, a: -(a * logp).exp() / a, lambda p, q: p >= 0),
+    "OnlyTopP": (lambda logp, a: -logp.exp(), lambda p, q: p >= q),
+    "OnlyBottomP": (lambda logp, a: -logp.exp(), lambda p, q: p <= q),
+    "OnlyTopLogP": (lambda logp, a: -logp, lambda p, q: p >= q),
+    "OnlyBottomLogP": (lambda logp, a: -logp, lambda p, q: p <= q),
+    "UnlikehoodTop": (lambda logp, a: (1 - logp.exp() + 1e-3).log(), lambda p, q: p >= q),
+    "UnlikehoodBottom": (lambda logp, a: (1 - logp.exp() + 1e-3).log(), lambda p, q: p <= q),
+}
+
+
+def test_map_of_the_papers_spellings():
+    seen = set()
+    for spellings, recipe in table("`objective_trans`"):
+        recipe = yaml.safe_load(recipe.strip("`"))
+        objective, threshold = Objective.parse(recipe["objective"]), Threshold.parse(recipe["threshold"])
+        assert threshold.normalize == "kept"
+        for spelling in re.findall(r"`([^`]+)`", spellings):
+            name, _, number = spelling.partition("-")
+            seen.add(name)
+            cost, keep = PAPER[name]
+            logp = P.log().requires_grad_()
+            expected = cost(logp, float(number)) if number else cost(logp)
+            (slope,) = torch.autograd.grad(expected.sum(), logp)
+            torch.testing.assert_close(objective.gradient_weight(P.log()), -slope)
+            difference = objective(P.log()) - expected  # a constant at most, which has no gradient
+            torch.testing.assert_close(difference, difference[:1].expand_as(difference), atol=1e-12, rtol=0)
+            assert torch.equal(threshold.keep(P.log()), keep(P.log().exp(), float(number or 0)))
+    assert seen == PAPER.keys()
+
+
+def test_yaml_snippets():
+    known = _Parser(DATACLASSES).known
+    for block in blocks("yaml"):
+        for line in block.splitlines():
+            ((key, value),) = yaml.safe_load(line).items()
+            assert key in known, line
+            if key == "objective" and "my_package" not in line:
+                Objective.parse(value)
+            if key == "threshold":
+                Threshold.parse(value)
+
+
+def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    example, power, gated, weights = blocks("python")
+    namespace = {}
+    exec(power + gated, namespace)
+    logp = P.log()
+    torch.testing.assert_close(namespace["power"](logp, 3), (1 - P**3) / 3)
+    assert namespace["gated"](logp, torch.ones_like(logp)).shape == logp.shape
+    exec(weights, {"logp": logp})
+    # The first screen, with a model and a data set that are here
+    example = example.replace("Qwen/Qwen2.5-1.5B", str(checkpoint)).replace(
+        'output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False, report_to="none", max_steps=1'
+    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: text_data)
+    exec(example, namespace)
+    assert isinstance(namespace["trainer"], BLTrainer)
+    assert namespace["trainer"].state.global_step == 1
+    assert load_dataset is not None
+
+
+def test_tables_of_names():
+    assert [row[0].strip("`") for row in table("statistic")] == list(STATISTICS)
+    named = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table("metric"))))
+    assert named == {*METRICS[:-1], "loss", "eval_perplexity"}
+
+
+def test_recipe_keys_in_the_text_exist():
+    known = {*_Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
+    for key in re.findall(r"`(\w+): ", README):
+        assert key in known | {"normalize", "objective"}, key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_in_configs(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("bl_trainer.recipe.is_bnb_available", lambda: True)
+    Recipe.read(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+
+
+def test_file_map_and_commands():
+    for path in re.findall(r"^([\w/.]+)  +\w", blocks("")[-1] if blocks("") else README, re.MULTILINE):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"make ([\w-]+)", README):
+        assert target in targets, target
+
+
+def test_figures_are_the_measured_ones():
+    assert (ROOT / "benchmarks" / "step-cpu.md").read_text().strip() in README
+    assert (ROOT / "docs" / "weights.svg").exists()
