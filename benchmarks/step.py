@@ -154,6 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_flush_denormal(True)  # as the train verb does
     results = {mode: measure(options.shape, mode == "LoRA", options) for mode in ("full", "LoRA")}
     lines = [
         f"{options.shape}, random weights, {options.dtype}, {options.batch} x {options.length} tokens, {options.device} "

@@ -13,6 +13,8 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
+    import torch
+
     from .recipe import Recipe, fail
     from .trainer import BLTrainer
 
@@ -29,10 +31,9 @@ def train(argv: list[str]) -> None:
             quantization_config=recipe.quantization_config,
             peft_config=recipe.peft_config,
         )
-        if checkpoint:
-            trainer.refuse_other_recipe(checkpoint)
     except (ValueError, OSError) as error:  # what the recipe points to: TRL's and the Hub's own words for it
         fail(error)
+    torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(recipe.training.output_dir)
     name = recipe.script.dataset_name

@@ -25,7 +25,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from .objectives import _nearest
-from .trainer import BLConfig, refuse_lm_head_adapter
+from .trainer import BLConfig, refuse_lm_head_adapter, refuse_other_recipe
 
 
 class RecipeError(ValueError):
@@ -200,16 +200,20 @@ class Recipe:
         `resume_from_checkpoint: true` takes the last one in `output_dir`, and starts anew where there is none, so that the
         same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run.
         """
-        resume, folder = self.training.resume_from_checkpoint, Path(self.training.output_dir or ".")
+        resume, folder = str(self.training.resume_from_checkpoint or False), Path(self.training.output_dir or ".")
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if resume and str(resume).lower() not in ("true", "false"):
+        if resume.lower() not in ("true", "false"):
             if not Path(resume).is_dir():
                 raise RecipeError(
                     f"`resume_from_checkpoint: {resume}` is not a folder. Write a checkpoint's path, or `true` for the last "
                     "one in `output_dir`."
                 )
-            return str(resume)
-        if last and str(resume).lower() == "true":
+            last = resume
+        if last and resume.lower() != "false":
+            try:
+                refuse_other_recipe(last, self.training)
+            except ValueError as error:
+                raise RecipeError(_sentence(error)) from error
             return last
         finished = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
         if last or finished:

@@ -265,7 +265,7 @@ class BLTrainer(SFTTrainer):
             if found is True:
                 found = get_last_checkpoint(self.args.output_dir)
             if found is not None:
-                self.refuse_other_recipe(found)
+                refuse_other_recipe(found, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _record(self) -> dict[str, Any]:
@@ -275,19 +275,6 @@ class BLTrainer(SFTTrainer):
             "threshold": self.threshold.to_dict(),
             "versions": {package: version(package) for package in packages},
         }
-
-    def refuse_other_recipe(self, checkpoint: str) -> None:
-        """Raise ValueError if `checkpoint` records another objective or threshold than this trainer's."""
-        path = Path(checkpoint) / RECORD_FILE
-        if not path.is_file():
-            return
-        recorded, current = json.loads(path.read_text()), self._record()
-        for key in ("objective", "threshold"):
-            if recorded[key] != current[key]:
-                raise ValueError(
-                    f"{checkpoint} was trained with {key} {recorded[key]}, the recipe says {current[key]}. Resume with the "
-                    f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
-                )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -363,6 +350,24 @@ def refuse_bypass(args: TrainingArguments) -> None:
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
             "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
         )
+
+
+def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> None:
+    """Raise ValueError if `checkpoint` records another objective or threshold than `args` has."""
+    path = Path(checkpoint) / RECORD_FILE
+    if not path.is_file():
+        return
+    recorded = json.loads(path.read_text())
+    current = {
+        "objective": Objective.parse(getattr(args, "objective", "nll")).to_dict(),
+        "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict(),
+    }
+    for key, value in current.items():
+        if recorded[key] != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {key} {recorded[key]}, the recipe says {value}. Resume with the recorded "
+                f"{key}, or start a new run from that checkpoint as `model_name_or_path`."
+            )
 
 
 def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:

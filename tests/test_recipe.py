@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from bl_trainer import BLConfig
+from bl_trainer import BLConfig, Threshold
 from bl_trainer.recipe import NEEDS, REPLACED, Recipe, RecipeError
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
@@ -225,6 +225,12 @@ def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
     assert Recipe.read(write(resume_from_checkpoint=str(last))).checkpoint() == str(last)
     with pytest.raises(RecipeError, match="`resume_from_checkpoint: nowhere` is not a folder"):
         Recipe.read(write(resume_from_checkpoint="nowhere")).checkpoint()
+    record = {"objective": {"name": "neg_p"}, "threshold": Threshold().to_dict()}
+    (last / "bl_trainer.json").write_text(json.dumps(record))
+    assert Recipe.read(write(resume_from_checkpoint=True, objective="neg_p")).checkpoint() == str(last)
+    with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'neg_p'\}, the recipe says"):
+        Recipe.read(write(resume_from_checkpoint=True)).checkpoint()
+    (last / "bl_trainer.json").unlink()
     last.rmdir()
     (tmp_path / "out" / "adapter_config.json").touch()
     with pytest.raises(RecipeError, match=r"holds an earlier run \(adapter_config.json\)"):
