@@ -35,7 +35,7 @@ def table(header):
 
 
 def evaluate(formula, **values):
-    return eval(formula.replace("^", "**"), {"log": torch.log, "__builtins__": {}}, {"p": P, **values})
+    return eval(formula.replace("^", "**").replace("·", "*"), {"log": torch.log, "__builtins__": {}}, {"p": P, **values})
 
 
 def test_table_of_objectives():
@@ -100,7 +100,7 @@ def test_yaml_snippets():
 def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
     monkeypatch.chdir(tmp_path)
     example, power, gated, weights = blocks("python")
-    namespace = {}
+    namespace = {"torch": torch}
     exec(power + gated, namespace)
     logp = P.log()
     torch.testing.assert_close(namespace["power"](logp, 3), (1 - P**3) / 3)
