@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
@@ -246,6 +246,12 @@ class BLTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._sums["eval"] = None
+        processes = self.accelerator.num_processes
+        if processes > 1 and not has_length(dataloader.dataset):
+            logger.warning(
+                f"The evaluation set is streamed to {processes} processes: if its length is not a multiple of their batches, "
+                "accelerate repeats examples to fill the last, and they count twice in the metrics."
+            )
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
         if means and output.metrics is not None:

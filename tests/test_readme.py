@@ -1,6 +1,7 @@
 """The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -145,4 +146,9 @@ def test_file_map_and_commands():
 
 def test_figures_are_the_measured_ones():
     assert (ROOT / "benchmarks" / "step-cpu.md").read_text().strip() in README
-    assert (ROOT / "docs" / "weights.svg").exists()
+
+
+def test_figure_is_the_scripts(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "plot_weights.py"))
+    script["main"](str(tmp_path / "weights.svg"))
+    assert (tmp_path / "weights.svg").read_bytes() == (ROOT / "docs" / "weights.svg").read_bytes()

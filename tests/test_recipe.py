@@ -7,6 +7,7 @@ import pytest
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
+from bl_trainer.__main__ import main
 from bl_trainer.recipe import NEEDS, REPLACED, Recipe, RecipeError
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
@@ -144,11 +145,12 @@ BAD_RECIPES = [(changes, message) for changes, message in BAD_RECIPES if not cha
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_RECIPES, ids=[str(changes) for changes, _ in BAD_RECIPES])
-def test_mistake_says_what_to_write(changes, message, write, tmp_path):
-    with pytest.raises(RecipeError) as caught:
-        Recipe.read(write(**changes))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *write(**changes)])
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -198,10 +200,12 @@ def test_bad_command_line(argv, message, write):
     ],
     ids=str,
 )
-def test_data_that_is_not_there(changes, message, write):
-    with pytest.raises(RecipeError) as caught:
-        Recipe.read(write(**changes)).load_datasets()
-    assert message in str(caught.value)
+def test_data_that_is_not_there(changes, message, write, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *write(**changes)])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_without_a_format(write, tmp_path):
