@@ -35,7 +35,8 @@ $(VENV)/weights: $(VENV)/installed
 
 quickstart: $(VENV)/weights
 	$(BIN)/python scripts/quickstart.py prepare
-	$(BIN)/accelerate launch --num_cpu_threads_per_process $(CORES) scripts/train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(CORES) scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/quickstart.py compare
 
 test: lint test-pinned test-minimum

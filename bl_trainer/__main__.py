@@ -31,7 +31,7 @@ def train(argv: list[str]) -> None:
             quantization_config=recipe.quantization_config,
             peft_config=recipe.peft_config,
         )
-    except (ValueError, OSError) as error:  # what the recipe points to: TRL's and the Hub's own words for it
+    except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
     trainer.train(resume_from_checkpoint=checkpoint)

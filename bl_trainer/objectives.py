@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -129,7 +130,7 @@ class Objective:
         """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
 
         Raises ValueError on an unknown name, a missing or surplus parameter, or a function that doesn't keep the contract
-        above, which is tried on four probabilities.
+        above, which is tried on a few tokens, from impossible to certain.
         """
         if isinstance(spec, Objective):
             return spec
@@ -140,7 +141,7 @@ class Objective:
                 "a notebook `__main__:function`, so that checkpoints can record it."
             )
         if isinstance(spec, Mapping):
-            parameters = {key: _to_number(value) for key, value in spec.items() if key != "name"}
+            parameters = {key: _to_exponent(value) for key, value in spec.items() if key != "name"}
             name = spec.get("name")
         else:
             name, parameters = spec, {}
@@ -207,57 +208,80 @@ class Objective:
         missing = [key for key, p in own.items() if p.default is p.empty and key not in self.parameters]
         if supplied or surplus or missing:
             problems = [
-                f"{key!r} is a statistic that the trainer supplies" if key in supplied else f"{key!r} is not one of them"
+                f"{key!r} is a statistic that the trainer supplies"
+                if key in supplied
+                else f"{key!r} is not one of them{_nearest(key, own).replace(' Did', ', did').rstrip('?')}"
                 for key in dict.fromkeys(supplied + surplus)
             ]
             problems += [f"{key!r} is missing" for key in missing]
-            example = ", ".join([f"name: {self.name}", *(f"{key}: ..." for key in own)])
+            example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
+            offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
             raise ValueError(
                 f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}. Write "
-                f"`objective: {'{' + example + '}' if own else self.name}`."
+                f"`objective: {'{' + example + '}' if own else self.name}`.{offer}"
             )
 
     def _check_contract(self) -> None:
-        """Try the function on four tokens, then with one of them changed: only that one's cost may change."""
-        shape, what = (2, 2), f"Objective {self.name!r}"
-        logp = torch.tensor([[-0.1, -0.7], [-1.6, -3.0]])
-        statistics: dict[str, Any] = {
-            "entropy": torch.tensor([[0.3, 0.9], [1.4, 2.0]]),
-            "log_sum_sq_probs": torch.tensor([[-0.2, -0.6], [-1.1, -1.7]]),
-            "is_top1": torch.tensor([[True, True], [False, False]]),
-            "label": torch.zeros(shape, dtype=torch.long),
-            "progress": 0.5,
-        }
+        """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
+        what, shape = f"Objective {self.name!r}", (2, 6)
+        tokens = _probe([-100, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape)
+        others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape)
         if self.name in OBJECTIVES:
-            self(logp, **statistics)  # its parameters are checked; the rest is tested with the package
+            self(**tokens)  # its parameters are checked; the rest is tested with the package
             return
-        other = logp.clone()
-        other[1, 1] = -2.0
-        inputs = (logp.requires_grad_(), statistics["entropy"].requires_grad_())
-        try:
-            costs = []
-            for variant in (logp, other):
-                with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                    torch.manual_seed(0)
-                    costs.append(self(variant, **statistics))
-        except Exception as error:
-            raise ValueError(f"{what} failed when tried on four values of log p: {type(error).__name__}: {error}") from error
-        cost, changed = costs
+        inputs = (tokens["logp"].requires_grad_(), tokens["entropy"].requires_grad_())
+        cost = self._try(tokens)
         if not isinstance(cost, Tensor) or cost.shape != shape or not cost.is_floating_point():
             got = f"{cost.dtype} {tuple(cost.shape)}" if isinstance(cost, Tensor) else type(cost).__name__
             raise ValueError(
                 f"{what} must return one float per token, of the shape of `logp`; for a float32 {shape} it gave {got}. "
                 "Don't take the mean or the sum: the trainer does."
             )
-        if not cost.isfinite().all():
-            raise ValueError(f"{what} is not finite at ordinary probabilities: f(log p = {logp.tolist()}) = {cost.tolist()}.")
-        if not cost.requires_grad or all(grad is None for grad in torch.autograd.grad(cost.sum(), inputs, allow_unused=True)):
+        slopes = torch.autograd.grad(cost.sum(), inputs, allow_unused=True) if cost.requires_grad else (None, None)
+        if all(slope is None for slope in slopes):
             raise ValueError(f"{what} has no gradient with respect to `logp`, so nothing would train. Don't detach all of it.")
-        if not torch.allclose(cost[0], changed[0]) or not torch.allclose(cost[1, 0], changed[1, 0]):
+        for values in (cost, *(slope for slope in slopes if slope is not None)):
+            if not values.isfinite().all():
+                worst = tokens["logp"][~values.isfinite()][0].item()
+                raise ValueError(
+                    f"{what}, or its gradient, is not finite at log p = {worst:g}. It must be from log p = -100 to 0, which "
+                    "confident models reach."
+                )
+        for i in range(cost.numel()):
+            here = torch.arange(cost.numel()).view(shape) == i
+            mixed = {
+                name: torch.where(here, value, others[name]) if isinstance(value, Tensor) else value
+                for name, value in tokens.items()
+            }
+            if not torch.allclose(self._try(mixed)[here], cost[here], rtol=1e-4):
+                raise ValueError(
+                    f"{what} makes the cost of one token depend on other tokens, so training would depend on how a batch is "
+                    "cut into micro-batches and ranks. Compute each token's cost from its own statistics."
+                )
+
+    def _try(self, tokens: dict[str, Any]) -> Any:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                torch.manual_seed(0)  # an objective may draw at random for each token
+                return self(**tokens)
+        except Exception as error:
             raise ValueError(
-                f"{what} makes the cost of one token depend on other tokens, so training would depend on how a batch is cut "
-                "into micro-batches and ranks. Compute each token's cost from its own statistics."
-            )
+                f"Objective {self.name!r} failed when tried on a few tokens: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
+    """Return statistics of tokens with these log-probabilities, one that a next-token distribution could have."""
+    values = torch.tensor(logp, dtype=torch.float32).view(shape)
+    uncertainty = 0.1 + (-values).clamp(max=3)
+    return {
+        "logp": values,
+        "entropy": uncertainty,
+        "log_sum_sq_probs": -uncertainty,
+        "is_top1": values > -0.69,
+        "label": torch.zeros(shape, dtype=torch.long),
+        "progress": 0.5,
+    }
 
 
 @dataclass(frozen=True)
@@ -313,7 +337,7 @@ class Threshold:
     def keep(self, logp: Tensor) -> Tensor:
         """Return which tokens train: bool tensor of the shape of `logp`."""
         p = logp.detach().exp()
-        return (p >= self.above) & (p <= self.below)
+        return ~((p < self.above) | (p > self.below))  # keeps NaN, so that a diverged model shows in the loss
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `parse` reads."""
@@ -350,8 +374,8 @@ def _import(path: str) -> Callable[..., Tensor]:
     hint = "Write `objective: package.module:function`; the module must be importable from where you launch."
     try:
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as error:
-        raise ValueError(f"Can't import objective {path!r}: {error}. {hint}") from error
+    except Exception as error:
+        raise ValueError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
     try:
         function = attrgetter(attribute)(module)
     except AttributeError as error:
@@ -375,8 +399,14 @@ def _from_json(key: str, value: Any, example: str) -> Any:
         raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
 
 
+def _to_exponent(value: Any) -> Any:
+    """Read `1e-3`, which YAML takes for text; other text may be meant as such."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value
+
+
 def _to_number(value: Any) -> Any:
-    """Read numbers that reach us as text: from the command line, or `1e-3`, which YAML takes for a string."""
+    """Read a number that reaches us as text, from the command line or as `1e-3` from YAML."""
     if isinstance(value, str):
         try:
             return float(value)

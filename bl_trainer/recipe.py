@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from accelerate.utils import is_bnb_available
 from datasets.exceptions import DatasetsError
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -25,7 +25,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from .objectives import _nearest
-from .trainer import BLConfig, refuse_lm_head_adapter, refuse_other_recipe
+from .trainer import METRICS, BLConfig, refuse_lm_head_adapter, refuse_other_recipe
 
 
 class RecipeError(ValueError):
@@ -106,7 +106,14 @@ NEEDS = {
         ("dataset_name", "dataset_name: ..., or name and streaming of a `datasets` mixture"),
     ),
     "packing_strategy": ("packing", "packing: true"),
+    **dict.fromkeys(("eval_steps", "dataset_test_split", "eval_packing"), ("eval_strategy", "eval_strategy: steps")),
+    "liger_kernel_config": ("use_liger_kernel", "use_liger_kernel: true"),
 }
+
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
+
+# What a run writes to `output_dir`, so that none of it may be there already
+WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
 
 DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -129,12 +136,19 @@ class Recipe:
         """Read `--config recipe.yaml --any_key value ...`; the command line wins. Raises RecipeError."""
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         parser = _Parser(DATACLASSES, prog="bl_trainer train", allow_abbrev=False)
-        config = _load_yaml(argv) if "--config" in argv else {}
+        config: dict[str, Any] = {}
+        if "--config" in argv:
+            index = argv.index("--config")
+            config = _load_yaml(argv[index + 1 : index + 2])
+            argv = argv[:index] + argv[index + 2 :]
         parser.check(config, argv)
+        os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
         try:
-            script, training, model, mixture = parser.parse_args_and_config(argv)
+            parser.set_defaults_with_config(**config)
+            script, training, model, mixture = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise RecipeError(_sentence(error)) from error
+            on_cpu = " On a machine without a GPU write `use_cpu: true`." if "use_cpu" in str(error) else ""
+            raise RecipeError(_sentence(error) + on_cpu) from error
         recipe = cls(script, training, model, mixture)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
         return recipe
@@ -164,9 +178,10 @@ class Recipe:
         script, training = self.script, self.training
         try:
             loaded = get_dataset(self.mixture) if self.mixture.datasets else _load_dataset(script)
-        except (ValueError, OSError, DatasetsError) as error:
+        except (ValueError, OSError, DatasetsError, StopIteration) as error:
             source = script.dataset_name or [entry.path for entry in self.mixture.datasets]
-            raise RecipeError(f"Can't load the data set {source}: {_sentence(error)}") from error
+            why = "a file is empty" if isinstance(error, StopIteration) else _sentence(error)
+            raise RecipeError(f"Can't load the data set {source}: {why}") from error
         wanted = {"dataset_train_split": script.dataset_train_split}
         if training.eval_strategy != "no":
             wanted["dataset_test_split"] = script.dataset_test_split
@@ -180,6 +195,8 @@ class Recipe:
                 )
         found = [loaded[split] for split in wanted.values()]
         for split, dataset in zip(wanted.values(), found, strict=True):
+            if next(iter(dataset), None) is None:
+                raise RecipeError(f"The {split} set is empty.")
             self._check_columns(split, dataset)
         return found[0], found[1] if len(found) > 1 else None
 
@@ -201,31 +218,40 @@ class Recipe:
         same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run.
         """
         resume, folder = str(self.training.resume_from_checkpoint or False), Path(self.training.output_dir or ".")
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # a killed run may leave a part
+        last = max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+        chosen = last if resume.lower() == "true" else None
         if resume.lower() not in ("true", "false"):
-            if not Path(resume).is_dir():
+            chosen = Path(resume)
+            if not chosen.is_dir():
                 raise RecipeError(
                     f"`resume_from_checkpoint: {resume}` is not a folder. Write a checkpoint's path, or `true` for the last "
                     "one in `output_dir`."
                 )
-            last = resume
-        if last and resume.lower() != "false":
+        if chosen:
             try:
-                refuse_other_recipe(last, self.training)
+                refuse_other_recipe(str(chosen), self.training)
             except ValueError as error:
                 raise RecipeError(_sentence(error)) from error
-            return last
-        finished = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-        if last or finished:
-            go_on = "`resume_from_checkpoint: true` to go on with it, or " if last else ""
+            if chosen.resolve().parent == folder.resolve():
+                return str(chosen)
+        present = sorted(path.name for pattern in WRITTEN for path in folder.glob(pattern))
+        if present:
+            go_on = "`resume_from_checkpoint: true` to go on with it, or " if last and not chosen else ""
             raise RecipeError(
-                f"`output_dir: {folder}` holds an earlier run ({Path(last).name if last else finished[0]}), which would be "
-                f"overwritten. Write {go_on}another `output_dir`."
+                f"`output_dir: {folder}` holds {present[0]}, of an earlier run or your own, which would be overwritten. Write "
+                f"{go_on}another `output_dir`."
             )
-        return None
+        return str(chosen) if chosen else None
 
     def _check(self, given: set[str]) -> None:
         script, training, model, mixture = self.script, self.training, self.model, self.mixture
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and training.world_size == 1:
+            raise RecipeError(
+                f"{launched} processes were launched, and each would train alone. On CPUs write `use_cpu: true`; on GPUs "
+                "launch no more processes than there are."
+            )
         if not model.model_name_or_path:
             raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
         if _is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
@@ -241,6 +267,21 @@ class Recipe:
             other, line = NEEDS[key]
             if other not in given and not (key == "packing_strategy" and training.eval_packing):
                 raise RecipeError(f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`.")
+        for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
+            if top in given and key in (training.model_init_kwargs or {}):
+                raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")
+        for key in POSITIVE:
+            if getattr(training, key) is not None and getattr(training, key) <= 0:
+                raise RecipeError(f"`{key}: {getattr(training, key)}` must be above 0.")
+        if training.learning_rate < 0:
+            raise RecipeError(f"`learning_rate: {training.learning_rate}` must not be negative.")
+        if training.eval_on_start and training.eval_strategy == "no":
+            raise RecipeError("`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`.")
+        reported = [*METRICS[:-1], "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
+        best = training.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in reported:
+            near = _nearest(best, [f"eval_{name}" for name in reported])
+            raise RecipeError(f"`metric_for_best_model: {best}` is not reported.{near} Allowed: {', '.join(reported)}.")
         if "ignore_bias_buffers" in given:
             raise RecipeError("`ignore_bias_buffers` does nothing in SFT. Remove it.")
         streamed = script.dataset_streaming or mixture.streaming
@@ -252,7 +293,7 @@ class Recipe:
         if quantised and not model.use_peft:
             raise RecipeError("A model in 4 or 8 bits can't be trained as it is. Write `use_peft: true` for QLoRA.")
         if quantised and not is_bnb_available():
-            raise RecipeError("`load_in_4bit` and `load_in_8bit` need bitsandbytes. Run `pip install 'bl_trainer[qlora]'`.")
+            raise RecipeError("`load_in_4bit` and `load_in_8bit` need bitsandbytes. Run `pip install bitsandbytes`.")
         try:
             refuse_lm_head_adapter(self.peft_config)
         except ValueError as error:
@@ -281,7 +322,7 @@ class _Parser(TrlParser):
         for key, value in config.items():
             if key not in known and key != "env":
                 raise RecipeError(_unknown(str(key), value, known))
-        options = {*self._option_string_actions, "--config"}
+        options = self._option_string_actions
         for i, arg in enumerate(argv):
             option, _, value = arg.partition("=")
             if option.startswith("--") and option not in options:
@@ -320,17 +361,21 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load_yaml(argv: list[str]) -> dict[str, Any]:
-    index = argv.index("--config") + 1
-    if index == len(argv):
+def _load_yaml(paths: list[str]) -> dict[str, Any]:
+    if not paths:
         raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
-    path = Path(argv[index])
+    path = Path(paths[0])
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"Can't read the recipe {path}: {_sentence(error)}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
+    if not isinstance(config.get("env", {}), dict):
+        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {config['env']!r}.")
+    for key in config:
+        if str(key).endswith("_strategy") and config[key] is False:
+            config[key] = "no"  # what YAML makes of an unquoted no
     entries = config.get("datasets") or []
     if not isinstance(entries, list):
         raise RecipeError(f"`datasets` must be a list of mappings with `path`, got {entries!r}.")
@@ -375,11 +420,16 @@ def _is_path(name: str) -> bool:
 
 def _sentence(error: BaseException) -> str:
     """An exception's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split()) or type(error).__name__
 
 
-def fail(error: BaseException) -> None:
-    """End the process with exit code 2 and, from the first process, one line on stderr."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+def fail(error: Exception) -> None:
+    """End the process with exit code 2 and, once a machine, one line on stderr; with BL_TRACEBACK=1 where it came from."""
+    if os.environ.get("BL_TRACEBACK"):
+        traceback.print_exception(error)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        where = "" if isinstance(error, RecipeError) else f"{type(error).__name__}: "
+        more = "" if isinstance(error, RecipeError) else " (BL_TRACEBACK=1 shows where)"
+        print(f"error: {where}{_sentence(error)}{more}", file=sys.stderr)
     sys.exit(2)

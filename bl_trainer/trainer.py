@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
@@ -72,16 +73,20 @@ class BLConfig(SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
 
     def __post_init__(self) -> None:
-        Objective.parse(self.objective)  # type: ignore[arg-type]
-        threshold = Threshold.parse(self.threshold)
-        if self.load_best_model_at_end and self.metric_for_best_model is None and threshold != Threshold():
-            raise ValueError(
-                "`load_best_model_at_end` would choose by `eval_loss`, which falls as tokens drop out of the `threshold`. "
-                "Write `metric_for_best_model: eval_nll`, or another metric."
-            )
+        objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
+        if isinstance(self.objective, Objective):
+            self.objective = objective.to_dict()
+        if isinstance(self.threshold, Threshold):
+            self.threshold = threshold.to_dict()
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
             self.greater_is_better = False
         super().__post_init__()
+        metric = self.metric_for_best_model or ""  # that chooses a checkpoint, or paces a plateau schedule
+        if metric.endswith("loss") and (threshold.above, threshold.below) != (0, 1):
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
+                "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
+            )
         refuse_bypass(self)
 
 
@@ -224,18 +229,27 @@ class BLTrainer(SFTTrainer):
         return dict(zip(("aux_loss", *METRICS), means, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Only where every process logs: `_pop_means` communicates
-        if self.model.training and ("loss" in logs or "train_loss" in logs):
+        # Only where every process logs: `_pop_means` communicates. After a last evaluation the model is not in training mode
+        if "loss" in logs or "train_loss" in logs:
             means = self._pop_means("train")
             for name in METRICS[:-1]:
                 if name in means:
-                    self._metrics["train"][name] = [means[name]]  # in place of TRL's list of micro-batch means
-            if means.get("kept_fraction") == 0:
-                logger.warning(
-                    f"Nothing trains: since the last log no target token was within the threshold {self.threshold.to_dict()} "
-                    f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
-                )
+                    self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
+                    logs[name] = means[name]
+            self._warn(means, logs.get("grad_norm"))
         super().log(logs, start_time)
+
+    def _warn(self, means: dict[str, float], grad_norm: float | None = None) -> None:
+        if means.get("kept_fraction") == 0:
+            logger.warning(
+                f"Nothing trains: since the last log no target token was within the threshold {self.threshold.to_dict()} "
+                f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
+            )
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            logger.warning(
+                f"grad_norm is {grad_norm}: this step changes nothing, or breaks the optimizer's state. If `alpha` is negative "
+                "keep the least probable tokens out, e.g. by `threshold: 1.0e-6`."
+            )
 
     def evaluation_loop(
         self,
@@ -255,6 +269,7 @@ class BLTrainer(SFTTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
         if means and output.metrics is not None:
+            self._warn(means)
             for name in METRICS[:-1]:
                 self._metrics["eval"][name] = [means[name]]
             loss, aux_loss = means.pop("objective"), means.pop("aux_loss")
@@ -266,13 +281,27 @@ class BLTrainer(SFTTrainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        if resume_from_checkpoint:
-            found = resume_from_checkpoint
-            if found is True:
-                found = get_last_checkpoint(self.args.output_dir)
-            if found is not None:
-                refuse_other_recipe(found, self.args)
+        self._sums["train"] = None
+        found = resume_from_checkpoint or None
+        if found is True:
+            found = get_last_checkpoint(str(self.args.output_dir))
+        if isinstance(found, str):
+            refuse_other_recipe(found, self.args)
+            state_file = Path(found) / "trainer_state.json"
+            state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            if 0 < self.args.max_steps <= state.global_step and not sharded:
+                return self._finish(found, state)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _finish(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Take up a run that has all its steps; transformers would train one more."""
+        logger.warning(f"{checkpoint} is at step {state.global_step} of {self.args.max_steps}: nothing is left to train.")
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _record(self) -> dict[str, Any]:
         packages = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
@@ -294,6 +323,7 @@ class BLTrainer(SFTTrainer):
         if self.is_world_process_zero():
             record = self._record()
             lines = [
+                "",
                 "",
                 "## Objective",
                 "",
@@ -369,9 +399,9 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> None:
         "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict(),
     }
     for key, value in current.items():
-        if recorded[key] != value:
+        if recorded.get(key) != value:
             raise ValueError(
-                f"{checkpoint} was trained with {key} {recorded[key]}, the recipe says {value}. Resume with the recorded "
+                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {value}. Resume with the recorded "
                 f"{key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
 

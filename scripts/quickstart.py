@@ -2,7 +2,7 @@
 
 Task: read name, age and city out of a sentence, as JSON. SmolLM2-135M-Instruct nearly knows it (mean p of the target tokens
 about 0.8, the model-strong end of the continuum), and 30 % of the training records carry another person's age and city, as
-scraped labels do. A prior-leaning objective takes up the format and leaves the errors; the held-out records are correct.
+scraped labels do; the held-out records are correct. Training teaches it to answer with the record alone and to stop.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def compare(run: Path) -> None:
         before = generate(model, tokenizer, prompts)
     after = generate(model, tokenizer, prompts)
     record = json.loads((run / "bl_trainer.json").read_text())
-    print(f"\n{len(rows)} held-out records, objective {record['objective']}, threshold {record['threshold']}\n")
+    print(f"\n{len(rows)} held-out records, objective {json.dumps(record['objective'])}\n")
     print(f"{'':34}{'before':>10}{'after':>10}")
     for name in ("nll", "target_prob"):
         print(f"{name:34}{history[0][f'eval_{name}']:10.3f}{history[-1][f'eval_{name}']:10.3f}")

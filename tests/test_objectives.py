@@ -164,6 +164,35 @@ def any_parameters(logp, **parameters):
     return -logp * parameters["scale"]
 
 
+def above_the_mean(logp):
+    return -logp * (logp.detach() > logp.detach().mean())
+
+
+def above_the_median(logp):
+    return torch.where(logp >= logp.median(), -logp, 0 * logp)
+
+
+def by_mean_entropy(logp, entropy):
+    return -logp * entropy / entropy.mean()
+
+
+def infinite_at_certainty(logp):
+    return torch.log(-torch.expm1(logp))
+
+
+def infinite_slope(logp):
+    return torch.sqrt(-torch.expm1(logp))
+
+
+def misspelt_statistic(logp, entrop):
+    return -logp * entrop
+
+
+def worded(logp, mode, gamma):
+    assert mode == "1"
+    return -logp * gamma
+
+
 def random_half(logp):
     return -logp * (torch.rand_like(logp) < 0.5)
 
@@ -188,6 +217,7 @@ def test_own_function_gets_what_it_names():
     assert torch.equal(objective.gradient_weight(logp, **statistics), torch.tensor([2.0, 0.0]))
     assert Objective.parse({"name": f"{__name__}:gated", "gamma": 0}).statistics == ("entropy",)
     assert Objective.parse({"name": f"{__name__}:any_parameters", "scale": 3}).parameters == {"scale": 3}
+    assert Objective.parse({"name": f"{__name__}:worded", "mode": "1", "gamma": "1e-3"}).parameters["gamma"] == 1e-3
     assert Objective.parse(f"{__name__}:random_half").name.endswith("random_half")  # per token, so allowed
 
 
@@ -201,22 +231,28 @@ BAD_OBJECTIVES = [
     ('{"name": power}', "`objective` is not valid JSON"),
     ("negp", r"Unknown objective 'negp'. Did you mean 'neg_p'\? Built in: nll, neg_p, power, log_one_minus_p"),
     ("power", "Objective 'power' takes alpha: 'alpha' is missing. Write `objective: {name: power, alpha: ...}`"),
-    ({"name": "power", "alpa": 3}, "takes alpha: 'alpa' is not one of them and 'alpha' is missing"),
+    ({"name": "power", "alpa": 3}, "takes alpha: 'alpa' is not one of them, did you mean 'alpha' and 'alpha' is missing"),
     ({"name": "nll", "alpha": 3}, "takes no parameters: 'alpha' is not one of them. Write `objective: nll`"),
     ({"name": "power", "alpha": "ten"}, "`alpha` of objective 'power' must be a finite number, got 'ten'"),
     ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),
     ({"name": "power", "alpha": True}, "must be a finite number, got True"),
     ({"name": "log_one_minus_p", "epsilon": 0}, "`epsilon` of objective 'log_one_minus_p' must be positive, got 0"),
-    ("no_such_module:f", "Can't import objective 'no_such_module:f': No module named 'no_such_module'"),
+    ("no_such_module:f", "Can't import objective 'no_such_module:f': ModuleNotFoundError: No module named 'no_such_module'"),
     (f"{HERE}:gate", f"Module '{HERE}' has no 'gate'. Did you mean 'gated'"),
     (f"{HERE}:NOT_A_FUNCTION", "is a int, not a function"),
     (f"{HERE}:wrong_first", "first parameter of objective .* must be `logp`, got 'p'"),
+    (f"{HERE}:misspelt_statistic", "'entrop' is missing. .* Statistics that a function may name: entropy, log_sum_sq_probs"),
     ({"name": f"{HERE}:gated", "entropy": 1}, "'entropy' is a statistic that the trainer supplies"),
     (f"{HERE}:by_batch_mean", "makes the cost of one token depend on other tokens"),
+    (f"{HERE}:above_the_mean", "makes the cost of one token depend on other tokens"),
+    (f"{HERE}:above_the_median", "makes the cost of one token depend on other tokens"),
+    (f"{HERE}:by_mean_entropy", "makes the cost of one token depend on other tokens"),
+    (f"{HERE}:infinite_at_certainty", "or its gradient, is not finite at log p = 0. It must be from log p = -100 to 0"),
+    (f"{HERE}:infinite_slope", "or its gradient, is not finite at log p = 0"),
     (f"{HERE}:no_gradient", "has no gradient with respect to `logp`"),
     (f"{HERE}:reduced", r"must return one float per token, of the shape of `logp`; .* it gave torch.float32 \(\)"),
-    (f"{HERE}:raises", "failed when tried on four values of log p: RuntimeError: out of ideas"),
-    (f"{HERE}:infinite", "is not finite at ordinary probabilities"),
+    (f"{HERE}:raises", "failed when tried on a few tokens: RuntimeError: out of ideas"),
+    (f"{HERE}:infinite", "or its gradient, is not finite at log p = -100"),
     ("builtins:max", "is not a function of `logp`"),
 ]
 
@@ -226,6 +262,22 @@ def test_wrong_objective_says_what_to_write(spec, message):
     with pytest.raises(ValueError, match=message) as caught:
         Objective.parse(spec)
     assert str(caught.value).startswith(("Unknown", "Objective", "`", "Can't", "Module", "The first"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("def f(logp:", "SyntaxError"), ("import no_such", "ModuleNotFoundError"), ("x = y", "NameError")]
+)
+def test_a_broken_module_is_named(text, error, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"Can't import objective 'broken_module:f': {error}"):
+        Objective.parse("broken_module:f")
+
+
+def test_threshold_keeps_nan_so_that_it_shows():
+    logp = torch.tensor([math.nan, -1.0])
+    assert Threshold().keep(logp).all()
+    assert Threshold(above=0.9).keep(logp).tolist() == [True, False]
 
 
 def test_threshold_is_inclusive_and_combines():

@@ -179,6 +179,16 @@ def test_user_mistake_is_one_sentence_and_exit_code_2(checkpoint, data_folder, t
     assert not (tmp_path / "out").exists()
 
 
+def test_processes_that_would_train_alone_are_refused(checkpoint, data_folder, tmp_path):
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, use_cpu=False)
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
+    assert done.returncode == 2
+    assert "error: 2 processes were launched, and each would train alone. On CPUs write `use_cpu: true`" in done.stderr
+
+
 @pytest.mark.parametrize(("argv", "message"), [([], "no verb"), (["trian"], "unknown verb 'trian'")])
 def test_unknown_verb(argv, message):
     done = subprocess.run([sys.executable, "-m", "bl_trainer", *argv], capture_output=True, text=True, check=False)

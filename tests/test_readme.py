@@ -137,7 +137,10 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 
 
 def test_file_map_and_commands():
-    for path in re.findall(r"^([\w/.]+)  +\w", blocks("")[-1] if blocks("") else README, re.MULTILINE):
+    files = README[README.index("## Files") : README.index("## Development")]
+    paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
+    assert len(paths) == 8
+    for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"make ([\w-]+)", README):

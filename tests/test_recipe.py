@@ -1,7 +1,9 @@
 """The recipe reader: what it takes, and one sentence for every mistake."""
 
 import json
+import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
@@ -51,6 +53,14 @@ def test_reads_file_and_command_line(write):
     assert recipe.peft_config.r == 8
     assert recipe.training.max_steps == 3
     assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
+
+
+def test_unquoted_no_and_env(write, monkeypatch):
+    monkeypatch.delenv("BL_TEST_VARIABLE", raising=False)
+    text = Path(write(env={"BL_TEST_VARIABLE": 1})[1]).read_text() + "eval_strategy: no\nsave_strategy: no\n"
+    recipe = Recipe.read(write(text))
+    assert (recipe.training.eval_strategy, recipe.training.save_strategy) == ("no", "no")
+    assert os.environ.pop("BL_TEST_VARIABLE") == "1"
 
 
 def test_command_line_alone(checkpoint, data_folder, tmp_path):
@@ -127,6 +137,15 @@ BAD_RECIPES = [
     ({"model_init_kwargs": "fast"}, "`model_init_kwargs` must be a mapping, got 'fast'."),
     ({"dataset_kwargs": "fast"}, "`dataset_kwargs` must be a mapping, got 'fast'."),
     ({"use_peft": True, "lora_target_parameters": ["lm_head.weight"]}, "A PEFT adapter on `lm_head` would not train"),
+    ({"eval_steps": 5}, "`eval_steps` does nothing without `eval_strategy`."),
+    ({"dataset_test_split": "dev"}, "`dataset_test_split` does nothing without `eval_strategy`."),
+    ({"liger_kernel_config": {"rope": True}}, "`liger_kernel_config` does nothing without `use_liger_kernel`."),
+    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size: 0` must be above 0."),
+    ({"learning_rate": -1.0}, "`learning_rate: -1.0` must not be negative."),
+    ({"eval_on_start": True}, "`eval_on_start` needs an evaluation set."),
+    ({"metric_for_best_model": "eval_nlll"}, "`metric_for_best_model: eval_nlll` is not reported. Did you mean 'eval_nll'?"),
+    ({"dtype": "bfloat16", "model_init_kwargs": {"dtype": "float32"}}, "`dtype` and `dtype` in `model_init_kwargs` say the"),
+    ({"env": 3}, "`env` must be a mapping of environment variables to values, got 3."),
     ({"lora_r": 8}, "`lora_r` does nothing without `use_peft`. Write `use_peft: true`, or remove `lora_r`."),
     ({"bnb_4bit_quant_type": "nf4"}, "`bnb_4bit_quant_type` does nothing without `load_in_4bit`."),
     ({"test_split_size": 0.1}, "`test_split_size` does nothing without `datasets`."),
@@ -212,17 +231,33 @@ def test_data_without_a_format(write, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(RecipeError, match="columns answer, question, of which TRL can't make a training text"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.jsonl"))).load_datasets()
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(RecipeError, match=r"Can't load the data set .*empty\.jsonl: a file is empty"):
+        Recipe.read(write(dataset_name=str(tmp_path / "empty.jsonl"))).load_datasets()
+    (tmp_path / "empty.csv").write_text("text\n")
+    with pytest.raises(RecipeError, match=r'empty\.csv: Instruction "train" corresponds to no data'):
+        Recipe.read(write(dataset_name=str(tmp_path / "empty.csv"))).load_datasets()
+    streamed = write(dataset_name=str(tmp_path / "empty.csv"), dataset_streaming=True, max_steps=1)
+    with pytest.raises(RecipeError, match=r"The train set is empty"):
+        Recipe.read(streamed).load_datasets()
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(RecipeError, match=r"Can't load the data set .*broken.jsonl: .*JSON parse error"):
+        Recipe.read(write(dataset_name=str(tmp_path / "broken.jsonl"))).load_datasets()
     (tmp_path / "data.xlsx").write_text("")
     with pytest.raises(RecipeError, match=r"'\.xlsx' is none of .jsonl, .json, .parquet, .csv, .txt"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.xlsx"))).load_datasets()
 
 
 def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
+    out = tmp_path / "out"
     assert Recipe.read(write()).checkpoint() is None
     assert Recipe.read(write(resume_from_checkpoint=True)).checkpoint() is None  # nothing there yet: the first start
-    last = tmp_path / "out" / "checkpoint-5"
-    last.mkdir(parents=True)
-    with pytest.raises(RecipeError, match=r"holds an earlier run \(checkpoint-5\), which would be overwritten"):
+    last = out / "checkpoint-50"
+    for step in (9, 50):
+        (out / f"checkpoint-{step}").mkdir(parents=True)
+        (out / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (out / "checkpoint-60").mkdir()  # left by a run killed while it saved
+    with pytest.raises(RecipeError, match=r"holds checkpoint-50, of an earlier run or your own, which would be overwritten"):
         Recipe.read(write()).checkpoint()
     assert Recipe.read(write(resume_from_checkpoint=True)).checkpoint() == str(last)
     assert Recipe.read([*write(), "--resume_from_checkpoint", "true"]).checkpoint() == str(last)
@@ -234,19 +269,44 @@ def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
     assert Recipe.read(write(resume_from_checkpoint=True, objective="neg_p")).checkpoint() == str(last)
     with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'neg_p'\}, the recipe says"):
         Recipe.read(write(resume_from_checkpoint=True)).checkpoint()
-    (last / "bl_trainer.json").unlink()
-    last.rmdir()
-    (tmp_path / "out" / "adapter_config.json").touch()
-    with pytest.raises(RecipeError, match=r"holds an earlier run \(adapter_config.json\)"):
-        Recipe.read(write()).checkpoint()
-    with pytest.raises(RecipeError, match=r"would be overwritten\. Write another `output_dir`"):  # nothing to resume from
-        Recipe.read(write(resume_from_checkpoint=True)).checkpoint()
+
+
+def test_a_checkpoint_of_another_run_does_not_overwrite_this_one(write, tmp_path):
+    other = tmp_path / "other" / "checkpoint-5"
+    other.mkdir(parents=True)
+    assert Recipe.read(write(resume_from_checkpoint=str(other))).checkpoint() == str(other)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").touch()
+    with pytest.raises(RecipeError, match=r"holds model.safetensors.* Write another `output_dir`"):
+        Recipe.read(write(resume_from_checkpoint=str(other))).checkpoint()
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "tokenizer.json"])
+def test_own_files_are_not_overwritten(name, write, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).touch()
+    for resume in (False, True):  # there is nothing to resume from
+        with pytest.raises(RecipeError, match=rf"holds {name}.* Write another `output_dir`"):
+            Recipe.read(write(resume_from_checkpoint=resume)).checkpoint()
 
 
 def test_missing_bitsandbytes_is_named(write, monkeypatch):
     monkeypatch.setattr("bl_trainer.recipe.is_bnb_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"need bitsandbytes. Run `pip install 'bl_trainer\[qlora\]'`"):
+    with pytest.raises(RecipeError, match=r"need bitsandbytes\. Run `pip install bitsandbytes`"):
         Recipe.read(write(load_in_4bit=True, use_peft=True))
+
+
+def test_what_fails_in_the_libraries_is_one_sentence_too(write, capsys, monkeypatch, tmp_path):
+    for traceback in (False, True):
+        if traceback:
+            monkeypatch.setenv("BL_TRACEBACK", "1")
+        with pytest.raises(SystemExit) as caught:
+            main(["train", *write(model_init_kwargs={"nosuch": 1})])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "error: TypeError: " in error
+        assert "'nosuch' (BL_TRACEBACK=1 shows where)" in error
+        assert ("Traceback" in error) is traceback
 
 
 def test_tables_of_keys_are_true():

@@ -405,6 +405,44 @@ def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkey
     assert said[0].startswith("Nothing trains: since the last log no target token was within the threshold")
 
 
+def test_a_run_that_ends_with_an_evaluation_reports_its_last_steps(tokenizer, text_data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    trainer = train(
+        BLTrainer, tokenizer, text_data, tmp_path, max_steps=4, logging_steps=10, eval_strategy="steps", eval_steps=4,
+        eval_data=text_data.select(range(4)), threshold=1.0,
+    )  # fmt: skip
+    assert trainer.state.log_history[-1]["kept_fraction"] == 0
+    assert len(said) == 2  # from the evaluation and from training
+    assert trainer._sums == {"train": None, "eval": None}
+
+
+def test_a_diverged_model_shows_in_the_loss(tokenizer, text_data, tmp_path):
+    for trainer_class in (SFTTrainer, BLTrainer):
+        model = make_llama(tokenizer)
+        model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = math.nan
+        trainer = build(trainer_class, tokenizer, text_data, tmp_path, model, eval_data=text_data, logging_nan_inf_filter=False)
+        trainer.train()
+        assert math.isnan(trainer.state.log_history[0]["loss"])
+        assert math.isnan(trainer.evaluate()["eval_loss"])
+
+
+def test_an_infinite_gradient_is_said(tokenizer, text_data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    model = make_llama(tokenizer)
+    model.lm_head.weight.data *= 20
+    train(
+        BLTrainer, tokenizer, text_data, tmp_path, model=model, objective={"name": "power", "alpha": -1}, max_grad_norm=1.0
+    )  # fmt: skip
+    assert said[0].startswith("grad_norm is inf: this step changes nothing")
+
+
+def test_config_is_serialisable(tmp_path):
+    args = BLConfig(output_dir=str(tmp_path), use_cpu=True, objective=Objective.parse("neg_p"), threshold=Threshold(0.2))
+    assert json.loads(args.to_json_string())["objective"] == {"name": "neg_p"}
+
+
 def test_targets_without_a_label_do_not_break_the_metrics(tokenizer, tmp_path):
     data = Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [-100, -100, -100]}] * 8)
     trainer = train(BLTrainer, tokenizer, data, tmp_path, objective="neg_p")
@@ -425,6 +463,16 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tokenizer, te
         again.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-3"))
         for name, p in weights(whole).items():
             assert torch.equal(weights(again)[name], p), name
+
+
+def test_a_finished_run_is_not_trained_on(tokenizer, text_data, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    first = train(BLTrainer, tokenizer, text_data, tmp_path, **options)
+    again = build(BLTrainer, tokenizer, text_data, tmp_path, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    for name, p in weights(first).items():
+        assert torch.equal(weights(again)[name], p), name
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
 
 
 def test_recipe_is_recorded_and_another_one_is_not_resumed(tokenizer, text_data, tmp_path):
@@ -473,7 +521,12 @@ class TestRefusals:
             ({"liger_kernel_config": {"cross_entropy": True}}, "is a cross-entropy of its own"),
             (
                 {"load_best_model_at_end": True, "threshold": 0.2, "eval_strategy": "steps", "save_strategy": "steps"},
-                "`load_best_model_at_end` would choose by `eval_loss`, which falls as tokens drop out",
+                "`metric_for_best_model: loss`, the default of `load_best_model_at_end` .* falls as tokens drop out",
+            ),
+            ({"metric_for_best_model": "eval_loss", "threshold": 0.2}, "`metric_for_best_model: eval_loss`"),
+            (
+                {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "threshold": {"below": 0.2}},
+                "`metric_for_best_model: loss`, the default of",
             ),
         ],
         ids=str,
