@@ -224,7 +224,7 @@ class Objective:
     def _check_contract(self) -> None:
         """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
         what, shape = f"Objective {self.name!r}", (2, 6)
-        tokens = _probe([-100, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape)
+        tokens = _probe([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape)
         others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape)
         if self.name in OBJECTIVES:
             self(**tokens)  # its parameters are checked; the rest is tested with the package
@@ -244,7 +244,7 @@ class Objective:
             if not values.isfinite().all():
                 worst = tokens["logp"][~values.isfinite()][0].item()
                 raise ValueError(
-                    f"{what}, or its gradient, is not finite at log p = {worst:g}. It must be from log p = -100 to 0, which "
+                    f"{what}, or its gradient, is not finite at log p = {worst:g}. It must be from log p = -50 to 0, which "
                     "confident models reach."
                 )
         for i in range(cost.numel()):

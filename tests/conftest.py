@@ -117,3 +117,19 @@ def data_folder(pair_data, tmp_path_factory):
     for name, part in (("train", rows[:24]), ("test", rows[24:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+def write_recipe(folder, checkpoint, data_folder, **changes):
+    """Write `folder`/recipe.yaml, a good recipe with `changes`; None removes a key. Returns its path."""
+    recipe = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(data_folder),
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items() if value is not None))
+    return path

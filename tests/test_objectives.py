@@ -180,6 +180,10 @@ def infinite_at_certainty(logp):
     return torch.log(-torch.expm1(logp))
 
 
+def naive_power(logp):
+    return (1 - logp.exp() ** 0.1) / 0.1
+
+
 def infinite_slope(logp):
     return torch.sqrt(-torch.expm1(logp))
 
@@ -218,6 +222,7 @@ def test_own_function_gets_what_it_names():
     assert Objective.parse({"name": f"{__name__}:gated", "gamma": 0}).statistics == ("entropy",)
     assert Objective.parse({"name": f"{__name__}:any_parameters", "scale": 3}).parameters == {"scale": 3}
     assert Objective.parse({"name": f"{__name__}:worded", "mode": "1", "gamma": "1e-3"}).parameters["gamma"] == 1e-3
+    assert Objective.parse(f"{__name__}:naive_power").statistics == ()
     assert Objective.parse(f"{__name__}:random_half").name.endswith("random_half")  # per token, so allowed
 
 
@@ -247,12 +252,12 @@ BAD_OBJECTIVES = [
     (f"{HERE}:above_the_mean", "makes the cost of one token depend on other tokens"),
     (f"{HERE}:above_the_median", "makes the cost of one token depend on other tokens"),
     (f"{HERE}:by_mean_entropy", "makes the cost of one token depend on other tokens"),
-    (f"{HERE}:infinite_at_certainty", "or its gradient, is not finite at log p = 0. It must be from log p = -100 to 0"),
+    (f"{HERE}:infinite_at_certainty", "or its gradient, is not finite at log p = 0. It must be from log p = -50 to 0"),
     (f"{HERE}:infinite_slope", "or its gradient, is not finite at log p = 0"),
     (f"{HERE}:no_gradient", "has no gradient with respect to `logp`"),
     (f"{HERE}:reduced", r"must return one float per token, of the shape of `logp`; .* it gave torch.float32 \(\)"),
     (f"{HERE}:raises", "failed when tried on a few tokens: RuntimeError: out of ideas"),
-    (f"{HERE}:infinite", "or its gradient, is not finite at log p = -100"),
+    (f"{HERE}:infinite", "or its gradient, is not finite at log p = -50"),
     ("builtins:max", "is not a function of `logp`"),
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, write_recipe
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent
@@ -96,21 +96,6 @@ def test_two_processes_do_as_one(name, tokenizer, text_data, checkpoint, tmp_pat
         for metric in ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
             key = metric if part == "log" else f"eval_{metric}"
             assert two[part][key] == pytest.approx(one[part][key], rel=1e-6), key
-
-
-def write_recipe(tmp_path, checkpoint, data_folder, **changes):
-    recipe = {
-        "model_name_or_path": str(checkpoint),
-        "dataset_name": str(data_folder),
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        **changes,
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items()))
-    return path
 
 
 def test_train_script_end_to_end(checkpoint, data_folder, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import write_recipe
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
@@ -17,22 +18,12 @@ KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureC
 
 @pytest.fixture
 def write(tmp_path, checkpoint, data_folder):
-    """Write a recipe: a good one with `changes`; None removes a key."""
+    """Write a good recipe with changes, or a text of its own, and give the arguments that name it."""
 
     def write(text=None, **changes):
-        recipe = {
-            "model_name_or_path": str(checkpoint),
-            "dataset_name": str(data_folder),
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            **changes,
-        }
-        if text is None:
-            text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items() if value is not None)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text)
+        path = write_recipe(tmp_path, checkpoint, data_folder, **changes)
+        if text is not None:
+            path.write_text(text)
         return ["--config", str(path)]
 
     return write
