@@ -232,7 +232,7 @@ def test_data_without_a_format(write, tmp_path):
     with pytest.raises(RecipeError, match=r"The train set is empty"):
         Recipe.read(streamed).load_datasets()
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(RecipeError, match=r"Can't load the data set .*broken.jsonl: .*JSON parse error"):
+    with pytest.raises(RecipeError, match=r"Can't load the data set .*broken\.jsonl: .*(JSON parse error|at position)"):
         Recipe.read(write(dataset_name=str(tmp_path / "broken.jsonl"))).load_datasets()
     (tmp_path / "data.xlsx").write_text("")
     with pytest.raises(RecipeError, match=r"'\.xlsx' is none of .jsonl, .json, .parquet, .csv, .txt"):
@@ -302,6 +302,8 @@ def test_what_fails_in_the_libraries_is_one_sentence_too(write, capsys, monkeypa
 
 def test_tables_of_keys_are_true():
     for key, line in REPLACED.items():
+        if key in KEYS:  # an older version's, which obeys it
+            continue
         for word in (line or "").replace("{value}", "").replace("{{", "").split(":")[:1]:
             first = word.split(",")[0].split(" ")[0]
             assert not first or first in KEYS, f"{key}: {first} is not a recipe key"
