@@ -208,16 +208,15 @@ class Objective:
         missing = [key for key, p in own.items() if p.default is p.empty and key not in self.parameters]
         if supplied or surplus or missing:
             problems = [
-                f"{key!r} is a statistic that the trainer supplies"
-                if key in supplied
-                else f"{key!r} is not one of them{_nearest(key, own).replace(' Did', ', did').rstrip('?')}"
+                f"{key!r} is a statistic that the trainer supplies" if key in supplied else f"{key!r} is not one of them"
                 for key in dict.fromkeys(supplied + surplus)
             ]
             problems += [f"{key!r} is missing" for key in missing]
             example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
+            near = "".join(_nearest(key, own) for key in surplus)
             raise ValueError(
-                f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}. Write "
+                f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}.{near} Write "
                 f"`objective: {'{' + example + '}' if own else self.name}`.{offer}"
             )
 

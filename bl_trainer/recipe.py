@@ -147,7 +147,7 @@ class Recipe:
             parser.set_defaults_with_config(**config)
             script, training, model, mixture = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            on_cpu = " On a machine without a GPU write `use_cpu: true`." if "use_cpu" in str(error) else ""
+            on_cpu = " On a machine without a GPU write `use_cpu: true`." if "bf16/gpu" in str(error) else ""
             raise RecipeError(_sentence(error) + on_cpu) from error
         recipe = cls(script, training, model, mixture)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
@@ -245,31 +245,28 @@ class Recipe:
         return str(chosen) if chosen else None
 
     def _check(self, given: set[str]) -> None:
-        script, training, model, mixture = self.script, self.training, self.model, self.mixture
+        for key in sorted(given & NEEDS.keys()):
+            other, line = NEEDS[key]
+            if other not in given and not (key == "packing_strategy" and self.training.eval_packing):
+                raise RecipeError(f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`.")
+        if "ignore_bias_buffers" in given:
+            raise RecipeError("`ignore_bias_buffers` does nothing in SFT. Remove it.")
+        for key in ("model_init_kwargs", "dataset_kwargs"):
+            value = getattr(self.training, key)
+            if value is not None and not isinstance(value, dict):
+                raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
+        self._check_training()
+        self._check_data()
+        self._check_model(given)
+
+    def _check_training(self) -> None:
+        training = self.training
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and training.world_size == 1:
             raise RecipeError(
                 f"{launched} processes were launched, and each would train alone. On CPUs write `use_cpu: true`; on GPUs "
                 "launch no more processes than there are."
             )
-        if not model.model_name_or_path:
-            raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
-        if _is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
-            raise RecipeError(f"`model_name_or_path: {model.model_name_or_path}` is not a folder.")
-        for key in ("model_init_kwargs", "dataset_kwargs"):
-            value = getattr(training, key)
-            if value is not None and not isinstance(value, dict):
-                raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
-        if bool(mixture.datasets) == bool(script.dataset_name):
-            both = "names both `dataset_name` and `datasets`" if script.dataset_name else "names no data set"
-            raise RecipeError(f"The recipe {both}. Write one of `dataset_name: ...` and `datasets: [{{path: ...}}]`.")
-        for key in sorted(given & NEEDS.keys()):
-            other, line = NEEDS[key]
-            if other not in given and not (key == "packing_strategy" and training.eval_packing):
-                raise RecipeError(f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`.")
-        for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
-            if top in given and key in (training.model_init_kwargs or {}):
-                raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")
         for key in POSITIVE:
             if getattr(training, key) is not None and getattr(training, key) <= 0:
                 raise RecipeError(f"`{key}: {getattr(training, key)}` must be above 0.")
@@ -277,18 +274,31 @@ class Recipe:
             raise RecipeError(f"`learning_rate: {training.learning_rate}` must not be negative.")
         if training.eval_on_start and training.eval_strategy == "no":
             raise RecipeError("`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`.")
-        reported = [*METRICS[:-1], "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
+        reported = [*METRICS, "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
         best = training.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in reported:
             near = _nearest(best, [f"eval_{name}" for name in reported])
             raise RecipeError(f"`metric_for_best_model: {best}` is not reported.{near} Allowed: {', '.join(reported)}.")
-        if "ignore_bias_buffers" in given:
-            raise RecipeError("`ignore_bias_buffers` does nothing in SFT. Remove it.")
-        streamed = script.dataset_streaming or mixture.streaming
-        if streamed and training.max_steps <= 0:
+
+    def _check_data(self) -> None:
+        script, mixture = self.script, self.mixture
+        if bool(mixture.datasets) == bool(script.dataset_name):
+            both = "names both `dataset_name` and `datasets`" if script.dataset_name else "names no data set"
+            raise RecipeError(f"The recipe {both}. Write one of `dataset_name: ...` and `datasets: [{{path: ...}}]`.")
+        if (script.dataset_streaming or mixture.streaming) and self.training.max_steps <= 0:
             raise RecipeError("A streamed data set has no length. Write `max_steps: ...`, the number of training steps.")
         if mixture.streaming and mixture.test_split_size is not None:
             raise RecipeError("`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`.")
+
+    def _check_model(self, given: set[str]) -> None:
+        model = self.model
+        if not model.model_name_or_path:
+            raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
+        if _is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
+            raise RecipeError(f"`model_name_or_path: {model.model_name_or_path}` is not a folder.")
+        for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
+            if top in given and key in (self.training.model_init_kwargs or {}):
+                raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")
         quantised = model.load_in_4bit or model.load_in_8bit
         if quantised and not model.use_peft:
             raise RecipeError("A model in 4 or 8 bits can't be trained as it is. Write `use_peft: true` for QLoRA.")

@@ -29,8 +29,8 @@ from .objectives import Objective, Threshold, masked_cost
 logger = get_logger(__name__)
 
 RECORD_FILE = "bl_trainer.json"
-# The means over target tokens that every run reports; the last is the objective itself, which `loss` reports already
-METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy", "objective")
+# The means over target tokens that every run reports
+METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
 LOWER_IS_BETTER = ("nll", "perplexity")
 
 
@@ -210,7 +210,7 @@ class BLTrainer(SFTTrainer):
         return is_target & is_own
 
     def _add(self, per_token: tuple[Tensor, ...], counted: Tensor, aux_loss: Tensor | None) -> None:
-        """Add to the sums over target tokens, on the device: [number of tokens, auxiliary loss, *METRICS]."""
+        """Add to the sums over target tokens, on the device: [number of tokens, auxiliary loss, *METRICS, f]."""
         wide = torch.float32 if counted.device.type == "mps" else torch.float64
         num_tokens = counted.sum(dtype=wide)
         aux = num_tokens * aux_loss if aux_loss is not None else torch.zeros_like(num_tokens)
@@ -226,13 +226,13 @@ class BLTrainer(SFTTrainer):
             return {}
         num_tokens, *rest = self.accelerator.reduce(sums, reduction="sum").tolist()
         means = [x / num_tokens if num_tokens else float("nan") for x in rest]
-        return dict(zip(("aux_loss", *METRICS), means, strict=True))
+        return dict(zip(("aux_loss", *METRICS, "objective"), means, strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Only where every process logs: `_pop_means` communicates. After a last evaluation the model is not in training mode
         if "loss" in logs or "train_loss" in logs:
             means = self._pop_means("train")
-            for name in METRICS[:-1]:
+            for name in METRICS:
                 if name in means:
                     self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
                     logs[name] = means[name]
@@ -270,7 +270,7 @@ class BLTrainer(SFTTrainer):
         means = self._pop_means("eval")
         if means and output.metrics is not None:
             self._warn(means)
-            for name in METRICS[:-1]:
+            for name in METRICS:
                 self._metrics["eval"][name] = [means[name]]
             loss, aux_loss = means.pop("objective"), means.pop("aux_loss")
             if self.threshold.normalize == "kept":

@@ -236,7 +236,10 @@ BAD_OBJECTIVES = [
     ('{"name": power}', "`objective` is not valid JSON"),
     ("negp", r"Unknown objective 'negp'. Did you mean 'neg_p'\? Built in: nll, neg_p, power, log_one_minus_p"),
     ("power", "Objective 'power' takes alpha: 'alpha' is missing. Write `objective: {name: power, alpha: ...}`"),
-    ({"name": "power", "alpa": 3}, "takes alpha: 'alpa' is not one of them, did you mean 'alpha' and 'alpha' is missing"),
+    (
+        {"name": "power", "alpa": 3},
+        r"takes alpha: 'alpa' is not one of them and 'alpha' is missing. Did you mean 'alpha'\? Write",
+    ),
     ({"name": "nll", "alpha": 3}, "takes no parameters: 'alpha' is not one of them. Write `objective: nll`"),
     ({"name": "power", "alpha": "ten"}, "`alpha` of objective 'power' must be a finite number, got 'ten'"),
     ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),

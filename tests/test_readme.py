@@ -121,7 +121,7 @@ def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
 def test_tables_of_names():
     assert [row[0].strip("`") for row in table("statistic")] == list(STATISTICS)
     named = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table("metric"))))
-    assert named == {*METRICS[:-1], "loss", "eval_perplexity"}
+    assert named == {*METRICS, "loss", "eval_perplexity"}
 
 
 def test_recipe_keys_in_the_text_exist():

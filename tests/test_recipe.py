@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_recipe
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
@@ -150,6 +151,8 @@ BAD_RECIPES = [
     ({"packing": 2}, "`packing: 2` is of the wrong type. Write true or false."),
     ({"load_best_model_at_end": True}, "load_best_model_at_end"),
 ]
+if not torch.cuda.is_available():
+    BAD_RECIPES.append(({"use_cpu": False, "bf16": True}, "On a machine without a GPU write `use_cpu: true`."))
 # An older transformers still has, and obeys, some of the keys that the newest one lacks
 BAD_RECIPES = [(changes, message) for changes, message in BAD_RECIPES if not changes.keys() & REPLACED.keys() & KEYS]
 
