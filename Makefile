@@ -19,7 +19,7 @@ define install
 endef
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,dev$(comma)figures$(comma)quickstart)
+	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart)
 
 $(VENV)/tests: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[qlora]" --constraint constraints.txt

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-VERBS = ("train",)
+VERBS = ("train", "diagnose")
 
 
 def train(argv: list[str]) -> None:
@@ -46,6 +46,31 @@ def train(argv: list[str]) -> None:
     end(trainer)
 
 
+def diagnose(argv: list[str]) -> None:
+    """Diagnose the recipe that `argv` names: `--config recipe.yaml --report DIR`, and the options of `DiagnoseArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, with no report written.
+    """
+    from .diagnosis import DiagnoseArguments, Diagnosis
+    from .recipe import Recipe, fail
+    from .report import terminal_summary, write_report
+
+    try:
+        recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+        recipe.options.check()
+        diagnosis = Diagnosis(recipe)
+    except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
+        fail(error)
+    try:
+        report = diagnosis.run()
+    except (ValueError, OSError) as error:  # what is wrong with the data or the weights
+        fail(error, anywhere=True)
+    if diagnosis.trainer.is_world_process_zero():
+        write_report(report, recipe.options.report)
+        print(terminal_summary(report, recipe.options.report))
+    end(diagnosis.trainer)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -59,11 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in VERBS:
         wrong = f"unknown verb {argv[0]!r}" if argv else "no verb"
-        print(f"error: {wrong}. Write `accelerate launch -m bl_trainer train --config recipe.yaml`.", file=sys.stderr)
+        print(
+            f"error: {wrong}. Write `accelerate launch -m bl_trainer train --config recipe.yaml`; verbs: {', '.join(VERBS)}.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    train(argv[1:])
+    {"train": train, "diagnose": diagnose}[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -287,14 +287,17 @@ def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
 class Threshold:
     """Train only on target tokens with above <= p <= below (paper, Eq. 4); p is the current model's, without gradient.
 
-    `above`, `below`: probabilities, both inclusive. `normalize`: what the sum of costs is divided by. `tokens`: all target
-    tokens of the batch, exact under gradient accumulation and on several processes. `kept`: the kept tokens of each
-    micro-batch, all micro-batches weighing the same, as the paper's code does. Raises ValueError on anything else.
+    `above`, `below`: probabilities, both inclusive. `above_percentile`: `above` is to be this percentile (0 to 100) of the
+    starting model's p over the target tokens of the training set (section 5.1), which the trainer measures; until then it
+    is not `resolved`. `normalize`: what the sum of costs is divided by. `tokens`: all target tokens of the batch, exact under
+    gradient accumulation and on several processes. `kept`: the kept tokens of each micro-batch, all micro-batches weighing the
+    same, as the paper's code does. Raises ValueError on anything else.
     """
 
     above: float = 0.0
     below: float = 1.0
     normalize: str = "tokens"
+    above_percentile: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("above", "below"):
@@ -306,6 +309,9 @@ class Threshold:
                 f"`threshold` keeps no token: above = {self.above} exceeds below = {self.below}. Tokens with "
                 "above <= p <= below are kept; swap the two."
             )
+        rank = self.above_percentile
+        if rank is not None and (not _is_number(rank) or not 0 < rank < 100):
+            raise ValueError(f"`threshold` `above_percentile` must be between 0 and 100, got {rank!r}.")
         if self.normalize not in ("tokens", "kept"):
             raise ValueError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
 
@@ -313,7 +319,7 @@ class Threshold:
     def parse(cls, spec: "float | str | Mapping[str, Any] | Threshold | None") -> "Threshold":
         """Read `0.2` (meaning `{"above": 0.2}`), `{"above": 0.2, "below": 0.9, "normalize": "kept"}`, also as JSON text.
 
-        None keeps every token. Raises ValueError on an unknown key or value.
+        None keeps every token. Raises ValueError on an unknown key or value, and if `above` and `above_percentile` are given.
         """
         if isinstance(spec, Threshold):
             return spec
@@ -331,7 +337,19 @@ class Threshold:
         for key in spec:
             if key not in allowed:
                 raise ValueError(f"Unknown key {key!r} in `threshold`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
+        if "above" in spec and "above_percentile" in spec:
+            raise ValueError(f"`threshold` has both `above` and `above_percentile`: {dict(spec)}. Keep one of them.")
         return cls(**{key: _to_number(value) for key, value in spec.items()})
+
+    @property
+    def resolved(self) -> bool:
+        """Whether `above` is known."""
+        return self.above_percentile is None or self.above > 0
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is ever dropped."""
+        return self.resolved and (self.above, self.below) == (0, 1)
 
     def keep(self, logp: Tensor) -> Tensor:
         """Return which tokens train: bool tensor of the shape of `logp`."""
@@ -340,7 +358,11 @@ class Threshold:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `parse` reads."""
-        return {"above": self.above, "below": self.below, "normalize": self.normalize}
+        spec = {"above": self.above, "below": self.below, "normalize": self.normalize}
+        if self.above_percentile is None:
+            return spec
+        resolved = {"above": self.above} if self.resolved else {}
+        return {**resolved, "above_percentile": self.above_percentile, "below": self.below, "normalize": self.normalize}
 
 
 def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: Any) -> tuple[Tensor, Tensor]:

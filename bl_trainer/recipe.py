@@ -123,33 +123,40 @@ LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv
 class Recipe:
     """A recipe, checked as far as it can be without loading data or model.
 
-    `script`, `model`, `mixture`: TRL's own dataclasses; `training`: a `BLConfig`.
+    `script`, `model`, `mixture`: TRL's own dataclasses; `training`: a `BLConfig`; `options`: the verb's own, if it has any.
     """
 
     script: ScriptArguments
     training: BLConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
+    options: Any = None
 
     @classmethod
-    def read(cls, argv: list[str]) -> "Recipe":
-        """Read `--config recipe.yaml --any_key value ...`; the command line wins. Raises RecipeError."""
+    def read(cls, argv: list[str], verb: str = "train", options: type | None = None) -> "Recipe":
+        """Read `--config recipe.yaml --any_key value ...`; the command line wins. Raises RecipeError.
+
+        `options`: a dataclass of what the verb takes on the command line besides recipe keys.
+        """
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        parser = _Parser(DATACLASSES, prog="bl_trainer train", allow_abbrev=False)
+        own = {f.name for f in fields(options)} if options else set()
+        parser = _Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl_trainer {verb}", allow_abbrev=False)
         config: dict[str, Any] = {}
         if "--config" in argv:
             index = argv.index("--config")
             config = _load_yaml(argv[index + 1 : index + 2])
             argv = argv[:index] + argv[index + 2 :]
+        for key in sorted(own & config.keys()):
+            raise RecipeError(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
         parser.check(config, argv)
         os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
         try:
             parser.set_defaults_with_config(**config)
-            script, training, model, mixture = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            script, training, model, mixture, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except (ValueError, TypeError, KeyError, OSError) as error:
             on_cpu = " On a machine without a GPU write `use_cpu: true`." if "bf16/gpu" in str(error) else ""
             raise RecipeError(_sentence(error) + on_cpu) from error
-        recipe = cls(script, training, model, mixture)
+        recipe = cls(script, training, model, mixture, *rest)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
         return recipe
 
@@ -177,7 +184,7 @@ class Recipe:
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         script, training = self.script, self.training
         try:
-            loaded = get_dataset(self.mixture) if self.mixture.datasets else _load_dataset(script)
+            loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(script)
         except (ValueError, OSError, DatasetsError, StopIteration) as error:
             source = script.dataset_name or [entry.path for entry in self.mixture.datasets]
             why = "a file is empty" if isinstance(error, StopIteration) else _sentence(error)
@@ -197,10 +204,11 @@ class Recipe:
         for split, dataset in zip(wanted.values(), found, strict=True):
             if next(iter(dataset), None) is None:
                 raise RecipeError(f"The {split} set is empty.")
-            self._check_columns(split, dataset)
+            self.check_columns(split, dataset)
         return found[0], found[1] if len(found) > 1 else None
 
-    def _check_columns(self, split: str, dataset: Any) -> None:
+    def check_columns(self, split: str, dataset: Any) -> None:
+        """Raise RecipeError if TRL can't make a training text of the data set's columns."""
         text = self.training.dataset_text_field
         columns = set(dataset.column_names or next(iter(dataset)))
         usable = columns & {text, "messages", "conversations", "input_ids"} or {"prompt", "completion"} <= columns
@@ -408,7 +416,8 @@ def _unknown(key: str, value: Any, known: list[str]) -> str:
     return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m bl_trainer train --help` for all keys."
 
 
-def _load_dataset(script: ScriptArguments) -> Any:
+def load_dataset(script: ScriptArguments) -> Any:
+    """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
     path = Path(script.dataset_name or "")
     if path.is_file():
         if path.suffix not in LOCAL_FORMATS:
@@ -434,11 +443,14 @@ def _sentence(error: BaseException) -> str:
     return " ".join(f"{error}{cause}".split()) or type(error).__name__
 
 
-def fail(error: Exception) -> None:
-    """End the process with exit code 2 and, once a machine, one line on stderr; with BL_TRACEBACK=1 where it came from."""
+def fail(error: Exception, anywhere: bool = False) -> None:
+    """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1 where it came from.
+
+    Only one process a machine writes it, unless it may be that process's own (`anywhere`).
+    """
     if os.environ.get("BL_TRACEBACK"):
         traceback.print_exception(error)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         where = "" if isinstance(error, RecipeError) else f"{type(error).__name__}: "
         more = "" if isinstance(error, RecipeError) else " (BL_TRACEBACK=1 shows where)"
         print(f"error: {where}{_sentence(error)}{more}", file=sys.stderr)

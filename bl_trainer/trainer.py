@@ -5,7 +5,8 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,14 @@ from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
+from .head import add_scoring
+from .measurement import resolve_percentile
 from .objectives import Objective, Threshold, masked_cost
 
 logger = get_logger(__name__)
@@ -45,7 +48,7 @@ class BLConfig(SFTConfig):
             a function of your own by its import path, `"my_package.losses:my_objective"`. See [`Objective`].
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
-            `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`. See [`Threshold`].
+            `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
 
     Raises:
         `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
@@ -82,7 +85,7 @@ class BLConfig(SFTConfig):
             self.greater_is_better = False
         super().__post_init__()
         metric = self.metric_for_best_model or ""  # that chooses a checkpoint, or paces a plateau schedule
-        if metric.endswith("loss") and (threshold.above, threshold.below) != (0, 1):
+        if metric.endswith("loss") and not threshold.keeps_all:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
                 "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
@@ -149,9 +152,38 @@ class BLTrainer(SFTTrainer):
         if "log_sum_sq_probs" in self.objective.statistics:
             base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
+        add_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        self._observe: Callable[..., None] | None = None
+        self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
             self.data_collator = _FlatCollator(**vars(self.data_collator))
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+
+    def resolve_threshold(self) -> None:
+        """Measure the probability that `threshold.above_percentile` stands for, unless it is known."""
+        if self.threshold.resolved:
+            return
+        above = resolve_percentile(self, float(self.threshold.above_percentile or 0))
+        if above > self.threshold.below:
+            raise ValueError(
+                f"`threshold` keeps no token: percentile {self.threshold.above_percentile} is p = {above:.6g}, above "
+                f"`below: {self.threshold.below}`. Raise `below`, or lower `above_percentile`."
+            )
+        self.threshold = replace(self.threshold, above=above)
+
+    def observe_instead(self, observe: Callable[..., None], batches: Iterable[dict[str, Any]]) -> None:
+        """Run the evaluation loop over `batches` with `observe(model, batch)` in place of an evaluation step."""
+        self._observe = observe
+        try:
+            super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
+        finally:
+            self._observe = None
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self._observe is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._observe(model, inputs)
+        return None, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_lengths = inputs.pop("example_lengths", None)
@@ -259,6 +291,7 @@ class BLTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        self.resolve_threshold()
         self._sums["eval"] = None
         processes = self.accelerator.num_processes
         if processes > 1 and not has_length(dataloader.dataset):
@@ -286,7 +319,7 @@ class BLTrainer(SFTTrainer):
         if found is True:
             found = get_last_checkpoint(str(self.args.output_dir))
         if isinstance(found, str):
-            refuse_other_recipe(found, self.args)
+            self.threshold = refuse_other_recipe(found, self.args)
             state_file = Path(found) / "trainer_state.json"
             state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -336,6 +369,16 @@ class BLTrainer(SFTTrainer):
             ]
             with open(Path(str(self.args.output_dir)) / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n".join(lines))
+
+
+class _ResolveThreshold(TrainerCallback):
+    """Measures a percentile threshold when the model is in place and before the first step."""
+
+    def __init__(self, trainer: BLTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.resolve_threshold()
 
 
 class _FlatCollator(DataCollatorForLanguageModeling):
@@ -388,22 +431,32 @@ def refuse_bypass(args: TrainingArguments) -> None:
         )
 
 
-def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> None:
-    """Raise ValueError if `checkpoint` records another objective or threshold than `args` has."""
+def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
+    """Return the threshold to go on with from `checkpoint`: a percentile's value is what it was at the start.
+
+    Raises ValueError if `checkpoint` records another objective or threshold than `args` has, or none where a percentile needs
+    it.
+    """
+    objective = Objective.parse(getattr(args, "objective", "nll"))
+    threshold = Threshold.parse(getattr(args, "threshold", None))
     path = Path(checkpoint) / RECORD_FILE
-    if not path.is_file():
-        return
-    recorded = json.loads(path.read_text())
-    current = {
-        "objective": Objective.parse(getattr(args, "objective", "nll")).to_dict(),
-        "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict(),
-    }
+    recorded = json.loads(path.read_text()) if path.is_file() else {}
+    value = (recorded.get("threshold") or {}).get("above")
+    if not threshold.resolved and isinstance(value, float) and value > 0:
+        threshold = replace(threshold, above=value)
+    if not threshold.resolved:
+        raise ValueError(
+            f"{checkpoint} doesn't record the probability that `above_percentile: {threshold.above_percentile}` stands for, "
+            "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
+        )
+    current = {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
     for key, value in current.items():
-        if recorded.get(key) != value:
+        if recorded and recorded.get(key) != value:
             raise ValueError(
                 f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {value}. Resume with the recorded "
                 f"{key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
+    return threshold
 
 
 def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:

@@ -1,0 +1,273 @@
+"""The model-capability continuum: where a measurement stands on it, and what to try there.
+
+Source: Li et al., https://arxiv.org/abs/2510.00526: mean p of the target tokens under the base model (Eq. 5), the pull of a
+token on its own logit W(p) = -f'(p) p (1 - p) (Lemma 3.1), the three regions and what worked in each (Tab. 1 to 5).
+"""
+
+import itertools
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objectives import Objective, Threshold
+from .recipe import Recipe
+from .statistics import (
+    CONFLICT_ENTROPY,
+    CONFLICT_PROB,
+    EDGE,
+    KINDS,
+    OTHER,
+    PERCENTILE_ERROR,
+    RELATIVE,
+    VALUES,
+    Comparison,
+    Measurement,
+    ProbabilityHistogram,
+)
+
+SCHEMA = 1
+
+# Mean p of the base models that the paper measured (its Tab. 5), and the middles of the gaps between the groups
+ANCHORS = {
+    "weak": [("figlet fonts", "LLaMA-3.2-3B", 0.01), ("figlet fonts", "LLaMA-3.1-8B", 0.01),
+             ("figlet fonts", "Qwen2.5-1.5B", 0.01), ("figlet fonts", "Qwen2.5-7B", 0.07)],
+    "intermediate": [("medical", "LLaMA-3.2-3B", 0.50), ("medical", "LLaMA-3.1-8B", 0.53),
+                     ("medical", "Qwen2.5-1.5B", 0.56), ("medical", "Qwen2.5-Math-7B", 0.59)],
+    "strong": [("math", "DeepSeekMath-7B", 0.76), ("math", "LLaMA-3.1-8B", 0.80),
+               ("math", "Qwen2.5-Math-1.5B", 0.80), ("math", "Qwen2.5-Math-7B", 0.81)],
+}  # fmt: skip
+REGIONS = tuple(ANCHORS)
+CUTS = tuple(
+    (max(p for *_, p in ANCHORS[low]) + min(p for *_, p in ANCHORS[high])) / 2 for low, high in itertools.pairwise(REGIONS)
+)
+ADVICE = {
+    "weak": "the model knows little of this: in the paper only NLL learnt such data (Tab. 3), so keep `nll`",
+    "intermediate": "the paper found no winner here (Tab. 2): run a small sweep",
+    "strong": "the model knows this well: in the paper prior-leaning objectives won here (Tab. 1)",
+}
+SWEPT: dict[str, list[dict[str, Any]]] = {
+    "weak": [{"objective": "nll"}],
+    "intermediate": [{"objective": "nll"}, {"objective": {"name": "power", "alpha": 0.5}}, {"objective": "neg_p"}],
+    "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
+}
+SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
+RARE = 0.1  # mean p below which a kind of token is called unlearnt
+NOISY = 0.01  # share of confident conflicts from which label noise is suspected
+BUCKETS = 10
+
+
+def place(mean: float, interval: tuple[float, float] | None) -> dict[str, Any]:
+    """Place a mean p among `REGIONS`, cut at `CUTS`; undecided where the interval crosses a cut, or there is none."""
+    region = REGIONS[sum(mean >= cut for cut in CUTS)]
+    reach = REGIONS if interval is None else [REGIONS[sum(end >= cut for cut in CUTS)] for end in interval]
+    span = REGIONS[REGIONS.index(reach[0]) : REGIONS.index(reach[-1]) + 1]
+    groups = {name: (min(p for *_, p in anchors), max(p for *_, p in anchors)) for name, anchors in ANCHORS.items()}
+    return {
+        "region": region,
+        "decided": len(span) == 1,
+        "possible": list(span),
+        "cuts": list(CUTS),
+        "distance_to_cuts": [mean - cut for cut in CUTS],
+        "distance_to_anchors": {name: max(low - mean, mean - high, 0.0) for name, (low, high) in groups.items()},
+        "anchors": {name: [list(anchor) for anchor in anchors] for name, anchors in ANCHORS.items()},
+    }
+
+
+def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, threshold: Threshold) -> dict[str, Any]:
+    """Say where an objective's gradient comes from, on tokens counted in the rows `KINDS` of `histogram`.
+
+    A token's pull on its own logit is W = -f'(p) p (1 - p), 0 outside the threshold. `buckets`: share of the sum of W by tenth
+    of p; `kinds`: share by kind of token; `effective_tokens`: (sum W)^2 / sum W^2; `scale`: sum W relative to NLL's;
+    `gradient_weight`: mean of -f'(p) p, as training reports it. Exact to the histogram's resolution, in float64.
+    """
+    log_p, log_rest = histogram.values()
+    used = histogram.counts[0] > 0
+    log_p, rest = log_p[used].clamp(min=-104.0), log_rest[used].exp()  # -104: the least float32
+    counts = histogram.counts[:, used].double()
+    weight = torch.where(threshold.keep(log_p), objective.gradient_weight(log_p), 0.0)
+    pull = weight * rest
+    total = (counts[0] * pull).sum()
+    bucket = (log_p.exp() * BUCKETS).long().clamp(max=BUCKETS - 1)
+    buckets = torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, counts[0] * pull)
+    squares = (counts[0] * pull**2).sum()
+    return {
+        "objective": objective.to_dict(),
+        "threshold": threshold.to_dict(),
+        "buckets": (buckets / total).nan_to_num().tolist(),
+        "kinds": dict(zip(KINDS, ((counts * pull).sum(1) / total).nan_to_num().tolist(), strict=True)),
+        "effective_tokens": (total**2 / squares).nan_to_num().item(),
+        "scale": (total / (counts[0] * rest).sum()).nan_to_num().item(),
+        "gradient_weight": ((counts[0] * weight).sum() / counts[0].sum()).item(),
+        "kept": (counts[0][threshold.keep(log_p)].sum() / counts[0].sum()).item(),
+    }
+
+
+def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]) -> dict[str, Any]:
+    """Return the report of a measurement, all but the examples; a mapping fit for JSON."""
+    total, histogram = measurement.total, measurement.histogram
+    mean, interval = total.mean("prob"), total.interval("prob")
+    ranks = sorted({*map(float, range(1, 100)), *percentiles})
+    m, first, second = measurement.spread.tolist()
+    spread = math.sqrt(max(0.0, second / m - (first / m) ** 2) * m / (m - 1)) if m > 1 else 0.0
+    kinds = {
+        kind: {"tokens": int(row[0]), **{name: row[i + 1].item() / row[0].item() for i, name in enumerate(VALUES)}}
+        for kind, row in zip(KINDS, measurement.kinds, strict=True)
+        if row[0]
+    }
+    quantiles = dict(zip([f"{rank:g}" for rank in ranks], histogram.percentiles(ranks), strict=True))
+    report = {
+        "schema": SCHEMA,
+        "versions": {name: version(name) for name in ("bl_trainer", "trl", "transformers", "datasets", "torch")},
+        "model": recipe.model.model_name_or_path,
+        "data": recipe.script.dataset_name or [entry.path for entry in recipe.mixture.datasets],
+        "recipe": {"objective": recipe.training.objective, "learning_rate": recipe.training.learning_rate},
+        "total": total.summary(),
+        "placement": place(mean, interval),
+        "percentiles": quantiles,
+        "percentile_error": PERCENTILE_ERROR,
+        "examples": {
+            "mean": first / m,
+            "deviation": spread,
+            "percentiles": dict(zip(("10", "50", "90"), measurement.examples.percentiles([10, 50, 90]), strict=True)),
+            "histogram": measurement.examples.buckets(20).tolist(),
+        },
+        "histogram": histogram.buckets(50).tolist(),
+        "kinds": kinds,
+        "positions": _positions(measurement.positions),
+        "calibration": {"error": measurement.calibration.error(), "curve": measurement.calibration.curve()},
+        "conflicts": {"entropy": CONFLICT_ENTROPY, "prob": CONFLICT_PROB, "share": total.mean("conflicts")},
+        "groups": {name: means.summary() for name, means in measurement.groups.items()},
+        "groups_cut": OTHER in measurement.groups,
+    }
+    threshold = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38))
+    report["objectives"] = _candidates(histogram, Objective.parse(recipe.training.objective or "nll"), threshold)
+    report["recommendation"] = recommend(report, threshold)
+    return report
+
+
+def _positions(sums: Tensor) -> dict[str, Any]:
+    tokens, prob = sums
+    mean = torch.where(tokens > 0, prob / tokens.clamp(min=1), torch.nan)
+    parts = {"first": slice(0, EDGE), "last": slice(EDGE, 2 * EDGE), "relative": slice(2 * EDGE, 2 * EDGE + RELATIVE)}
+    return {
+        name: [[int(n), None if n == 0 else p] for n, p in zip(tokens[part].tolist(), mean[part].tolist(), strict=True)]
+        for name, part in parts.items()
+    }
+
+
+def _candidates(histogram: ProbabilityHistogram, own: Objective, threshold: Threshold) -> list[dict[str, Any]]:
+    specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
+    candidates = [(Objective.parse(spec), Threshold()) for spec in specs]
+    candidates.append((Objective.parse("nll"), threshold))
+    if own not in [objective for objective, _ in candidates] and not own.statistics:
+        candidates.append((own, Threshold()))
+    return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
+
+
+def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
+    """Say what to sweep and why, and what to beware of, from the figures of a report."""
+    placement, total, kinds = report["placement"], report["total"], report["kinds"]
+    arms: list[dict[str, Any]] = []
+    for region in placement["possible"]:
+        arms += [arm for arm in SWEPT[region] if arm not in arms]
+    if placement["possible"] != ["weak"]:
+        arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.4g}")})
+    own = Objective.parse(report["recipe"]["objective"] or "nll")
+    if own not in [Objective.parse(arm["objective"]) for arm in arms]:
+        arms.append({"objective": report["recipe"]["objective"]})
+    reasons = [f"Mean p is {total['prob']:.3f}: {ADVICE[placement['region']]}."]
+    if not placement["decided"]:
+        why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
+        reasons = [f"Undecided between {' and '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
+    reasons.append(
+        f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
+        "gives none itself. Two sets of equal mean p can want different objectives: read the examples, and sweep."
+    )
+    rate = report["recipe"]["learning_rate"]
+    return {
+        "arms": arms,
+        "learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
+        "seed": [0, 1, 2],
+        "reasons": reasons,
+        "warnings": _warnings(report, kinds, total),
+    }
+
+
+def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, Any]) -> list[str]:
+    shares = {json.dumps(item["objective"]): item["kinds"] for item in report["objectives"][:4]}
+    nll, neg_p = shares['{"name": "nll"}'], shares['{"name": "neg_p"}']
+    names = {"eos": "End tokens", "special": "Special tokens", "template": "The chat template's own tokens"}
+    warnings = []
+    if "eos" not in kinds:
+        warnings.append("No target is an end token: training does not teach the model to stop.")
+    for kind, name in names.items():
+        if kind in kinds and kinds[kind]["prob"] < RARE:
+            warnings.append(
+                f"{name} are improbable (mean p {kinds[kind]['prob']:.3g}): they get {nll[kind]:.1%} of the gradient under "
+                f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them."
+            )
+    if total["conflicts"] >= NOISY:
+        warnings.append(
+            f"{total['conflicts']:.1%} of the tokens are confident conflicts (entropy <= {CONFLICT_ENTROPY} nats, p <= "
+            f"{CONFLICT_PROB}): wrong labels, or knowledge that the model lacks. Read them in the report."
+        )
+    confidence = sum(item["tokens"] * item["confidence"] for item in report["calibration"]["curve"]) / total["tokens"]
+    if report["calibration"]["error"] > 0.1:
+        side = "more" if confidence > total["top1"] else "less"
+        warnings.append(
+            f"The model is {side} confident than right (calibration error {report['calibration']['error']:.2f}), so p says "
+            "less of what it knows."
+        )
+    regions = {place(group["prob"], None)["region"] for group in report["groups"].values()}
+    if len(regions) > 1:
+        warnings.append(
+            f"The groups lie in different regions ({', '.join(sorted(regions))}): one objective may not fit them all."
+        )
+    scales = [f"{objective_name(item)} {item['scale']:.2g}" for item in report["objectives"][1:4]]
+    warnings.append(
+        f"The gradient is smaller than nll's by the factor {', '.join(scales)}. AdamW makes up for a constant factor, gradient "
+        "clipping and weight decay don't: sweep the learning rate."
+    )
+    return warnings
+
+
+def objective_name(item: dict[str, Any]) -> str:
+    """Return an objective with its parameters and threshold, for people."""
+    parameters = [
+        f"{value:g}" if isinstance(value, float) else str(value) for key, value in item["objective"].items() if key != "name"
+    ]
+    limit = Threshold(**item["threshold"])
+    kept = "" if limit.keeps_all else f", p >= {limit.above:.3g}"
+    return " ".join([item["objective"]["name"], *parameters]) + kept
+
+
+def sweep_yaml(report: dict[str, Any]) -> str:
+    """Return `sweep.yaml`: each arm is to run at each learning rate and seed."""
+    advice = report["recommendation"]
+    lines = [
+        f"# {report['model']}: mean p {report['total']['prob']:.3f}, {' or '.join(report['placement']['possible'])}",
+        "# Each arm runs at each learning rate and seed.",
+        "arms:",
+        *(f"  - {json.dumps(arm)}" for arm in advice["arms"]),
+        f"learning_rate: {json.dumps(advice['learning_rate'])}",
+        f"seed: {json.dumps(advice['seed'])}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
+    """Return the report of a comparison; a mapping fit for JSON."""
+    total = comparison.total
+    return {
+        **total.summary(),
+        "intervals": {name: total.interval(name) for name in total.names},
+        "calibration": {
+            name: {"error": calibration.error(), "curve": calibration.curve()}
+            for name, calibration in comparison.calibration.items()
+        },
+        "moved": comparison.moved.tolist(),
+    }

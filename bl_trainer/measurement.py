@@ -1,0 +1,203 @@
+"""One pass of a trainer's model over target tokens, without gradient; and the percentiles that thresholds ask for.
+
+The pass goes through transformers' evaluation loop, so that the model is placed, wrapped, sharded and cast as in training.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+from .head import score
+from .statistics import PERCENTILE_ERROR, ProbabilityHistogram
+
+logger = get_logger(__name__)
+
+PERCENTILE_TOKENS = 100_000  # target tokens that a percentile threshold is measured on
+CACHE = Path(HF_HOME) / "bl_trainer" / "probabilities"
+
+
+def measure(
+    trainer: Any, batches: Iterable[dict[str, Any]], observe: Callable[..., None], max_tokens: int | None = None, name: str = ""
+) -> int:
+    """Call `observe(model, batch)` on each of this process's batches, and return the number of target tokens of all.
+
+    `batches`: collated, with `labels`. Stops after the batch with which `max_tokens` target tokens are reached over all
+    processes. A process that runs out of batches gets its last one again with no target in it, so that all processes make
+    as many forward passes, as sharded models need. Raises ValueError if a process gets no batch at all.
+    """
+    dealt = _Lockstep(batches, trainer.accelerator, max_tokens, None if trainer.args.disable_tqdm else name)
+    trainer.observe_instead(observe, dealt)
+    return dealt.num_tokens
+
+
+class _Lockstep:
+    """Deals a process's batches out in step with all other processes; has no length."""
+
+    def __init__(self, batches: Iterable[dict[str, Any]], accelerator: Any, max_tokens: int | None, name: str | None):
+        self.batches, self.accelerator, self.max_tokens, self.name = batches, accelerator, max_tokens, name
+        self.num_tokens = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        hidden = self.name is None or not self.accelerator.is_main_process
+        last: Any = None
+        with tqdm(total=self.max_tokens, desc=self.name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+            for batch in itertools.chain(self.batches, itertools.repeat(None)):
+                if batch is None and last is None:
+                    raise ValueError(
+                        f"Process {self.accelerator.process_index} of {self.accelerator.num_processes} got no example with a "
+                        "target token. Raise `max_length`, if it cuts all answers off, or launch fewer processes."
+                    )
+                own = 0 if batch is None else int(count_targets(batch))
+                tokens, busy = self._sum(own, batch is not None)
+                if not busy or (self.max_tokens is not None and self.num_tokens >= self.max_tokens):
+                    return
+                last = last if batch is None else batch
+                self.num_tokens += tokens
+                yield dict(last) if batch is not None else without_targets(last)
+                bar.update(tokens)
+
+    def _sum(self, tokens: int, busy: bool) -> tuple[int, int]:
+        if self.accelerator.num_processes == 1:
+            return tokens, int(busy)
+        counts = torch.tensor([tokens, int(busy)], device=self.accelerator.device)
+        first, second = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return first, second
+
+
+def count_targets(batch: dict[str, Any]) -> Tensor:
+    """Return the number of target tokens of a collated batch: labels that are not -100, the first column apart."""
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def without_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the batch with nothing to measure in it."""
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[..., Any] = score) -> Any:
+    """Return `use(hidden, head, target)` of a batch's target tokens."""
+    inputs = trainer._prepare_inputs(batch)
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        return model(**inputs, use=use)
+
+
+def resolve_percentile(trainer: Any, percentile: float) -> float:
+    """Return this percentile of p over the first `PERCENTILE_TOKENS` target tokens of the shuffled training set.
+
+    The probabilities measured are kept in `CACHE` under a fingerprint of the model's weights and of the sampled tokens with
+    their labels, and taken from there the next time. Raises ValueError if there are no target tokens.
+    """
+    sample = _sample(trainer)
+    key = [_fingerprint(trainer, sample)]
+    broadcast_object_list(key)
+    path = CACHE / f"{key[0]}.json"
+    found = [_read(path) if trainer.accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    if found[0] is None:
+        histogram = ProbabilityHistogram()
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        mine = sample[rank::world] or sample[:1]
+        if rank >= len(sample):
+            mine = [without_targets(mine[0])]
+
+        def observe(model: Any, batch: dict[str, Any]) -> None:
+            histogram.add(score_batch(trainer, model, batch).logp)
+
+        tokens = measure(trainer, mine, observe, name="Measuring probabilities")
+        if not tokens:
+            raise ValueError("No example of the training set has a target token, so `above_percentile` has no meaning.")
+        if world > 1:
+            counts = trainer.accelerator.reduce(histogram.counts.to(trainer.accelerator.device), reduction="sum")
+            histogram.counts.copy_(counts.cpu())
+        if trainer.accelerator.is_main_process:
+            _write(path, histogram)
+        source = "measured now"
+    else:
+        histogram, source = ProbabilityHistogram.from_state(found[0]), f"from {path}"
+    (value,) = histogram.percentiles([percentile])
+    value = max(value, torch.finfo(torch.float32).tiny)
+    trainer.accelerator.print(
+        f"The threshold is p >= {value:.6g}: percentile {percentile:g} of {int(histogram.counts.sum())} target tokens under "
+        f"the starting model ({source}), off by at most {PERCENTILE_ERROR:.2%} of min(p, 1 - p)."
+    )
+    return value
+
+
+def _sample(trainer: Any) -> list[dict[str, Any]]:
+    """Return collated batches with `PERCENTILE_TOKENS` target tokens, or all there are; the same in every process."""
+    dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    if hasattr(dataset, "__getitem__"):
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        rows: Iterator[Any] = (dataset[i] for i in order)
+    else:
+        rows = iter(dataset)
+    batches, tokens = [], 0
+    while tokens < PERCENTILE_TOKENS:
+        examples = list(itertools.islice(rows, size))
+        if not examples:
+            break
+        batches.append(trainer.data_collator(examples))
+        tokens += int(count_targets(batches[-1]))
+    return batches
+
+
+def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
+    """Return a hash of the model's weights (a sample of each and its sum) and of the sampled tokens with their labels.
+
+    A LoRA adapter that does nothing yet is left out, so that runs of other rank or seed share the measurement.
+    """
+    digest = hashlib.sha256(f"1 {trainer.accelerator.num_processes if _is_sharded(trainer) else ''}".encode())
+    tensors = {name: _local(tensor) for name, tensor in trainer.model.named_parameters()}
+    for name, tensor in tensors.items():
+        pair = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        if pair in tensors and "lora_" in name and not tensors[pair].any():
+            continue
+        step = max(1, tensor.numel() // 1024)
+        summary = torch.cat([tensor.flatten()[::step].float(), tensor.sum(dtype=torch.float32)[None]])
+        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
+        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(summary.cpu().numpy().tobytes())
+    for batch in sample:
+        digest.update(batch["input_ids"].numpy().tobytes() + batch["labels"].numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _local(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(f"Can't read {path} ({error}): the probabilities are measured anew.")
+        return None
+
+
+def _write(path: Path, histogram: ProbabilityHistogram) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(histogram.state()))
+        part.replace(path)
+    except OSError as error:
+        logger.warning(f"Can't keep the measured probabilities in {path} ({error}): the next run measures them anew.")

@@ -1,0 +1,408 @@
+"""Streaming statistics of target-token probabilities: bounded memory, mergeable, the same however the tokens are dealt out.
+
+Everything is a sum in float64 or a count, on the CPU, so that statistics of two parts of the data add up to those of the
+whole, on one process or many.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .head import TokenDivergences, TokenScores
+
+# p, or 1 - p from 1/2 on, is binned by the leading bits of its float32 form: exponent and MANTISSA bits. So every bin is
+# 2^-MANTISSA of min(p, 1 - p) wide, and a bin's middle is off by half of that.
+MANTISSA = 10
+_SHIFT = 23 - MANTISSA
+_HALF = 0x3F000000 >> _SHIFT  # the bin of 1/2
+PERCENTILE_ERROR = 2.0 ** -(MANTISSA + 1)
+
+PAPER_CONFIDENT = 0.55  # the p above which the paper counts tokens (its Tab. 6)
+CONFLICT_ENTROPY = 0.5  # nats; and
+CONFLICT_PROB = 0.05  # p of the target: below both, the model is sure of something else
+KINDS = ("all", "eos", "special", "template", "content")
+VALUES = ("prob", "nll", "entropy", "top1", "above_paper", "conflicts")
+EDGE = 16  # positions counted one by one from the start and from the end of a response
+RELATIVE = 20  # bins of relative position in a response
+CONFIDENCE_BINS = 20
+OTHER = "(other)"
+MAX_GROUPS = 100
+
+
+class ProbabilityHistogram:
+    """Counts of tokens by p, fine enough for percentiles and for the mean of any function of p.
+
+    Its resolution is `PERCENTILE_ERROR` = 2^-11 of min(p, 1 - p): 0.0005 relative, near 0 as near 1. `rows` histograms side
+    by side. Below 2^-126, p counts as 0 (and likewise 1 - p).
+    """
+
+    def __init__(self, rows: int = 1):
+        self.counts = torch.zeros(rows, 2 * _HALF + 1, dtype=torch.int64)
+
+    def add(self, logp: Tensor, row: int = 0) -> None:
+        """Count tokens by their log-probability, a float tensor of any shape. Raises ValueError on NaN."""
+        wide = logp.detach().flatten().cpu().double()
+        if wide.isnan().any():
+            raise ValueError("The model gives a log-probability that is NaN.")
+        p, rest = wide.exp(), -wide.expm1()
+        small = torch.minimum(p, rest).clamp(min=0).float()
+        bins = small.view(torch.int32).long() >> _SHIFT
+        bins = torch.where(bins < 1 << MANTISSA, 0, bins)  # subnormal
+        bins = torch.where(p <= 0.5, bins, 2 * _HALF - bins)
+        self.counts[row] += torch.bincount(bins, minlength=self.counts.shape[1])
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Return log p and log(1 - p) at the middle of each bin, float64."""
+        edges = torch.arange(_HALF + 1, dtype=torch.int32) << _SHIFT
+        left = edges.view(torch.float32).double()
+        right = (edges + (1 << _SHIFT)).view(torch.float32).double()
+        middle = (left + right) / 2
+        middle[: 1 << MANTISSA] = 0
+        middle[-1] = 0.5  # of its own bin only p = 1/2 is in use
+        log_p = torch.cat([middle.log(), torch.log1p(-middle[:-1].flip(0))])
+        log_rest = torch.cat([torch.log1p(-middle), middle[:-1].flip(0).log()])
+        return log_p, log_rest
+
+    def percentiles(self, ranks: Sequence[float], row: int = 0) -> list[float]:
+        """Return for each of `ranks` (0 to 100) the smallest p with at least that share of tokens at or below it.
+
+        Off by at most `PERCENTILE_ERROR` * min(p, 1 - p). NaN if nothing was counted.
+        """
+        cumulative = self.counts[row].cumsum(0)
+        total = int(cumulative[-1])
+        if not total:
+            return [math.nan] * len(ranks)
+        # rounded, so that 10 % of 30 tokens is the third although 0.1 * 30 exceeds 3 in floating point
+        needed = torch.tensor([max(1, math.ceil(round(rank / 100 * total, 6))) for rank in ranks])
+        found = torch.searchsorted(cumulative, needed).clamp(max=len(cumulative) - 1)
+        return self.values()[0][found].exp().tolist()
+
+    def buckets(self, count: int, row: int = 0) -> Tensor:
+        """Return the number of tokens in each of `count` equal parts of [0, 1], by the middle of their bins."""
+        p = self.values()[0].exp()
+        index = (p * count).long().clamp(max=count - 1)
+        return torch.zeros(count, dtype=torch.int64).index_add_(0, index, self.counts[row])
+
+    def state(self) -> dict[str, list[int]]:
+        """Return the first row's counts, without the empty bins, for JSON."""
+        index = self.counts[0].nonzero().flatten()
+        return {"bins": index.tolist(), "counts": self.counts[0][index].tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list[int]]) -> "ProbabilityHistogram":
+        """Read what `state` returned."""
+        made = cls()
+        made.counts[0, torch.tensor(state["bins"], dtype=torch.int64)] = torch.tensor(state["counts"], dtype=torch.int64)
+        return made
+
+
+@dataclass
+class TokenBatch:
+    """Target tokens of a batch, in reading order, and the examples that they belong to.
+
+    `token`: ids. `example`: index into `examples`. `place`: index into that example's `input_ids`. `position`: 0, 1, ... within
+    a response, an unbroken run of target tokens; `length`: of that response. `is_template`: whether the token is the chat
+    template's own. All (N,), on the CPU. `examples`: a mapping for each, with its `row` in the data set, `group`, `input_ids`.
+    """
+
+    token: Tensor
+    example: Tensor
+    place: Tensor
+    position: Tensor
+    length: Tensor
+    is_template: Tensor
+    examples: list[dict[str, Any]]
+
+
+class Means:
+    """Means over tokens whose uncertainty counts examples, not tokens, since the tokens of one example are alike.
+
+    With s_i the sum of a value over the n_i tokens of example i, the mean is R = sum s_i / sum n_i, and its variance, by
+    linearisation, m/(m - 1) sum (s_i - R n_i)^2 / (sum n_i)^2 over m examples. All that is kept is the Gram matrix of
+    (1, n_i, s_i, ...).
+    """
+
+    def __init__(self, names: Sequence[str] = VALUES):
+        self.names = tuple(names)
+        self.gram = torch.zeros(len(names) + 2, len(names) + 2, dtype=torch.float64)
+
+    def add(self, num_tokens: Tensor, sums: Tensor) -> None:
+        """Add m examples: `num_tokens` (m,), and `sums` (names, m) of each value over their tokens."""
+        rows = torch.cat([torch.ones_like(num_tokens)[None], num_tokens[None], sums]).double()[:, num_tokens > 0]
+        self.gram += rows @ rows.T
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.gram[0, 0])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.gram[0, 1])
+
+    def mean(self, name: str) -> float:
+        """Return the mean over tokens; NaN if there are none."""
+        return (self.gram[0, 2 + self.names.index(name)] / self.gram[0, 1]).item()
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the 95 % confidence interval of `mean`, or None below 10 examples, where it would be a guess.
+
+        It is for the source that the examples were drawn from; Student's t in Cornish and Fisher's expansion.
+        """
+        m = self.num_examples
+        if m < 10:
+            return None
+        j, mean = 2 + self.names.index(name), self.mean(name)
+        residual = self.gram[j, j] - 2 * mean * self.gram[1, j] + mean**2 * self.gram[1, 1]
+        deviation = math.sqrt(max(0.0, m / (m - 1) * residual.item())) / self.gram[0, 1].item()
+        z, free = 1.959964, m - 1
+        t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        return mean - t * deviation, mean + t * deviation
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts, means and the interval of the first value."""
+        first = self.names[0]
+        counts = {"examples": self.num_examples, "tokens": self.num_tokens}
+        means = {name: self.mean(name) for name in self.names}
+        return {**counts, **means, f"{first}_interval": self.interval(first)}
+
+
+class Calibration:
+    """Reliability of the most probable token: by its probability, how often it is the target."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, CONFIDENCE_BINS, dtype=torch.float64)  # tokens, confidence, hits
+
+    def add(self, confidence: Tensor, is_hit: Tensor) -> None:
+        """Add tokens: probability of the most probable token and whether it is the target, both (N,)."""
+        index = (confidence * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
+        self.sums.index_add_(1, index, torch.stack([torch.ones_like(confidence), confidence, is_hit.to(confidence)]).double())
+
+    def error(self) -> float:
+        """Return the expected calibration error, sum over bins of (tokens / all tokens) |confidence - hit rate|."""
+        tokens, confidence, hits = self.sums
+        return ((confidence - hits).abs().sum() / tokens.sum()).item()
+
+    def curve(self) -> list[dict[str, float]]:
+        """Return tokens, mean confidence and hit rate of each bin in use."""
+        return [
+            {"tokens": int(tokens), "confidence": (confidence / tokens).item(), "accuracy": (hits / tokens).item()}
+            for tokens, confidence, hits in self.sums.T
+            if tokens
+        ]
+
+
+class Reader:
+    """A bounded choice of examples for a person to read.
+
+    Kept are the most surprising (highest mean -log p), the most conflicting (the token that the model contradicts most
+    confidently: largest log p(most probable) - log p(target) among confident conflicts), and a sample, from which the
+    typical ones are taken: those nearest to its median of mean p.
+    """
+
+    KEPT, SAMPLE, WINDOW = 20, 100, 400
+
+    def __init__(self) -> None:
+        self.heaps: dict[str, list[tuple[float, int, dict[str, Any]]]] = {"surprising": [], "conflicting": [], "sample": []}
+
+    def add(self, batch: TokenBatch, scores: TokenScores, num_tokens: Tensor, prob: Tensor, nll: Tensor, gap: Tensor) -> None:
+        """Offer the examples of a batch. All (examples,): number of tokens, mean p, mean -log p, largest gap of a conflict."""
+        for e, example in enumerate(batch.examples):
+            if not num_tokens[e]:
+                continue
+            row = example["row"]
+            keys = {"surprising": nll[e].item(), "sample": -random.Random(row).random()}
+            if gap[e] > 0:
+                keys["conflicting"] = gap[e].item()
+            wanted = [name for name, key in keys.items() if self._has_room(name, key)]
+            if wanted:
+                record = self._record(batch, scores, e, {"prob": prob[e].item(), "nll": nll[e].item(), "gap": gap[e].item()})
+                for name in wanted:
+                    self._push(name, (keys[name], row, record))
+
+    def _size(self, name: str) -> int:
+        return self.SAMPLE if name == "sample" else self.KEPT
+
+    def _has_room(self, name: str, key: float) -> bool:
+        heap = self.heaps[name]
+        return len(heap) < self._size(name) or key > heap[0][0]
+
+    def _push(self, name: str, item: tuple[float, int, dict[str, Any]]) -> None:
+        heap = self.heaps[name]
+        if any(item[:2] == other[:2] for other in heap):
+            return
+        if len(heap) < self._size(name):
+            heapq.heappush(heap, item)
+        else:
+            heapq.heappushpop(heap, item)
+
+    def _record(self, batch: TokenBatch, scores: TokenScores, e: int, means: dict[str, float]) -> dict[str, Any]:
+        example, here = batch.examples[e], (batch.example == e).nonzero().flatten()
+        targets = batch.place[here].tolist()
+        worst = targets[int((conflicts(scores)[here] * 1000.0 - scores.logp[here]).argmax())]
+        length, start = len(example["input_ids"]), max(0, targets[0] - 100)
+        if worst - start >= self.WINDOW:
+            start = worst - self.WINDOW // 2
+        stop = min(length, start + self.WINDOW)
+        shown = [i for i, position in enumerate(targets) if start <= position < stop]
+        index = here[shown]
+        return {
+            "row": example["row"],
+            "group": example["group"],
+            "tokens": len(targets),
+            **means,
+            "cut": [start, length - stop],
+            "input_ids": example["input_ids"][start:stop],
+            "targets": [targets[i] - start for i in shown],
+            "p": scores.logp[index].exp().tolist(),
+            "rank": scores.rank[index].tolist(),
+            "top1": scores.top1[index].tolist(),
+            "top1_p": scores.top1_logp[index].exp().tolist(),
+            "entropy": scores.entropy[index].tolist(),
+        }
+
+    def merge(self, other: "Reader") -> None:
+        """Take in another reader's examples."""
+        for name, heap in other.heaps.items():
+            for item in heap:
+                if self._has_room(name, item[0]):
+                    self._push(name, item)
+
+    def chosen(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the examples under `surprising`, `conflicting` and `typical`, each in order."""
+        lists = {
+            name: [item[2] for item in sorted(heap, key=lambda item: (-item[0], item[1]))] for name, heap in self.heaps.items()
+        }
+        sample = sorted(lists.pop("sample"), key=lambda record: (record["prob"], record["row"]))
+        median = sample[len(sample) // 2]["prob"] if sample else 0.0
+        lists["typical"] = sorted(sample, key=lambda record: (abs(record["prob"] - median), record["row"]))[: self.KEPT]
+        return lists
+
+
+def conflicts(scores: TokenScores) -> Tensor:
+    """Return which tokens are confident conflicts: entropy <= CONFLICT_ENTROPY and p <= CONFLICT_PROB; bool (N,)."""
+    return (scores.entropy <= CONFLICT_ENTROPY) & (scores.logp <= math.log(CONFLICT_PROB))
+
+
+class Measurement:
+    """All that one pass over the target tokens leaves behind; see `diagnosis.summarise` for what is made of it.
+
+    `eos`, `special`: ids of the tokenizer's end and special tokens.
+    """
+
+    def __init__(self, eos: Sequence[int] = (), special: Sequence[int] = ()):
+        self.eos, self.special = torch.tensor(sorted(eos)), torch.tensor(sorted(special))
+        self.histogram = ProbabilityHistogram(len(KINDS))
+        self.kinds = torch.zeros(len(KINDS), 1 + len(VALUES), dtype=torch.float64)  # tokens, then sums of VALUES
+        self.examples = ProbabilityHistogram()  # of each example's mean p
+        self.spread = torch.zeros(3, dtype=torch.float64)  # examples, sum and sum of squares of their mean p
+        self.positions = torch.zeros(2, 2 * EDGE + RELATIVE, dtype=torch.float64)  # tokens, sum of p
+        self.calibration = Calibration()
+        self.groups: dict[str, Means] = {}
+        self.total = Means()
+        self.reader = Reader()
+
+    def add(self, batch: TokenBatch, scores: TokenScores) -> None:
+        """Add a batch's target tokens. `scores` must be on the CPU. Raises ValueError on NaN."""
+        logp, p = scores.logp.double(), scores.logp.double().exp()
+        if (scores.logp + scores.entropy).isnan().any():
+            rows = sorted({batch.examples[e]["row"] for e in batch.example[(scores.logp + scores.entropy).isnan()].tolist()})
+            raise ValueError(
+                f"The model gives probabilities that are NaN in row {rows[0]} of the data set. Check the checkpoint, or try "
+                "`dtype: float32` and `bf16: false`."
+            )
+        is_conflict = conflicts(scores)
+        values = torch.stack([p, -logp, scores.entropy.double(), (scores.rank == 0).double(),
+                              (p > PAPER_CONFIDENT).double(), is_conflict.double()])  # fmt: skip
+        is_eos, is_special = torch.isin(batch.token, self.eos), torch.isin(batch.token, self.special)
+        kinds = (torch.ones_like(is_eos), is_eos, is_special, batch.is_template, ~(is_eos | is_special | batch.is_template))
+        for k, mask in enumerate(kinds):
+            self.histogram.add(logp[mask], k)
+            self.kinds[k] += torch.cat([mask.sum().double()[None], values[:, mask].sum(1)])
+        self._add_positions(batch, p)
+        self.calibration.add(scores.top1_logp.double().exp(), scores.rank == 0)
+
+        m = len(batch.examples)
+        num_tokens = torch.bincount(batch.example, minlength=m)
+        sums = values.new_zeros(len(values), m).index_add_(1, batch.example, values)
+        self.total.add(num_tokens, sums)
+        for name in dict.fromkeys(example["group"] for example in batch.examples if example["group"] is not None):
+            mine = torch.tensor([example["group"] == name for example in batch.examples])
+            self._group(name).add(num_tokens[mine], sums[:, mine])
+        present = num_tokens > 0
+        means = sums / num_tokens.clamp(min=1)
+        self.examples.add(means[0][present].log())
+        self.spread += torch.stack([present.sum().double(), means[0][present].sum(), (means[0][present] ** 2).sum()])
+        gap = torch.where(is_conflict, scores.top1_logp - scores.logp, 0.0)
+        gap = gap.new_zeros(m).scatter_reduce_(0, batch.example, gap, "amax")
+        self.reader.add(batch, scores, num_tokens, means[0], means[1], gap)
+
+    def _add_positions(self, batch: TokenBatch, p: Tensor) -> None:
+        from_end = batch.length - 1 - batch.position
+        relative = 2 * EDGE + batch.position * RELATIVE // batch.length
+        for index, mask in (
+            (batch.position, batch.position < EDGE),
+            (EDGE + from_end, from_end < EDGE),
+            (relative, torch.ones_like(relative, dtype=torch.bool)),
+        ):
+            self.positions.index_add_(1, index[mask], torch.stack([torch.ones_like(p), p])[:, mask])
+
+    def _group(self, name: str) -> Means:
+        if name not in self.groups and len(self.groups) >= MAX_GROUPS:
+            name = OTHER
+        return self.groups.setdefault(name, Means())
+
+    def reduce(self, accelerator: Any) -> None:
+        """Add up over all processes; every process ends with the whole."""
+        if accelerator.num_processes == 1:
+            return
+        for tensor in (self.histogram.counts, self.examples.counts, self.kinds, self.spread, self.positions,
+                       self.calibration.sums, self.total.gram):  # fmt: skip
+            tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
+        groups, readers = self.groups, gather_object([self.reader])
+        self.groups, self.reader = {}, Reader()
+        for name, means in sorted(item for part in gather_object([groups]) for item in part.items()):
+            self._group(name).gram += means.gram
+        for reader in readers:
+            self.reader.merge(reader)
+
+
+class Comparison:
+    """What one pass with two models leaves behind: the base model's p and the tuned model's q on the same target tokens."""
+
+    VALUES = ("kl", "reverse_kl", "js", "base_prob", "prob", "base_nll", "nll", "base_top1", "top1")
+    BUCKETS = 10
+
+    def __init__(self) -> None:
+        self.total = Means(self.VALUES)
+        self.calibration = {"base": Calibration(), "tuned": Calibration()}
+        self.moved = torch.zeros(self.BUCKETS, self.BUCKETS, dtype=torch.int64)  # tokens by bucket of p, bucket of q
+
+    def add(self, batch: TokenBatch, base: TokenScores, tuned: TokenScores, divergences: TokenDivergences) -> None:
+        """Add a batch's target tokens; all on the CPU. Raises ValueError on NaN."""
+        p, q = base.logp.double().exp(), tuned.logp.double().exp()
+        hits = base.rank == 0, tuned.rank == 0
+        values = torch.stack([divergences.forward.double(), divergences.reverse.double(), divergences.js.double(), p, q,
+                              -base.logp.double(), -tuned.logp.double(), hits[0].double(), hits[1].double()])  # fmt: skip
+        if values.isnan().any():
+            raise ValueError("The compared checkpoint gives probabilities that are NaN. Check it, or try `dtype: float32`.")
+        m = len(batch.examples)
+        num_tokens = torch.bincount(batch.example, minlength=m)
+        self.total.add(num_tokens, values.new_zeros(len(values), m).index_add_(1, batch.example, values))
+        self.calibration["base"].add(base.top1_logp.double().exp(), hits[0])
+        self.calibration["tuned"].add(tuned.top1_logp.double().exp(), hits[1])
+        before, after = ((x * self.BUCKETS).long().clamp(max=self.BUCKETS - 1) for x in (p, q))
+        self.moved += torch.bincount(before * self.BUCKETS + after, minlength=self.BUCKETS**2).view_as(self.moved)
+
+    def reduce(self, accelerator: Any) -> None:
+        """Add up over all processes."""
+        if accelerator.num_processes == 1:
+            return
+        for tensor in (self.total.gram, self.moved, *(calibration.sums for calibration in self.calibration.values())):
+            tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())

@@ -1,0 +1,8 @@
+"""Diagnose a recipe: `accelerate launch scripts/diagnose.py --config recipe.yaml --report DIR [--any_key value ...]`."""
+
+import sys
+
+from bl_trainer.__main__ import main
+
+if __name__ == "__main__":
+    main(["diagnose", *sys.argv[1:]])
