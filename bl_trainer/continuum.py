@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from .objectives import Objective, Threshold
@@ -248,15 +249,13 @@ def objective_name(item: dict[str, Any]) -> str:
 def sweep_yaml(report: dict[str, Any]) -> str:
     """Return `sweep.yaml`: each arm is to run at each learning rate and seed."""
     advice = report["recommendation"]
-    lines = [
+    head = [
         f"# {report['model']}: mean p {report['total']['prob']:.3f}, {' or '.join(report['placement']['possible'])}",
         "# Each arm runs at each learning rate and seed.",
-        "arms:",
-        *(f"  - {json.dumps(arm)}" for arm in advice["arms"]),
-        f"learning_rate: {json.dumps(advice['learning_rate'])}",
-        f"seed: {json.dumps(advice['seed'])}",
     ]
-    return "\n".join(lines) + "\n"
+    grid = {key: advice[key] for key in ("arms", "learning_rate", "seed")}
+    lines = [" ".join(line.split()) for line in head]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(grid, default_flow_style=None, sort_keys=False, width=1000)
 
 
 def summarise_comparison(comparison: Comparison) -> dict[str, Any]:

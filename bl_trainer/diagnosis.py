@@ -22,7 +22,7 @@ from .recipe import Recipe, RecipeError, load_dataset
 from .statistics import Comparison, Measurement, TokenBatch
 from .trainer import BLTrainer
 
-REPORT_FILES = ("report.json", "report.html", "sweep.yaml", "figures")
+REPORT_FILES = ("report.json", "examples.json", "report.html", "sweep.yaml", "figures")
 
 
 @dataclass

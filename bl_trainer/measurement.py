@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -54,9 +55,10 @@ class _Lockstep:
         with tqdm(total=self.max_tokens, desc=self.name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
             for batch in itertools.chain(self.batches, itertools.repeat(None)):
                 if batch is None and last is None:
+                    one = self.accelerator.num_processes == 1
                     raise ValueError(
-                        f"Process {self.accelerator.process_index} of {self.accelerator.num_processes} got no example with a "
-                        "target token. Raise `max_length`, if it cuts all answers off, or launch fewer processes."
+                        f"{'There is' if one else f'Process {self.accelerator.process_index} got'} no example with a target "
+                        f"token. Raise `max_length`, if it cuts all answers off{'' if one else ', or launch fewer processes'}."
                     )
                 own = 0 if batch is None else int(count_targets(batch))
                 tokens, busy = self._sum(own, batch is not None)
@@ -136,8 +138,9 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
 
 def _sample(trainer: Any) -> list[dict[str, Any]]:
     """Return collated batches with `PERCENTILE_TOKENS` target tokens, or all there are; the same in every process."""
-    dataset, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
-    if hasattr(dataset, "__getitem__"):
+    dataset: Any = trainer.train_dataset
+    size = trainer.args.per_device_train_batch_size
+    if not isinstance(dataset, IterableDataset):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         rows: Iterator[Any] = (dataset[i] for i in order)
     else:

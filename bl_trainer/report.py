@@ -34,12 +34,14 @@ KIND_NAMES = {
 
 
 def write_report(report: dict[str, Any], folder: str | None) -> None:
-    """Write report.json, report.html, sweep.yaml and figures/*.png into `folder`, which exists."""
+    """Write report.json, examples.json, report.html, sweep.yaml and figures/*.png into `folder`, which exists."""
     target = Path(folder or ".")
     (target / "figures").mkdir(exist_ok=True)
     for name, draw in figures(report).items():
         (target / "figures" / f"{name}.png").write_bytes(_render(draw, report, "light", "png"))
-    (target / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    figures_only = {key: value for key, value in _finite(report).items() if key != "reader"}
+    (target / "report.json").write_text(json.dumps(figures_only, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (target / "examples.json").write_text(_json(report["reader"]) + "\n", encoding="utf-8")
     (target / "sweep.yaml").write_text(sweep_yaml(report), encoding="utf-8")
     (target / "report.html").write_text(page(report), encoding="utf-8")
 
@@ -244,8 +246,7 @@ def page(report: dict[str, Any]) -> str:
         sections.insert(
             2, "<section><h2>Against the base model</h2>" + _comparison(report) + _figure("moved", report) + "</section>"
         )
-    data = json.dumps(_finite(report["reader"]), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    data = _json(report["reader"]).replace("<", "\\u003c")
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     title = _e(f"{report['model']}: {placement['region']}")
     return (
@@ -376,6 +377,10 @@ def _short(name: str, size: int = 48) -> str:
 
 def _clip(line: str, size: int = 260) -> str:
     return line if len(line) <= size else line[: size - 1] + "…"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def _finite(value: Any) -> Any:

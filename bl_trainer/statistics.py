@@ -367,7 +367,8 @@ class Measurement:
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
         groups, readers = self.groups, gather_object([self.reader])
         self.groups, self.reader = {}, Reader()
-        for name, means in sorted(item for part in gather_object([groups]) for item in part.items()):
+        parts = [item for part in gather_object([groups]) for item in part.items()]
+        for name, means in sorted(parts, key=lambda item: item[0]):
             self._group(name).gram += means.gram
         for reader in readers:
             self.reader.merge(reader)

@@ -1,0 +1,341 @@
+"""The head's scores against full logits in float64, and streaming statistics against the whole data at once."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_llama
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPTJConfig,
+    GraniteConfig,
+)
+
+from bl_trainer import head
+from bl_trainer.head import Head, TokenScores, add_scoring, compare, score
+from bl_trainer.statistics import (
+    MAX_GROUPS,
+    OTHER,
+    PERCENTILE_ERROR,
+    Calibration,
+    Means,
+    Measurement,
+    ProbabilityHistogram,
+    Reader,
+    TokenBatch,
+)
+
+
+def oracle(logits, target):
+    logp = logits.double().log_softmax(-1)
+    at_target = logp.gather(-1, target[:, None]).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return at_target, entropy, logp.argmax(-1), logp.max(-1).values, (logp > at_target[:, None]).sum(-1)
+
+
+@pytest.mark.parametrize("block", [1, 7 * 50, 2**20], ids=["one_row", "seven_rows", "all_rows"])
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["flat", "sure"])
+def test_scores_are_those_of_float64_logits(monkeypatch, block, spread):
+    monkeypatch.setitem(head.BLOCK, "cpu", block)
+    torch.manual_seed(0)
+    hidden, target = torch.randn(23, 16), torch.randint(50, (23,))
+    ours = Head(spread * torch.randn(50, 16), torch.randn(50), 0.5, 20.0)
+    scores = score(hidden, ours, target)
+    logits = 20 * torch.tanh(0.5 * (hidden.double() @ ours.weight.double().T + ours.bias.double()) / 20)
+    logp, entropy, top1, top1_logp, rank = oracle(logits, target)
+    torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.top1_logp.double(), top1_logp, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores.top1, top1)
+    assert torch.equal(scores.rank, rank)
+
+
+def test_probability_near_one_keeps_its_distance_from_one():
+    logits = torch.tensor([[0.0, -20.0, -25.0]])
+    scores = score(torch.ones(1, 1), Head(logits.T, None, 1.0, None), torch.tensor([0]))
+    expected = -math.log1p(math.exp(-20) + math.exp(-25))
+    assert scores.logp.item() == pytest.approx(expected, rel=1e-6)  # float32's log-softmax gives 0
+
+
+def test_no_target_token_gives_empty_scores():
+    scores = score(torch.zeros(0, 4), Head(torch.randn(9, 4), None, 1.0, None), torch.zeros(0, dtype=torch.long))
+    assert all(len(value) == 0 for value in vars(scores).values())
+
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**SMALL, logit_scale=0.3),
+        GraniteConfig(**SMALL, logits_scaling=3.0),
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
+        GPTJConfig(vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32, initializer_range=0.5),
+    ],
+    ids=["scale", "divisor", "softcap", "bias"],
+)
+def test_scoring_agrees_with_the_models_own_logits(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if getattr(model.lm_head, "bias", None) is not None:
+        torch.nn.init.normal_(model.lm_head.bias)
+    ids = torch.randint(3, 40, (2, 9))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 7:] = -100
+    with torch.no_grad():
+        logits = model(ids).logits
+        add_scoring(model)
+        scores = model(input_ids=ids, labels=labels, use=score)
+        assert torch.equal(model(ids).logits, logits)  # without `use`, the model is as it was
+    mask = labels[:, 1:] != -100
+    logp, entropy, *_ = oracle(logits[:, :-1][mask], labels[:, 1:][mask])
+    torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_divergences_are_those_of_float64(monkeypatch):
+    monkeypatch.setitem(head.BLOCK, "cpu", 120)
+    torch.manual_seed(0)
+    hidden, base_hidden = torch.randn(17, 8), torch.randn(17, 8)
+    tuned, base = Head(torch.randn(40, 8), None, 1.0, None), Head(torch.randn(40, 8), None, 1.0, None)
+    found = compare(hidden, tuned, base_hidden, base)
+    p = (base_hidden.double() @ base.weight.double().T).softmax(-1)
+    q = (hidden.double() @ tuned.weight.double().T).softmax(-1)
+    middle = (p + q) / 2
+    kl = lambda a, b: (a * (a / b).log()).sum(-1)  # noqa: E731
+    torch.testing.assert_close(found.forward.double(), kl(p, q), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.reverse.double(), kl(q, p), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.js.double(), (kl(p, middle) + kl(q, middle)) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_other_vocabulary_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="vocabulary of 9 tokens, the compared one of 8"):
+        compare(
+            torch.zeros(1, 2), Head(torch.zeros(8, 2), None, 1, None), torch.zeros(1, 2), Head(torch.zeros(9, 2), None, 1, None)
+        )
+
+
+DISTRIBUTIONS = {
+    "uniform": lambda rng: np.log(rng.uniform(size=5000)),
+    "sure": lambda rng: np.log1p(-(10 ** rng.uniform(-16, 0, size=5000))),
+    "hopeless": lambda rng: -rng.uniform(0, 200, size=5000),
+    "few": lambda rng: np.log(rng.uniform(size=7)),
+    "edges": lambda rng: np.array([-np.inf, -1e-40, 0.0, math.log(0.5), math.log(0.5), -1e-9]),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_percentiles_within_the_stated_bound(name):
+    logp = DISTRIBUTIONS[name](np.random.default_rng(0))
+    histogram, other = ProbabilityHistogram(), ProbabilityHistogram()
+    histogram.add(torch.tensor(logp[::2]))
+    other.add(torch.tensor(logp[1::2]))
+    histogram.counts += other.counts
+    assert histogram.counts.sum() == len(logp)
+    ranks = [0, 0.01, 1, 2.5, 10, 25, 50, 75, 90, 99, 99.99, 100]
+    exact = np.percentile(logp, ranks, method="inverted_cdf")
+    for found, wanted in zip(histogram.percentiles(ranks), exact, strict=True):
+        p, rest = math.exp(wanted), -math.expm1(wanted)
+        # the bin is chosen by the float32 of min(p, 1 - p): and p itself is a float64
+        assert abs(found - p) <= PERCENTILE_ERROR * min(p, rest) * (1 + 2**-12) + 2**-52
+    again = ProbabilityHistogram.from_state(histogram.state())
+    assert torch.equal(again.counts, histogram.counts)
+
+
+def test_histogram_keeps_functions_of_p():
+    logp = torch.tensor(DISTRIBUTIONS["uniform"](np.random.default_rng(1)))
+    histogram = ProbabilityHistogram()
+    histogram.add(logp)
+    log_p, log_rest = histogram.values()
+    torch.testing.assert_close(log_p.exp() + log_rest.exp(), torch.ones_like(log_p))
+    counts = histogram.counts[0].double()
+    p = logp.exp()
+    for found, exact in (
+        ((counts * log_p.exp()).sum(), p.sum()),
+        ((counts * log_rest.exp()).sum(), (1 - p).sum()),
+        ((counts * (10 * log_p + log_rest).exp()).sum(), (p**10 * (1 - p)).sum()),
+    ):
+        assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+    exact = np.histogram(p.numpy(), bins=10, range=(0, 1))[0]
+    assert abs(histogram.buckets(10).numpy() - exact).max() <= 2  # a bin may lie across two buckets
+    assert histogram.buckets(10).sum() == exact.sum()
+
+
+def test_nan_is_not_counted():
+    with pytest.raises(ValueError, match="NaN"):
+        ProbabilityHistogram().add(torch.tensor([-1.0, math.nan]))
+
+
+def test_means_and_intervals():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 30, size=400)
+    level = rng.uniform(size=400)
+    values = [rng.uniform(size=n) * 0.1 + x for n, x in zip(tokens, level, strict=True)]
+    sums = np.array([v.sum() for v in values])
+    means = Means(["prob"])
+    for part in (slice(0, 150), slice(150, None)):
+        means.add(torch.tensor(tokens[part]), torch.tensor(sums[part])[None])
+    everything = np.concatenate(values)
+    assert means.num_tokens == tokens.sum()
+    assert means.num_examples == (tokens > 0).sum()
+    assert means.mean("prob") == pytest.approx(everything.mean())
+    used = tokens > 0
+    ratio = everything.mean()
+    m = used.sum()
+    error = math.sqrt(m / (m - 1) * ((sums[used] - ratio * tokens[used]) ** 2).sum()) / tokens.sum()
+    low, high = means.interval("prob")
+    assert (high - low) / 2 == pytest.approx(1.9662 * error, rel=1e-3)
+    naive = everything.std() / math.sqrt(len(everything))
+    assert error > 2.5 * naive  # tokens of one example are alike
+
+
+@pytest.mark.parametrize(("examples", "t"), [(10, 2.2622), (30, 2.0452), (100, 1.9842)])
+def test_interval_is_students(examples, t):
+    means = Means(["prob"])
+    values = torch.rand(examples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means.add(torch.ones(examples, dtype=torch.int64), values[None])
+    low, high = means.interval("prob")
+    assert (high - low) / 2 == pytest.approx(t * values.std().item() / math.sqrt(examples), rel=2e-3)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(1, 20, size=40)
+        sums = np.array([(rng.beta(4, 1) + rng.normal(0, 0.05, size=n)).sum() for n in tokens])
+        means = Means(["prob"])
+        means.add(torch.tensor(tokens), torch.tensor(sums)[None])
+        low, high = means.interval("prob")
+        hits += low <= 0.8 <= high
+    assert 0.91 <= hits / 400 <= 0.98
+
+
+def test_no_interval_below_ten_examples():
+    means = Means(["prob"])
+    means.add(torch.ones(9, dtype=torch.int64), torch.rand(1, 9))
+    assert means.interval("prob") is None
+
+
+def test_calibration_error():
+    torch.manual_seed(0)
+    confidence, hits = torch.rand(3000, dtype=torch.float64), torch.rand(3000) < 0.5
+    calibration = Calibration()
+    for part in (slice(0, 1000), slice(1000, None)):
+        calibration.add(confidence[part], hits[part])
+    index = np.minimum((confidence.numpy() * 20).astype(int), 19)
+    gaps = [
+        abs(confidence.numpy()[index == b].mean() - hits.numpy()[index == b].mean()) * (index == b).mean() for b in range(20)
+    ]
+    assert calibration.error() == pytest.approx(sum(gaps))
+    assert sum(item["tokens"] for item in calibration.curve()) == 3000
+
+
+def fake(examples, rng, groups=None):
+    """A batch of `examples` examples with random scores."""
+    lengths = [int(rng.integers(1, 9)) for _ in range(examples)]
+    owner = torch.tensor([e for e, n in enumerate(lengths) for _ in range(n)])
+    place = torch.tensor([i + 3 for n in lengths for i in range(n)])
+    size = len(owner)
+    logp = torch.tensor(-rng.exponential(2, size=size), dtype=torch.float32)
+    meta = [
+        {"row": int(rng.integers(10**9)), "group": None if groups is None else groups[e], "input_ids": list(range(n + 3))}
+        for e, n in enumerate(lengths)
+    ]
+    batch = TokenBatch(
+        token=torch.tensor(rng.integers(0, 9, size=size)), example=owner, place=place, position=place - 3,
+        length=torch.tensor(lengths)[owner], is_template=torch.zeros(size, dtype=torch.bool), examples=meta,
+    )  # fmt: skip
+    scores = TokenScores(
+        logp, torch.rand(size), torch.zeros(size, dtype=torch.long), torch.full((size,), -0.01), (logp < -1).long()
+    )
+    return batch, scores
+
+
+def test_reader_is_bounded_and_keeps_the_extremes():
+    rng, reader_of = np.random.default_rng(0), Measurement()
+    worst = []
+    for _ in range(60):
+        batch, scores = fake(30, rng)
+        reader_of.add(batch, scores)
+        for e, example in enumerate(batch.examples):
+            worst.append((-scores.logp[batch.example == e].double().mean().item(), example["row"]))
+    lists = reader_of.reader.chosen()
+    assert {name: len(records) for name, records in lists.items()} == dict.fromkeys(lists, Reader.KEPT)
+    assert [record["row"] for record in lists["surprising"]] == [row for _, row in sorted(worst, reverse=True)[: Reader.KEPT]]
+    assert len(reader_of.reader.heaps["sample"]) == Reader.SAMPLE
+    gaps = [record["gap"] for record in lists["conflicting"]]
+    assert gaps == sorted(gaps, reverse=True)
+
+
+def test_reader_does_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    batches = [fake(30, rng) for _ in range(20)]
+    chosen = []
+    for order in (batches, batches[::-1]):
+        measurement = Measurement()
+        for batch, scores in order:
+            measurement.add(batch, scores)
+        chosen.append({name: [r["row"] for r in records] for name, records in measurement.reader.chosen().items()})
+    assert chosen[0] == chosen[1]
+
+
+def test_long_example_is_cut_around_what_matters():
+    n = 2000
+    logp = torch.full((n,), -0.1)
+    logp[1500] = -30.0
+    batch = TokenBatch(
+        token=torch.zeros(n, dtype=torch.long), example=torch.zeros(n, dtype=torch.long), place=torch.arange(n) + 50,
+        position=torch.arange(n), length=torch.full((n,), n), is_template=torch.zeros(n, dtype=torch.bool),
+        examples=[{"row": 0, "group": None, "input_ids": list(range(n + 50))}],
+    )  # fmt: skip
+    measurement = Measurement()
+    measurement.add(
+        batch, TokenScores(logp, torch.zeros(n), torch.zeros(n, dtype=torch.long), torch.zeros(n), torch.zeros(n).long())
+    )
+    (record,) = measurement.reader.chosen()["conflicting"]
+    assert len(record["input_ids"]) == Reader.WINDOW
+    assert 1550 in record["input_ids"]
+    assert record["cut"][0] + Reader.WINDOW + record["cut"][1] == n + 50
+    assert record["input_ids"][record["targets"][0]] == record["cut"][0] + record["targets"][0]
+
+
+def test_groups_are_bounded():
+    rng, measurement = np.random.default_rng(0), Measurement()
+    for i in range(30):
+        batch, scores = fake(10, rng, groups=[f"group {10 * i + e}" for e in range(10)])
+        measurement.add(batch, scores)
+    assert len(measurement.groups) == MAX_GROUPS + 1
+    assert measurement.groups[OTHER].num_examples == 200
+    total = sum(means.gram[0, 1] for means in measurement.groups.values())
+    assert total == measurement.total.gram[0, 1]
+
+
+def test_nan_is_reported_with_its_row(tokenizer):
+    batch, scores = fake(3, np.random.default_rng(0))
+    scores.logp[batch.example == 1] = math.nan
+    with pytest.raises(ValueError, match=f"NaN in row {batch.examples[1]['row']} of the data set"):
+        Measurement().add(batch, scores)
+
+
+def test_llama_scores_in_half_precision_are_float32(tokenizer):
+    model = make_llama(tokenizer).to(torch.bfloat16).eval()
+    add_scoring(model)
+    ids = torch.randint(4, 40, (1, 8))
+    with torch.no_grad():
+        scores = model(input_ids=ids, labels=ids, use=score)
+    assert scores.logp.dtype == torch.float32
