@@ -56,6 +56,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
+	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
 
 figures: $(VENV)/installed
 	$(BIN)/python scripts/plot_weights.py

@@ -16,6 +16,7 @@ def train(argv: list[str]) -> None:
     import torch
 
     from .recipe import Recipe, fail
+    from .statistics import MeasurementError
     from .trainer import BLTrainer
 
     try:
@@ -34,7 +35,10 @@ def train(argv: list[str]) -> None:
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except MeasurementError as error:  # of a percentile threshold, before the first step
+        fail(error, anywhere=True)
     trainer.save_model(recipe.training.output_dir)
     name = recipe.script.dataset_name
     hub_name = None if name is None or os.path.exists(name) else name  # the card links to it

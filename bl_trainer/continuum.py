@@ -56,6 +56,7 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
 SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
+SHIFTED = 0.05  # difference between mean p with and without tokens that aren't content, from which it is said
 RARE = 0.1  # mean p below which a kind of token is called unlearnt
 NOISY = 0.01  # share of confident conflicts from which label noise is suspected
 BUCKETS = 10
@@ -205,8 +206,16 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
     warnings = []
     if "eos" not in kinds:
         warnings.append("No target is an end token: training does not teach the model to stop.")
+    content = kinds.get("content", total)
+    if abs(content["prob"] - total["prob"]) >= SHIFTED:
+        region = place(content["prob"], None)["region"]
+        warnings.append(
+            f"Without end, special and template tokens mean p is {content['prob']:.3f} (model-{region}), with them "
+            f"{total['prob']:.3f}: the content is what is to be learnt."
+        )
     for kind, name in names.items():
-        if kind in kinds and kinds[kind]["prob"] < RARE:
+        is_new = kind == "eos" or kinds.get(kind) != kinds.get("eos")
+        if kind in kinds and is_new and kinds[kind]["prob"] < RARE:
             warnings.append(
                 f"{name} are improbable (mean p {kinds[kind]['prob']:.3g}): they get {nll[kind]:.1%} of the gradient under "
                 f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them."

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from trl.data_utils import is_conversational, is_conversational_from_value
 
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
-from .measurement import measure, score_batch
+from .measurement import count_targets, measure, score_batch
 from .recipe import Recipe, RecipeError, load_dataset
 from .statistics import Comparison, Measurement, TokenBatch
 from .trainer import BLTrainer
@@ -166,7 +167,7 @@ def template_pieces(tokenizer: Any, chat_template: str | None) -> list[list[int]
     for messages in ([system, *turns], turns):
         try:
             text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False)
-        except Exception:  # a template may refuse a system message; what it makes without is found all the same
+        except TemplateError:  # a template may refuse a system message; what it makes without is found all the same
             continue
         for mark in marks:
             text = text.replace(mark, marks[0])
@@ -220,7 +221,7 @@ class Diagnosis:
         options: DiagnoseArguments = recipe.options
         self.recipe, self.options = recipe, options
         dataset, _ = recipe.load_datasets()
-        first = next(iter(dataset))
+        self.first = first = next(iter(dataset))
         if options.by is not None and options.by not in first:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
         args = recipe.training
@@ -240,7 +241,11 @@ class Diagnosis:
         if self.trainer._is_vision_dataset:
             raise RecipeError("Diagnosis reads text; this data set has images.")
         self.loader = self._load(self.trainer.train_dataset, first)
-        next(iter(self.loader), None)  # rows are tokenised as they are read: what is wrong with all of them shows here
+        batch = next(iter(self.loader), None)  # rows are tokenised as they are read: what is wrong with all of them shows here
+        self.expected = options.max_tokens or None
+        if batch is not None and isinstance(dataset, Dataset):
+            tokens = int(count_targets(batch)) * len(dataset) // len(batch["bl_examples"])
+            self.expected = min(tokens, options.max_tokens or tokens)
         self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
 
@@ -259,12 +264,14 @@ class Diagnosis:
                 measurement.add(tokens, base)
                 comparison.add(tokens, base, tuned, divergences)
 
-        found = measure(self.trainer, self.loader, observe, limit, "Measuring")
+        found, is_sample = measure(self.trainer, self.loader, observe, limit, "Measuring", self.expected)
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)
         report = summarise(measurement, self.recipe, self.options.percentiles)
-        report["sampled"] = limit is not None and found >= limit
+        report["sampled"] = is_sample
+        if _is_chat(self.first) and "template" not in report["kinds"]:
+            report["recommendation"]["warnings"].append("No token of the chat template was found among the targets.")
         report["reader"] = _read_aloud(measurement, tokenizer)
         if self.pair is not None:
             comparison.reduce(accelerator)
@@ -275,7 +282,7 @@ class Diagnosis:
 
     def _load(self, prepared: Any, first: dict[str, Any]) -> DataLoader:
         trainer, pieces = self.trainer, []
-        if is_conversational(first) or is_conversational_from_value(first):
+        if _is_chat(first):
             pieces = template_pieces(trainer.processing_class, trainer.chat_template)
         return DataLoader(
             prepared,
@@ -314,10 +321,14 @@ class Diagnosis:
             tokens = token_batch(batch)
             comparison.add(tokens, *pair(batch))
 
-        if not measure(self.trainer, loader, observe, limit, "Probing"):
+        if not measure(self.trainer, loader, observe, limit, "Probing")[0]:
             raise RecipeError(f"`--probe {self.options.probe}`: no example has a target token.")
         comparison.reduce(self.trainer.accelerator)
         return {"data": self.options.probe, "split": split, **summarise_comparison(comparison)}
+
+
+def _is_chat(example: dict[str, Any]) -> bool:
+    return is_conversational(example) or is_conversational_from_value(example)
 
 
 def _deal(dataset: Any, args: Any) -> IterableDataset:

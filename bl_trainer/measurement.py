@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .head import score
-from .statistics import PERCENTILE_ERROR, ProbabilityHistogram
+from .statistics import PERCENTILE_ERROR, MeasurementError, ProbabilityHistogram
 
 logger = get_logger(__name__)
 
@@ -29,45 +29,53 @@ CACHE = Path(HF_HOME) / "bl_trainer" / "probabilities"
 
 
 def measure(
-    trainer: Any, batches: Iterable[dict[str, Any]], observe: Callable[..., None], max_tokens: int | None = None, name: str = ""
-) -> int:
-    """Call `observe(model, batch)` on each of this process's batches, and return the number of target tokens of all.
+    trainer: Any,
+    batches: Iterable[dict[str, Any]],
+    observe: Callable[..., None],
+    max_tokens: int | None = None,
+    name: str = "",
+    expected: int | None = None,
+) -> tuple[int, bool]:
+    """Call `observe(model, batch)` on each of this process's batches; `name` and `expected` tokens are for the progress bar.
+
+    Returns the number of target tokens of all processes, and whether `max_tokens` left some out.
 
     `batches`: collated, with `labels`. Stops after the batch with which `max_tokens` target tokens are reached over all
     processes. A process that runs out of batches gets its last one again with no target in it, so that all processes make
-    as many forward passes, as sharded models need. Raises ValueError if a process gets no batch at all.
+    as many forward passes, as sharded models need. Raises MeasurementError if a process gets no batch at all.
     """
-    dealt = _Lockstep(batches, trainer.accelerator, max_tokens, None if trainer.args.disable_tqdm else name)
-    trainer.observe_instead(observe, dealt)
-    return dealt.num_tokens
+    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    with tqdm(total=expected or max_tokens, desc=name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+        dealt = _Lockstep(batches, trainer.accelerator, max_tokens, bar)
+        trainer.observe_instead(observe, dealt)
+    return dealt.num_tokens, dealt.is_cut
 
 
 class _Lockstep:
     """Deals a process's batches out in step with all other processes; has no length."""
 
-    def __init__(self, batches: Iterable[dict[str, Any]], accelerator: Any, max_tokens: int | None, name: str | None):
-        self.batches, self.accelerator, self.max_tokens, self.name = batches, accelerator, max_tokens, name
-        self.num_tokens = 0
+    def __init__(self, batches: Iterable[dict[str, Any]], accelerator: Any, max_tokens: int | None, bar: Any):
+        self.batches, self.accelerator, self.max_tokens, self.bar = batches, accelerator, max_tokens, bar
+        self.num_tokens, self.is_cut = 0, False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        hidden = self.name is None or not self.accelerator.is_main_process
         last: Any = None
-        with tqdm(total=self.max_tokens, desc=self.name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
-            for batch in itertools.chain(self.batches, itertools.repeat(None)):
-                if batch is None and last is None:
-                    one = self.accelerator.num_processes == 1
-                    raise ValueError(
-                        f"{'There is' if one else f'Process {self.accelerator.process_index} got'} no example with a target "
-                        f"token. Raise `max_length`, if it cuts all answers off{'' if one else ', or launch fewer processes'}."
-                    )
-                own = 0 if batch is None else int(count_targets(batch))
-                tokens, busy = self._sum(own, batch is not None)
-                if not busy or (self.max_tokens is not None and self.num_tokens >= self.max_tokens):
-                    return
-                last = last if batch is None else batch
-                self.num_tokens += tokens
-                yield dict(last) if batch is not None else without_targets(last)
-                bar.update(tokens)
+        for batch in itertools.chain(self.batches, itertools.repeat(None)):
+            if batch is None and last is None:
+                one = self.accelerator.num_processes == 1
+                raise MeasurementError(
+                    f"{'There is' if one else f'Process {self.accelerator.process_index} got'} no example with a target "
+                    f"token. Raise `max_length`, if it cuts all answers off{'' if one else ', or launch fewer processes'}."
+                )
+            own = 0 if batch is None else int(count_targets(batch))
+            tokens, busy = self._sum(own, batch is not None)
+            self.is_cut = bool(busy) and self.max_tokens is not None and self.num_tokens >= self.max_tokens
+            if not busy or self.is_cut:
+                return
+            last = last if batch is None else batch
+            self.num_tokens += tokens
+            yield dict(last) if batch is not None else without_targets(last)
+            self.bar.update(tokens)
 
     def _sum(self, tokens: int, busy: bool) -> tuple[int, int]:
         if self.accelerator.num_processes == 1:
@@ -89,7 +97,7 @@ def without_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
 def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[..., Any] = score) -> Any:
     """Return `use(hidden, head, target)` of a batch's target tokens."""
-    inputs = trainer._prepare_inputs(batch)
+    inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key != "example_lengths"})
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return model(**inputs, use=use)
 
@@ -98,7 +106,7 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
     """Return this percentile of p over the first `PERCENTILE_TOKENS` target tokens of the shuffled training set.
 
     The probabilities measured are kept in `CACHE` under a fingerprint of the model's weights and of the sampled tokens with
-    their labels, and taken from there the next time. Raises ValueError if there are no target tokens.
+    their labels, and taken from there the next time. Raises MeasurementError if there are no target tokens, or on NaN.
     """
     sample = _sample(trainer)
     key = [_fingerprint(trainer, sample)]
@@ -116,9 +124,9 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
         def observe(model: Any, batch: dict[str, Any]) -> None:
             histogram.add(score_batch(trainer, model, batch).logp)
 
-        tokens = measure(trainer, mine, observe, name="Measuring probabilities")
+        tokens, _ = measure(trainer, mine, observe, name="Measuring probabilities")
         if not tokens:
-            raise ValueError("No example of the training set has a target token, so `above_percentile` has no meaning.")
+            raise MeasurementError("No example of the training set has a target token, so `above_percentile` has no meaning.")
         if world > 1:
             counts = trainer.accelerator.reduce(histogram.counts.to(trainer.accelerator.device), reduction="sum")
             histogram.counts.copy_(counts.cpu())

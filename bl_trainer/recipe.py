@@ -25,6 +25,7 @@ from trl import (
 from trl.scripts.utils import DatasetConfig
 
 from .objectives import _nearest
+from .statistics import MeasurementError
 from .trainer import METRICS, BLConfig, refuse_lm_head_adapter, refuse_other_recipe
 
 
@@ -451,7 +452,8 @@ def fail(error: Exception, anywhere: bool = False) -> None:
     if os.environ.get("BL_TRACEBACK"):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        where = "" if isinstance(error, RecipeError) else f"{type(error).__name__}: "
-        more = "" if isinstance(error, RecipeError) else " (BL_TRACEBACK=1 shows where)"
+        is_ours = isinstance(error, (RecipeError, MeasurementError))
+        where = "" if is_ours else f"{type(error).__name__}: "
+        more = "" if is_ours else " (BL_TRACEBACK=1 shows where)"
         print(f"error: {where}{_sentence(error)}{more}", file=sys.stderr)
     sys.exit(2)

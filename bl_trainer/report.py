@@ -151,7 +151,7 @@ def _draw_histogram(figure: Figure, report: dict[str, Any], theme: Any) -> None:
         axes.annotate(
             f" {rank}%", (report["percentiles"][rank], 0.9), xycoords=("data", "axes fraction"), color=theme[1], size=8
         )
-    axes.set(xlim=(0, 1), xlabel="p of the target token (dashed: percentiles)", ylabel="share of tokens", yscale="log")
+    axes.set(xlim=(0, 1), xlabel="p of the target token (dashed: percentiles)", ylabel="share of tokens")
 
 
 def _draw_gradient(figure: Figure, report: dict[str, Any], theme: Any) -> None:

@@ -36,6 +36,10 @@ OTHER = "(other)"
 MAX_GROUPS = 100
 
 
+class MeasurementError(ValueError):
+    """Data or weights that can't be measured; the message is one sentence for the user."""
+
+
 class ProbabilityHistogram:
     """Counts of tokens by p, fine enough for percentiles and for the mean of any function of p.
 
@@ -47,10 +51,10 @@ class ProbabilityHistogram:
         self.counts = torch.zeros(rows, 2 * _HALF + 1, dtype=torch.int64)
 
     def add(self, logp: Tensor, row: int = 0) -> None:
-        """Count tokens by their log-probability, a float tensor of any shape. Raises ValueError on NaN."""
+        """Count tokens by their log-probability, a float tensor of any shape. Raises MeasurementError on NaN."""
         wide = logp.detach().flatten().cpu().double()
         if wide.isnan().any():
-            raise ValueError("The model gives a log-probability that is NaN.")
+            raise MeasurementError("The model gives probabilities that are NaN. Check the checkpoint, or try `dtype: float32`.")
         p, rest = wide.exp(), -wide.expm1()
         small = torch.minimum(p, rest).clamp(min=0).float()
         bins = small.view(torch.int32).long() >> _SHIFT
@@ -309,11 +313,11 @@ class Measurement:
         self.reader = Reader()
 
     def add(self, batch: TokenBatch, scores: TokenScores) -> None:
-        """Add a batch's target tokens. `scores` must be on the CPU. Raises ValueError on NaN."""
+        """Add a batch's target tokens. `scores` must be on the CPU. Raises MeasurementError on NaN."""
         logp, p = scores.logp.double(), scores.logp.double().exp()
         if (scores.logp + scores.entropy).isnan().any():
             rows = sorted({batch.examples[e]["row"] for e in batch.example[(scores.logp + scores.entropy).isnan()].tolist()})
-            raise ValueError(
+            raise MeasurementError(
                 f"The model gives probabilities that are NaN in row {rows[0]} of the data set. Check the checkpoint, or try "
                 "`dtype: float32` and `bf16: false`."
             )
@@ -386,13 +390,15 @@ class Comparison:
         self.moved = torch.zeros(self.BUCKETS, self.BUCKETS, dtype=torch.int64)  # tokens by bucket of p, bucket of q
 
     def add(self, batch: TokenBatch, base: TokenScores, tuned: TokenScores, divergences: TokenDivergences) -> None:
-        """Add a batch's target tokens; all on the CPU. Raises ValueError on NaN."""
+        """Add a batch's target tokens; all on the CPU. Raises MeasurementError on NaN."""
         p, q = base.logp.double().exp(), tuned.logp.double().exp()
         hits = base.rank == 0, tuned.rank == 0
         values = torch.stack([divergences.forward.double(), divergences.reverse.double(), divergences.js.double(), p, q,
                               -base.logp.double(), -tuned.logp.double(), hits[0].double(), hits[1].double()])  # fmt: skip
         if values.isnan().any():
-            raise ValueError("The compared checkpoint gives probabilities that are NaN. Check it, or try `dtype: float32`.")
+            raise MeasurementError(
+                "The compared checkpoint gives probabilities that are NaN. Check it, or try `dtype: float32`."
+            )
         m = len(batch.examples)
         num_tokens = torch.bincount(batch.example, minlength=m)
         self.total.add(num_tokens, values.new_zeros(len(values), m).index_add_(1, batch.example, values))

@@ -28,6 +28,7 @@ from trl.trainer.utils import add_fused_lm_head
 from .head import add_scoring
 from .measurement import resolve_percentile
 from .objectives import Objective, Threshold, masked_cost
+from .statistics import MeasurementError
 
 logger = get_logger(__name__)
 
@@ -160,12 +161,15 @@ class BLTrainer(SFTTrainer):
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
 
     def resolve_threshold(self) -> None:
-        """Measure the probability that `threshold.above_percentile` stands for, unless it is known."""
+        """Measure the probability that `threshold.above_percentile` stands for, unless it is known.
+
+        Raises MeasurementError if it can't be measured, or is above `threshold.below`.
+        """
         if self.threshold.resolved:
             return
         above = resolve_percentile(self, float(self.threshold.above_percentile or 0))
         if above > self.threshold.below:
-            raise ValueError(
+            raise MeasurementError(
                 f"`threshold` keeps no token: percentile {self.threshold.above_percentile} is p = {above:.6g}, above "
                 f"`below: {self.threshold.below}`. Raise `below`, or lower `above_percentile`."
             )

@@ -28,9 +28,10 @@ from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache."""
+    """No test reads or writes the user's cache, or leaves subnormals switched off as the train verb does."""
     monkeypatch.setattr(measurement, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
+    yield tmp_path / "cache"
+    torch.set_flush_denormal(False)
 
 
 def save(rows, folder, name="train"):
@@ -643,3 +644,47 @@ def test_percentile_of_a_streamed_set(tokenizer, tmp_path):
     a.resolve_threshold()
     b.resolve_threshold()
     assert b.threshold.above == a.threshold.above
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"above": 0.2, "above_percentile": 10}, "has both `above` and `above_percentile`"),
+        ({"above_percentile": 0}, "`above_percentile` must be between 0 and 100, got 0"),
+        ({"above_percentile": 100}, "`above_percentile` must be between 0 and 100, got 100"),
+        ({"above_percentile": "ten"}, "`above_percentile` must be between 0 and 100, got 'ten'"),
+        ({"above_percentil": 10}, "Did you mean 'above_percentile'"),
+    ],
+    ids=str,
+)
+def test_wrong_percentiles(spec, message):
+    with pytest.raises(ValueError, match=message):
+        Threshold.parse(spec)
+
+
+def test_percentile_threshold_does_not_choose_by_loss(tmp_path):
+    with pytest.raises(ValueError, match="falls as tokens drop out"):
+        BLConfig(output_dir=str(tmp_path), threshold={"above_percentile": 10}, metric_for_best_model="eval_loss", bf16=False)
+
+
+def test_what_cannot_be_measured_ends_training_in_one_sentence(checkpoint, data_folder, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, threshold={"above_percentile": 90, "below": 1e-6}, max_steps=1)
+    with pytest.raises(SystemExit) as exit_code:
+        main(["train", "--config", str(recipe)])
+    assert exit_code.value.code == 2
+    assert "error: `threshold` keeps no token: percentile 90 is p =" in capsys.readouterr().err
+
+
+def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_path, monkeypatch):
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setenv("HF_HOME", str(tmp_path / f"home{processes}"))  # each measures for itself
+        recipe = write_recipe(
+            tmp_path, checkpoint, data_folder, threshold={"above_percentile": 40}, max_steps=1, per_device_train_batch_size=5
+        )
+        done = launch(processes, "-m", "bl_trainer", "train", "--config", recipe, "--output_dir", tmp_path / f"out{processes}")
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("(measured now)") == 1
+        assert len(list((tmp_path / f"home{processes}" / "bl_trainer" / "probabilities").iterdir())) == 1
+        found.append(json.loads((tmp_path / f"out{processes}" / "bl_trainer.json").read_text())["threshold"]["above"])
+    assert found[0] == pytest.approx(found[1], rel=2 * PERCENTILE_ERROR)

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from datasets import load_dataset
 from transformers import TrainingArguments
 
 from bl_trainer import Objective, Threshold
+from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
 from bl_trainer.recipe import DATACLASSES, Recipe, _Parser
 from bl_trainer.trainer import METRICS, BLTrainer
@@ -124,6 +126,10 @@ def test_tables_of_names():
     assert named == {*METRICS, "loss", "eval_perplexity"}
 
 
+def test_table_of_diagnose_options():
+    assert [row[0].strip("`-") for row in table("option")] == [f.name for f in fields(DiagnoseArguments)]
+
+
 def test_recipe_keys_in_the_text_exist():
     known = {*_Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
     for key in re.findall(r"`(\w+): ", README):
@@ -139,7 +145,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 8
+    assert len(paths) == 14
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -148,7 +154,8 @@ def test_file_map_and_commands():
 
 
 def test_figures_are_the_measured_ones():
-    assert (ROOT / "benchmarks" / "step-cpu.md").read_text().strip() in README
+    for name in ("step-cpu.md", "diagnosis-cpu.md"):
+        assert (ROOT / "benchmarks" / name).read_text().strip() in README
 
 
 def test_figure_is_the_scripts(tmp_path):

@@ -1,5 +1,7 @@
 """The head's scores against full logits in float64, and streaming statistics against the whole data at once."""
 
+import copy
+import inspect
 import math
 
 import numpy as np
@@ -106,6 +108,22 @@ def test_scoring_agrees_with_the_models_own_logits(config):
     logp, entropy, *_ = oracle(logits[:, :-1][mask], labels[:, 1:][mask])
     torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
+    model = make_llama(tokenizer).eval()
+    signature = inspect.signature(model.forward)
+    add_scoring(model)
+    assert inspect.signature(model.forward) == signature
+    ids = torch.randint(4, 40, (1, 8))
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    with torch.no_grad():
+        assert not torch.equal(other(ids).logits, model(ids).logits)
+        scores = other(input_ids=ids, labels=ids, use=score)
+        logp = other(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(scores.logp, logp)
+    assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (1, 10)
 
 
 def test_divergences_are_those_of_float64(monkeypatch):

@@ -1,0 +1,141 @@
+"""Time and peak memory of measuring a batch for diagnosis, against a bare forward pass and a training step on it.
+
+`python benchmarks/diagnosis.py --help`. Interleaved in one process on a randomly initialised model: a forward pass of the
+plain transformers model with its logits, the whole of what diagnosis does with a batch (collating, scoring, statistics), and
+a LoRA training step. Reported are medians, and medians of each round's ratios to the bare forward pass.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from step import SHAPES, peak_memory
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from bl_trainer import BLConfig, BLTrainer
+from bl_trainer.diagnosis import _Collator, token_batch
+from bl_trainer.measurement import score_batch
+from bl_trainer.statistics import Measurement
+
+ARMS = ("forward pass", "diagnosis", "LoRA training step")
+
+
+def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Return {arm: {"seconds": [...], "megabytes": [...]}}, a figure a round; `targets`: share of tokens that train."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    model_class, config_class, sizes = SHAPES[options.shape]
+    plain = model_class(config_class(**sizes)).to(options.device, getattr(torch, options.dtype))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    rows: list[dict[str, Any]] = []
+    for row in range(options.batch):
+        ids = [rng.randrange(10, sizes["vocab_size"]) for _ in range(options.length)]
+        prompt = round((1 - targets) * options.length)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "bl_row": row})
+    data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    megabytes: dict[str, list[float]] = {name: [] for name in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        args = BLConfig(
+            output_dir=folder, bf16=False, use_cpu=options.device == "cpu", report_to="none", gradient_checkpointing=False
+        )
+        model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"))
+        trainer = BLTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        trainer.current_gradient_accumulation_steps = 1
+        collate = _Collator(trainer.data_collator, None, [])
+        measurement = Measurement([1], [0, 1])
+        batch = {key: value.to(options.device) for key, value in trainer.data_collator(rows).items()}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+
+        def forward() -> None:
+            with torch.no_grad():
+                plain(**inputs, use_cache=False)
+
+        def diagnose() -> None:
+            features = collate(rows)
+            tokens = token_batch(features)
+            measurement.add(tokens, score_batch(trainer, plain, features).cpu())
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            trainer.training_step(model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
+
+        for round_ in range(options.rounds + 1):  # the first warms up
+            for name, run in random.Random(round_).sample(list(zip(ARMS, (forward, diagnose, train), strict=True)), 3):
+                # without the adapter in the way, as diagnosis measures the base model
+                if name != "LoRA training step":
+                    model.base_model.disable_adapter_layers()
+                    model.eval()
+                gc.collect()
+                peak_memory(options.device, reset=True)
+                start = time.perf_counter()
+                run()
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                if round_:
+                    seconds[name].append(time.perf_counter() - start)
+                    megabytes[name].append(peak_memory(options.device))
+                model.zero_grad(set_to_none=True)
+                model.base_model.enable_adapter_layers()
+    return {name: {"seconds": seconds[name], "megabytes": megabytes[name]} for name in ARMS}
+
+
+def main() -> None:
+    """Run the benchmark, print a Markdown table, and write it with its figures to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="a folder for diagnosis-DEVICE.json and diagnosis-DEVICE.md")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_flush_denormal(True)
+    results = {share: measure(share, options) for share in (1.0, 0.5)}
+    lines = [
+        f"{options.shape}, random weights, {options.dtype}, {options.batch} x {options.length} tokens, {options.device} "
+        f"({torch.cuda.get_device_name() if options.device == 'cuda' else f'{torch.get_num_threads()} threads'}), median of "
+        f"{options.rounds} interleaved rounds; torch {version('torch')}, trl {version('trl')}, transformers "
+        f"{version('transformers')}, Python {platform.python_version()}.",
+        "",
+        "| | all tokens train: s | x forward | MB | x forward | half: s | x forward | MB | x forward |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ARMS:
+        cells = []
+        for result in results.values():
+            base, own = result[ARMS[0]], result[name]
+            for unit, digits in (("seconds", 2), ("megabytes", 0)):
+                ratios = [a / b for a, b in zip(own[unit], base[unit], strict=True)]
+                cells += [f"{statistics.median(own[unit]):.{digits}f}", f"{statistics.median(ratios):.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"diagnosis-{options.device}.md").write_text("\n".join(lines) + "\n")
+        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
+        (options.output / f"diagnosis-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
