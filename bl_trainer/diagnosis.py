@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ProcessorMixin
 from trl import pack_dataset
 from trl.data_utils import is_conversational, is_conversational_from_value
 
@@ -176,10 +176,15 @@ def template_pieces(tokenizer: Any, chat_template: str | None) -> list[list[int]
     return [list(piece) for piece in sorted(pieces) if special & set(piece)]
 
 
+def _tokenizer(trainer: Any) -> Any:
+    made = trainer.processing_class
+    return made.tokenizer if isinstance(made, ProcessorMixin) else made
+
+
 def end_ids(trainer: Any) -> set[int]:
     """Return the ids of the tokens that end a generation."""
     more = getattr(trainer.model.generation_config, "eos_token_id", None)
-    return {trainer.processing_class.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+    return {_tokenizer(trainer).eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -251,7 +256,7 @@ class Diagnosis:
 
     def run(self) -> dict[str, Any]:
         """Measure, and return the report: a mapping fit for JSON, the same in every process."""
-        tokenizer, accelerator = self.trainer.processing_class, self.trainer.accelerator
+        tokenizer, accelerator = _tokenizer(self.trainer), self.trainer.accelerator
         measurement = Measurement(sorted(end_ids(self.trainer)), sorted(special_ids(tokenizer)))
         comparison, limit = Comparison(), self.options.max_tokens or None
 
@@ -283,7 +288,7 @@ class Diagnosis:
     def _load(self, prepared: Any, first: dict[str, Any]) -> DataLoader:
         trainer, pieces = self.trainer, []
         if _is_chat(first):
-            pieces = template_pieces(trainer.processing_class, trainer.chat_template)
+            pieces = template_pieces(_tokenizer(trainer), trainer.chat_template)
         return DataLoader(
             prepared,
             batch_size=trainer.args.per_device_train_batch_size,
