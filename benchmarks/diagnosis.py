@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.diagnosis import _Collator, token_batch
+from bl_trainer.annotation import Collator, token_batch
 from bl_trainer.measurement import score_batch
 from bl_trainer.statistics import Measurement
 
@@ -48,7 +48,7 @@ def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, 
     for row in range(options.batch):
         ids = [rng.randrange(10, sizes["vocab_size"]) for _ in range(options.length)]
         prompt = round((1 - targets) * options.length)
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "bl_row": row})
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "bl_row": row, "bl_template": [0] * len(ids)})
     data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     megabytes: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -59,7 +59,7 @@ def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, 
         model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"))
         trainer = BLTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
         trainer.current_gradient_accumulation_steps = 1
-        collate = _Collator(trainer.data_collator, None, [])
+        collate = Collator(trainer.data_collator, None, False)
         measurement = Measurement([1], [0, 1])
         batch = {key: value.to(options.device) for key, value in trainer.data_collator(rows).items()}
         inputs = {key: value for key, value in batch.items() if key != "labels"}

@@ -67,11 +67,11 @@ def diagnose(argv: list[str]) -> None:
         fail(error)
     try:
         report = diagnosis.run()
-    except (ValueError, OSError) as error:  # what is wrong with the data or the weights
+        if diagnosis.trainer.is_world_process_zero():
+            write_report(report, recipe.options.report)
+            print(terminal_summary(report, recipe.options.report))
+    except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes
         fail(error, anywhere=True)
-    if diagnosis.trainer.is_world_process_zero():
-        write_report(report, recipe.options.report)
-        print(terminal_summary(report, recipe.options.report))
     end(diagnosis.trainer)
 
 

@@ -7,6 +7,7 @@ token on its own logit W(p) = -f'(p) p (1 - p) (Lemma 3.1), the three regions an
 import itertools
 import json
 import math
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -120,13 +121,17 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
         for kind, row in zip(KINDS, measurement.kinds, strict=True)
         if row[0]
     }
-    quantiles = dict(zip([f"{rank:g}" for rank in ranks], histogram.percentiles(ranks), strict=True))
-    report = {
+    quantiles = dict(zip([f"{rank:.10g}" for rank in ranks], histogram.percentiles(ranks), strict=True))
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "versions": {name: version(name) for name in ("bl_trainer", "trl", "transformers", "datasets", "torch")},
         "model": recipe.model.model_name_or_path,
         "data": recipe.script.dataset_name or [entry.path for entry in recipe.mixture.datasets],
-        "recipe": {"objective": recipe.training.objective, "learning_rate": recipe.training.learning_rate},
+        "recipe": {
+            "objective": recipe.training.objective,
+            "threshold": recipe.training.threshold,
+            "learning_rate": recipe.training.learning_rate,
+        },
         "total": total.summary(),
         "placement": place(mean, interval),
         "percentiles": quantiles,
@@ -145,9 +150,19 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
         "groups": {name: means.summary() for name, means in measurement.groups.items()},
         "groups_cut": OTHER in measurement.groups,
     }
-    threshold = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38))
-    report["objectives"] = _candidates(histogram, Objective.parse(recipe.training.objective or "nll"), threshold)
-    report["recommendation"] = recommend(report, threshold)
+    cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
+    report["objectives"] = _candidates(histogram, own, cut)
+    report["recommendation"] = recommend(report, cut)
+    if own[0].statistics:
+        report["recommendation"]["warnings"].append(
+            f"Where the gradient of {own[0].name} comes from is not shown: it depends on more than p "
+            f"({', '.join(own[0].statistics)})."
+        )
+    if measurement.unmarked:
+        report["recommendation"]["warnings"].append(
+            f"In {measurement.unmarked.item() / total.num_tokens:.1%} of the tokens the chat template's own could not be told "
+            "from content: the template changes the messages, or the tokenizer is a slow one."
+        )
     return report
 
 
@@ -161,12 +176,20 @@ def _positions(sums: Tensor) -> dict[str, Any]:
     }
 
 
-def _candidates(histogram: ProbabilityHistogram, own: Objective, threshold: Threshold) -> list[dict[str, Any]]:
+def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Threshold]:
+    """Return the recipe's objective and threshold, a percentile being taken from the tokens measured."""
+    threshold = Threshold.parse(recipe.training.threshold)
+    if not threshold.resolved:
+        (value,) = histogram.percentiles([float(threshold.above_percentile or 0)])
+        threshold = replace(threshold, above=max(value, 1e-38))
+    return Objective.parse(recipe.training.objective or "nll"), threshold
+
+
+def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold], cut: Threshold) -> list[dict[str, Any]]:
     specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
-    candidates = [(Objective.parse(spec), Threshold()) for spec in specs]
-    candidates.append((Objective.parse("nll"), threshold))
-    if own not in [objective for objective, _ in candidates] and not own.statistics:
-        candidates.append((own, Threshold()))
+    candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
+    if own not in candidates and not own[0].statistics:
+        candidates.append(own)
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
 
 
@@ -177,14 +200,17 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     for region in placement["possible"]:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
     if placement["possible"] != ["weak"]:
-        arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.4g}")})
-    own = Objective.parse(report["recipe"]["objective"] or "nll")
-    if own not in [Objective.parse(arm["objective"]) for arm in arms]:
-        arms.append({"objective": report["recipe"]["objective"]})
+        arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
+    recipe = report["recipe"]
+    if recipe["threshold"] is not None:  # which an arm would inherit
+        arms = [{"threshold": None, **arm} for arm in arms]
+    mine = {"objective": recipe["objective"] or "nll", "threshold": recipe["threshold"]}
+    if _key(mine) not in map(_key, arms):
+        arms.append({key: value for key, value in mine.items() if value is not None})
     reasons = [f"Mean p is {total['prob']:.3f}: {ADVICE[placement['region']]}."]
     if not placement["decided"]:
         why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
-        reasons = [f"Undecided between {' and '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
+        reasons = [f"Undecided, {' or '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
         "gives none itself. Two sets of equal mean p can want different objectives: read the examples, and sweep."
@@ -197,6 +223,11 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
         "reasons": reasons,
         "warnings": _warnings(report, kinds, total),
     }
+
+
+def _key(arm: dict[str, Any]) -> tuple[str, str]:
+    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    return json.dumps(objective.to_dict()), json.dumps(threshold.to_dict())
 
 
 def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, Any]) -> list[str]:
@@ -237,10 +268,15 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
         warnings.append(
             f"The groups lie in different regions ({', '.join(sorted(regions))}): one objective may not fit them all."
         )
-    scales = [f"{objective_name(item)} {item['scale']:.2g}" for item in report["objectives"][1:4]]
+    first = report["positions"]["first"][0][1]
+    if first is not None and first < min(0.3, total["prob"] / 2):
+        warnings.append(
+            f"The first token of a response has mean p {first:.3g}: the model would begin otherwise, as with another format."
+        )
+    scales = ", ".join(f"{objective_name(item)}: {item['scale']:.2g}" for item in report["objectives"][1:4])
     warnings.append(
-        f"The gradient is smaller than nll's by the factor {', '.join(scales)}. AdamW makes up for a constant factor, gradient "
-        "clipping and weight decay don't: sweep the learning rate."
+        f"The sum of the pulls, relative to nll's, is {scales}. AdamW makes up for a constant factor, gradient clipping "
+        "doesn't: sweep the learning rate."
     )
     return warnings
 
@@ -251,7 +287,9 @@ def objective_name(item: dict[str, Any]) -> str:
         f"{value:g}" if isinstance(value, float) else str(value) for key, value in item["objective"].items() if key != "name"
     ]
     limit = Threshold(**item["threshold"])
-    kept = "" if limit.keeps_all else f", p >= {limit.above:.3g}"
+    kept = f", p >= {limit.above:.3g}" if limit.above else ""
+    kept += "" if limit.resolved else f", above percentile {limit.above_percentile:g}"
+    kept += f", p <= {limit.below:.3g}" if limit.below < 1 else ""
     return " ".join([item["objective"]["name"], *parameters]) + kept
 
 
@@ -259,8 +297,9 @@ def sweep_yaml(report: dict[str, Any]) -> str:
     """Return `sweep.yaml`: each arm is to run at each learning rate and seed."""
     advice = report["recommendation"]
     head = [
-        f"# {report['model']}: mean p {report['total']['prob']:.3f}, {' or '.join(report['placement']['possible'])}",
-        "# Each arm runs at each learning rate and seed.",
+        f"# {report['model']} on {report['data']}: mean p {report['total']['prob']:.3f}, "
+        + " or ".join(report["placement"]["possible"]),
+        "# Each arm is to run at each learning rate and seed, as keys over the recipe.",
     ]
     grid = {key: advice[key] for key in ("arms", "learning_rate", "seed")}
     lines = [" ".join(line.split()) for line in head]

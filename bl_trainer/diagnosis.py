@@ -1,27 +1,33 @@
 """The diagnose verb: one pass of a recipe's model over the target tokens of its training set, exactly as it would train."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
-from jinja2 import TemplateError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, ProcessorMixin
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
-from trl.data_utils import is_conversational, is_conversational_from_value
 
+from .annotation import Annotation, Collator, end_ids, special_ids, token_batch, token_texts, tokenizer_of
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
 from .measurement import count_targets, measure, score_batch
 from .recipe import Recipe, RecipeError, load_dataset
-from .statistics import Comparison, Measurement, TokenBatch
+from .statistics import Comparison, Measurement
 from .trainer import BLTrainer
+
+logger = get_logger(__name__)
 
 REPORT_FILES = ("report.json", "examples.json", "report.html", "sweep.yaml", "figures")
 
@@ -63,160 +69,63 @@ class DiagnoseArguments:
         present = [name for name in REPORT_FILES if (folder / name).exists()]
         if present and not self.overwrite:
             raise RecipeError(f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`.")
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first process writes the report
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            for path in made:
+                path.rmdir()
         except OSError as error:
-            raise RecipeError(f"Can't write to `--report {folder}`: {error.strerror}.") from error
+            why = "it is a file, not a folder" if folder.is_file() else error.strerror
+            raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
 
 
 class _Diagnoser(BLTrainer):
-    """A trainer that only measures; it keeps track of the row that each token comes from, also through packing."""
+    """A trainer that only measures; it keeps track of the row that each token comes from, also through packing.
+
+    `by`: column of the groups. `limit`: target tokens that this process takes of a data set that is packed, chosen before they
+    are, since packed rows come longest first; `is_cut`: whether that left any out.
+    """
 
     args: Any
 
-    def __init__(self, by: str | None, **kwargs: Any):
-        self.by = by
+    def __init__(self, by: str | None, limit: int | None, **kwargs: Any):
+        self.by, self.limit, self.is_cut = by, limit, False
         super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        if not packing:
-            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        length, args.max_length = args.max_length, None  # packing cuts to length by itself
+        length = args.max_length
+        if packing:
+            args.max_length = None  # packing cuts to length by itself
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
-        by = self.by
+        prepared = prepared.map(Annotation(tokenizer_of(processing_class), self.chat_template, self.by, packing))
+        if not packing:
+            return prepared
+        columns = ["input_ids", "labels", "bl_row", "bl_group", "bl_template", "bl_position", "bl_length"]
+        return pack_dataset(
+            self._take(prepared, length if args.packing_strategy == "bfd" else None).select_columns(columns),
+            length,
+            args.packing_strategy,
+        )
 
-        def per_token(example: Any) -> dict[str, Any]:
-            group = "" if by is None else str(example[by])
-            size = len(example["input_ids"])
-            return {"bl_row": [example["bl_row"]] * size, "bl_group": [group] * size}
-
-        columns = ["input_ids", "labels", "bl_row", "bl_group"]
-        return pack_dataset(prepared.map(per_token).select_columns(columns), length, args.packing_strategy)
-
-
-class _Collator:
-    """A trainer's own collator, which also says which example each token belongs to."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], by: str | None, pieces: list[list[int]]):
-        self.collator, self.by, self.pieces = collator, by, pieces
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        examples: list[dict[str, Any]] = []
-        lines: list[Tensor] = []
-        for feature in features:
-            line = []
-            for start, stop in _segments(feature):
-                row, group = feature["bl_row"], None
-                if isinstance(row, list):  # packed
-                    row, group = row[start], feature["bl_group"][start]
-                elif self.by is not None:
-                    group = str(feature[self.by])
-                ids = feature["input_ids"][start:stop]
-                line.append(torch.full((len(ids),), len(examples)))
-                examples.append({"row": row, "group": group if self.by is not None else None, "input_ids": ids})
-            lines.append(torch.cat(line))
-        batch = self.collator(features)
-        ids = batch["input_ids"]
-        if len(ids) < len(lines):  # padding-free: one row
-            lines = [torch.cat(lines)]
-        owner = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=-1)
-        owner = torch.nn.functional.pad(owner, (0, ids.shape[1] - owner.shape[1]), value=-1)
-        batch["bl_owner"], batch["bl_template"], batch["bl_examples"] = owner, _find(ids, self.pieces), examples
-        return batch
-
-
-def _segments(feature: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of each example in a row, which packing makes of several."""
-    rows, size = feature["bl_row"], len(feature["input_ids"])
-    if feature.get("seq_lengths") is not None:
-        starts = [0]
-        for length in feature["seq_lengths"][:-1]:
-            starts.append(starts[-1] + length)
-    elif isinstance(rows, list):  # wrapped: an example goes on until the next one
-        starts = [i for i in range(size) if i == 0 or rows[i] != rows[i - 1]]
-    else:
-        starts = [0]
-    yield from zip(starts, [*starts[1:], size], strict=True)
-
-
-def _find(ids: Tensor, pieces: list[list[int]]) -> Tensor:
-    """Return which tokens of `ids`, (rows, length), lie in an occurrence of one of `pieces`; bool."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for piece in pieces:
-        if len(piece) > ids.shape[1]:
-            continue
-        starts = (ids.unfold(1, len(piece), 1) == torch.tensor(piece)).all(dim=2)
-        for offset in range(len(piece)):
-            found[:, offset : offset + starts.shape[1]] |= starts
-    return found
-
-
-def template_pieces(tokenizer: Any, chat_template: str | None) -> list[list[int]]:
-    """Return the token sequences that the chat template puts around contents, each with a special token in it."""
-    marks = [f"mark{i}kram" for i in range(5)]
-    system, turns = {"role": "system", "content": marks[0]}, []
-    for i, role in enumerate(("user", "assistant", "user", "assistant")):
-        turns.append({"role": role, "content": marks[i + 1]})
-    pieces: set[tuple[int, ...]] = set()
-    for messages in ([system, *turns], turns):
-        try:
-            text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False)
-        except TemplateError:  # a template may refuse a system message; what it makes without is found all the same
-            continue
-        for mark in marks:
-            text = text.replace(mark, marks[0])
-        pieces |= {tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in text.split(marks[0]) if part}
-    special = special_ids(tokenizer)
-    return [list(piece) for piece in sorted(pieces) if special & set(piece)]
-
-
-def _tokenizer(trainer: Any) -> Any:
-    made = trainer.processing_class
-    return made.tokenizer if isinstance(made, ProcessorMixin) else made
-
-
-def end_ids(trainer: Any) -> set[int]:
-    """Return the ids of the tokens that end a generation."""
-    more = getattr(trainer.model.generation_config, "eos_token_id", None)
-    return {_tokenizer(trainer).eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """Return the ids of all special tokens."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*tokenizer.all_special_ids, *added}
-
-
-def token_batch(batch: dict[str, Any]) -> TokenBatch:
-    """Take what `_Collator` added out of a batch, and return its target tokens."""
-    owner, template, examples = batch.pop("bl_owner"), batch.pop("bl_template"), batch.pop("bl_examples")
-    is_target = batch["labels"][:, 1:] != -100
-    row, column = is_target.nonzero(as_tuple=True)
-    example = owner[:, 1:][is_target]
-    flat = (owner >= 0).nonzero()
-    first = torch.full((len(examples),), owner.shape[1])
-    first.scatter_reduce_(0, owner[owner >= 0], flat[:, 1], "amin")
-    new = torch.ones_like(column, dtype=torch.bool)
-    new[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1) | (example[1:] != example[:-1])
-    run = new.cumsum(0) - 1
-    starts = new.nonzero().flatten()
-    position = torch.arange(len(run)) - starts[run]
-    length = torch.bincount(run)[run] if len(run) else run
-    return TokenBatch(
-        token=batch["input_ids"][:, 1:][is_target],
-        example=example,
-        place=column + 1 - first[example],
-        position=position,
-        length=length,
-        is_template=template[:, 1:][is_target],
-        examples=examples,
-    )
+    def _take(self, prepared: Any, length: int | None) -> Any:
+        """Return the first examples, which are in random order, with `limit` target tokens within their first `length`."""
+        if self.limit is None:
+            return prepared
+        tokens, count = 0, 0
+        for example in prepared:
+            if tokens >= self.limit:
+                self.is_cut = True
+                return prepared.take(count)
+            count += 1
+            tokens += sum(label != -100 for label in example["labels"][1:length])
+        return prepared
 
 
 class Diagnosis:
@@ -226,17 +135,28 @@ class Diagnosis:
         options: DiagnoseArguments = recipe.options
         self.recipe, self.options = recipe, options
         dataset, _ = recipe.load_datasets()
-        self.first = first = next(iter(dataset))
+        first = next(iter(dataset))
+        self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         if options.by is not None and options.by not in first:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
+        if options.by is not None and isinstance(first[options.by], (list, dict)):
+            raise RecipeError(f"`--by {options.by}` is a column of lists or mappings. Name one of words or numbers.")
         args = recipe.training
-        if getattr(args, "parallelism_config", None) is not None:
-            raise RecipeError("Diagnosis runs data-parallel. Launch it without a `parallelism_config`.")
+        if (
+            getattr(args, "parallelism_config", None) is not None
+            or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+        ):
+            raise RecipeError("Diagnosis runs data-parallel. Launch it without tensor, context and sequence parallelism.")
+        limit = math.ceil(options.max_tokens / args.world_size) if options.max_tokens else None
+        self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
+        args.bf16_full_eval = args.fp16_full_eval = False  # training doesn't compute in these
         args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
-        args.load_best_model_at_end, args.output_dir, args.threshold = False, str(options.report), None
+        args.load_best_model_at_end, args.output_dir = False, self.scratch.name
+        threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
         args.model_init_kwargs = recipe.model_init_kwargs()
         self.trainer = _Diagnoser(
             options.by,
+            limit,
             model=recipe.model.model_name_or_path,
             args=args,
             train_dataset=_deal(dataset, args),
@@ -245,20 +165,26 @@ class Diagnosis:
         )
         if self.trainer._is_vision_dataset:
             raise RecipeError("Diagnosis reads text; this data set has images.")
-        self.loader = self._load(self.trainer.train_dataset, first)
-        batch = next(iter(self.loader), None)  # rows are tokenised as they are read: what is wrong with all of them shows here
-        self.expected = options.max_tokens or None
-        if batch is not None and isinstance(dataset, Dataset):
-            tokens = int(count_targets(batch)) * len(dataset) // len(batch["bl_examples"])
-            self.expected = min(tokens, options.max_tokens or tokens)
+        if self.trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+            raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
+        prepared: Any = self.trainer.train_dataset
+        dataset_kwargs: Any = args.dataset_kwargs or {}
+        if dataset_kwargs.get("skip_prepare_dataset"):
+            prepared = prepared.map(Annotation(None, None, options.by, False))
+        self.loader, self.is_cut = self._load(prepared), self.trainer.is_cut
         self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
+        args.threshold = threshold
 
     def run(self) -> dict[str, Any]:
         """Measure, and return the report: a mapping fit for JSON, the same in every process."""
-        tokenizer, accelerator = _tokenizer(self.trainer), self.trainer.accelerator
+        tokenizer, accelerator = tokenizer_of(self.trainer.processing_class), self.trainer.accelerator
         measurement = Measurement(sorted(end_ids(self.trainer)), sorted(special_ids(tokenizer)))
         comparison, limit = Comparison(), self.options.max_tokens or None
+        expected, batch = limit, next(iter(self.loader), None)
+        if batch is not None and self.num_rows is not None:
+            tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
+            expected = min(tokens, limit or tokens)
 
         def observe(model: Any, batch: dict[str, Any]) -> None:
             tokens = token_batch(batch)
@@ -269,37 +195,43 @@ class Diagnosis:
                 measurement.add(tokens, base)
                 comparison.add(tokens, base, tuned, divergences)
 
-        found, is_sample = measure(self.trainer, self.loader, observe, limit, "Measuring", self.expected)
+        found, is_sample = measure(self.trainer, self.loader, observe, self._stop(limit), "Measuring", expected)
+        is_sample = is_sample or self.is_cut
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)
         report = summarise(measurement, self.recipe, self.options.percentiles)
-        report["sampled"] = is_sample
-        if _is_chat(self.first) and "template" not in report["kinds"]:
-            report["recommendation"]["warnings"].append("No token of the chat template was found among the targets.")
+        report["sampled"], report["streamed"] = is_sample, self.num_rows is None
+        if is_sample and self.num_rows is None:
+            report["recommendation"]["warnings"].insert(
+                0,
+                "Only the beginning of the stream was measured: if the data are in some order, it does not stand for the rest.",
+            )
         report["reader"] = _read_aloud(measurement, tokenizer)
         if self.pair is not None:
             comparison.reduce(accelerator)
             report["compare"] = {"checkpoint": self.options.compare, "train": summarise_comparison(comparison)}
         if self.probe is not None:
-            report["compare"]["probe"] = self._run_probe(limit)
+            report["compare"]["probe"] = self._run_probe(*self.probe, limit)
         return report
 
-    def _load(self, prepared: Any, first: dict[str, Any]) -> DataLoader:
-        trainer, pieces = self.trainer, []
-        if _is_chat(first):
-            pieces = template_pieces(_tokenizer(trainer), trainer.chat_template)
+    def _stop(self, limit: int | None) -> int | None:
+        """What packed data are to stop at: nothing, since they are a sample by themselves."""
+        return None if self.trainer.args.packing else limit
+
+    def _load(self, prepared: Any) -> DataLoader:
+        trainer = self.trainer
+        cuts = trainer.args.packing and trainer.args.packing_strategy != "bfd"
         return DataLoader(
             prepared,
             batch_size=trainer.args.per_device_train_batch_size,
-            collate_fn=_Collator(trainer.data_collator, trainer.by, pieces),
+            collate_fn=Collator(trainer.data_collator, trainer.by, cuts),
             num_workers=min(trainer.args.dataloader_num_workers, prepared.num_shards),
         )
 
     def _load_probe(self, name: str) -> tuple[str, DataLoader]:
         """Prepare a data set that was not trained on as the recipe prepares its own; its test split, if it has one."""
-        trainer, script = self.trainer, self.recipe.script
-        script.dataset_name, script.dataset_config = name, None
+        trainer, script = self.trainer, replace(self.recipe.script, dataset_name=name, dataset_config=None)
         try:
             loaded = load_dataset(script)
         except Exception as error:
@@ -315,38 +247,35 @@ class Diagnosis:
         prepared = trainer._prepare_dataset(
             _deal(loaded[split], trainer.args), trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"
         )
-        return split, self._load(prepared, first)
+        return split, self._load(prepared)
 
-    def _run_probe(self, limit: int | None) -> dict[str, Any]:
-        assert self.pair is not None
-        assert self.probe is not None
-        pair, (split, loader), comparison = self.pair, self.probe, Comparison()
+    def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> dict[str, Any]:
+        pair, comparison = self.pair, Comparison()
+        assert pair is not None
 
         def observe(model: Any, batch: dict[str, Any]) -> None:
             tokens = token_batch(batch)
             comparison.add(tokens, *pair(batch))
 
-        if not measure(self.trainer, loader, observe, limit, "Probing")[0]:
+        if not measure(self.trainer, loader, observe, self._stop(limit), "Probing")[0]:
             raise RecipeError(f"`--probe {self.options.probe}`: no example has a target token.")
         comparison.reduce(self.trainer.accelerator)
         return {"data": self.options.probe, "split": split, **summarise_comparison(comparison)}
 
 
-def _is_chat(example: dict[str, Any]) -> bool:
-    return is_conversational(example) or is_conversational_from_value(example)
-
-
 def _deal(dataset: Any, args: Any) -> IterableDataset:
-    """Return this process's part of the data set in random order, prepared as it is read, each row with its number."""
+    """Return this process's part of the data set, to be prepared as it is read.
+
+    In random order, each row with its number; a stream as it comes, but for a buffer that is shuffled.
+    """
     rank, world = args.process_index, args.world_size
     if isinstance(dataset, Dataset):
         if len(dataset) < world:
             raise RecipeError(f"The data set has {len(dataset)} examples for {world} processes. Launch fewer.")
-        numbered = dataset.add_column("bl_row", list(range(len(dataset)))).shuffle(seed=args.seed)
+        numbered = dataset.add_column("bl_row", np.arange(len(dataset))).shuffle(seed=args.seed)
         own = numbered.shard(world, rank, contiguous=False)
         return own.to_iterable_dataset(num_shards=min(len(own), max(1, args.dataloader_num_workers)))
-    numbered = dataset.map(lambda example, i: {"bl_row": i}, with_indices=True)
-    return split_dataset_by_node(numbered.shuffle(seed=args.seed, buffer_size=1000), rank, world)
+    return split_dataset_by_node(dataset.shuffle(seed=args.seed, buffer_size=1000), rank, world)
 
 
 class _Pair:
@@ -357,6 +286,12 @@ class _Pair:
             raise RecipeError("`--compare` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
         self.trainer = trainer
         self.adapter = (Path(path) / "adapter_config.json").is_file()
+        if self.adapter:
+            base = PeftConfig.from_pretrained(path).base_model_name_or_path
+            if base != recipe.model.model_name_or_path:
+                logger.warning(
+                    f"The adapter `--compare {path}` was trained on {base}, the recipe's model is another by its name."
+                )
         if self.adapter and isinstance(trainer.model, PeftModel):
             trainer.model.load_adapter(path, "tuned")
             trainer.model.set_adapter("tuned")
@@ -365,7 +300,10 @@ class _Pair:
         else:
             kwargs = trainer.args.model_init_kwargs or {}
             kwargs = {**kwargs, "revision": None, "quantization_config": recipe.quantization_config}
-            self.tuned = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(trainer.model.device).eval()
+            try:
+                self.tuned = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(trainer.model.device).eval()
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"Can't load the model `--compare {path}`: {' '.join(str(error).split())}") from error
             add_scoring(self.tuned)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[TokenScores, TokenScores, TokenDivergences]:
@@ -408,16 +346,3 @@ def _read_aloud(measurement: Measurement, tokenizer: Any) -> dict[str, list[dict
                 done[id(record)] = {**record, **rounded, "text": token_texts(tokenizer, ids), "expected": expected}
             records[i] = done[id(record)]
     return lists
-
-
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Return the text that each token adds; a character of several tokens goes to the last of them."""
-    texts, start, done = [], 0, 0
-    for i in range(len(ids)):
-        before, after = tokenizer.decode(ids[start:done]), tokenizer.decode(ids[start : i + 1])
-        if after.endswith("\ufffd") and i + 1 < len(ids) and i - done < 8:
-            texts.append("")
-            continue
-        texts.append(after[len(before) :])
-        start, done = done, i + 1
-    return texts

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
@@ -105,13 +105,15 @@ def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[.
 def resolve_percentile(trainer: Any, percentile: float) -> float:
     """Return this percentile of p over the first `PERCENTILE_TOKENS` target tokens of the shuffled training set.
 
-    The probabilities measured are kept in `CACHE` under a fingerprint of the model's weights and of the sampled tokens with
-    their labels, and taken from there the next time. Raises MeasurementError if there are no target tokens, or on NaN.
+    The probabilities measured are kept in `CACHE` under a fingerprint of the model and of the sampled batches, and taken from
+    there the next time. Raises MeasurementError if there are no target tokens, or on NaN.
     """
     sample = _sample(trainer)
-    key = [_fingerprint(trainer, sample)]
-    broadcast_object_list(key)
-    path = CACHE / f"{key[0]}.json"
+    if not sample:
+        raise MeasurementError("There is no example with a target token. Raise `max_length`, if it cuts all answers off.")
+    digests = gather_object([_fingerprint(trainer, sample)]) if _is_sharded(trainer) else [_fingerprint(trainer, sample)]
+    key = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+    path = CACHE / f"{key}.json"
     found = [_read(path) if trainer.accelerator.is_main_process else None]
     broadcast_object_list(found)
     if found[0] is None:
@@ -124,7 +126,8 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
         def observe(model: Any, batch: dict[str, Any]) -> None:
             histogram.add(score_batch(trainer, model, batch).logp)
 
-        tokens, _ = measure(trainer, mine, observe, name="Measuring probabilities")
+        expected = sum(int(count_targets(batch)) for batch in sample)
+        tokens, _ = measure(trainer, mine, observe, name="Measuring probabilities", expected=expected)
         if not tokens:
             raise MeasurementError("No example of the training set has a target token, so `above_percentile` has no meaning.")
         if world > 1:
@@ -164,11 +167,13 @@ def _sample(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
-    """Return a hash of the model's weights (a sample of each and its sum) and of the sampled tokens with their labels.
+    """Return a hash of the model (its configuration, precision, a sample of each weight and its sum) and of the batches.
 
     A LoRA adapter that does nothing yet is left out, so that runs of other rank or seed share the measurement.
     """
-    digest = hashlib.sha256(f"1 {trainer.accelerator.num_processes if _is_sharded(trainer) else ''}".encode())
+    config = {k: v for k, v in trainer.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    setting = [2, trainer.args.bf16, trainer.args.fp16, json.dumps(config, sort_keys=True, default=str)]
+    digest = hashlib.sha256(repr(setting).encode())
     tensors = {name: _local(tensor) for name, tensor in trainer.model.named_parameters()}
     for name, tensor in tensors.items():
         pair = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
@@ -180,8 +185,10 @@ def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
         digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(summary.cpu().numpy().tobytes())
     for batch in sample:
-        digest.update(batch["input_ids"].numpy().tobytes() + batch["labels"].numpy().tobytes())
-    return digest.hexdigest()[:32]
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_sharded(trainer: Any) -> bool:

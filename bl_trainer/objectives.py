@@ -303,7 +303,10 @@ class Threshold:
         for name in ("above", "below"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.")
+                percentile = (
+                    f" For a percentile write `threshold: {{above_percentile: {value:g}}}`." if _is_number(value) else ""
+                )
+                raise ValueError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.{percentile}")
         if self.above > self.below:
             raise ValueError(
                 f"`threshold` keeps no token: above = {self.above} exceeds below = {self.below}. Tokens with "
@@ -311,7 +314,7 @@ class Threshold:
             )
         rank = self.above_percentile
         if rank is not None and (not _is_number(rank) or not 0 < rank < 100):
-            raise ValueError(f"`threshold` `above_percentile` must be between 0 and 100, got {rank!r}.")
+            raise ValueError(f"`threshold` `above_percentile` must be a number above 0 and below 100, got {rank!r}.")
         if self.normalize not in ("tokens", "kept"):
             raise ValueError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
 

@@ -147,6 +147,8 @@ class Recipe:
             index = argv.index("--config")
             config = _load_yaml(argv[index + 1 : index + 2])
             argv = argv[:index] + argv[index + 2 :]
+        if not config and not parser.is_given("model_name_or_path", argv) and not {"-h", "--help"} & set(argv):
+            raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`.")
         for key in sorted(own & config.keys()):
             raise RecipeError(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
         parser.check(config, argv)
@@ -219,6 +221,12 @@ class Recipe:
                 f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
                 f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
             )
+        first = next(iter(dataset))
+        for column in (text, "prompt", "completion"):
+            if first.get(column) is not None and not isinstance(first[column], (str, list)):
+                raise RecipeError(
+                    f"The column {column!r} of the {split} set must hold texts or messages; it begins with {first[column]!r}."
+                )
 
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
@@ -276,6 +284,8 @@ class Recipe:
                 f"{launched} processes were launched, and each would train alone. On CPUs write `use_cpu: true`; on GPUs "
                 "launch no more processes than there are."
             )
+        if training.packing and training.max_length is None:
+            raise RecipeError("`packing: true` needs `max_length`, the length of a packed row; the recipe says null.")
         for key in POSITIVE:
             if getattr(training, key) is not None and getattr(training, key) <= 0:
                 raise RecipeError(f"`{key}: {getattr(training, key)}` must be above 0.")
@@ -340,13 +350,13 @@ class _Parser(TrlParser):
         known = self.known
         for key, value in config.items():
             if key not in known and key != "env":
-                raise RecipeError(_unknown(str(key), value, known))
+                raise RecipeError(_unknown(str(key), value, known, self.prog))
         options = self._option_string_actions
         for i, arg in enumerate(argv):
             option, _, value = arg.partition("=")
             if option.startswith("--") and option not in options:
                 value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known))
+                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog))
         for action in self._actions:
             if action.dest in config and config[action.dest] is not None:
                 _check_yaml_value(action.dest, action, config[action.dest])
@@ -408,13 +418,13 @@ def _load_yaml(paths: list[str]) -> dict[str, Any]:
     return config
 
 
-def _unknown(key: str, value: Any, known: list[str]) -> str:
+def _unknown(key: str, value: Any, known: list[str], program: str) -> str:
     if key in REPLACED:
         line = REPLACED[key]
         value = str(value).lower() if isinstance(value, bool) else value
         what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
         return f"`{key}` is not a recipe key any more. {what}"
-    return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m bl_trainer train --help` for all keys."
+    return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all keys."
 
 
 def load_dataset(script: ScriptArguments) -> Any:

@@ -7,8 +7,10 @@ const make = (tag, name, text) => {
   if (text !== undefined) made.textContent = text
   return made
 }
-const visible = text => text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t")
-const quoted = text => "“" + text.replace(/\n/g, "↵").replace(/ /g, "␣") + "”"
+const code = mark => `⟨U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`
+const plain = text => text.replace(/[\u0000-\u0008\u000b-\u001f\u007f\u200e\u200f\u2028-\u202e\u2066-\u2069]/g, code)
+const visible = text => plain(text).replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t")
+const quoted = text => "“" + plain(text).replace(/\n/g, "↵").replace(/ /g, "␣") + "”"
 function show(name) {
   for (const tab of tabs.children) tab.setAttribute("aria-selected", tab.dataset.name === name)
   box.replaceChildren()
@@ -16,7 +18,7 @@ function show(name) {
   for (const example of lists[name]) {
     const card = make("div", "example"), text = make("div", "text")
     const group = example.group === null ? "" : ", " + example.group
-    card.append(make("h3", "", `row ${example.row}${group}: ${example.tokens} target tokens, mean p ${example.prob.toFixed(3)}, `
+    card.append(make("h3", "", `${example.row < 0 ? "an example" : "row " + example.row}${group}: ${example.tokens} target tokens, mean p ${example.prob.toFixed(3)}, `
       + `mean -log p ${example.nll.toFixed(2)}`))
     text.dir = "auto"
     if (example.cut[0]) text.append(`… ${example.cut[0]} tokens … `)

@@ -17,12 +17,22 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .continuum import ANCHORS, BUCKETS, objective_name, sweep_yaml
+from .continuum import ANCHORS, BUCKETS, SWEPT_PERCENTILE, objective_name, sweep_yaml
+from .objectives import Objective, Threshold
 
 # foreground, muted, background, then the colours of the series
 THEMES = {
     "light": ("#1c2024", "#80868d", "#ffffff", ("#2563b0", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")),
     "dark": ("#e7e9ec", "#8d959e", "#16191d", ("#6ea8f0", "#fb923c", "#4ade80", "#c084fc", "#facc15", "#fb7185")),
+}
+ALT_TEXTS = {
+    "continuum": "Mean p on the continuum from model-weak to model-strong, with the paper's base models",
+    "histogram": "Share of target tokens by their probability p",
+    "gradient": "Share of the gradient from each tenth of p, for each objective",
+    "reliability": "How often the most probable token is the target, by its probability; larger dots stand for more tokens",
+    "positions": "Mean p by position: from the start, along, and from the end of a response",
+    "examples": "How many examples have which mean p",
+    "moved": "Where the probability of target tokens moved: p under the base model against p after tuning",
 }
 KIND_NAMES = {
     "all": "all",
@@ -34,9 +44,11 @@ KIND_NAMES = {
 
 
 def write_report(report: dict[str, Any], folder: str | None) -> None:
-    """Write report.json, examples.json, report.html, sweep.yaml and figures/*.png into `folder`, which exists."""
+    """Write report.json, examples.json, report.html, sweep.yaml and figures/*.png into `folder`."""
     target = Path(folder or ".")
-    (target / "figures").mkdir(exist_ok=True)
+    (target / "figures").mkdir(parents=True, exist_ok=True)
+    for name in ALT_TEXTS:  # of an earlier report, which may have had others
+        (target / "figures" / f"{name}.png").unlink(missing_ok=True)
     for name, draw in figures(report).items():
         (target / "figures" / f"{name}.png").write_bytes(_render(draw, report, "light", "png"))
     figures_only = {key: value for key, value in _finite(report).items() if key != "reader"}
@@ -50,15 +62,16 @@ def terminal_summary(report: dict[str, Any], folder: str | None) -> str:
     """Return the report in at most 25 lines."""
     total, placement, advice = report["total"], report["placement"], report["recommendation"]
     percentiles = report["percentiles"]
+    ranks = ["5", "10", "25", "50", "75", *_asked(percentiles)][:12]
     lines = [
         f"{_short(report['model'])} on {_short(str(report['data']))}: {total['tokens']:,} target tokens of "
-        f"{total['examples']:,} examples" + (" (a sample)" if report["sampled"] else ""),
+        f"{total['examples']:,} examples" + (f" ({_sample(report)})" if report["sampled"] else ""),
         f"  mean p {_interval(total['prob'], total['prob_interval'])}   nll {total['nll']:.3f}   top-1 {total['top1']:.3f}   "
         f"entropy {total['entropy']:.2f}   p > 0.55: {total['above_paper']:.1%}",
-        "  percentiles of p:  " + "   ".join(f"{rank}%: {percentiles[rank]:.3g}" for rank in ("5", "10", "25", "50", "75")),
+        "  percentiles of p:  " + "   ".join(f"{rank}%: {percentiles[rank]:.3g}" for rank in ranks),
         f"  calibration error {report['calibration']['error']:.3f}   confident conflicts {total['conflicts']:.2%}   mean p of "
-        f"an example {report['examples']['mean']:.3f} ± {report['examples']['deviation']:.3f}",
-        "  mean p of " + ", ".join(f"{KIND_NAMES[k]} {v['prob']:.3g}" for k, v in report["kinds"].items() if k != "all"),
+        f"an example {report['examples']['mean']:.3f} (standard deviation {report['examples']['deviation']:.3f})",
+        "  mean p of " + ", ".join(f"{KIND_NAMES[k]} {v['prob']:.3g}" for k, v in _kinds_shown(report).items() if k != "all"),
         f"Placement: {_placement(placement)}",
     ]
     groups = sorted(report["groups"].items(), key=lambda item: -item[1]["tokens"])[:3]
@@ -176,8 +189,13 @@ def _draw_reliability(figure: Figure, report: dict[str, Any], theme: Any) -> Non
             f"{name} (error {part['error']:.3f})": part for name, part in report["compare"]["train"]["calibration"].items()
         }
     for k, (name, part) in enumerate(curves.items()):
-        points = [(item["confidence"], item["accuracy"]) for item in part["curve"]]
-        axes.plot(*zip(*points, strict=True), "o-", color=theme[3][k], ms=4, label=name)
+        most = max(item["tokens"] for item in part["curve"])
+        axes.scatter(
+            [item["confidence"] for item in part["curve"]],
+            [item["accuracy"] for item in part["curve"]],
+            [4 + 60 * item["tokens"] / most for item in part["curve"]],
+            color=theme[3][k], alpha=0.8, label=name, clip_on=False,
+        )  # fmt: skip
     if len(curves) > 1:
         axes.legend(fontsize=8)
     axes.set(
@@ -191,7 +209,7 @@ def _draw_positions(figure: Figure, report: dict[str, Any], theme: Any) -> None:
         curve = [float("nan") if p is None else p for _, p in report["positions"][part]]
         count = len(curve)
         x = [(i + 0.5) / count for i in range(count)] if part == "relative" else list(range(count))
-        axes.plot(x, curve, "o-", color=theme[3][0], ms=3)
+        axes.plot(x, curve, "o-", color=theme[3][0], ms=3, clip_on=False)
         if part == "last":
             axes.invert_xaxis()
         axes.set(xlabel=label, ylim=(0, 1))
@@ -218,14 +236,15 @@ def _draw_moved(figure: Figure, report: dict[str, Any], theme: Any) -> None:
 def page(report: dict[str, Any]) -> str:
     """Return the HTML page of a report."""
     total, placement, advice = report["total"], report["placement"], report["recommendation"]
-    sample = ", a random sample" if report["sampled"] else ""
+    sample = f", {_sample(report)}" if report["sampled"] else ""
     sections = [
         f"<header><h1>{_e(report['model'])}</h1><p>on {_e(str(report['data']))}: {total['tokens']:,} target tokens of "
         f"{total['examples']:,} examples{sample}. bl_trainer {_e(report['versions']['bl_trainer'])}.</p></header>",
         f"<section><h2>{_e(_placement(placement))}</h2>{_figure('continuum', report)}"
         + "".join(f"<p>{_e(reason)}</p>" for reason in advice["reasons"])
         + "<p>Try: " + ", ".join(f"<code>{_e(_arm(arm))}</code>" for arm in advice["arms"])
-        + " (<code>sweep.yaml</code>).</p>"
+        + f" (<code>sweep.yaml</code>). The threshold is the {SWEPT_PERCENTILE}th percentile of p, as a recipe may also say: "
+        + f"<code>threshold: {{above_percentile: {SWEPT_PERCENTILE}}}</code>.</p>"
         + "<ul class=warnings>" + "".join(f"<li>{_e(warning)}</li>" for warning in advice["warnings"]) + "</ul></section>",
         "<section><h2>Read the examples</h2><p>Each target token is coloured by p, from <span class=t data-b=0>improbable"
         "</span> to <span class=t data-b=9>certain</span>; grey text is not trained on; underlined: the model is sure of "
@@ -248,7 +267,7 @@ def page(report: dict[str, Any]) -> str:
         )
     data = _json(report["reader"]).replace("<", "\\u003c")
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    title = _e(f"{report['model']}: {placement['region']}")
+    title = _e(f"{report['model']}: {_placement(placement)}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
         f'initial-scale=1"><meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,">'
@@ -262,7 +281,7 @@ def _figure(name: str, report: dict[str, Any]) -> str:
     light, dark = (base64.b64encode(_render(draw, report, theme, "svg")).decode() for theme in ("light", "dark"))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
-        f'<img alt="{name}" src="data:image/svg+xml;base64,{light}"></picture>'
+        f'<img alt="{ALT_TEXTS[name]}" src="data:image/svg+xml;base64,{light}"></picture>'
     )
 
 
@@ -283,9 +302,9 @@ def _numbers(report: dict[str, Any]) -> str:
         ["confident conflicts", f"{total['conflicts']:.2%}"],
     ]
     shown = ["1", "2", "5", "10", "20", "30", "40", "50", "60", "70", "80", "90", "95", "99"]
-    shown += [rank for rank in percentiles if not float(rank).is_integer() or rank in ("0", "100")]
-    shown.sort(key=float)
-    ranks = _table([f"{rank} %" for rank in shown], [[f"{percentiles[rank]:.4g}" for rank in shown]])
+    shown = sorted([*shown, *_asked(percentiles)], key=float)
+    parts = [shown[i : i + 7] for i in range(0, len(shown), 7)]
+    ranks = "".join(_table([f"{rank} %" for rank in part], [[f"{percentiles[rank]:.4g}" for rank in part]]) for part in parts)
     note = (
         f"<p>Percentiles of p, each off by at most {report['percentile_error']:.2%} of min(p, 1 - p); all in report.json:</p>"
     )
@@ -314,7 +333,7 @@ def _kinds(report: dict[str, Any]) -> str:
     rows = [
         [KIND_NAMES[kind], f"{item['tokens']:,}", f"{item['prob']:.4g}", f"{item['nll']:.3f}", f"{item['top1']:.3f}",
          f"{item['conflicts']:.2%}"]
-        for kind, item in report["kinds"].items()
+        for kind, item in _kinds_shown(report).items()
     ]  # fmt: skip
     return _table(header, rows) + "<p>The chat template's own tokens include special ones; content is all the rest.</p>"
 
@@ -347,6 +366,22 @@ def _comparison(report: dict[str, Any]) -> str:
     return f"<p>{_e(report['compare']['checkpoint'])}, in nats per target token.</p>" + _table(header, rows)
 
 
+def _sample(report: dict[str, Any]) -> str:
+    return "the beginning of a stream" if report["streamed"] else "a random sample"
+
+
+def _asked(percentiles: dict[str, float]) -> list[str]:
+    """Return the percentiles that were asked for besides 1 to 99."""
+    usual = set(map(str, range(1, 100)))
+    return [rank for rank in percentiles if rank not in usual]
+
+
+def _kinds_shown(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the kinds of tokens, without the special ones where those are the end tokens again."""
+    kinds = report["kinds"]
+    return {name: kind for name, kind in kinds.items() if name != "special" or kind != kinds.get("eos")}
+
+
 def _e(text: str) -> str:
     return html.escape(text, quote=True)
 
@@ -364,10 +399,8 @@ def _placement(placement: dict[str, Any]) -> str:
 
 
 def _arm(arm: dict[str, Any]) -> str:
-    objective = arm["objective"]
-    spec = {"name": objective} if isinstance(objective, str) else objective
-    threshold = {"above": arm.get("threshold", 0.0), "below": 1.0}
-    return objective_name({"objective": spec, "threshold": threshold})
+    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    return objective_name({"objective": objective.to_dict(), "threshold": threshold.to_dict()})
 
 
 def _short(name: str, size: int = 48) -> str:

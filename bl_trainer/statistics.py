@@ -5,6 +5,7 @@ whole, on one process or many.
 """
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ RELATIVE = 20  # bins of relative position in a response
 CONFIDENCE_BINS = 20
 OTHER = "(other)"
 MAX_GROUPS = 100
+MAX_PARTS = 10_000  # examples, cut up by packing, of which further parts are waited for
 
 
 class MeasurementError(ValueError):
@@ -111,9 +113,11 @@ class ProbabilityHistogram:
 class TokenBatch:
     """Target tokens of a batch, in reading order, and the examples that they belong to.
 
-    `token`: ids. `example`: index into `examples`. `place`: index into that example's `input_ids`. `position`: 0, 1, ... within
-    a response, an unbroken run of target tokens; `length`: of that response. `is_template`: whether the token is the chat
-    template's own. All (N,), on the CPU. `examples`: a mapping for each, with its `row` in the data set, `group`, `input_ids`.
+    All (N,), on the CPU. `token`: ids. `example`: index into `examples`. `place`: index into that example's `input_ids`.
+    `position`: 0, 1, ... within a response, an unbroken run of target tokens; `length`: of that response. `is_template`:
+    whether the token is the chat template's own; `is_unmarked`: whether that can't be told. `examples`: mappings with `row`,
+    its number in the data set or, where it has none, a negative number of its own; `group`; `input_ids`; and `is_part`, whether
+    packing has cut it up.
     """
 
     token: Tensor
@@ -122,6 +126,7 @@ class TokenBatch:
     position: Tensor
     length: Tensor
     is_template: Tensor
+    is_unmarked: Tensor
     examples: list[dict[str, Any]]
 
 
@@ -221,7 +226,7 @@ class Reader:
             if not num_tokens[e]:
                 continue
             row = example["row"]
-            keys = {"surprising": nll[e].item(), "sample": -random.Random(row).random()}
+            keys: dict[str, float] = {"surprising": nll[e].item(), "sample": -random.Random(row).random()}
             if gap[e] > 0:
                 keys["conflicting"] = gap[e].item()
             wanted = [name for name, key in keys.items() if self._has_room(name, key)]
@@ -250,7 +255,7 @@ class Reader:
         example, here = batch.examples[e], (batch.example == e).nonzero().flatten()
         targets = batch.place[here].tolist()
         worst = targets[int((conflicts(scores)[here] * 1000.0 - scores.logp[here]).argmax())]
-        length, start = len(example["input_ids"]), max(0, targets[0] - 100)
+        length, start = len(example["input_ids"]), max(0, targets[0] - 60)
         if worst - start >= self.WINDOW:
             start = worst - self.WINDOW // 2
         stop = min(length, start + self.WINDOW)
@@ -309,7 +314,9 @@ class Measurement:
         self.positions = torch.zeros(2, 2 * EDGE + RELATIVE, dtype=torch.float64)  # tokens, sum of p
         self.calibration = Calibration()
         self.groups: dict[str, Means] = {}
+        self.parts: dict[tuple[int, str | None], Any] = {}  # of examples that packing has cut up: tokens and sums
         self.total = Means()
+        self.unmarked = torch.zeros(1, dtype=torch.float64)
         self.reader = Reader()
 
     def add(self, batch: TokenBatch, scores: TokenScores) -> None:
@@ -322,30 +329,54 @@ class Measurement:
                 "`dtype: float32` and `bf16: false`."
             )
         is_conflict = conflicts(scores)
-        values = torch.stack([p, -logp, scores.entropy.double(), (scores.rank == 0).double(),
+        is_hit = scores.top1 == batch.token
+        values = torch.stack([p, -logp, scores.entropy.double(), is_hit.double(),
                               (p > PAPER_CONFIDENT).double(), is_conflict.double()])  # fmt: skip
         is_eos, is_special = torch.isin(batch.token, self.eos), torch.isin(batch.token, self.special)
         kinds = (torch.ones_like(is_eos), is_eos, is_special, batch.is_template, ~(is_eos | is_special | batch.is_template))
         for k, mask in enumerate(kinds):
             self.histogram.add(logp[mask], k)
             self.kinds[k] += torch.cat([mask.sum().double()[None], values[:, mask].sum(1)])
+        self.unmarked += batch.is_unmarked.sum()
         self._add_positions(batch, p)
-        self.calibration.add(scores.top1_logp.double().exp(), scores.rank == 0)
+        self.calibration.add(scores.top1_logp.double().exp(), is_hit)
 
         m = len(batch.examples)
         num_tokens = torch.bincount(batch.example, minlength=m)
         sums = values.new_zeros(len(values), m).index_add_(1, batch.example, values)
-        self.total.add(num_tokens, sums)
-        for name in dict.fromkeys(example["group"] for example in batch.examples if example["group"] is not None):
-            mine = torch.tensor([example["group"] == name for example in batch.examples])
-            self._group(name).add(num_tokens[mine], sums[:, mine])
-        present = num_tokens > 0
+        self._add_examples(batch.examples, num_tokens, sums)
         means = sums / num_tokens.clamp(min=1)
-        self.examples.add(means[0][present].log())
-        self.spread += torch.stack([present.sum().double(), means[0][present].sum(), (means[0][present] ** 2).sum()])
         gap = torch.where(is_conflict, scores.top1_logp - scores.logp, 0.0)
         gap = gap.new_zeros(m).scatter_reduce_(0, batch.example, gap, "amax")
         self.reader.add(batch, scores, num_tokens, means[0], means[1], gap)
+
+    def _add_examples(self, examples: list[dict[str, Any]], num_tokens: Tensor, sums: Tensor) -> None:
+        """Add sums over examples; parts of an example, which packing cuts up, wait for one another."""
+        whole = torch.tensor([not example["is_part"] for example in examples], dtype=torch.bool)
+        self._count([example["group"] for example in examples if not example["is_part"]], num_tokens[whole], sums[:, whole])
+        for e in (~whole).nonzero().flatten().tolist():
+            key = (examples[e]["row"], examples[e]["group"])
+            tokens, total = self.parts.pop(key, (0, 0))
+            self.parts[key] = (tokens + num_tokens[e], total + sums[:, e])
+        self._count_parts(MAX_PARTS)
+
+    def _count_parts(self, keep: int) -> None:
+        """Count the examples of which no part has come for longest, down to `keep`."""
+        keys = list(itertools.islice(self.parts, max(0, len(self.parts) - keep)))
+        if keys:
+            done = [self.parts.pop(key) for key in keys]
+            tokens, sums = (torch.stack([torch.as_tensor(item[i]) for item in done], dim=-1) for i in (0, 1))
+            self._count([group for _, group in keys], tokens, sums)
+
+    def _count(self, groups: list[str | None], num_tokens: Tensor, sums: Tensor) -> None:
+        self.total.add(num_tokens, sums)
+        for name in dict.fromkeys(group for group in groups if group is not None):
+            mine = torch.tensor([group == name for group in groups])
+            self._group(name).add(num_tokens[mine], sums[:, mine])
+        present = num_tokens > 0
+        means = (sums[0] / num_tokens.clamp(min=1))[present]
+        self.examples.add(means.log())
+        self.spread += torch.stack([present.sum().double(), means.sum(), (means**2).sum()])
 
     def _add_positions(self, batch: TokenBatch, p: Tensor) -> None:
         from_end = batch.length - 1 - batch.position
@@ -358,24 +389,33 @@ class Measurement:
             self.positions.index_add_(1, index[mask], torch.stack([torch.ones_like(p), p])[:, mask])
 
     def _group(self, name: str) -> Means:
-        if name not in self.groups and len(self.groups) >= MAX_GROUPS:
+        if name not in self.groups and len(self.groups.keys() - {OTHER}) >= MAX_GROUPS:
             name = OTHER
         return self.groups.setdefault(name, Means())
 
     def reduce(self, accelerator: Any) -> None:
-        """Add up over all processes; every process ends with the whole."""
+        """Finish, and add up over all processes; every process ends with the whole."""
+        self._count_parts(0)
         if accelerator.num_processes == 1:
             return
         for tensor in (self.histogram.counts, self.examples.counts, self.kinds, self.spread, self.positions,
-                       self.calibration.sums, self.total.gram):  # fmt: skip
+                       self.calibration.sums, self.total.gram, self.unmarked):  # fmt: skip
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
-        groups, readers = self.groups, gather_object([self.reader])
-        self.groups, self.reader = {}, Reader()
-        parts = [item for part in gather_object([groups]) for item in part.items()]
-        for name, means in sorted(parts, key=lambda item: item[0]):
-            self._group(name).gram += means.gram
+        self.groups = merge_groups(gather_object([self.groups]))
+        readers, self.reader = gather_object([self.reader]), Reader()
         for reader in readers:
             self.reader.merge(reader)
+
+
+def merge_groups(parts: list[dict[str, Means]]) -> dict[str, Means]:
+    """Add up groups of several processes, at most MAX_GROUPS; one that lies in a process's OTHER goes there as a whole."""
+    merged: dict[str, Means] = {}
+    names = sorted({name for part in parts for name in part} - {OTHER})
+    whole = [name for name in names if all(name in part or OTHER not in part for part in parts)][:MAX_GROUPS]
+    for part in parts:
+        for name, means in part.items():
+            merged.setdefault(name if name in whole else OTHER, Means()).gram += means.gram
+    return merged
 
 
 class Comparison:
@@ -392,7 +432,7 @@ class Comparison:
     def add(self, batch: TokenBatch, base: TokenScores, tuned: TokenScores, divergences: TokenDivergences) -> None:
         """Add a batch's target tokens; all on the CPU. Raises MeasurementError on NaN."""
         p, q = base.logp.double().exp(), tuned.logp.double().exp()
-        hits = base.rank == 0, tuned.rank == 0
+        hits = base.top1 == batch.token, tuned.top1 == batch.token
         values = torch.stack([divergences.forward.double(), divergences.reverse.double(), divergences.js.double(), p, q,
                               -base.logp.double(), -tuned.logp.double(), hits[0].double(), hits[1].double()])  # fmt: skip
         if values.isnan().any():

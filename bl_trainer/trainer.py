@@ -324,6 +324,11 @@ class BLTrainer(SFTTrainer):
             found = get_last_checkpoint(str(self.args.output_dir))
         if isinstance(found, str):
             self.threshold = refuse_other_recipe(found, self.args)
+            if self.threshold.above_percentile is not None:
+                self.accelerator.print(
+                    f"The threshold is p >= {self.threshold.above:.6g}: percentile {self.threshold.above_percentile:g}, as "
+                    f"{found} records it."
+                )
             state_file = Path(found) / "trainer_state.json"
             state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -454,11 +459,12 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
             "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
         )
     current = {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
+    said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
     for key, value in current.items():
         if recorded and recorded.get(key) != value:
             raise ValueError(
-                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {value}. Resume with the recorded "
-                f"{key}, or start a new run from that checkpoint as `model_name_or_path`."
+                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said[key]}. Resume with the "
+                f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
     return threshold
 

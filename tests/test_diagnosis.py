@@ -4,6 +4,8 @@ import json
 import math
 import random
 import re
+import shutil
+import subprocess
 from fractions import Fraction
 from html.parser import HTMLParser
 
@@ -19,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold, measurement
 from bl_trainer.__main__ import main
+from bl_trainer.annotation import Annotation, group_name, template_mask, token_texts
 from bl_trainer.continuum import ANCHORS, CUTS, gradient_mass, objective_name, place, sweep_yaml
-from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis, template_pieces, token_texts
+from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
 from bl_trainer.recipe import Recipe, RecipeError
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
@@ -202,6 +205,53 @@ def test_wrapped_packing_cuts_examples_as_training_does(tokenizer, checkpoint, t
     assert report["total"]["tokens"] == len(expected)
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_keeps_examples_together(strategy, tokenizer, checkpoint, tmp_path):
+    """Examples, not their parts, are counted, and their intervals are those of unpacked data."""
+    rows = rows_of("text", count=60)
+    data = save(rows, tmp_path / "data")
+    packed = diagnosis(tmp_path, checkpoint, data, packing=True, max_length=24, packing_strategy=strategy).run()
+    sequences = [by_hand(row, tokenizer, False) for row in rows]
+    assert packed["total"]["examples"] == sum(len(tokens) > 1 for tokens, _ in sequences)
+    positions = [count for count, _ in packed["positions"]["first"]]
+    lengths = [min(len(tokens), 24 if strategy == "bfd" else 10**9) for tokens, _ in sequences]
+    assert positions[0] >= sum(length > 1 for length in lengths)
+    assert positions[5] <= sum(length > 6 for length in lengths) <= positions[5] + (0 if strategy == "bfd" else 10)
+    whole = diagnosis(tmp_path, checkpoint, data, max_length=24).run() if strategy == "bfd" else None
+    if whole:
+        assert packed["total"]["prob_interval"] == pytest.approx(whole["total"]["prob_interval"], abs=1e-6)
+
+
+def test_packed_sample_is_random(tokenizer, checkpoint, tmp_path):
+    """Packed rows come longest first; a sample of them would be of the longest examples."""
+    rng = random.Random(0)
+    rows = [{"text": sentence(rng, 2, 60)} for _ in range(400)]
+    data = save(rows, tmp_path / "data")
+    reports = [
+        diagnosis(tmp_path, checkpoint, data, "--max_tokens", "3000", **options).run()
+        for options in ({"packing": True, "max_length": 64}, {"max_length": 64})
+    ]
+    for report in reports:
+        assert report["sampled"]
+        assert 3000 <= report["total"]["tokens"] < 3600
+    lengths = [report["total"]["tokens"] / report["total"]["examples"] for report in reports]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.02)
+    whole = diagnosis(tmp_path, checkpoint, data, "--max_tokens", "0", packing=True, max_length=64).run()
+    assert not whole["sampled"]
+    assert whole["total"]["examples"] == 400
+
+
+def test_a_stream_has_no_row_numbers_and_says_what_its_sample_is(checkpoint, tmp_path):
+    data = save(rows_of("pairs", count=80), tmp_path / "data")
+    report = diagnosis(tmp_path, checkpoint, data, "--max_tokens", "200", dataset_streaming=True, max_steps=1).run()
+    assert report["sampled"]
+    assert report["recommendation"]["warnings"][0].startswith("Only the beginning of the stream was measured")
+    rows = [record["row"] for record in report["reader"]["surprising"]]
+    assert max(rows) < 0
+    assert len(set(rows)) == len(rows)
+    assert "(the beginning of a stream)" in terminal_summary(report, "out")
+
+
 @pytest.mark.parametrize("way", ["completion_only", "packed_text"])
 def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, tmp_path):
     kind, options = WAYS[way]
@@ -249,6 +299,7 @@ def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
     base_model, model = make_llama(tokenizer).double(), AutoModelForCausalLM.from_pretrained(whole).double()
     for report in reports:
         assert report["compare"]["probe"]["split"] == "test"
+        assert report["data"] == str(tmp_path / "data")
         for part, data in ((report["compare"]["train"], rows), (report["compare"]["probe"], probe)):
             sums = []
             for tokens, trains in (by_hand(row, tokenizer, False) for row in data):
@@ -299,8 +350,41 @@ def test_reader_names_the_row_and_shows_its_tokens(tokenizer, checkpoint, tmp_pa
         assert record["p"] == pytest.approx(expected[expected[:, 5] == record["row"], 0], rel=6e-3)
 
 
-def test_template_tokens_are_found(tokenizer):
-    assert template_pieces(tokenizer, None) == [[1], [1, 2], [2]]  # <end>, <end><user>, <user>
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<user>{{ m.role + ':' + m.content }}<end>:{% endfor %}",
+    "trimmed": "{% for m in messages %}<user>{{ m.role + '. ' + m.content.strip() + ' ' }}{% endfor %}<end>",
+    "no_special_tokens": "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("cut", [slice(None), slice(0, 25), slice(-25, None)], ids=["whole", "start", "end"])
+def test_template_tokens_are_all_but_the_contents(name, cut, tokenizer):
+    contents = ["user", " what is it? ", "a:", "it is: it"]
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": content} for i, content in enumerate(contents)]
+    text = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[name], tokenize=False)
+    ids = tokenizer(text)["input_ids"]
+    mask = template_mask(tokenizer, TEMPLATES[name], {"messages": messages}, ids[cut])
+    shown = [content.strip() if name == "trimmed" else content for content in contents]
+    tokens = tokenizer.convert_ids_to_tokens(ids[cut])
+    kept = "".join(token for token, made in zip(tokens, mask, strict=True) if not made)
+    if cut == slice(None):
+        assert kept == "".join(shown)
+    assert len(mask) == len(ids[cut])
+    assert kept in "".join(shown)
+    assert sum(mask) > 0
+
+
+def test_template_that_changes_messages_is_said(tokenizer, checkpoint, tmp_path):
+    upper = "{% for m in messages %}<user>{{ m.content[:3] }}<end>{% endfor %}"
+    example = {"messages": [{"role": "user", "content": "abcdef"}]}
+    ids = tokenizer(tokenizer.apply_chat_template(example["messages"], chat_template=upper, tokenize=False))["input_ids"]
+    assert template_mask(tokenizer, upper, example, ids) == [-1] * len(ids)
+    (tmp_path / "t.jinja").write_text(upper)
+    report = diagnosis(
+        tmp_path, checkpoint, save(rows_of("chat"), tmp_path / "data"), chat_template_path=str(tmp_path / "t.jinja")
+    ).run()
+    assert any("the chat template's own could not be told" in warning for warning in report["recommendation"]["warnings"])
 
 
 def test_template_kind(tokenizer, checkpoint, tmp_path):
@@ -320,8 +404,8 @@ def test_characters_of_several_tokens_stay_whole():
 
     text = "a🙂é\n<b>"
     pieces = token_texts(Bytes(), list(text.encode()))
-    assert "".join(pieces) == text
-    assert pieces[1:5] == ["", "", "", "🙂"]
+    assert "".join(pieces).replace("·", "") == text
+    assert pieces[1:5] == ["·", "·", "·", "🙂"]
 
 
 @pytest.mark.parametrize(
@@ -376,6 +460,23 @@ def test_sweep_arms_are_recipes(checkpoint, tmp_path):
             path = write_recipe(tmp_path, checkpoint, tmp_path / "data", **arm, learning_rate=sweep["learning_rate"][0])
             Recipe.read(["--config", str(path)])
     assert {"objective": "log_one_minus_p"} in report["recommendation"]["arms"]
+
+
+def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
+    data = save(rows_of("pairs"), tmp_path / "data")
+    found = diagnosis(tmp_path, checkpoint, data, objective="neg_p", threshold={"above": 0.02, "normalize": "kept"})
+    report = found.run()
+    assert found.recipe.training.threshold == {"above": 0.02, "normalize": "kept"}
+    assert [objective_name(item) for item in report["objectives"]].count("neg_p, p >= 0.02") == 1
+    arms = yaml.safe_load(sweep_yaml(report))["arms"]
+    assert all("threshold" in arm for arm in arms)
+    assert {"objective": "neg_p", "threshold": {"above": 0.02, "normalize": "kept"}} in arms
+    plain = Recipe.read(["--config", str(tmp_path / "recipe.yaml"), "--threshold", "null"])
+    assert Threshold.parse(plain.training.threshold).keeps_all
+    percentile = diagnosis(tmp_path, checkpoint, data, threshold={"above_percentile": 30}).run()
+    assert percentile["objectives"][-1]["threshold"]["above"] == percentile["percentiles"]["30"]
+    own = diagnosis(tmp_path, checkpoint, data, objective="test_trainer:pushes_entropy").run()
+    assert any("depends on more than p (entropy)" in warning for warning in own["recommendation"]["warnings"])
 
 
 class Page(HTMLParser):
@@ -481,6 +582,11 @@ ERRORS = {
     "percentiles": (lambda rows: rows, {}, ["--percentiles", "101"], "`--percentiles 101` must be between 0 and 100"),
     "compare": (lambda rows: rows, {}, ["--compare", "nowhere"], "`--compare nowhere` is not a folder"),
     "probe_alone": (lambda rows: rows, {}, ["--probe", "x.jsonl"], "`--probe` does nothing without `--compare`"),
+    "by_list": (
+        lambda rows: [{**row, "tags": ["x"]} for row in rows], {}, ["--by", "tags"], "`--by tags` is a column of lists or",
+    ),
+    "number": (lambda rows: [{"prompt": "a", "completion": 5}], {}, [], "The column 'completion' of the train set must hold"),
+    "endless_rows": (lambda rows: rows, {"packing": True}, ["--max_length", "null"], "`packing: true` needs `max_length`"),
     "key": (lambda rows: rows, {"by": "source"}, [], "`by` is not a recipe key. Give it on the command line: `--by ...`"),
     "unknown": (lambda rows: rows, {}, ["--reprot", "x"], "Unknown recipe key 'reprot'. Did you mean 'report"),
 }  # fmt: skip
@@ -496,7 +602,7 @@ def test_errors_are_one_sentence(name, checkpoint, tmp_path, capsys):
     assert exit_code.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line), line
-    assert not list((tmp_path / "report").glob("*")) if (tmp_path / "report").exists() else True
+    assert not (tmp_path / "report").exists()
 
 
 def test_no_report_folder(checkpoint, data_folder, tmp_path, capsys):
@@ -508,6 +614,15 @@ def test_no_report_folder(checkpoint, data_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["diagnose", "--config", str(recipe), "--report", str(tmp_path / "file" / "report")])
     assert "Can't write to `--report" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--config", str(recipe), "--report", str(tmp_path / "file")])
+    assert "it is a file, not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--report", str(tmp_path / "report")])
+    assert "error: No recipe is given. Write `diagnose --config recipe.yaml`." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--config", str(recipe), "--report", str(tmp_path / "report"), "--compare", str(tmp_path)])
+    assert "error: Can't load the model `--compare" in capsys.readouterr().err
 
 
 def test_nan_and_missing_targets(tokenizer, checkpoint, tmp_path, capsys):
@@ -592,6 +707,14 @@ def test_measured_probabilities_are_kept_and_fit_other_percentiles(tokenizer, tm
     assert f"from {cache}" in capsys.readouterr().out
     for other in (
         trainer_of(tokenizer, tmp_path / "c", data, model=make_llama(tokenizer, seed=1), threshold={"above_percentile": 10}),
+        trainer_of(
+            tokenizer,
+            tmp_path / "f",
+            data,
+            threshold={"above_percentile": 10},
+            model=make_llama(tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 2.0}),
+        ),
+        trainer_of(tokenizer, tmp_path / "g", data, threshold={"above_percentile": 10}, bf16=True),
         trainer_of(tokenizer, tmp_path / "d", data.select(range(30)), threshold={"above_percentile": 10}),
         trainer_of(tokenizer, tmp_path / "e", data, max_length=20, threshold={"above_percentile": 10}),
     ):
@@ -611,7 +734,7 @@ def test_a_broken_cache_is_said_and_measured_again(tokenizer, tmp_path, caplog, 
     assert "the probabilities are measured anew" in caplog.text
 
 
-def test_percentile_is_not_measured_again_on_resume(tokenizer, tmp_path, monkeypatch):
+def test_percentile_is_not_measured_again_on_resume(tokenizer, tmp_path, monkeypatch, capsys):
     data = Dataset.from_list([{"text": row["text"]} for row in rows_of("text")])
     options = {"threshold": {"above_percentile": 20}, "save_steps": 2}
     whole = trainer_of(tokenizer, tmp_path / "whole", data, **options)
@@ -620,10 +743,11 @@ def test_percentile_is_not_measured_again_on_resume(tokenizer, tmp_path, monkeyp
     resumed = trainer_of(tokenizer, tmp_path / "resumed", data, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.threshold == whole.threshold
+    assert f"percentile 20, as {tmp_path / 'whole' / 'checkpoint-2'} records it." in capsys.readouterr().out
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     other = trainer_of(tokenizer, tmp_path / "other", data, threshold={"above_percentile": 30})
-    with pytest.raises(ValueError, match="was trained with threshold"):
+    with pytest.raises(ValueError, match=r"the recipe says \{'above_percentile': 30"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     (tmp_path / "whole" / "checkpoint-2" / "bl_trainer.json").unlink()
     with pytest.raises(ValueError, match="doesn't record the probability that `above_percentile: 20` stands for"):
@@ -650,9 +774,10 @@ def test_percentile_of_a_streamed_set(tokenizer, tmp_path):
     ("spec", "message"),
     [
         ({"above": 0.2, "above_percentile": 10}, "has both `above` and `above_percentile`"),
-        ({"above_percentile": 0}, "`above_percentile` must be between 0 and 100, got 0"),
-        ({"above_percentile": 100}, "`above_percentile` must be between 0 and 100, got 100"),
-        ({"above_percentile": "ten"}, "`above_percentile` must be between 0 and 100, got 'ten'"),
+        ({"above_percentile": 0}, "must be a number above 0 and below 100, got 0"),
+        ({"above_percentile": 100}, "must be a number above 0 and below 100, got 100"),
+        ({"above_percentile": "ten"}, "must be a number above 0 and below 100, got 'ten'"),
+        (10, "must be a probability between 0 and 1, got 10. For a percentile write `threshold: {above_percentile: 10}`"),
         ({"above_percentil": 10}, "Did you mean 'above_percentile'"),
     ],
     ids=str,
@@ -688,3 +813,44 @@ def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_
         assert len(list((tmp_path / f"home{processes}" / "bl_trainer" / "probabilities").iterdir())) == 1
         found.append(json.loads((tmp_path / f"out{processes}" / "bl_trainer.json").read_text())["threshold"]["above"])
     assert found[0] == pytest.approx(found[1], rel=2 * PERCENTILE_ERROR)
+
+
+def test_percentile_of_a_stream_without_targets(tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": "a" * 50, "completion": "b"}] * 3).to_iterable_dataset()
+    made = trainer_of(tokenizer, tmp_path / "a", data, threshold={"above_percentile": 25}, max_length=8)
+    with pytest.raises(measurement.MeasurementError, match="There is no example with a target token"):
+        made.resolve_threshold()
+
+
+def test_long_group_names_are_cut_and_told_apart():
+    assert group_name(7) == "7"
+    names = {group_name("x" * 90 + end) for end in "ab"}
+    assert len(names) == 2
+    assert max(map(len, names)) < 80
+
+
+def test_a_response_keeps_its_place_through_packing(tokenizer):
+    note = Annotation(tokenizer, None, None, True)(
+        {"bl_row": 3, "input_ids": list(range(8)), "labels": [5, 5, -100, 5, 5, 5, -100, 5]}
+    )
+    assert note["bl_position"] == [0, 0, 0, 0, 1, 2, 0, 0]
+    assert note["bl_length"] == [1, 1, 1, 3, 3, 3, 1, 1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's package chromium is not installed")
+def test_page_opens_without_errors_and_asks_for_nothing(checkpoint, tmp_path):
+    report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs"), tmp_path / "data")).run()
+    write_report(report, str(tmp_path / "report"))
+    (tmp_path / "bad.html").write_text("<script>throw new Error('seen')</script><img src='http://192.0.2.1/x.png'>")
+    logs = []
+    for page_file in (tmp_path / "bad.html", tmp_path / "report" / "report.html"):
+        log = tmp_path / "net.json"
+        done = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--log-net-log={log}", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", page_file.as_uri()],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        logs.append((done.stderr.count("CONSOLE"), "192.0.2.1" in log.read_text(), done.stdout))
+    assert logs[0][:2] == (1, True)  # so that both would be noticed
+    assert logs[1][:2] == (0, False)
+    assert logs[1][2].count('class="example"') == 20

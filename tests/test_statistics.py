@@ -28,6 +28,7 @@ from bl_trainer.statistics import (
     ProbabilityHistogram,
     Reader,
     TokenBatch,
+    merge_groups,
 )
 
 
@@ -271,12 +272,18 @@ def fake(examples, rng, groups=None):
     size = len(owner)
     logp = torch.tensor(-rng.exponential(2, size=size), dtype=torch.float32)
     meta = [
-        {"row": int(rng.integers(10**9)), "group": None if groups is None else groups[e], "input_ids": list(range(n + 3))}
+        {
+            "row": int(rng.integers(10**9)),
+            "group": None if groups is None else groups[e],
+            "input_ids": list(range(n + 3)),
+            "is_part": False,
+        }
         for e, n in enumerate(lengths)
     ]
     batch = TokenBatch(
         token=torch.tensor(rng.integers(0, 9, size=size)), example=owner, place=place, position=place - 3,
-        length=torch.tensor(lengths)[owner], is_template=torch.zeros(size, dtype=torch.bool), examples=meta,
+        length=torch.tensor(lengths)[owner], is_template=torch.zeros(size, dtype=torch.bool),
+        is_unmarked=torch.zeros(size, dtype=torch.bool), examples=meta,
     )  # fmt: skip
     scores = TokenScores(
         logp, torch.rand(size), torch.zeros(size, dtype=torch.long), torch.full((size,), -0.01), (logp < -1).long()
@@ -319,7 +326,8 @@ def test_long_example_is_cut_around_what_matters():
     batch = TokenBatch(
         token=torch.zeros(n, dtype=torch.long), example=torch.zeros(n, dtype=torch.long), place=torch.arange(n) + 50,
         position=torch.arange(n), length=torch.full((n,), n), is_template=torch.zeros(n, dtype=torch.bool),
-        examples=[{"row": 0, "group": None, "input_ids": list(range(n + 50))}],
+        is_unmarked=torch.zeros(n, dtype=torch.bool),
+        examples=[{"row": 0, "group": None, "input_ids": list(range(n + 50)), "is_part": False}],
     )  # fmt: skip
     measurement = Measurement()
     measurement.add(
@@ -341,6 +349,41 @@ def test_groups_are_bounded():
     assert measurement.groups[OTHER].num_examples == 200
     total = sum(means.gram[0, 1] for means in measurement.groups.values())
     assert total == measurement.total.gram[0, 1]
+
+
+def test_groups_of_several_processes_are_whole_or_other():
+    def means(tokens):
+        made = Means()
+        made.add(torch.tensor([tokens]), torch.zeros(6, 1))
+        return made
+
+    full = {f"g{i:03}": means(1) for i in range(MAX_GROUPS)} | {OTHER: means(7)}
+    merged = merge_groups([full, {"g000": means(2), "new": means(5)}])
+    assert merged["g000"].num_tokens == 3
+    assert "new" not in merged  # the first process may have had it among the others
+    assert merged[OTHER].num_tokens == 12
+    assert len(merged) == MAX_GROUPS + 1
+
+
+def test_parts_of_an_example_count_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    whole, cut = Measurement(), Measurement()
+    monkeypatch.setattr("bl_trainer.statistics.MAX_PARTS", 40)
+    for _ in range(20):
+        batch, scores = fake(10, rng, groups=list("ababababab"))
+        whole.add(batch, scores)
+        for e in batch.examples:
+            e["is_part"] = True
+        half = torch.arange(len(batch.example)) % 2 == 0
+        for mask in (half, ~half):
+            names = ("token", "example", "place", "position", "length", "is_template", "is_unmarked")
+            part = TokenBatch(**{name: getattr(batch, name)[mask] for name in names}, examples=batch.examples)
+            cut.add(part, TokenScores(*(value[mask] for value in vars(scores).values())))
+    assert len(cut.parts) <= 40
+    cut._count_parts(0)
+    torch.testing.assert_close(cut.total.gram, whole.total.gram)
+    torch.testing.assert_close(cut.spread, whole.spread)
+    torch.testing.assert_close(cut.groups["a"].gram, whole.groups["a"].gram)
 
 
 def test_nan_is_reported_with_its_row(tokenizer):
