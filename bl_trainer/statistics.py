@@ -8,7 +8,7 @@ import heapq
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +182,38 @@ class Means:
         return {**counts, **means, f"{first}_interval": self.interval(first)}
 
 
+class ExampleSums:
+    """Hands sums over examples on to `count(groups, num_tokens, sums)`, each example once, also where packing cuts it up.
+
+    Of an example that is cut up, the parts come one by one; at most `MAX_PARTS` such examples wait for more.
+    """
+
+    def __init__(self, count: Callable[[list[str | None], Tensor, Tensor], None]):
+        self.count = count
+        self.waiting: dict[tuple[int, str | None], Any] = {}
+
+    def add(self, batch: TokenBatch, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `values`, (names, N), of a batch's tokens. Returns number of tokens and sums by example, (m,) and (names, m)."""
+        examples = batch.examples
+        num_tokens = torch.bincount(batch.example, minlength=len(examples))
+        sums = values.new_zeros(len(values), len(examples)).index_add_(1, batch.example, values)
+        whole = torch.tensor([not example["is_part"] for example in examples], dtype=torch.bool)
+        self.count([example["group"] for example in examples if not example["is_part"]], num_tokens[whole], sums[:, whole])
+        for e in (~whole).nonzero().flatten().tolist():
+            key = (examples[e]["row"], examples[e]["group"])
+            tokens, total = self.waiting.pop(key, (0, 0))
+            self.waiting[key] = (tokens + num_tokens[e], total + sums[:, e])
+        self.finish(MAX_PARTS)
+        return num_tokens, sums
+
+    def finish(self, keep: int = 0) -> None:
+        """Count the examples of which no part has come for longest, down to `keep`."""
+        keys = list(itertools.islice(self.waiting, max(0, len(self.waiting) - keep)))
+        if keys:
+            tokens, sums = zip(*(self.waiting.pop(key) for key in keys), strict=True)
+            self.count([group for _, group in keys], torch.stack(tokens), torch.stack(sums, dim=1))
+
+
 class Calibration:
     """Reliability of the most probable token: by its probability, how often it is the target."""
 
@@ -300,7 +332,7 @@ def conflicts(scores: TokenScores) -> Tensor:
 
 
 class Measurement:
-    """All that one pass over the target tokens leaves behind; see `diagnosis.summarise` for what is made of it.
+    """All that one pass over the target tokens leaves behind; see `continuum.summarise` for what is made of it.
 
     `eos`, `special`: ids of the tokenizer's end and special tokens.
     """
@@ -314,19 +346,20 @@ class Measurement:
         self.positions = torch.zeros(2, 2 * EDGE + RELATIVE, dtype=torch.float64)  # tokens, sum of p
         self.calibration = Calibration()
         self.groups: dict[str, Means] = {}
-        self.parts: dict[tuple[int, str | None], Any] = {}  # of examples that packing has cut up: tokens and sums
         self.total = Means()
         self.unmarked = torch.zeros(1, dtype=torch.float64)
         self.reader = Reader()
+        self.sums = ExampleSums(self._count)
 
     def add(self, batch: TokenBatch, scores: TokenScores) -> None:
         """Add a batch's target tokens. `scores` must be on the CPU. Raises MeasurementError on NaN."""
         logp, p = scores.logp.double(), scores.logp.double().exp()
         if (scores.logp + scores.entropy).isnan().any():
-            rows = sorted({batch.examples[e]["row"] for e in batch.example[(scores.logp + scores.entropy).isnan()].tolist()})
+            row = min(batch.examples[e]["row"] for e in batch.example[(scores.logp + scores.entropy).isnan()].tolist())
+            where = f"row {row} of the data set" if row >= 0 else "an example of the stream"
             raise MeasurementError(
-                f"The model gives probabilities that are NaN in row {rows[0]} of the data set. Check the checkpoint, or try "
-                "`dtype: float32` and `bf16: false`."
+                f"The model gives probabilities that are NaN in {where}. Check the checkpoint, or try `dtype: float32` and "
+                "`bf16: false`."
             )
         is_conflict = conflicts(scores)
         is_hit = scores.top1 == batch.token
@@ -341,32 +374,11 @@ class Measurement:
         self._add_positions(batch, p)
         self.calibration.add(scores.top1_logp.double().exp(), is_hit)
 
-        m = len(batch.examples)
-        num_tokens = torch.bincount(batch.example, minlength=m)
-        sums = values.new_zeros(len(values), m).index_add_(1, batch.example, values)
-        self._add_examples(batch.examples, num_tokens, sums)
+        num_tokens, sums = self.sums.add(batch, values)
         means = sums / num_tokens.clamp(min=1)
         gap = torch.where(is_conflict, scores.top1_logp - scores.logp, 0.0)
-        gap = gap.new_zeros(m).scatter_reduce_(0, batch.example, gap, "amax")
+        gap = gap.new_zeros(len(num_tokens)).scatter_reduce_(0, batch.example, gap, "amax")
         self.reader.add(batch, scores, num_tokens, means[0], means[1], gap)
-
-    def _add_examples(self, examples: list[dict[str, Any]], num_tokens: Tensor, sums: Tensor) -> None:
-        """Add sums over examples; parts of an example, which packing cuts up, wait for one another."""
-        whole = torch.tensor([not example["is_part"] for example in examples], dtype=torch.bool)
-        self._count([example["group"] for example in examples if not example["is_part"]], num_tokens[whole], sums[:, whole])
-        for e in (~whole).nonzero().flatten().tolist():
-            key = (examples[e]["row"], examples[e]["group"])
-            tokens, total = self.parts.pop(key, (0, 0))
-            self.parts[key] = (tokens + num_tokens[e], total + sums[:, e])
-        self._count_parts(MAX_PARTS)
-
-    def _count_parts(self, keep: int) -> None:
-        """Count the examples of which no part has come for longest, down to `keep`."""
-        keys = list(itertools.islice(self.parts, max(0, len(self.parts) - keep)))
-        if keys:
-            done = [self.parts.pop(key) for key in keys]
-            tokens, sums = (torch.stack([torch.as_tensor(item[i]) for item in done], dim=-1) for i in (0, 1))
-            self._count([group for _, group in keys], tokens, sums)
 
     def _count(self, groups: list[str | None], num_tokens: Tensor, sums: Tensor) -> None:
         self.total.add(num_tokens, sums)
@@ -395,7 +407,7 @@ class Measurement:
 
     def reduce(self, accelerator: Any) -> None:
         """Finish, and add up over all processes; every process ends with the whole."""
-        self._count_parts(0)
+        self.sums.finish()
         if accelerator.num_processes == 1:
             return
         for tensor in (self.histogram.counts, self.examples.counts, self.kinds, self.spread, self.positions,
@@ -426,6 +438,7 @@ class Comparison:
 
     def __init__(self) -> None:
         self.total = Means(self.VALUES)
+        self.sums = ExampleSums(lambda groups, num_tokens, sums: self.total.add(num_tokens, sums))
         self.calibration = {"base": Calibration(), "tuned": Calibration()}
         self.moved = torch.zeros(self.BUCKETS, self.BUCKETS, dtype=torch.int64)  # tokens by bucket of p, bucket of q
 
@@ -439,16 +452,15 @@ class Comparison:
             raise MeasurementError(
                 "The compared checkpoint gives probabilities that are NaN. Check it, or try `dtype: float32`."
             )
-        m = len(batch.examples)
-        num_tokens = torch.bincount(batch.example, minlength=m)
-        self.total.add(num_tokens, values.new_zeros(len(values), m).index_add_(1, batch.example, values))
+        self.sums.add(batch, values)
         self.calibration["base"].add(base.top1_logp.double().exp(), hits[0])
         self.calibration["tuned"].add(tuned.top1_logp.double().exp(), hits[1])
         before, after = ((x * self.BUCKETS).long().clamp(max=self.BUCKETS - 1) for x in (p, q))
         self.moved += torch.bincount(before * self.BUCKETS + after, minlength=self.BUCKETS**2).view_as(self.moved)
 
     def reduce(self, accelerator: Any) -> None:
-        """Add up over all processes."""
+        """Finish, and add up over all processes."""
+        self.sums.finish()
         if accelerator.num_processes == 1:
             return
         for tensor in (self.total.gram, self.moved, *(calibration.sums for calibration in self.calibration.values())):
