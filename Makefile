@@ -8,6 +8,8 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 MINIMUM_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)) or (evaluation_is_exact and neg_p-0.01) \
 	or aligned or Refusals or recorded or plain_sft or mixture_of
 
+MINIMUM_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
+
 .PHONY: quickstart test test-pinned test-minimum lint bench figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
@@ -46,7 +48,8 @@ test-pinned: $(VENV)/tests
 
 # The lower bounds of pyproject.toml
 test-minimum: $(MINIMUM)/installed
-	$(MINIMUM)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py
+	$(MINIMUM)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py tests/test_statistics.py
+	$(MINIMUM)/bin/python -m pytest tests/test_diagnosis.py -k "$(MINIMUM_DIAGNOSIS)"
 	TRITON_INTERPRET=1 $(MINIMUM)/bin/python -m pytest tests/test_trainer.py -k "$(MINIMUM_TESTS)"
 
 lint: $(VENV)/installed

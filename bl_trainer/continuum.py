@@ -109,8 +109,8 @@ def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, thresho
     }
 
 
-def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]) -> dict[str, Any]:
-    """Return the report of a measurement, all but the examples; a mapping fit for JSON."""
+def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float], has_prompts: bool) -> dict[str, Any]:
+    """Return the report of a measurement, all but the examples; a mapping fit for JSON. `has_prompts`: not plain text."""
     total, histogram = measurement.total, measurement.histogram
     mean, interval = total.mean("prob"), total.interval("prob")
     ranks = sorted({*map(float, range(1, 100)), *percentiles})
@@ -149,6 +149,7 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
         "conflicts": {"entropy": CONFLICT_ENTROPY, "prob": CONFLICT_PROB, "share": total.mean("conflicts")},
         "groups": {name: means.summary() for name, means in measurement.groups.items()},
         "groups_cut": OTHER in measurement.groups,
+        "has_prompts": has_prompts,
     }
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
@@ -269,7 +270,7 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
             f"The groups lie in different regions ({', '.join(sorted(regions))}): one objective may not fit them all."
         )
     first = report["positions"]["first"][0][1]
-    if first is not None and first < min(0.3, total["prob"] / 2):
+    if report["has_prompts"] and first is not None and first < min(0.3, total["prob"] / 2):
         warnings.append(
             f"The first token of a response has mean p {first:.3g}: the model would begin otherwise, as with another format."
         )

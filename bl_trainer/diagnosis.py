@@ -136,6 +136,7 @@ class Diagnosis:
         self.recipe, self.options = recipe, options
         dataset, _ = recipe.load_datasets()
         first = next(iter(dataset))
+        self.has_prompts = bool({"prompt", "messages", "conversations"} & set(first))
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         if options.by is not None and options.by not in first:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
@@ -200,7 +201,7 @@ class Diagnosis:
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)
-        report = summarise(measurement, self.recipe, self.options.percentiles)
+        report = summarise(measurement, self.recipe, self.options.percentiles, self.has_prompts)
         report["sampled"], report["streamed"] = is_sample, self.num_rows is None
         if is_sample and self.num_rows is None:
             report["recommendation"]["warnings"].insert(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold, measurement
 from bl_trainer.__main__ import main
 from bl_trainer.annotation import Annotation, group_name, template_mask, token_texts
-from bl_trainer.continuum import ANCHORS, CUTS, gradient_mass, objective_name, place, sweep_yaml
+from bl_trainer.continuum import ANCHORS, CUTS, gradient_mass, objective_name, place, recommend, sweep_yaml
 from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
 from bl_trainer.recipe import Recipe, RecipeError
 from bl_trainer.report import page, terminal_summary, write_report
@@ -477,6 +477,25 @@ def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
     assert percentile["objectives"][-1]["threshold"]["above"] == percentile["percentiles"]["30"]
     own = diagnosis(tmp_path, checkpoint, data, objective="test_trainer:pushes_entropy").run()
     assert any("depends on more than p (entropy)" in warning for warning in own["recommendation"]["warnings"])
+
+
+def test_warnings_say_what_the_figures_show(checkpoint, tmp_path):
+    report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs"), tmp_path / "data")).run()
+    said = lambda: " ".join(recommend(report, Threshold(above=0.1))["warnings"])  # noqa: E731
+    assert report["has_prompts"]
+    report["total"]["prob"], report["positions"]["first"][0][1] = 0.8, 0.05
+    assert "The first token of a response has mean p 0.05" in said()
+    assert "Without end, special and template tokens mean p is" in said()
+    report["has_prompts"] = False
+    assert "The first token" not in said()
+    report["kinds"]["eos"]["prob"] = 0.01
+    assert "End tokens are improbable (mean p 0.01)" in said()
+    del report["kinds"]["eos"]
+    assert "No target is an end token" in said()
+    report["total"]["conflicts"] = 0.5
+    assert "50.0% of the tokens are confident conflicts" in said()
+    report["groups"] = {"a": {**report["total"], "prob": 0.1}, "b": {**report["total"], "prob": 0.9}}
+    assert "The groups lie in different regions (strong, weak)" in said()
 
 
 class Page(HTMLParser):
