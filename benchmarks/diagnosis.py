@@ -7,21 +7,16 @@ a LoRA training step. Reported are medians, and medians of each round's ratios t
 
 import argparse
 import gc
-import json
-import os
-import platform
 import random
-import statistics
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_options, peak_memory, report, set_up
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from step import SHAPES, peak_memory
+from step import SHAPES
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -98,43 +93,17 @@ def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    """Run the benchmark, print a Markdown table, and write it with its figures to `--output`."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="a folder for diagnosis-DEVICE.json and diagnosis-DEVICE.md")
+    add_options(parser, "diagnosis")
     options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        torch.set_flush_denormal(True)
-    results = {share: measure(share, options) for share in (1.0, 0.5)}
-    lines = [
-        f"{options.shape}, random weights, {options.dtype}, {options.batch} x {options.length} tokens, {options.device} "
-        f"({torch.cuda.get_device_name() if options.device == 'cuda' else f'{torch.get_num_threads()} threads'}), median of "
-        f"{options.rounds} interleaved rounds; torch {version('torch')}, trl {version('trl')}, transformers "
-        f"{version('transformers')}, Python {platform.python_version()}.",
-        "",
-        "| | all tokens train: s | x forward | MB | x forward | half: s | x forward | MB | x forward |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in ARMS:
-        cells = []
-        for result in results.values():
-            base, own = result[ARMS[0]], result[name]
-            for unit, digits in (("seconds", 2), ("megabytes", 0)):
-                ratios = [a / b for a, b in zip(own[unit], base[unit], strict=True)]
-                cells += [f"{statistics.median(own[unit]):.{digits}f}", f"{statistics.median(ratios):.2f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n".join(lines))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f"diagnosis-{options.device}.md").write_text("\n".join(lines) + "\n")
-        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
-        (options.output / f"diagnosis-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")
+    set_up(options)
+    results = {name: measure(share, options) for name, share in (("all tokens train", 1.0), ("half", 0.5))}
+    report("diagnosis", results, ARMS[0], "forward", 2, options)
 
 
 if __name__ == "__main__":

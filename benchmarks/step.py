@@ -7,17 +7,12 @@ and backward, without the optimizer, which is the same for all.
 
 import argparse
 import gc
-import json
-import os
-import platform
-import statistics
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_options, peak_memory, report, set_up
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
@@ -78,18 +73,6 @@ ARMS: dict[str, tuple[type[SFTTrainer], dict[str, Any]]] = {
 }
 
 
-def peak_memory(device: str, reset: bool = False) -> float:
-    """Return the peak since the last reset, in MB: allocated on a GPU, resident on a CPU (Linux)."""
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 1e6
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1e3
-
-
 def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Return {arm: {"seconds": [...], "megabytes": [...]}}, a figure a round, for one model."""
     torch.manual_seed(0)
@@ -142,43 +125,17 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
 
 
 def main() -> None:
-    """Run the benchmark, print a Markdown table, and write it with its figures to `--output`."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, all of them targets")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, help="a folder for step-DEVICE.json and step-DEVICE.md")
+    add_options(parser, "step")
     options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        torch.set_flush_denormal(True)  # as the train verb does
+    set_up(options)
     results = {mode: measure(options.shape, mode == "LoRA", options) for mode in ("full", "LoRA")}
-    lines = [
-        f"{options.shape}, random weights, {options.dtype}, {options.batch} x {options.length} tokens, {options.device} "
-        f"({torch.cuda.get_device_name() if options.device == 'cuda' else f'{torch.get_num_threads()} threads'}), median of "
-        f"{options.rounds} interleaved rounds; torch {version('torch')}, trl {version('trl')}, transformers "
-        f"{version('transformers')}, Python {platform.python_version()}.",
-        "",
-        "| arm | full: s | x TRL nll | MB | x TRL nll | LoRA: s | x TRL nll | MB | x TRL nll |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in ARMS:
-        cells = []
-        for result in results.values():
-            base, own = result["TRL nll"], result[name]
-            for unit, digits in (("seconds", 2), ("megabytes", 0)):
-                ratios = [a / b for a, b in zip(own[unit], base[unit], strict=True)]
-                cells += [f"{statistics.median(own[unit]):.{digits}f}", f"{statistics.median(ratios):.3f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n".join(lines))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f"step-{options.device}.md").write_text("\n".join(lines) + "\n")
-        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
-        (options.output / f"step-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")
+    report("step", results, "TRL nll", "TRL nll", 3, options)
 
 
 if __name__ == "__main__":

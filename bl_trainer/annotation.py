@@ -1,5 +1,6 @@
 """Which example, response and kind each token belongs to: what diagnosis adds to TRL's tokenised rows and batches."""
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,17 +21,20 @@ class Annotation:
     place in the response and its length, before packing cuts it. A row of a stream, which has no number, gets a negative one.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None, by: str | None, packing: bool):
-        self.tokenizer, self.chat_template, self.by, self.packing = tokenizer, chat_template, by, packing
+    def __init__(self, tokenizer: Any, chat_template: str | None, packing: bool):
+        self.tokenizer, self.chat_template, self.packing = tokenizer, chat_template, packing
 
     def __call__(self, example: Any) -> dict[str, Any]:
         ids = example["input_ids"]
-        row = example.get("bl_row", -1 - zlib.crc32(repr(ids).encode()))
+        row = example.get("bl_row")
+        if row is None:
+            digest = hashlib.blake2b(f"{example.get('bl_index')} {ids}".encode(), digest_size=7).digest()
+            row = -1 - int.from_bytes(digest)
         is_chat = is_conversational(example)
         template = template_mask(self.tokenizer, self.chat_template, example, ids) if is_chat else [0] * len(ids)
         if not self.packing:
             return {"bl_row": row, "bl_template": template}
-        group = "" if self.by is None else group_name(example[self.by])
+        group = example.get("bl_group", "")
         position, length = [0] * len(ids), [1] * len(ids)
         start = None
         for i, label in enumerate([*example["labels"], -100]):
@@ -63,7 +67,7 @@ class Collator:
                 if isinstance(row, list):  # packed
                     row, group = row[start], feature["bl_group"][start]
                 elif self.by is not None:
-                    group = group_name(feature[self.by])
+                    group = feature["bl_group"] if "bl_group" in feature else group_name(feature[self.by])
                 line.append(torch.full((stop - start,), len(examples)))
                 examples.append(
                     {
@@ -115,7 +119,8 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
     messages = example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
     contents = [message.get("content") for message in messages]
     unknown = [-1] * len(ids)
-    if not getattr(tokenizer, "is_fast", False) or not all(isinstance(content, str) for content in contents):
+    has_more = any(value for message in messages for key, value in message.items() if key not in ("role", "content", "name"))
+    if not getattr(tokenizer, "is_fast", False) or has_more or not all(isinstance(content, str) for content in contents):
         return unknown
     tools = example.get("tools")
     options = {
@@ -128,16 +133,21 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
     text = tokenizer.apply_chat_template(messages, **options)
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     frame = tokenizer.apply_chat_template(marked, **options)
-    spans, at, rest = [], 0, frame
-    for content, mark in zip(contents, marks, strict=True):
-        before, found, rest = rest.partition(mark)
-        at += len(before)
-        shown = next((form for form in (content, content.strip()) if text.startswith(form, at)), None)
-        if not found or shown is None:
+    pieces, rest = [], frame
+    for mark in marks:
+        before, _, rest = rest.partition(mark)
+        pieces.append(before)
+    pieces.append(rest)
+    spans, at = [], len(pieces[0])
+    if not text.startswith(pieces[0]):
+        return unknown
+    for content, after in zip(contents, pieces[1:], strict=True):
+        forms = [form for form in (content, content.strip()) if text.startswith(form + after, at)]
+        if not forms:
             return unknown  # the template changes contents, or leaves some out
-        spans.append((at, at + len(shown)))
-        at += len(shown)
-    if text[at:] != rest:
+        spans.append((at, at + len(forms[0])))
+        at += len(forms[0]) + len(after)
+    if at != len(text):
         return unknown
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [1] * len(encoded["input_ids"])

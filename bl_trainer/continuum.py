@@ -109,8 +109,8 @@ def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, thresho
     }
 
 
-def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float], has_prompts: bool) -> dict[str, Any]:
-    """Return the report of a measurement, all but the examples; a mapping fit for JSON. `has_prompts`: not plain text."""
+def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]) -> dict[str, Any]:
+    """Return the report of a measurement, all but the examples; a mapping fit for JSON."""
     total, histogram = measurement.total, measurement.histogram
     mean, interval = total.mean("prob"), total.interval("prob")
     ranks = sorted({*map(float, range(1, 100)), *percentiles})
@@ -131,6 +131,7 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
             "objective": recipe.training.objective,
             "threshold": recipe.training.threshold,
             "learning_rate": recipe.training.learning_rate,
+            "chooses_by_loss": (recipe.training.metric_for_best_model or "").endswith("loss"),
         },
         "total": total.summary(),
         "placement": place(mean, interval),
@@ -149,7 +150,7 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
         "conflicts": {"entropy": CONFLICT_ENTROPY, "prob": CONFLICT_PROB, "share": total.mean("conflicts")},
         "groups": {name: means.summary() for name, means in measurement.groups.items()},
         "groups_cut": OTHER in measurement.groups,
-        "has_prompts": has_prompts,
+        "has_prompts": bool(measurement.responses[1] > measurement.responses[0] / 2),
     }
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
@@ -162,7 +163,8 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
     if measurement.unmarked:
         report["recommendation"]["warnings"].append(
             f"In {measurement.unmarked.item() / total.num_tokens:.1%} of the tokens the chat template's own could not be told "
-            "from content: the template changes the messages, or the tokenizer is a slow one."
+            "from content: messages hold more than text (tool calls, reasoning), the template changes them, or the tokenizer "
+            "is a slow one."
         )
     return report
 
@@ -182,7 +184,8 @@ def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Th
     threshold = Threshold.parse(recipe.training.threshold)
     if not threshold.resolved:
         (value,) = histogram.percentiles([float(threshold.above_percentile or 0)])
-        threshold = replace(threshold, above=max(value, 1e-38))
+        above = min(max(value, 1e-38), threshold.below)  # training refuses what exceeds `below`
+        threshold = replace(threshold, above=above, above_percentile=None)
     return Objective.parse(recipe.training.objective or "nll"), threshold
 
 
@@ -205,6 +208,8 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     recipe = report["recipe"]
     if recipe["threshold"] is not None:  # which an arm would inherit
         arms = [{"threshold": None, **arm} for arm in arms]
+    if recipe["chooses_by_loss"]:  # which a threshold forbids, and which compares nothing
+        arms = [{"metric_for_best_model": "eval_nll", **arm} for arm in arms]
     mine = {"objective": recipe["objective"] or "nll", "threshold": recipe["threshold"]}
     if _key(mine) not in map(_key, arms):
         arms.append({key: value for key, value in mine.items() if value is not None})

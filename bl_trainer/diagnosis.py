@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
-from .annotation import Annotation, Collator, end_ids, special_ids, token_batch, token_texts, tokenizer_of
+from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
 from .measurement import count_targets, measure, score_batch
@@ -87,24 +87,26 @@ class _Diagnoser(BLTrainer):
     """A trainer that only measures; it keeps track of the row that each token comes from, also through packing.
 
     `by`: column of the groups. `limit`: target tokens that this process takes of a data set that is packed, chosen before they
-    are, since packed rows come longest first; `is_cut`: whether that left any out.
+    are, since packed rows come longest first; `is_cut`: whether that left any out; `packs`: whether it packs at all.
     """
 
     args: Any
 
     def __init__(self, by: str | None, limit: int | None, **kwargs: Any):
-        self.by, self.limit, self.is_cut = by, limit, False
+        self.by, self.limit, self.is_cut, self.packs = by, limit, False, False
         super().__init__(**kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        length = args.max_length
+        length, self.packs, by = args.max_length, packing, self.by
+        if by is not None:  # before TRL adds an end token to texts
+            dataset = dataset.map(lambda example: {"bl_group": group_name(example[by])})
         if packing:
             args.max_length = None  # packing cuts to length by itself
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
-        prepared = prepared.map(Annotation(tokenizer_of(processing_class), self.chat_template, self.by, packing))
+        prepared = prepared.map(Annotation(tokenizer_of(processing_class), self.chat_template, packing))
         if not packing:
             return prepared
         columns = ["input_ids", "labels", "bl_row", "bl_group", "bl_template", "bl_position", "bl_length"]
@@ -136,7 +138,6 @@ class Diagnosis:
         self.recipe, self.options = recipe, options
         dataset, _ = recipe.load_datasets()
         first = next(iter(dataset))
-        self.has_prompts = bool({"prompt", "messages", "conversations"} & set(first))
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         if options.by is not None and options.by not in first:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
@@ -171,7 +172,7 @@ class Diagnosis:
         prepared: Any = self.trainer.train_dataset
         dataset_kwargs: Any = args.dataset_kwargs or {}
         if dataset_kwargs.get("skip_prepare_dataset"):
-            prepared = prepared.map(Annotation(None, None, options.by, False))
+            prepared = prepared.map(Annotation(None, None, False))
         self.loader, self.is_cut = self._load(prepared), self.trainer.is_cut
         self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
@@ -197,11 +198,13 @@ class Diagnosis:
                 comparison.add(tokens, base, tuned, divergences)
 
         found, is_sample = measure(self.trainer, self.loader, observe, self._stop(limit), "Measuring", expected)
-        is_sample = is_sample or self.is_cut
+        is_sample = (
+            any(gather_object([is_sample or self.is_cut])) if accelerator.num_processes > 1 else is_sample or self.is_cut
+        )
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)
-        report = summarise(measurement, self.recipe, self.options.percentiles, self.has_prompts)
+        report = summarise(measurement, self.recipe, self.options.percentiles)
         report["sampled"], report["streamed"] = is_sample, self.num_rows is None
         if is_sample and self.num_rows is None:
             report["recommendation"]["warnings"].insert(
@@ -218,11 +221,11 @@ class Diagnosis:
 
     def _stop(self, limit: int | None) -> int | None:
         """What packed data are to stop at: nothing, since they are a sample by themselves."""
-        return None if self.trainer.args.packing else limit
+        return None if self.trainer.packs else limit
 
     def _load(self, prepared: Any) -> DataLoader:
         trainer = self.trainer
-        cuts = trainer.args.packing and trainer.args.packing_strategy != "bfd"
+        cuts = trainer.packs and trainer.args.packing_strategy != "bfd"
         return DataLoader(
             prepared,
             batch_size=trainer.args.per_device_train_batch_size,
@@ -276,7 +279,8 @@ def _deal(dataset: Any, args: Any) -> IterableDataset:
         numbered = dataset.add_column("bl_row", np.arange(len(dataset))).shuffle(seed=args.seed)
         own = numbered.shard(world, rank, contiguous=False)
         return own.to_iterable_dataset(num_shards=min(len(own), max(1, args.dataloader_num_workers)))
-    return split_dataset_by_node(dataset.shuffle(seed=args.seed, buffer_size=1000), rank, world)
+    numbered = dataset.shuffle(seed=args.seed, buffer_size=1000).map(lambda example, i: {"bl_index": i}, with_indices=True)
+    return numbered.filter(lambda example: example["bl_index"] % world == rank)
 
 
 class _Pair:

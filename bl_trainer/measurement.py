@@ -155,7 +155,7 @@ def _sample(trainer: Any) -> list[dict[str, Any]]:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         rows: Iterator[Any] = (dataset[i] for i in order)
     else:
-        rows = iter(dataset)
+        rows = iter(dataset.shuffle(seed=0, buffer_size=1000))  # packed rows come longest first
     batches, tokens = [], 0
     while tokens < PERCENTILE_TOKENS:
         examples = list(itertools.islice(rows, size))

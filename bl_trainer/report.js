@@ -18,7 +18,7 @@ function show(name) {
   for (const example of lists[name]) {
     const card = make("div", "example"), text = make("div", "text")
     const group = example.group === null ? "" : ", " + example.group
-    card.append(make("h3", "", `${example.row < 0 ? "an example" : "row " + example.row}${group}: ${example.tokens} target tokens, mean p ${example.prob.toFixed(3)}, `
+    card.append(make("h3", "", `${example.is_part ? "part of " : ""}${example.row < 0 ? "an example" : "row " + example.row}${group}: ${example.tokens} target tokens, mean p ${example.prob.toFixed(3)}, `
       + `mean -log p ${example.nll.toFixed(2)}`))
     text.dir = "auto"
     if (example.cut[0]) text.append(`… ${example.cut[0]} tokens … `)

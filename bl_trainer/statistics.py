@@ -296,6 +296,7 @@ class Reader:
         return {
             "row": example["row"],
             "group": example["group"],
+            "is_part": example["is_part"],
             "tokens": len(targets),
             **means,
             "cut": [start, length - stop],
@@ -348,6 +349,7 @@ class Measurement:
         self.groups: dict[str, Means] = {}
         self.total = Means()
         self.unmarked = torch.zeros(1, dtype=torch.float64)
+        self.responses = torch.zeros(2, dtype=torch.float64)  # responses, and those that follow something that is no target
         self.reader = Reader()
         self.sums = ExampleSums(self._count)
 
@@ -371,6 +373,8 @@ class Measurement:
             self.histogram.add(logp[mask], k)
             self.kinds[k] += torch.cat([mask.sum().double()[None], values[:, mask].sum(1)])
         self.unmarked += batch.is_unmarked.sum()
+        begins = batch.position == 0
+        self.responses += torch.stack([begins.sum(), (begins & (batch.place > 1)).sum()])
         self._add_positions(batch, p)
         self.calibration.add(scores.top1_logp.double().exp(), is_hit)
 
@@ -382,8 +386,11 @@ class Measurement:
 
     def _count(self, groups: list[str | None], num_tokens: Tensor, sums: Tensor) -> None:
         self.total.add(num_tokens, sums)
-        for name in dict.fromkeys(group for group in groups if group is not None):
-            mine = torch.tensor([group == name for group in groups])
+        members: dict[str, list[int]] = {}
+        for i, name in enumerate(groups):
+            if name is not None:
+                members.setdefault(name, []).append(i)
+        for name, mine in members.items():
             self._group(name).add(num_tokens[mine], sums[:, mine])
         present = num_tokens > 0
         means = (sums[0] / num_tokens.clamp(min=1))[present]
@@ -411,7 +418,7 @@ class Measurement:
         if accelerator.num_processes == 1:
             return
         for tensor in (self.histogram.counts, self.examples.counts, self.kinds, self.spread, self.positions,
-                       self.calibration.sums, self.total.gram, self.unmarked):  # fmt: skip
+                       self.calibration.sums, self.total.gram, self.unmarked, self.responses):  # fmt: skip
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
         self.groups = merge_groups(gather_object([self.groups]))
         readers, self.reader = gather_object([self.reader]), Reader()

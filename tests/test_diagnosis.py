@@ -252,6 +252,40 @@ def test_a_stream_has_no_row_numbers_and_says_what_its_sample_is(checkpoint, tmp
     assert "(the beginning of a stream)" in terminal_summary(report, "out")
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_two_processes_share_a_packed_stream(strategy, tokenizer, checkpoint, tmp_path):
+    rows = [{**row, "text": row["text"] + "x"} for row in rows_of("text", count=60)] + [
+        {"text": "the same", "source": "a"}
+    ] * 10
+    recipe = write_recipe(
+        tmp_path, checkpoint, save(rows, tmp_path / "data"), packing=True, max_length=32, packing_strategy=strategy,
+        dataset_streaming=True, max_steps=1,
+    )  # fmt: skip
+    tokens = sum(len(by_hand(row, tokenizer, False)[0]) - 1 for row in rows)
+    for limit, folder in ((0, "whole"), (600, "sample")):
+        done = launch(
+            2,
+            "scripts/diagnose.py",
+            "--config",
+            recipe,
+            "--report",
+            tmp_path / folder,
+            "--max_tokens",
+            str(limit),
+            "--by",
+            "source",
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    whole, sample = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "sample"))
+    assert whole["total"]["examples"] == 70
+    assert not whole["sampled"]
+    assert sample["sampled"]
+    assert 560 <= sample["total"]["tokens"] <= 800
+    if strategy == "bfd":
+        lengths = [min(32, len(by_hand(row, tokenizer, False)[0])) for row in rows]
+        assert whole["total"]["tokens"] == sum(lengths) - 70 < tokens
+
+
 @pytest.mark.parametrize("way", ["completion_only", "packed_text"])
 def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, tmp_path):
     kind, options = WAYS[way]
@@ -360,7 +394,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("cut", [slice(None), slice(0, 25), slice(-25, None)], ids=["whole", "start", "end"])
 def test_template_tokens_are_all_but_the_contents(name, cut, tokenizer):
-    contents = ["user", " what is it? ", "a:", "it is: it"]
+    contents = ["user", " what is it? ", "a: ", "it is: it"]
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": content} for i, content in enumerate(contents)]
     text = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[name], tokenize=False)
     ids = tokenizer(text)["input_ids"]
@@ -373,6 +407,12 @@ def test_template_tokens_are_all_but_the_contents(name, cut, tokenizer):
     assert len(mask) == len(ids[cut])
     assert kept in "".join(shown)
     assert sum(mask) > 0
+
+
+def test_template_tokens_of_more_than_text_are_unknown(tokenizer):
+    for extra in ({"tool_calls": [{"type": "function"}]}, {"reasoning_content": "so"}, {"content": None}):
+        example = {"messages": [{"role": "assistant", "content": "a", **extra}]}
+        assert template_mask(tokenizer, TEMPLATES["chatml"], example, [5, 6]) == [-1, -1]
 
 
 def test_template_that_changes_messages_is_said(tokenizer, checkpoint, tmp_path):
@@ -462,6 +502,41 @@ def test_sweep_arms_are_recipes(checkpoint, tmp_path):
     assert {"objective": "log_one_minus_p"} in report["recommendation"]["arms"]
 
 
+def test_arms_run_where_the_recipe_chooses_by_loss(checkpoint, tmp_path):
+    data = save(rows_of("pairs"), tmp_path / "data")
+    save(rows_of("pairs"), tmp_path / "data", "test")
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    report = diagnosis(tmp_path, checkpoint, data, **options).run()
+    report["placement"] = place(0.8, (0.8, 0.8))
+    report["recommendation"] = recommend(report, Threshold(above=0.1))
+    for arm in yaml.safe_load(sweep_yaml(report))["arms"]:
+        Recipe.read(["--config", str(write_recipe(tmp_path, checkpoint, data, **options, **arm))])
+
+
+def test_threshold_that_keeps_nothing_does_not_lose_the_report(checkpoint, tmp_path):
+    data = save(rows_of("pairs"), tmp_path / "data")
+    report = diagnosis(tmp_path, checkpoint, data, threshold={"above_percentile": 90, "below": 1e-6}).run()
+    assert report["objectives"][-1]["kept"] == 0
+
+
+def test_already_packed_rows_are_taken_as_they_are(tokenizer, checkpoint, tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 1] * 2, "labels": [5, 6, 7, 1] * 2, "seq_lengths": [4, 4]} for _ in range(30)]
+    data = save(rows, tmp_path / "data")
+    for strategy in ("bfd", "wrapped"):
+        report = diagnosis(
+            tmp_path, checkpoint, data, "--max_tokens", "60", packing=True, max_length=8, packing_strategy=strategy,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ).run()  # fmt: skip
+        assert report["sampled"]
+        assert 60 <= report["total"]["tokens"] < 120
+
+
+def test_groups_are_named_by_the_values_in_the_data(checkpoint, tmp_path):
+    data = save([{"text": text} for text in ("ab", "cd") for _ in range(5)], tmp_path / "data")
+    for options in ({}, {"packing": True, "max_length": 8}):
+        assert diagnosis(tmp_path, checkpoint, data, "--by", "text", **options).run()["groups"].keys() == {"ab", "cd"}
+
+
 def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
     data = save(rows_of("pairs"), tmp_path / "data")
     found = diagnosis(tmp_path, checkpoint, data, objective="neg_p", threshold={"above": 0.02, "normalize": "kept"})
@@ -475,6 +550,8 @@ def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
     assert Threshold.parse(plain.training.threshold).keeps_all
     percentile = diagnosis(tmp_path, checkpoint, data, threshold={"above_percentile": 30}).run()
     assert percentile["objectives"][-1]["threshold"]["above"] == percentile["percentiles"]["30"]
+    same = diagnosis(tmp_path, checkpoint, data, threshold={"above_percentile": 10}).run()
+    assert len({json.dumps([item["objective"], item["threshold"]]) for item in same["objectives"]}) == 5
     own = diagnosis(tmp_path, checkpoint, data, objective="test_trainer:pushes_entropy").run()
     assert any("depends on more than p (entropy)" in warning for warning in own["recommendation"]["warnings"])
 
@@ -724,7 +801,10 @@ def test_measured_probabilities_are_kept_and_fit_other_percentiles(tokenizer, tm
     second.resolve_threshold()
     assert second.threshold.above > first.threshold.above
     assert f"from {cache}" in capsys.readouterr().out
+    with torch.no_grad():
+        lora.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight += 0.1
     for other in (
+        trainer_of(tokenizer, tmp_path / "h", data, model=lora, threshold={"above_percentile": 10}),
         trainer_of(tokenizer, tmp_path / "c", data, model=make_llama(tokenizer, seed=1), threshold={"above_percentile": 10}),
         trainer_of(
             tokenizer,
@@ -849,7 +929,7 @@ def test_long_group_names_are_cut_and_told_apart():
 
 
 def test_a_response_keeps_its_place_through_packing(tokenizer):
-    note = Annotation(tokenizer, None, None, True)(
+    note = Annotation(tokenizer, None, True)(
         {"bl_row": 3, "input_ids": list(range(8)), "labels": [5, 5, -100, 5, 5, 5, -100, 5]}
     )
     assert note["bl_position"] == [0, 0, 0, 0, 1, 2, 0, 0]

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from transformers import (
 )
 
 from bl_trainer import head
-from bl_trainer.head import Head, TokenScores, add_scoring, compare, score
+from bl_trainer.head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
 from bl_trainer.statistics import (
     MAX_GROUPS,
     OTHER,
     PERCENTILE_ERROR,
     Calibration,
+    Comparison,
     Means,
     Measurement,
     ProbabilityHistogram,
@@ -384,6 +386,33 @@ def test_parts_of_an_example_count_once(monkeypatch):
     torch.testing.assert_close(cut.total.gram, whole.total.gram)
     torch.testing.assert_close(cut.spread, whole.spread)
     torch.testing.assert_close(cut.groups["a"].gram, whole.groups["a"].gram)
+
+
+def test_of_equally_probable_tokens_the_first_is_the_hit():
+    batch, scores = fake(4, np.random.default_rng(0))
+    scores.rank[:] = 0  # bfloat16 logits are often tied
+    scores.top1[:] = batch.token
+    scores.top1[::2] += 1
+    measurement, comparison = Measurement(), Comparison()
+    measurement.add(batch, scores)
+    nothing = torch.zeros(len(batch.token))
+    comparison.add(batch, scores, scores, TokenDivergences(nothing, nothing, nothing))
+    share = (len(batch.token) // 2) / len(batch.token)
+    assert measurement.total.mean("top1") == pytest.approx(share)
+    assert comparison.total.mean("base_top1") == comparison.total.mean("top1") == pytest.approx(share)
+
+
+def test_comparison_counts_the_parts_of_an_example_once():
+    comparison, rng = Comparison(), np.random.default_rng(0)
+    batch, scores = fake(6, rng)
+    for example in batch.examples:
+        example["is_part"] = True
+    nothing = torch.zeros(len(batch.token))
+    for _ in range(2):
+        comparison.add(batch, scores, scores, TokenDivergences(nothing, nothing, nothing))
+    comparison.reduce(SimpleNamespace(num_processes=1))
+    assert comparison.total.num_examples == 6
+    assert comparison.total.num_tokens == 2 * len(batch.token)
 
 
 def test_nan_is_reported_with_its_row(tokenizer):

@@ -1,0 +1,66 @@
+"""What the benchmarks share: options, peak memory, and the table of medians and ratios."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Results = dict[str, dict[str, dict[str, list[float]]]]  # what was measured -> arm -> "seconds", "megabytes" -> a figure a round
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the options that every benchmark takes."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, help=f"a folder for {name}-DEVICE.json and {name}-DEVICE.md")
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """Compute as the train verb does, with all cores."""
+    if options.device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_flush_denormal(True)
+
+
+def peak_memory(device: str, reset: bool = False) -> float:
+    """Return the peak since the last reset, in MB: allocated on a GPU, resident on a CPU (Linux)."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e6
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1e3
+
+
+def report(name: str, results: Results, base: str, label: str, digits: int, options: argparse.Namespace) -> None:
+    """Print a table of medians and of medians of each round's ratios to the arm `base`, and write it to `options.output`."""
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    lines = [
+        f"{options.shape}, random weights, {options.dtype}, {options.batch} x {options.length} tokens, {options.device} "
+        f"({where}), median of {options.rounds} interleaved rounds; torch {version('torch')}, trl {version('trl')}, "
+        f"transformers {version('transformers')}, Python {platform.python_version()}.",
+        "",
+        "| arm | " + " | ".join(f"{what}: s | x {label} | MB | x {label}" for what in results) + " |",
+        "|---" * (1 + 4 * len(results)) + "|",
+    ]
+    for arm in next(iter(results.values())):
+        cells = []
+        for result in results.values():
+            for unit, places in (("seconds", 2), ("megabytes", 0)):
+                ratios: list[Any] = [a / b for a, b in zip(result[arm][unit], result[base][unit], strict=True)]
+                cells += [f"{statistics.median(result[arm][unit]):.{places}f}", f"{statistics.median(ratios):.{digits}f}"]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{name}-{options.device}.md").write_text("\n".join(lines) + "\n")
+        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
+        (options.output / f"{name}-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")
