@@ -177,7 +177,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def token_batch(batch: dict[str, Any]) -> TokenBatch:
-    """Take what `_Collator` added out of a batch, and return its target tokens."""
+    """Take what `Collator` added out of a batch, and return its target tokens."""
     owner, examples = batch.pop("bl_owner"), batch.pop("bl_examples")
     is_target = batch["labels"][:, 1:] != -100
     row, column = is_target.nonzero(as_tuple=True)

@@ -198,9 +198,7 @@ class Diagnosis:
                 comparison.add(tokens, base, tuned, divergences)
 
         found, is_sample = measure(self.trainer, self.loader, observe, self._stop(limit), "Measuring", expected)
-        is_sample = (
-            any(gather_object([is_sample or self.is_cut])) if accelerator.num_processes > 1 else is_sample or self.is_cut
-        )
+        is_sample = any(gather_object([is_sample or self.is_cut]))  # a process knows of its own rows only
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from fractions import Fraction
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
 from bl_trainer.recipe import Recipe, RecipeError
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +268,7 @@ def test_two_processes_share_a_packed_stream(strategy, tokenizer, checkpoint, tm
     for limit, folder in ((0, "whole"), (600, "sample")):
         done = launch(
             2,
-            "scripts/diagnose.py",
+            SCRIPT,
             "--config",
             recipe,
             "--report",
@@ -292,9 +295,8 @@ def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, tmp_pat
     rows = rows_of(kind, count=41)  # odd: one process runs out first
     data = save(rows, tmp_path / "data")
     recipe = write_recipe(tmp_path, checkpoint, data, per_device_train_batch_size=3, **options)
-    for script in (["scripts/diagnose.py"],):
-        done = launch(2, *script, "--config", recipe, "--report", tmp_path / "two", "--by", "source")
-        assert done.returncode == 0, done.stderr[-4000:]
+    done = launch(2, SCRIPT, "--config", recipe, "--report", tmp_path / "two", "--by", "source")
+    assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     sequences = [by_hand(row, tokenizer, False) for row in rows]
     check_against(report, oracle(make_llama(tokenizer), sequences), [row["source"] for row in rows])
