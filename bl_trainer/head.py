@@ -1,21 +1,25 @@
-"""What the model says about each target token, from the last hidden states; a batch's logits are never held."""
+"""What the model says about each target token, and what the objective makes of it, from the last hidden states.
+
+A batch's logits are never held: they are formed a block of rows at a time, used, and overwritten by the next.
+"""
 
 import functools
+import math
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
+from torch.distributed.tensor import DTensor, Partial
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .blocks import Blocks, Gradients, TokenScores
+from .objectives import Price
 
 # Config attributes by which model families multiply their logits
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# Elements of a block of logits. On a CPU the most for which glibc reuses memory (32 MiB); fewer rows read the weight more often
-BLOCK = {"cpu": 7 * 2**20, "other": 2**26}
 
 
 class Head(NamedTuple):
@@ -28,11 +32,15 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "Head":
-        """Return the head of a transformers causal language model."""
+        """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight, bias = module.weight, getattr(module, "bias", None)
-        if isinstance(weight, DTensor):
-            weight, bias = weight.full_tensor(), bias.full_tensor() if isinstance(bias, DTensor) else bias
+        weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.itemsize < 2:
+            kind = "no weight" if weight is None else f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
+            raise ValueError(
+                f"The LM head, {type(module).__name__}, has {kind}, which gives no probabilities. Leave the head out of "
+                "quantization (`llm_int8_skip_modules: [lm_head]`), and out of FSDP1's units of their own."
+            )
         scales = [getattr(config, name, None) for name in MULTIPLIERS]
         divisor = getattr(config, "logits_scaling", None)
         if divisor is not None:
@@ -40,67 +48,38 @@ class Head(NamedTuple):
         scale = next((float(scale) for scale in scales if scale is not None), 1.0)
         return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the logits, (tokens, vocabulary), of `hidden`, (tokens, hidden size)."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
 
-    def blocks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the logits of a few rows of `hidden` at a time, and which rows they are."""
-        budget = BLOCK["cpu" if hidden.device.type == "cpu" else "other"]
-        size = max(1, budget // self.weight.shape[0])
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            yield rows, self(hidden[rows])
+def _whole(parameter: Any) -> Any:
+    """Gather a parameter that FSDP2 shards as a unit of its own; its gradient is the mean over processes, as FSDP2's are."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-@dataclass
-class TokenScores:
-    """What a model says about each of N target tokens; all tensors are (N,), float32 where not said otherwise.
+class TokenCosts(NamedTuple):
+    """What `objective_head` returns, each (N,); only `cost` carries gradient.
 
-    `logp`: log-probability of the target. `entropy`: of the next-token distribution, in nats. `top1`, `top1_logp`: the most
-    probable token (its id, int64) and its log-probability. `rank`: how many tokens are more probable than the target
-    (int64), 0 if it is the most probable.
+    `cost`: f. `weight`: of the token on the NLL gradient. `kept`: bool, whether it trains.
     """
 
-    logp: Tensor
-    entropy: Tensor
-    top1: Tensor
-    top1_logp: Tensor
-    rank: Tensor
-
-    def cpu(self) -> "TokenScores":
-        """Return the same on the CPU."""
-        return TokenScores(*(getattr(self, f.name).cpu() for f in fields(self)))
+    cost: Tensor
+    weight: Tensor
+    kept: Tensor
+    scores: TokenScores
+    is_top1: Tensor
 
 
+@torch.compiler.disable
 def score(hidden: Tensor, head: Head, target: Tensor) -> TokenScores:
-    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size). Without gradient.
+    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size), with their ranks. Without gradient.
 
     Probabilities near 1 keep their distance from 1: log p = -log1p(sum of the others' odds), formed without cancellation.
     """
-    parts = [score_block(logits, target[rows]) for rows, logits in head.blocks(hidden)]
-    if not parts:
-        parts = [score_block(head(hidden), target)]
-    return TokenScores(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenScores)))
-
-
-def score_block(logits: Tensor, target: Tensor) -> TokenScores:
-    """Score from `logits`, (rows, vocabulary), which it overwrites."""
-    at_target = logits.gather(1, target[:, None])
-    top, top1 = logits.max(dim=1, keepdim=True)
-    work = torch.empty_like(logits)
-    rank = torch.gt(logits, at_target, out=work).sum(dim=1).long()  # as floats: counting booleans is several times slower
-    odds = torch.exp(logits.sub_(top), out=work).scatter_(1, top1, 0.0)  # of all but the most probable, relative to it
-    others = odds.sum(dim=1)
-    log_total = others.log1p()
-    entropy = log_total - logits.mul_(odds).sum(dim=1) / (1 + others)
-    return TokenScores((at_target - top).squeeze(1) - log_total, entropy, top1.squeeze(1), -log_total, rank)
+    blocks = Blocks(hidden, head)
+    buffer = blocks.empty(blocks.rows)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        parts = [blocks.block(rows, buffer, target, ("rank",)).scores for rows in blocks]
+    return TokenScores.join(parts)
 
 
 @dataclass
@@ -122,7 +101,7 @@ class TokenDivergences:
 def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) -> TokenDivergences:
     """Compare two models' next-token distributions after `hidden` and `base_hidden`, both (N, hidden size).
 
-    Holds two blocks of logits. Raises ValueError if the vocabularies differ in size.
+    Holds two blocks of logits, and some of the rows a few times. Raises ValueError if the vocabularies differ in size.
     """
     sizes = base_head.weight.shape[0], head.weight.shape[0]
     if sizes[0] != sizes[1]:
@@ -130,23 +109,91 @@ def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) ->
             f"The base model has a vocabulary of {sizes[0]} tokens, the compared one of {sizes[1]}: their distributions can't "
             "be compared. Compare checkpoints of the same model."
         )
+    blocks, base_blocks = Blocks(hidden, head), Blocks(base_hidden, base_head)
+    buffer, base_buffer = blocks.empty(blocks.rows), base_blocks.empty(blocks.rows)
     parts = []
-    for rows, logits in head.blocks(hidden):
-        base, tuned = base_head(base_hidden[rows]).log_softmax(dim=1), logits.log_softmax(dim=1)
-        p, q, gap = base.exp(), tuned.exp(), base - tuned
-        middle = torch.logaddexp(base, tuned) - torch.tensor(2.0).log()
-        js = (torch.linalg.vecdot(p, base - middle) + torch.linalg.vecdot(q, tuned - middle)) / 2
-        parts.append((torch.linalg.vecdot(p, gap), -torch.linalg.vecdot(q, gap), js))
-    if not parts:
-        return TokenDivergences(*(hidden.new_zeros(0) for _ in range(3)))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in blocks:
+            both = blocks.logits(rows, buffer), base_blocks.logits(rows, base_buffer)
+            for logits, base_logits in zip(*(x.split(max(blocks.cached_rows, 1)) for x in both), strict=True):
+                base, tuned = base_logits.log_softmax(dim=1), logits.log_softmax(dim=1)
+                p, q, gap = base.exp(), tuned.exp(), base - tuned
+                middle = torch.logaddexp(base, tuned) - math.log(2)
+                js = (torch.linalg.vecdot(p, base - middle) + torch.linalg.vecdot(q, tuned - middle)) / 2
+                parts.append((torch.linalg.vecdot(p, gap), -torch.linalg.vecdot(q, gap), js))
     return TokenDivergences(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+@torch.compiler.disable
+def objective_head(
+    hidden: Tensor, head: Head, target: Tensor, price: Callable[[dict[str, Tensor]], Price], extras: tuple[str, ...] = ()
+) -> TokenCosts:
+    """Return the cost of each target token, with its gradient in `hidden`, `head.weight` and `head.bias` already formed.
+
+    `hidden`: (N, hidden size). `target`: (N,) int64. `price(statistics)` makes the costs of a block of tokens,
+    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, and `log_sum_sq_probs` where `extras` names it.
+
+    The gradient of the sum of costs in the logits is w (softmax - onehot), w being `Price.weight`, so a block of logits is
+    formed once, by one product, and rows with w = 0 stay out of the two products that make the gradients. Products are in
+    the autocast type, or else the weight's; logits, costs and sums over blocks in float32 or wider.
+
+    The incoming gradient must be the same for all tokens: where it isn't, the result is NaN. The gradient can be taken once,
+    and has no derivative (RuntimeError).
+    """
+    leaves = hidden, head.weight, head.bias
+    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    blocks = Blocks(hidden, head)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        gradients = Gradients(blocks, needs)
+        parts, prices, hits = [], [], []
+        for rows in blocks:
+            block = blocks.block(rows, gradients.room(rows), target, extras, any(needs))
+            names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
+            label = target[rows]
+            hits.append(block.scores.top1 == label)
+            prices.append(price({**names, "label": label, "is_top1": hits[-1]}))
+            parts.append(block.scores)
+            if any(needs):
+                gradients.add(rows, block, prices[-1])
+        grads = gradients.finish()
+    cost, weight, kept = (torch.cat(column) for column in list(zip(*prices, strict=True))[:3])
+    if any(needs):
+        cost = _Attach.apply(cost, grads, *leaves)
+    return TokenCosts(cost, weight, kept, TokenScores.join(parts), torch.cat(hits))
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a sum of costs the gradients that were formed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, grads: list[Tensor | None], *leaves: Tensor | None) -> Tensor:
+        ctx.grads, ctx.dtypes = grads, [None if leaf is None else leaf.dtype for leaf in leaves]
+        return cost.clone()  # FSDP2 warns of views
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError("The objective head has no second derivative. Take the gradient without `create_graph`.")
+        if ctx.grads is None:
+            raise RuntimeError("The gradient of the objective head can be taken once. Compute the cost again.")
+        (each,), grads, ctx.grads = incoming, iter(ctx.grads), None
+        scale = each[0] if len(each) else each.new_ones(())
+        scale = torch.where((each == scale).all(), scale, torch.nan)
+        return None, None, *(_scaled(next(grads), scale, dtype) for dtype in ctx.dtypes)
+
+
+def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if grad is None:
+        return None
+    return torch.mul(grad, scale, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
+
+
 def add_scoring(model: Any) -> None:
-    """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens.
+    """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens, and which are targets.
 
     `hidden`: (N, hidden size), `target`: (N,) the labels that are not -100, in reading order, each with the hidden state that
-    predicts it. Everything runs inside the model's forward, so that sharded and autocast models work as in training.
+    predicts it; which: bool (batch, length - 1). Everything runs inside the model's forward, so that sharded and autocast
+    models work as in training. Raises ValueError on labels outside of the vocabulary, and as `Head.of`.
     """
     original = model.forward.__func__
 
@@ -158,10 +205,19 @@ def add_scoring(model: Any) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
         module = self.get_output_embeddings()
-        hidden, labels = hidden.to(module.weight.device), labels.to(module.weight.device)
-        is_target = labels != -100
-        parameters = [parameter for parameter in (module.weight, getattr(module, "bias", None)) if parameter is not None]
+        parameters = [getattr(module, name) for name in ("weight", "bias") if getattr(module, name, None) is not None]
         with maybe_gather_lm_head_ctx(*parameters):
-            return use(hidden[is_target], Head.of(self), labels[is_target])
+            head = Head.of(self)
+            hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+            is_target = labels != -100
+            flat = is_target.flatten().nonzero().squeeze(1)
+            chosen, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat), labels.flatten()[flat]
+            is_wrong = (targets < 0) | (targets >= len(head.weight))
+            if is_wrong.any():
+                raise ValueError(
+                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {len(head.weight)} tokens."
+                    " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
+                )
+            return use(chosen, head, targets), is_target
 
     model.forward = types.MethodType(forward, model)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -246,6 +246,9 @@ class Objective:
                     f"{what}, or its gradient, is not finite at log p = {worst:g}. It must be from log p = -50 to 0, which "
                     "confident models reach."
                 )
+        flat = {name: value.flatten() if isinstance(value, Tensor) else value for name, value in tokens.items()}
+        if not torch.allclose(self._try(flat), cost.flatten(), rtol=1e-4):
+            raise ValueError(f"{what} depends on how tokens are laid out. It must give the same costs for `logp` of any shape.")
         for i in range(cost.numel()):
             here = torch.arange(cost.numel()).view(shape) == i
             mixed = {
@@ -391,6 +394,32 @@ def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: 
         cost = cost.detach()
     zero = cost.new_zeros(())
     return torch.where(kept, cost, zero), torch.where(kept, weight, zero)
+
+
+class Price(NamedTuple):
+    """What N tokens cost, all (N,) and without graph; what `kept` leaves out costs nothing and weighs nothing.
+
+    `cost`: f. `weight`: -df/dlogp, the weight on the NLL gradient. `kept`: bool. `entropy_slope`: df/dentropy, None if zero.
+    """
+
+    cost: Tensor
+    weight: Tensor
+    kept: Tensor
+    entropy_slope: Tensor | None
+
+
+def price(objective: Objective, threshold: Threshold, statistics: Mapping[str, Any]) -> Price:
+    """Price tokens by their `statistics`: `logp`, (N,), and at least those the objective names."""
+    logp, slope = statistics["logp"].detach(), None
+    given = {name: statistics[name] for name in objective.statistics}
+    kept = threshold.keep(logp)
+    with torch.enable_grad():
+        if "entropy" in given:
+            given["entropy"] = given["entropy"].detach().requires_grad_()
+        cost, weight = masked_cost(objective, kept, logp, **given)
+        if "entropy" in given and cost.requires_grad:
+            (slope,) = torch.autograd.grad(cost.sum(), given["entropy"], allow_unused=True)
+    return Price(cost.detach(), weight, kept, slope)
 
 
 def _import(path: str) -> Callable[..., Tensor]:

@@ -284,6 +284,7 @@ class Reader:
             heapq.heappushpop(heap, item)
 
     def _record(self, batch: TokenBatch, scores: TokenScores, e: int, means: dict[str, float]) -> dict[str, Any]:
+        assert scores.rank is not None  # `score` gives it
         example, here = batch.examples[e], (batch.example == e).nonzero().flatten()
         targets = batch.place[here].tolist()
         worst = targets[int((conflicts(scores)[here] * 1000.0 - scores.logp[here]).argmax())]

@@ -20,14 +20,15 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from .head import add_scoring
+from .head import Head, TokenCosts, add_scoring, objective_head
 from .measurement import resolve_percentile
-from .objectives import Objective, Threshold, masked_cost
+from .objectives import Objective, Price, Threshold, masked_cost, price
 from .statistics import MeasurementError
 
 logger = get_logger(__name__)
@@ -100,8 +101,9 @@ class BLTrainer(SFTTrainer):
     probability that the model gives the target token (Li et al., https://arxiv.org/abs/2510.00526).
 
     The only change to what is trained is in `compute_loss`, which hands TRL's own the per-token -f(p) for log p; token
-    counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. With `objective="nll"` the trained
-    weights are bit-identical to [`~trl.SFTTrainer`]'s.
+    counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. log p comes from `objective_head`.
+    Where that can't serve, which `train` says, and under `BL_HEAD=trl` in the environment, it comes from TRL's head: then
+    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s.
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
     `compute_loss_func` is refused, and so is a PEFT adapter on the LM head (`ValueError`).
@@ -150,15 +152,29 @@ class BLTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if "log_sum_sq_probs" in self.objective.statistics:
-            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
-        add_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        add_scoring(base)
+        self.reference_head = self._why_reference_head(base)
         self._observe: Callable[..., None] | None = None
         self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
             self.data_collator = _FlatCollator(**vars(self.data_collator))
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+
+    def _why_reference_head(self, base: Any) -> str | None:
+        """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
+        config, parallelism = base.config, self.accelerator.parallelism_config
+        sizes = [getattr(parallelism, f"{kind}_size", 1) for kind in ("cp", "sp", "tp")]
+        reasons = {
+            "BL_HEAD=trl asks for it": os.environ.get("BL_HEAD") == "trl",
+            "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
+            "the model is multimodal": config.get_text_config() is not config,
+            "the sequence or the head is shared out over devices": max(sizes) > 1,
+            "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def resolve_threshold(self) -> None:
         """Measure the probability that `threshold.above_percentile` stands for, unless it is known.
@@ -193,18 +209,25 @@ class BLTrainer(SFTTrainer):
         example_lengths = inputs.pop("example_lengths", None)
 
         def forward(**kwargs):
-            outputs = model(**kwargs)
-            if kwargs.get("fused_lm_head"):
-                cost, kept = self._cost(outputs, kwargs, example_lengths)
-                if self.threshold.normalize == "kept":
-                    cost = cost * self._kept_scale(kept, outputs.label_mask, num_items_in_batch)
-                outputs.log_probs = -cost
+            if not kwargs.get("fused_lm_head"):
+                return model(**kwargs)
+            outputs, cost, weight, kept = (
+                self._own_head(model, kwargs) if self.reference_head is None else self._trl_head(model, kwargs)
+            )
+            with torch.no_grad():
+                logp = outputs.log_probs
+                per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
+                self._add(per_token, self._counted(outputs.label_mask, example_lengths), outputs.aux_loss)
+            if self.threshold.normalize == "kept":
+                cost = cost * self._kept_scale(kept, outputs.label_mask, num_items_in_batch)
+            outputs.log_probs = -cost
             return outputs
 
         return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
 
-    def _cost(self, outputs, inputs: dict[str, Any], example_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return f per token, zero on tokens that don't train, and which train; add to the metrics. (batch, length)."""
+    def _trl_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+        """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
+        outputs = model(**inputs)
         logp, is_target = outputs.log_probs, outputs.label_mask
         kept = is_target & self.threshold.keep(logp)
         available = {
@@ -212,14 +235,39 @@ class BLTrainer(SFTTrainer):
             "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
             "is_top1": lambda: outputs.is_top1,
             "label": lambda: _labels_of(logp, inputs),
-            "progress": lambda: self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0,
+            "progress": self._progress,
         }
         statistics = {name: available[name]() for name in self.objective.statistics}
-        cost, weight = masked_cost(self.objective, kept, logp, **statistics)
-        with torch.no_grad():
-            per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
-            self._add(per_token, self._counted(is_target, example_lengths), outputs.aux_loss)
-        return cost, kept
+        return outputs, *masked_cost(self.objective, kept, logp, **statistics), kept
+
+    def _own_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+        """The same from `objective_head`, which forms the gradient as it goes."""
+        inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
+        costs, is_target = model(**inputs, use=self._cost)
+        scores = costs.scores
+
+        def laid_out(values: Tensor) -> Tensor:
+            # connected to the model where there is no target too, which a backward needs on every process
+            return values.new_zeros(is_target.shape).masked_scatter(is_target, values)
+
+        outputs = FusedCausalLMOutput(
+            log_probs=laid_out(scores.logp),
+            entropy=laid_out(scores.entropy),
+            log_sum_sq_probs=None if scores.log_sum_sq_probs is None else laid_out(scores.log_sum_sq_probs),
+            is_top1=laid_out(costs.is_top1),
+            label_mask=is_target,
+        )
+        return outputs, laid_out(costs.cost), laid_out(costs.weight), laid_out(costs.kept)
+
+    def _cost(self, hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
+        extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
+        return objective_head(hidden, head, target, self._price, extras)
+
+    def _price(self, statistics: dict[str, Tensor]) -> Price:
+        return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})
+
+    def _progress(self) -> float:
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
     def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
@@ -334,6 +382,8 @@ class BLTrainer(SFTTrainer):
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             if 0 < self.args.max_steps <= state.global_step and not sharded:
                 return self._finish(found, state)
+        whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
+        self.accelerator.print(f"Loss head: {whose}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _finish(self, checkpoint: str, state: TrainerState) -> TrainOutput:
@@ -408,7 +458,9 @@ def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def refuse_bypass(args: TrainingArguments) -> None:
-    """Raise ValueError if `args` would train something else than the objective."""
+    """Raise ValueError if `args`, or the environment, would train something else than is said."""
+    if os.environ.get("BL_HEAD", "trl") != "trl":
+        raise ValueError(f"BL_HEAD={os.environ['BL_HEAD']} in the environment means nothing. Unset it, or set it to `trl`.")
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":
         same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""

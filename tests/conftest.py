@@ -12,7 +12,15 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 disable_progress_bars()
 
@@ -79,6 +87,25 @@ def make_mixtral(tokenizer, seed=0):
 
 def sentence(rng, low, high):
     return "".join(rng.choice(LETTERS) for _ in range(rng.randint(low, high)))
+
+
+def make_gemma2(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=0.5,
+    )
+    return Gemma2ForCausalLM(config)
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,10 @@ def every_statistic(logp, entropy, log_sum_sq_probs, is_top1, label, progress, s
     return scale * (-logp * is_top1 + entropy * log_sum_sq_probs.exp() + label + progress)
 
 
+def by_layout(logp):
+    return -logp * logp.dim()
+
+
 def by_batch_mean(logp):
     return -logp / (-logp).mean().detach()
 
@@ -251,6 +255,7 @@ BAD_OBJECTIVES = [
     (f"{HERE}:wrong_first", "first parameter of objective .* must be `logp`, got 'p'"),
     (f"{HERE}:misspelt_statistic", "'entrop' is missing. .* Statistics that a function may name: entropy, log_sum_sq_probs"),
     ({"name": f"{HERE}:gated", "entropy": 1}, "'entropy' is a statistic that the trainer supplies"),
+    (f"{HERE}:by_layout", "depends on how tokens are laid out. It must give the same costs for `logp` of any shape"),
     (f"{HERE}:by_batch_mean", "makes the cost of one token depend on other tokens"),
     (f"{HERE}:above_the_mean", "makes the cost of one token depend on other tokens"),
     (f"{HERE}:above_the_median", "makes the cost of one token depend on other tokens"),

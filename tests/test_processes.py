@@ -98,6 +98,46 @@ def test_two_processes_do_as_one(name, tokenizer, text_data, checkpoint, tmp_pat
             assert two[part][key] == pytest.approx(one[part][key], rel=1e-6), key
 
 
+def test_a_process_with_nothing_to_train_on_neither_hangs_nor_counts(tokenizer, text_data, checkpoint, tmp_path):
+    """Of two processes the second gets examples 2, 3, 6 and 7 of a step: all of them without a target token."""
+    train = []
+    for i, row in enumerate(text_data.select(range(16))):
+        ids = tokenizer(row["text"])["input_ids"]
+        train.append({"input_ids": ids, "completion_mask": [int(i % 4 < 2)] * len(ids)})
+    results = []
+    for processes in (1, 2):
+        case = {
+            "processes": processes,
+            "stream": False,
+            "train": train,
+            "eval": train[:4],
+            "output": str(tmp_path / f"out{processes}"),
+            "result": str(tmp_path / f"result{processes}.pt"),
+            "options": {
+                "objective": "neg_p",
+                "completion_only_loss": True,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 4 // processes,
+            },
+        }
+        path = tmp_path / f"case{processes}.json"
+        path.write_text(json.dumps(case))
+        done = launch(processes, TESTS / "worker.py", checkpoint, path)
+        assert done.returncode == 0, done.stderr[-6000:]
+        results.append(torch.load(case["result"], weights_only=False))
+    one, two = results
+    assert one["gradient"].norm() > 0
+    assert (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm() < 1e-5
+    assert two["log"]["loss"] == pytest.approx(one["log"]["loss"], rel=1e-6)
+    assert two["eval"]["eval_nll"] == pytest.approx(one["eval"]["eval_nll"], rel=1e-6)
+
+
+def test_gradient_of_sharded_heads(checkpoint):
+    """FSDP2, the head tied, with the rest, and as a unit of its own."""
+    done = launch(2, TESTS / "sharded.py", checkpoint)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 def test_train_script_end_to_end(checkpoint, data_folder, tmp_path):
     """Local JSONL, LoRA, two processes, evaluation, best checkpoint by eval_nll, resumed by the same command."""
     recipe = write_recipe(

@@ -1,24 +1,13 @@
-"""The head's scores against full logits in float64, and streaming statistics against the whole data at once."""
+"""Streaming statistics against the whole data at once."""
 
-import copy
-import inspect
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPTJConfig,
-    GraniteConfig,
-)
 
-from bl_trainer import head
-from bl_trainer.head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
+from bl_trainer.head import TokenDivergences, TokenScores
 from bl_trainer.statistics import (
     MAX_GROUPS,
     OTHER,
@@ -32,124 +21,6 @@ from bl_trainer.statistics import (
     TokenBatch,
     merge_groups,
 )
-
-
-def oracle(logits, target):
-    logp = logits.double().log_softmax(-1)
-    at_target = logp.gather(-1, target[:, None]).squeeze(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return at_target, entropy, logp.argmax(-1), logp.max(-1).values, (logp > at_target[:, None]).sum(-1)
-
-
-@pytest.mark.parametrize("block", [1, 7 * 50, 2**20], ids=["one_row", "seven_rows", "all_rows"])
-@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["flat", "sure"])
-def test_scores_are_those_of_float64_logits(monkeypatch, block, spread):
-    monkeypatch.setitem(head.BLOCK, "cpu", block)
-    torch.manual_seed(0)
-    hidden, target = torch.randn(23, 16), torch.randint(50, (23,))
-    ours = Head(spread * torch.randn(50, 16), torch.randn(50), 0.5, 20.0)
-    scores = score(hidden, ours, target)
-    logits = 20 * torch.tanh(0.5 * (hidden.double() @ ours.weight.double().T + ours.bias.double()) / 20)
-    logp, entropy, top1, top1_logp, rank = oracle(logits, target)
-    torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.top1_logp.double(), top1_logp, rtol=1e-5, atol=1e-5)
-    assert torch.equal(scores.top1, top1)
-    assert torch.equal(scores.rank, rank)
-
-
-def test_probability_near_one_keeps_its_distance_from_one():
-    logits = torch.tensor([[0.0, -20.0, -25.0]])
-    scores = score(torch.ones(1, 1), Head(logits.T, None, 1.0, None), torch.tensor([0]))
-    expected = -math.log1p(math.exp(-20) + math.exp(-25))
-    assert scores.logp.item() == pytest.approx(expected, rel=1e-6)  # float32's log-softmax gives 0
-
-
-def test_no_target_token_gives_empty_scores():
-    scores = score(torch.zeros(0, 4), Head(torch.randn(9, 4), None, 1.0, None), torch.zeros(0, dtype=torch.long))
-    assert all(len(value) == 0 for value in vars(scores).values())
-
-
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.5,
-}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        CohereConfig(**SMALL, logit_scale=0.3),
-        GraniteConfig(**SMALL, logits_scaling=3.0),
-        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0),
-        GPTJConfig(vocab_size=40, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=32, initializer_range=0.5),
-    ],
-    ids=["scale", "divisor", "softcap", "bias"],
-)
-def test_scoring_agrees_with_the_models_own_logits(config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    if getattr(model.lm_head, "bias", None) is not None:
-        torch.nn.init.normal_(model.lm_head.bias)
-    ids = torch.randint(3, 40, (2, 9))
-    labels = ids.clone()
-    labels[0, :4] = labels[1, 7:] = -100
-    with torch.no_grad():
-        logits = model(ids).logits
-        add_scoring(model)
-        scores = model(input_ids=ids, labels=labels, use=score)
-        assert torch.equal(model(ids).logits, logits)  # without `use`, the model is as it was
-    mask = labels[:, 1:] != -100
-    logp, entropy, *_ = oracle(logits[:, :-1][mask], labels[:, 1:][mask])
-    torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
-
-
-def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
-    model = make_llama(tokenizer).eval()
-    signature = inspect.signature(model.forward)
-    add_scoring(model)
-    assert inspect.signature(model.forward) == signature
-    ids = torch.randint(4, 40, (1, 8))
-    other = copy.deepcopy(model)
-    torch.nn.init.normal_(other.model.embed_tokens.weight)
-    with torch.no_grad():
-        assert not torch.equal(other(ids).logits, model(ids).logits)
-        scores = other(input_ids=ids, labels=ids, use=score)
-        logp = other(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(scores.logp, logp)
-    assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (1, 10)
-
-
-def test_divergences_are_those_of_float64(monkeypatch):
-    monkeypatch.setitem(head.BLOCK, "cpu", 120)
-    torch.manual_seed(0)
-    hidden, base_hidden = torch.randn(17, 8), torch.randn(17, 8)
-    tuned, base = Head(torch.randn(40, 8), None, 1.0, None), Head(torch.randn(40, 8), None, 1.0, None)
-    found = compare(hidden, tuned, base_hidden, base)
-    p = (base_hidden.double() @ base.weight.double().T).softmax(-1)
-    q = (hidden.double() @ tuned.weight.double().T).softmax(-1)
-    middle = (p + q) / 2
-    kl = lambda a, b: (a * (a / b).log()).sum(-1)  # noqa: E731
-    torch.testing.assert_close(found.forward.double(), kl(p, q), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.reverse.double(), kl(q, p), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.js.double(), (kl(p, middle) + kl(q, middle)) / 2, rtol=1e-5, atol=1e-6)
-
-
-def test_other_vocabulary_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="vocabulary of 9 tokens, the compared one of 8"):
-        compare(
-            torch.zeros(1, 2), Head(torch.zeros(8, 2), None, 1, None), torch.zeros(1, 2), Head(torch.zeros(9, 2), None, 1, None)
-        )
-
 
 DISTRIBUTIONS = {
     "uniform": lambda rng: np.log(rng.uniform(size=5000)),
@@ -380,7 +251,8 @@ def test_parts_of_an_example_count_once(monkeypatch):
         for mask in (half, ~half):
             names = ("token", "example", "place", "position", "length", "is_template", "is_unmarked")
             part = TokenBatch(**{name: getattr(batch, name)[mask] for name in names}, examples=batch.examples)
-            cut.add(part, TokenScores(*(value[mask] for value in vars(scores).values())))
+            names = ("logp", "entropy", "top1", "top1_logp", "rank")
+            cut.add(part, TokenScores(*(getattr(scores, name)[mask] for name in names)))
     assert len(cut.sums.waiting) <= 40
     cut.sums.finish()
     torch.testing.assert_close(cut.total.gram, whole.total.gram)
@@ -420,12 +292,3 @@ def test_nan_is_reported_with_its_row(tokenizer):
     scores.logp[batch.example == 1] = math.nan
     with pytest.raises(ValueError, match=f"NaN in row {batch.examples[1]['row']} of the data set"):
         Measurement().add(batch, scores)
-
-
-def test_llama_scores_in_half_precision_are_float32(tokenizer):
-    model = make_llama(tokenizer).to(torch.bfloat16).eval()
-    add_scoring(model)
-    ids = torch.randint(4, 40, (1, 8))
-    with torch.no_grad():
-        scores = model(input_ids=ids, labels=ids, use=score)
-    assert scores.logp.dtype == torch.float32

@@ -2,10 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama, make_mixtral
+from conftest import make_gemma2, make_llama, make_mixtral
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.utils.data import SequentialSampler
@@ -95,8 +96,10 @@ WAYS = {
     "completion_only": {"data": "pair_data"},
     "assistant_only": {"data": "chat_data", "assistant_only_loss": True},
     "mixture_of_experts": {"make": make_mixtral},
+    "softcap": {"make": make_gemma2},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "neftune": {"neftune_noise_alpha": 5.0},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "bf16": {"bf16": True},
     "tied_head": {"make": lambda tokenizer: make_llama(tokenizer, tie_word_embeddings=True)},
     "prefix_tuning": {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
@@ -105,7 +108,9 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
-def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request):
+def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request, monkeypatch):
+    """Bit for bit under TRL's own head."""
+    monkeypatch.setenv("BL_HEAD", "trl")
     options = dict(WAYS[way])
     data = request.getfixturevalue(options.pop("data", "text_data"))
     make = options.pop("make", make_llama)
@@ -124,6 +129,40 @@ def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request):
         assert [x["loss"] for x in trainer.state.log_history if "loss" in x] == [
             x["loss"] for x in reference.state.log_history if "loss" in x
         ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
+def test_own_head_has_the_gradient_of_trls(way, ours, theirs, tokenizer, tmp_path, request, caplog):
+    options = dict(WAYS[way])
+    data = request.getfixturevalue(options.pop("data", "text_data"))
+    make = options.pop("make", make_llama)
+    gradients = []
+    for trainer_class, own in ((SFTTrainer, {"loss_type": theirs}), (BLTrainer, {"objective": ours})):
+        seen = Gradients()
+        trainer = train(trainer_class, tokenizer, data, tmp_path, model=make(tokenizer), callbacks=[seen], **own, **options)
+        gradients.append(seen.first)
+    expected = "the model has an auxiliary loss of its mixture of experts" if way == "mixture_of_experts" else None
+    assert trainer.reference_head == expected
+    # TRL rounds the logits to bfloat16, ours does not
+    assert relative_difference(*gradients[::-1]) < (0.03 if way == "bf16" else 1e-5)
+
+
+def test_says_which_head(tokenizer, text_data, tmp_path, monkeypatch, capsys):
+    build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
+    assert "Loss head: bl_trainer's own.\n" in capsys.readouterr().out
+    monkeypatch.setenv("BL_HEAD", "trl")
+    build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
+    assert "Loss head: TRL's, since BL_HEAD=trl asks for it.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cp", "sp", "tp", "zero3", None])
+def test_sharded_heads_are_trls(kind, tokenizer, text_data, tmp_path, monkeypatch):
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path)
+    sizes = SimpleNamespace(**{f"{name}_size": 1 + (name == kind) for name in ("cp", "sp", "tp")})
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sizes)
+    monkeypatch.setattr("bl_trainer.trainer.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
+    assert (trainer._why_reference_head(trainer.model) is None) is (kind is None)
 
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -324,8 +363,11 @@ def remembers_labels(logp, label):
     return -logp
 
 
+@pytest.mark.parametrize("head", ["trl", "own"])
 @pytest.mark.parametrize("virtual_tokens", [0, 5])
-def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, tokenizer, text_data, tmp_path):
+def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, head, tokenizer, text_data, tmp_path, monkeypatch):
+    if head == "trl":
+        monkeypatch.setenv("BL_HEAD", head)
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens) if virtual_tokens else None
     seen_labels.clear()
     trainer = build(
@@ -336,7 +378,10 @@ def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, tokenizer, text_
     trainer.compute_loss(trainer.model, dict(batch))
     (labels,) = seen_labels
     given = batch["labels"] if virtual_tokens else batch["labels"][:, 1:]
-    assert torch.equal(labels[:, max(virtual_tokens - 1, 0) :], given.clamp(min=0))
+    if head == "trl":
+        assert torch.equal(labels[:, max(virtual_tokens - 1, 0) :], given.clamp(min=0))
+    else:
+        assert torch.equal(labels, given[given != -100])
 
 
 seen_progress = []
@@ -553,6 +598,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"TRL 1\.15\.0 computes the loss with Triton, which is not installed here"):
             BLTrainer("no-such-model")
 
+    def test_other_head(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("BL_HEAD", "TRL")
+        with pytest.raises(ValueError, match=r"BL_HEAD=TRL in the environment means nothing\. Unset it, or set it to `trl`"):
+            BLConfig(output_dir=str(tmp_path), use_cpu=True)
+
     def test_compute_loss_func(self):
         with pytest.raises(ValueError, match="`compute_loss_func` would replace the objective"):
             BLTrainer("no-such-model", compute_loss_func=lambda *args, **kwargs: 0)
@@ -572,12 +622,17 @@ class TestRefusals:
             build(BLTrainer, tokenizer, text_data, tmp_path, model=model)
 
 
-def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path):
-    """Operations that make the host wait for a GPU, counted on a CPU: as many as TRL's own, and one copy per log."""
+def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path, monkeypatch):
+    """Operations that make the host wait for a GPU, counted on a CPU: as many as TRL's own, and one copy per log.
+
+    Our head waits three times more for a micro-batch of one block: which tokens are targets, whether their labels exist, and
+    which rows train; counted as five operations.
+    """
     waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
     options = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
     counts, pops = {}, []
-    for trainer_class in (SFTTrainer, BLTrainer):
+    for trainer_class, head in ((SFTTrainer, "trl"), (BLTrainer, "trl"), (BLTrainer, "own")):
+        monkeypatch.delenv("BL_HEAD", raising=False) if head == "own" else monkeypatch.setenv("BL_HEAD", head)
         own = {"objective": f"{__name__}:uses_everything", "threshold": 0.01} if trainer_class is BLTrainer else {}
         trainer = build(trainer_class, tokenizer, text_data, tmp_path, **options, **own)
         if trainer_class is BLTrainer:
@@ -585,7 +640,8 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
             trainer._pop_means = lambda mode, inner=inner: pops.append(mode) or inner(mode)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             trainer.train()
-        counts[trainer_class] = sum(event.count for event in profile.key_averages() if event.key in waits)
-    assert counts[SFTTrainer] > 0
-    assert counts[BLTrainer] <= counts[SFTTrainer]
-    assert len(pops) == 3  # two logs, and the last, of the whole run, which has nothing left to fetch
+        counts[trainer_class, head] = sum(event.count for event in profile.key_averages() if event.key in waits)
+    assert counts[SFTTrainer, "trl"] > 0
+    assert counts[BLTrainer, "trl"] <= counts[SFTTrainer, "trl"]
+    assert counts[BLTrainer, "own"] <= counts[SFTTrainer, "trl"] + 5 * 6 * 2
+    assert len(pops) == 2 * 3  # two logs, and the last, of the whole run, which has nothing left to fetch

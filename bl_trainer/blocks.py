@@ -1,0 +1,310 @@
+"""Logits, a block of rows at a time: what they say about target tokens, and the gradient that is made of them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from transformers.utils import is_triton_available
+
+from .objectives import Price
+
+if TYPE_CHECKING:
+    from .head import Head
+
+if is_triton_available():
+    from . import kernels
+
+# Bytes of a block of logits if memory has room: more rows read the weight less often, up to these nothing else is gained
+BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
+ROW_MULTIPLE = 128  # of the rows of a block: other numbers make matrix products up to a fifth slower
+CACHE_BYTES = 2 * 2**20  # of the rows that a CPU works on at a time: twice that fits two cores' second-level caches
+SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
+
+
+@dataclass
+class TokenScores:
+    """What a model says about each of N target tokens; all tensors are (N,), float32 or wider where not said otherwise.
+
+    `logp`: log-probability of the target. `entropy`: of the next-token distribution, in nats. `top1`, `top1_logp`: the most
+    probable token (its id, int64) and its log-probability. `rank`: how many tokens are more probable than the target
+    (int64), 0 if it is the most probable. `log_sum_sq_probs`: log of the sum of squared probabilities. The last two may be None
+    where they were not asked for.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    top1: Tensor
+    top1_logp: Tensor
+    rank: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: "list[TokenScores]") -> "TokenScores":
+        """Return the scores of all the parts' tokens."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
+
+    def cpu(self) -> "TokenScores":
+        """Return the same on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TokenScores(**{name: value.cpu() for name, value in values.items() if value is not None})
+
+
+class Blocks:
+    """The rows of N hidden states, a block at a time, and their logits."""
+
+    def __init__(self, hidden: Tensor, head: "Head"):
+        kind, vocabulary = hidden.device.type, head.weight.shape[0]
+        self.head = head
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        self.hidden, self.weight = hidden.detach().to(self.dtype), head.weight.detach().to(self.dtype)
+        room, free = BLOCK_BYTES["cpu" if kind == "cpu" else "other"], _free_bytes(hidden.device)
+        while room > max(free // 8, 1):  # by halves: the size of blocks is in the rounding of sums
+            room //= 2
+        most = max(1, room // (vocabulary * self.wide.itemsize))
+        most = most // ROW_MULTIPLE * ROW_MULTIPLE or most
+        even = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most)))
+        self.rows = min(most, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE, len(hidden))
+        self.cached_rows = max(1, CACHE_BYTES // (vocabulary * self.wide.itemsize)) if kind == "cpu" else self.rows
+        self.uses_triton = is_triton_available() and kind == "cuda" and self.wide == torch.float32
+
+    def __iter__(self) -> Iterator[slice]:
+        """Yield slices of rows; one, empty, if there are none."""
+        for start in range(0, max(len(self.hidden), 1), max(self.rows, 1)):
+            yield slice(start, min(start + self.rows, len(self.hidden)))
+
+    def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return memory for that many rows of logits."""
+        return torch.empty(rows, len(self.weight), dtype=dtype or self.wide, device=self.weight.device)
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
+        """Return the logits of `rows`, in the first rows of `out`."""
+        head, out = self.head, out[: rows.stop - rows.start]
+        _project(self.hidden[rows], self.weight, out)
+        if head.bias is not None:
+            out += head.bias.detach()
+        if head.scale != 1:
+            out *= head.scale
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out
+
+    def block(
+        self, rows: slice, out: Tensor, target: Tensor, extras: tuple[str, ...], differs: bool = False
+    ) -> "_EagerBlock | _TritonBlock":
+        """Return the scores of `rows`, and their difference from the target if `differs`, for which `out` is used."""
+        kind = _TritonBlock if self.uses_triton else _EagerBlock
+        return kind(self.logits(rows, out), target[rows], self, extras, differs)
+
+
+class _Sums(NamedTuple):
+    """What scores are made of, each (rows,): sums over all tokens but `top1`, the most probable, of odds = exp(logit - `top`).
+
+    `others`: of the odds. `weighted`: of odds (logit - top). `squares`: of odds^2. `rank`: how many are above the target.
+    """
+
+    at_target: Tensor
+    top: Tensor
+    top1: Tensor
+    others: Tensor
+    weighted: Tensor
+    squares: Tensor | None
+    rank: Tensor | None
+
+    def scores(self) -> TokenScores:
+        log_total = self.others.log1p()
+        squares = None if self.squares is None else self.squares.log1p() - 2 * log_total
+        entropy = log_total - self.weighted / (1 + self.others)
+        return TokenScores(self.at_target - self.top - log_total, entropy, self.top1, -log_total, self.rank, squares)
+
+
+class _EagerBlock:
+    """Scores a block of logits and turns it, in place, into softmax - onehot(target).
+
+    A few rows at a time, which stay in a CPU's cache meanwhile.
+    """
+
+    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
+        self.logits, self.target, self.step = logits, target, max(blocks.cached_rows, 1)
+        work = torch.empty_like(logits[: self.step])
+        pieces = zip(logits.split(self.step), target.split(self.step), strict=True)
+        softcap = blocks.head.softcap
+        self.slope = 1 - (logits / softcap) ** 2 if differs and softcap is not None else None
+        self.scores = TokenScores.join([self._score_(*piece, work, extras, differs) for piece in pieces])
+
+    @staticmethod
+    def _score_(logits: Tensor, target: Tensor, work: Tensor, extras: tuple[str, ...], differs: bool) -> TokenScores:
+        work, target = work[: len(logits)], target[:, None]
+        at_target = logits.gather(1, target)
+        top, top1 = logits.max(dim=1, keepdim=True)
+        # as floats: counting booleans is several times slower
+        rank = torch.gt(logits, at_target, out=work).sum(dim=1).long() if "rank" in extras else None
+        odds = torch.exp(logits.sub_(top), out=work).scatter_(1, top1, 0.0)
+        others = odds.sum(dim=1)
+        squares = torch.linalg.vecdot(odds, odds) if "log_sum_sq_probs" in extras else None
+        weighted = logits.mul_(odds).nansum(dim=1)  # not a number: a logit of -inf, times zero
+        scores = _Sums(at_target[:, 0], top[:, 0], top1[:, 0], others, weighted, squares, rank).scores()
+        if differs:
+            share = scores.top1_logp.exp()[:, None]
+            torch.mul(odds, share, out=logits).scatter_(1, top1, share)
+            logits.scatter_(1, target, torch.expm1(scores.logp)[:, None])  # p - 1 without cancellation
+        return scores
+
+    def write(self, index: Tensor, price: Price, gain: float, out: Tensor) -> None:
+        """Write `gain` times the rows at `index`, ascending, to `out`, which may be the first of the block itself.
+
+        With an entropy slope they are the whole gradient in the logits. With a softcap times its slope.
+        """
+        if price.entropy_slope is not None:
+            self._add_entropy_slope_(price.weight, price.entropy_slope)
+        if self.slope is not None:
+            self.logits.mul_(self.slope)
+        if gain != 1:
+            self.logits.mul_(gain)
+        if len(index) == len(self.logits):
+            if out.data_ptr() != self.logits.data_ptr():
+                out.copy_(self.logits)
+            return
+        for start in range(0, len(index), self.step):
+            part = index[start : start + self.step]
+            out[start : start + len(part)] = self.logits.index_select(0, part)
+
+    def _add_entropy_slope_(self, weight: Tensor, slope: Tensor) -> None:
+        """Make it the whole gradient in the logits; the entropy's is -p (log p + entropy)."""
+        p = self.logits.scatter_add(1, self.target[:, None], torch.ones_like(weight)[:, None]).clamp_(min=0)
+        in_logits = torch.xlogy(p, p).addcmul_(p, self.scores.entropy[:, None])
+        self.logits.mul_(weight[:, None]).addcmul_(in_logits, -slope[:, None])
+
+
+class _TritonBlock:
+    """The same by kernels, which leave the logits as they are until they write the difference."""
+
+    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
+        self.logits, self.target, self.softcap = logits, target, blocks.head.softcap
+        self.sums = _Sums(*kernels.sums(logits, target))
+        self.scores = self.sums.scores()
+
+    def write(self, index: Tensor, price: Price, gain: float, out: Tensor) -> None:
+        """Write `gain` times the rows at `index` to `out`, which is not the block itself."""
+        columns = [self.sums.top, self.scores.top1_logp, torch.expm1(self.scores.logp)]
+        if price.entropy_slope is not None:
+            columns += [price.weight, price.entropy_slope, self.scores.entropy]
+        kernels.difference(self.logits, index, self.target, columns, self.softcap, gain, out)
+
+
+class Gradients:
+    """Collects rows of the gradient in the logits, and multiplies many of them at a time."""
+
+    def __init__(self, blocks: Blocks, needs: list[bool]):
+        self.blocks, self.needs = blocks, needs
+        tokens, (vocabulary, size) = len(blocks.hidden), blocks.weight.shape
+        shapes = ((tokens, size), (vocabulary, size), (vocabulary,))
+        self.totals = [
+            blocks.weight.new_zeros(shape, dtype=blocks.wide) if need else None
+            for shape, need in zip(shapes, needs, strict=True)
+        ]
+        self.rows = blocks.empty(min(2 * blocks.rows, tokens) if any(needs) else 0, blocks.dtype)
+        in_place = any(needs) and blocks.dtype == blocks.wide and not blocks.uses_triton
+        self.buffer = None if in_place else blocks.empty(blocks.rows)
+        # float16 can't hold small probabilities, nor hidden states times large weights: both are brought into its range
+        self.gain = 2.0**10 if blocks.dtype == torch.float16 else 1.0
+        self.index: list[Tensor] = []
+        self.scale: list[Tensor] = []
+        self.filled = 0
+
+    def room(self, rows: slice) -> Tensor:
+        """Return memory for the logits of `rows`, among which those that weigh something will stay."""
+        if any(self.needs) and self.filled + rows.stop - rows.start > len(self.rows):
+            self.flush()
+        return self.rows[self.filled :] if self.buffer is None else self.buffer
+
+    def add(self, rows: slice, block: Any, price: Price) -> None:
+        """Keep the rows of a block that weigh something."""
+        scale = price.weight
+        if price.entropy_slope is not None:  # the block's rows are the whole gradient then
+            scale = ((price.weight != 0) | (price.entropy_slope != 0)).to(scale.dtype)
+        index = scale.nonzero()[:, 0]
+        block.write(index, price, self.gain, self.rows[self.filled : self.filled + len(index)])
+        self.filled += len(index)
+        self.index.append(index + rows.start)
+        self.scale.append(scale[index, None] * self.blocks.head.scale)
+
+    def flush(self) -> None:
+        """Multiply the collected rows with the weight and the hidden states."""
+        if not self.filled:
+            return
+        blocks, rows = self.blocks, self.rows[: self.filled]
+        # The scale is not rounded: that would be an error of all its row
+        index, scale = torch.cat(self.index), torch.cat(self.scale)
+        self.filled, self.index, self.scale = 0, [], []
+        unit = 2.0 ** math.frexp(scale.abs().max().item())[1] if blocks.dtype == torch.float16 else 1.0
+        in_hidden, in_weight, in_bias = self.totals
+        if in_hidden is not None:
+            in_hidden.index_copy_(0, index, _in_hidden(rows, blocks.weight, blocks.wide) * (scale / self.gain))
+        if in_weight is not None:
+            states = (blocks.hidden.index_select(0, index) * (scale / unit)).to(blocks.dtype)
+            _add_in_weight(in_weight, rows, states, unit / self.gain)
+        if in_bias is not None:
+            in_bias += rows.t().to(blocks.wide) @ (scale[:, 0] / self.gain)
+
+    def finish(self) -> list[Tensor | None]:
+        """Return the gradients in hidden states, weight and bias, None where none is needed."""
+        self.flush()
+        return self.totals
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return how much memory the device has left, with what torch holds of it unused."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+# Products of matrices of one type that are summed up in that of the result, which may be wider. CUDA has them; elsewhere the
+# vocabulary is widened a slice at a time.
+
+
+def _slices(vocabulary: int) -> Iterator[slice]:
+    return (slice(start, start + SLICE) for start in range(0, vocabulary, SLICE))
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write hidden @ weight^T into `out`."""
+    if out.dtype == weight.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif out.device.type == "cuda":
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for part in _slices(len(weight)):
+            out[:, part] = wide @ weight[part].to(out.dtype).t()
+
+
+def _in_hidden(rows: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """Return rows @ weight in type `wide`."""
+    if rows.dtype == wide:
+        return torch.mm(rows, weight)
+    if rows.device.type == "cuda":
+        return torch.mm(rows, weight, out_dtype=wide)
+    total = rows.new_zeros(len(rows), weight.shape[1], dtype=wide)
+    for part in _slices(len(weight)):
+        total.addmm_(rows[:, part].to(wide), weight[part].to(wide))
+    return total
+
+
+def _add_in_weight(total: Tensor, rows: Tensor, hidden: Tensor, alpha: float) -> None:
+    """Add alpha rows^T @ hidden to `total`."""
+    if total.dtype == rows.dtype:
+        total.addmm_(rows.t(), hidden, alpha=alpha)
+    elif total.device.type == "cuda":
+        torch.addmm(total, rows.t(), hidden, out_dtype=total.dtype, alpha=alpha, out=total)
+    else:
+        wide = hidden.to(total.dtype)
+        for part in _slices(len(total)):
+            total[part].addmm_(rows[:, part].to(total.dtype).t(), wide, alpha=alpha)
