@@ -10,7 +10,7 @@ MINIMUM_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion
 
 MINIMUM_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart test test-pinned test-minimum lint bench figures clean
+.PHONY: quickstart test test-pinned test-minimum lint bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -49,6 +49,7 @@ test-pinned: $(VENV)/tests
 # The lower bounds of pyproject.toml
 test-minimum: $(MINIMUM)/installed
 	$(MINIMUM)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py tests/test_statistics.py
+	TRITON_INTERPRET=1 $(MINIMUM)/bin/python -m pytest tests/test_head.py
 	$(MINIMUM)/bin/python -m pytest tests/test_diagnosis.py -k "$(MINIMUM_DIAGNOSIS)"
 	TRITON_INTERPRET=1 $(MINIMUM)/bin/python -m pytest tests/test_trainer.py -k "$(MINIMUM_TESTS)"
 
@@ -60,6 +61,14 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
 	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
+
+# An hour on two cores
+bench-head: $(VENV)/weights
+	$(BIN)/python benchmarks/head.py --output benchmarks --rounds 5
+	$(BIN)/python benchmarks/head.py --output benchmarks --shape qwen2.5-0.5b
+	$(BIN)/python benchmarks/head.py --output benchmarks --shape qwen2.5-1.5b
+	$(BIN)/python scripts/quickstart.py prepare
+	$(BIN)/python benchmarks/accuracy.py --output benchmarks
 
 figures: $(VENV)/installed
 	$(BIN)/python scripts/plot_weights.py

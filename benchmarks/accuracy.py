@@ -1,0 +1,106 @@
+"""How far each head's gradient is from float64's, on the hidden states that a pretrained model has on text.
+
+`python benchmarks/accuracy.py --help`; by default on what `make quickstart` has prepared. Reported are relative errors,
+|g - g64| / |g64|, of the gradients in hidden states and weight, and how many of the tokens a threshold at p = 0.2 puts on
+the wrong side. float64 starts from the same rounded hidden states and weight.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import _ChunkedLogProbFunction
+
+from bl_trainer.head import Head, objective_head
+from bl_trainer.objectives import Objective, Threshold, price
+
+OBJECTIVES: dict[str, Any] = {"nll": "nll", "neg_p": "neg_p", "power 10": {"name": "power", "alpha": 10}}
+EDGE = 0.2
+
+
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """`objective_head`."""
+    head = Head(weight, None, 1.0, None)
+    outputs = objective_head(hidden, head, target, lambda statistics: price(objective, Threshold(), statistics))
+    return outputs.cost.sum(), outputs.scores.logp
+
+
+def trl(hidden: Tensor, weight: Tensor, target: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """TRL's fused head, with the objective on top."""
+    logp, *_ = _ChunkedLogProbFunction.apply(
+        hidden, weight, None, target, 1.0, 32768, None, 1.0, ("log_probs", "entropy", "is_top1")
+    )
+    return objective(logp).sum(), logp.detach()
+
+
+def full(hidden: Tensor, weight: Tensor, target: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Full logits, widened to float32."""
+    logits = F.linear(hidden, weight)
+    logp = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    return objective(logp).sum(), logp.detach()
+
+
+ARMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"ours": ours, "TRL": trl, "full logits": full}
+
+
+def gradients(
+    arm: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, target: Tensor, objective: Objective
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients in hidden states and weight, in float64, and log p."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    cost, logp = arm(hidden, weight, target, objective)
+    return [gradient.double() for gradient in torch.autograd.grad(cost, (hidden, weight))], logp
+
+
+def main() -> None:
+    """Measure, print a Markdown table, and write it to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="quickstart/SmolLM2-135M-Instruct", help="a checkpoint without a bias in its head")
+    parser.add_argument("--text", type=Path, default=Path("README.md"))
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--output", type=Path, help="a folder for accuracy-DEVICE.md and .json")
+    options = parser.parse_args()
+    ids = AutoTokenizer.from_pretrained(options.model)(options.text.read_text(), return_tensors="pt").input_ids
+    ids = ids[:, : options.tokens + 1].to(options.device)
+    lines = [
+        f"{Path(options.model).name} on {ids.shape[1] - 1} tokens of {options.text.name}, {options.device}; torch "
+        f"{version('torch')}, trl {version('trl')}. In each cell: relative error of the gradient in hidden states, in the "
+        f"weight; tokens on the wrong side of p >= {EDGE}.",
+        "",
+        "| dtype | objective | " + " | ".join(ARMS) + " |",
+        "|---|---" + "|---" * len(ARMS) + "|",
+    ]
+    record: dict[str, list[float]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state[0, :-1]
+        weight, target = model.get_output_embeddings().weight.detach(), ids[0, 1:]
+        for name, spec in OBJECTIVES.items():
+            objective = Objective.parse(spec)
+            exact, exact_logp = gradients(full, hidden.double(), weight.double(), target, objective)
+            cells = []
+            for arm, function in ARMS.items():
+                found, logp = gradients(function, hidden, weight, target, objective)
+                errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+                flips = int(((logp.double().exp() >= EDGE) != (exact_logp.exp() >= EDGE)).sum())
+                record[f"{dtype}, {name}, {arm}"] = [*errors, flips]
+                cells.append(f"{errors[0]:.1e}, {errors[1]:.1e}; {flips}")
+            lines.append(f"| {str(dtype).removeprefix('torch.')} | {name} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"accuracy-{options.device}.md").write_text("\n".join(lines) + "\n")
+        (options.output / f"accuracy-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

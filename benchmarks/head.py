@@ -1,0 +1,192 @@
+"""Time and peak memory of loss heads, forward and backward: ours, TRL's, full logits, torch's, and the bare products.
+
+`python benchmarks/head.py --help`. All heads get the same random hidden states, weight and targets. Times are interleaved in
+one process, memory is taken in a process for each; reported are medians, and medians of each round's ratios to the bare
+products, which any exact gradient needs: three of (tokens, vocabulary, hidden size), two with a frozen head.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import peak_memory, set_up
+from torch import Tensor
+from torch.nn import functional as F
+from trl.trainer.utils import _ChunkedLogProbFunction
+
+from bl_trainer.head import Head, objective_head
+from bl_trainer.objectives import Objective, Threshold, price
+
+SLOW = 5  # times the bare products: a head that takes longer gets one round
+SHAPES = {"smollm2-135m": (49152, 576), "qwen2.5-0.5b": (151936, 896), "qwen2.5-1.5b": (151936, 1536)}
+# what is trained, share of targets that are ignored, threshold
+CASES = {
+    "full": (True, 0.0, Threshold()),
+    "full, half ignored": (True, 0.5, Threshold()),
+    "full, half kept": (True, 0.0, None),
+    "frozen head": (False, 0.0, Threshold()),
+    "frozen head, half ignored": (False, 0.5, Threshold()),
+    "frozen head, half kept": (False, 0.0, None),
+}
+
+
+def products(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """The matrix products that an exact gradient needs at least, on all targets."""
+    hidden, table = hidden.detach()[target != -100], weight.detach()
+    logits = hidden @ table.t()
+    torch.mm(logits, table)
+    if weight.requires_grad:
+        torch.mm(logits.t(), hidden)
+
+
+def ours(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """`objective_head` with `neg_p`."""
+    rows = (target != -100).nonzero()[:, 0]
+    objective = Objective.parse("neg_p")
+    head = Head(weight, None, 1.0, None)
+    outputs = objective_head(hidden[rows], head, target[rows], lambda statistics: price(objective, threshold, statistics))
+    outputs.cost.sum().backward()
+
+
+def trl(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """TRL's head with `neg_p` on top, as bl_trainer uses it under BL_HEAD=trl; compacted, as TRL does on a GPU."""
+    is_target = target != -100
+    asked = ("log_probs", "entropy", "is_top1")
+    logp, *_ = _ChunkedLogProbFunction.apply(hidden[is_target], weight, None, target[is_target], 1.0, 32768, None, 1.0, asked)
+    torch.where(threshold.keep(logp), -torch.expm1(logp), 0.0).sum().backward()
+
+
+def naive(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """All logits in float32."""
+    logp = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    torch.where(threshold.keep(logp) & (target != -100), -torch.expm1(logp), 0.0).sum().backward()
+
+
+def torchs(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """torch's linear_cross_entropy, which is -log p on all targets whatever the objective."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options).backward()
+
+
+ARMS: dict[str, Callable[..., None]] = {
+    "products": products,
+    "ours": ours,
+    "TRL": trl,
+    "full logits": naive,
+    "torch nll": torchs,
+}
+
+
+def make(shape: str, case: str, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Threshold]:
+    """Return hidden states, weight, targets and the threshold of a case."""
+    vocabulary, size = SHAPES[shape]
+    trains_head, ignored, threshold = CASES[case]
+    generator = torch.Generator(options.device).manual_seed(0)
+    new = {"generator": generator, "device": options.device, "dtype": getattr(torch, options.dtype)}
+    hidden = torch.randn(options.tokens, size, **new).requires_grad_()
+    weight = (torch.randn(vocabulary, size, **new) * size**-0.5).requires_grad_(trains_head)
+    target = torch.randint(vocabulary, (options.tokens,), generator=generator, device=options.device)
+    target[torch.rand(options.tokens, generator=generator, device=options.device) < ignored] = -100
+    if threshold is None:
+        with torch.no_grad():
+            logits = hidden[:256].float() @ weight.float().t()
+            logp = logits.log_softmax(-1).gather(-1, target[:256, None])
+        threshold = Threshold(above=logp.median().exp().item())
+    return hidden, weight, target, threshold
+
+
+def run(arm: str, inputs: tuple[Any, ...], device: str) -> float:
+    """Run a head once and return the seconds it took."""
+    for tensor in inputs[:2]:
+        tensor.grad = None
+    start = time.perf_counter()
+    ARMS[arm](*inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(arm: str, case: str, options: argparse.Namespace, result: Any) -> None:
+    """Put the peak of one run beyond the inputs, in MB, into the queue `result`."""
+    set_up(options)
+    inputs = make(options.shape, case, options)
+    peak_memory(options.device, reset=True)
+    before = peak_memory(options.device)
+    run(arm, inputs, options.device)
+    result.put(peak_memory(options.device) - before)
+
+
+def memory(arm: str, case: str, options: argparse.Namespace) -> float:
+    """Return the peak of one run beyond the inputs in MB, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "trl.trainer.utils", "bl_trainer.head"])
+    result = context.SimpleQueue()
+    process = context.Process(target=peak, args=(arm, case, options, result))
+    process.start()
+    megabytes = result.get()
+    process.join()
+    return megabytes
+
+
+def main() -> None:
+    """Run the benchmark, print Markdown tables, and write them with their figures to `--output`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--output", type=Path, help="a folder for head-SHAPE-DEVICE-DTYPE.json and .md")
+    options = parser.parse_args()
+    set_up(options)
+    results: dict[str, Any] = {}
+    for case in options.case or CASES:
+        inputs = make(options.shape, case, options)
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for round_, arm in itertools.product(range(options.rounds + 1), ARMS):
+            if round_ > 1 and seconds[arm][0] > SLOW * seconds["products"][0]:
+                continue
+            taken = run(arm, inputs, options.device)
+            if round_:
+                seconds[arm].append(taken)
+        del inputs
+        results[case] = {arm: {"seconds": seconds[arm], "megabytes": memory(arm, case, options)} for arm in ARMS}
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    vocabulary, size = SHAPES[options.shape]
+    lines = [
+        f"{options.shape}'s head (vocabulary {vocabulary}, hidden size {size}), {options.tokens} tokens, {options.dtype}, "
+        f"{options.device} ({where}), median of {options.rounds} interleaved rounds; torch {version('torch')}, trl "
+        f"{version('trl')}, Python {platform.python_version()}. In each cell: time relative to the bare products, MB "
+        "beyond the inputs.",
+        "",
+        "| case | products: s | " + " | ".join(list(ARMS)[1:]) + " |",
+        "|---|---" + "|---" * (len(ARMS) - 1) + "|",
+    ]
+    for case, result in results.items():
+        base = result["products"]["seconds"]
+        cells = [f"{statistics.median(base):.2f}"]
+        for arm in list(ARMS)[1:]:
+            ratios = [a / b for a, b in zip(result[arm]["seconds"], base, strict=False)]
+            cells.append(f"{statistics.median(ratios):.2f}, {result[arm]['megabytes']:.0f} MB")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        name = f"head-{options.shape}-{options.device}-{options.dtype}"
+        (options.output / f"{name}.md").write_text("\n".join(lines) + "\n")
+        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
+        (options.output / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
