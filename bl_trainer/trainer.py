@@ -459,7 +459,7 @@ def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 def refuse_bypass(args: TrainingArguments) -> None:
     """Raise ValueError if `args`, or the environment, would train something else than is said."""
-    if os.environ.get("BL_HEAD", "trl") != "trl":
+    if os.environ.get("BL_HEAD", "") not in ("", "trl"):
         raise ValueError(f"BL_HEAD={os.environ['BL_HEAD']} in the environment means nothing. Unset it, or set it to `trl`.")
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":
