@@ -166,8 +166,8 @@ def main() -> None:
     lines = [
         f"{options.shape}'s head (vocabulary {vocabulary}, hidden size {size}), {options.tokens} tokens, {options.dtype}, "
         f"{options.device} ({where}), median of {options.rounds} interleaved rounds, but one for a head that takes "
-        f"more than {SLOW} times the products; torch {version('torch')}, trl {version('trl')}, Python {platform.python_version()}. In each cell: time relative to the bare products, MB "
-        "beyond the inputs.",
+        f"more than {SLOW} times the products; torch {version('torch')}, trl {version('trl')}, Python "
+        f"{platform.python_version()}. In each cell: time relative to the bare products, MB beyond the inputs.",
         "",
         "| case | products: s | " + " | ".join(list(ARMS)[1:]) + " |",
         "|---|---" + "|---" * (len(ARMS) - 1) + "|",
