@@ -62,7 +62,6 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
 	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
 
-# More than an hour on two cores
 bench-head: $(VENV)/weights
 	$(BIN)/python benchmarks/head.py --output benchmarks --rounds 5
 	$(BIN)/python benchmarks/head.py --output benchmarks --shape qwen2.5-0.5b

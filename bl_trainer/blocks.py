@@ -20,7 +20,7 @@ if is_triton_available():
 
 # Bytes of a block of logits if memory has room: more rows read the weight less often, up to these nothing else is gained
 BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
-ROW_MULTIPLE = 128  # of the rows of a block: other numbers make matrix products up to a fifth slower
+ROW_MULTIPLE = 128  # of the rows of a block: by other numbers a CPU's head was up to a sixth slower
 CACHE_BYTES = 2 * 2**20  # of the rows that a CPU works on at a time: twice that fits two cores' second-level caches
 SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
 

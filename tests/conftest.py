@@ -44,68 +44,42 @@ def tokenizer():
     return made
 
 
+def sizes(tokenizer, **others):
+    """Keys of a tiny model's configuration."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "initializer_range": 0.3,  # large, so that probabilities differ from uniform and thresholds have both sides
+        **others,
+    }
+
+
 def make_llama(tokenizer, seed=0, **kwargs):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        initializer_range=0.3,  # large, so that probabilities differ from uniform and thresholds have both sides
-        **kwargs,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**sizes(tokenizer, **kwargs)))
 
 
 def make_mixtral(tokenizer, seed=0):
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        router_aux_loss_coef=0.5,
-        output_router_logits=True,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return MixtralForCausalLM(config)
-
-
-def sentence(rng, low, high):
-    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(low, high)))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5, "output_router_logits": True}
+    return MixtralForCausalLM(MixtralConfig(**sizes(tokenizer, intermediate_size=32, **experts)))
 
 
 def make_gemma2(tokenizer, seed=0):
     torch.manual_seed(seed)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        initializer_range=0.5,
-    )
-    return Gemma2ForCausalLM(config)
+    return Gemma2ForCausalLM(Gemma2Config(**sizes(tokenizer, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5)))
+
+
+def sentence(rng, low, high):
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(low, high)))
 
 
 @pytest.fixture(scope="session")
