@@ -1,6 +1,7 @@
 """The verbs: `accelerate launch -m bl_trainer train --config recipe.yaml`."""
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -16,9 +17,9 @@ def train(argv: list[str]) -> None:
     import torch
 
     from .recipe import Recipe, fail
-    from .statistics import MeasurementError
     from .trainer import BLTrainer
 
+    recipe = None
     try:
         recipe = Recipe.read(argv)
         checkpoint = recipe.checkpoint()
@@ -33,12 +34,21 @@ def train(argv: list[str]) -> None:
             peft_config=recipe.peft_config,
         )
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
-        fail(error)
+        fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except MeasurementError as error:  # of a percentile threshold, before the first step
-        fail(error, anywhere=True)
+        if trainer.was_terminated:
+            _say_terminated(trainer)
+            sys.exit(128 + signal.SIGTERM)
+        _save(trainer, recipe)
+    except Exception as error:
+        fail(error, recipe, anywhere=True, traced=trainer.has_begun)
+    end(trainer)
+
+
+def _save(trainer: Any, recipe: Any) -> None:
+    """Save the model and its card, and push them if the recipe says so."""
     trainer.save_model(recipe.training.output_dir)
     name = recipe.script.dataset_name
     hub_name = None if name is None or os.path.exists(name) else name  # the card links to it
@@ -47,6 +57,14 @@ def train(argv: list[str]) -> None:
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=hub_name)
         trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+
+
+def _say_terminated(trainer: Any) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    resumes = "The same command" if trainer.args.resume_from_checkpoint else "With `resume_from_checkpoint: true` the command"
+    trainer.accelerator.print(
+        f"Stopped by SIGTERM after step {step} of {steps}; checkpoint-{step} is saved. {resumes} goes on from there."
+    )
     end(trainer)
 
 

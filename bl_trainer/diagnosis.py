@@ -22,8 +22,9 @@ from trl import pack_dataset
 from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
+from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
-from .recipe import Recipe, RecipeError, load_dataset
+from .recipe import Recipe, RecipeError
 from .statistics import Comparison, Measurement
 from .trainer import BLTrainer
 
@@ -154,6 +155,7 @@ class Diagnosis:
         args.bf16_full_eval = args.fp16_full_eval = False  # training doesn't compute in these
         args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
         args.load_best_model_at_end, args.output_dir = False, self.scratch.name
+        args.stop_on_nan = False
         threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
         args.model_init_kwargs = recipe.model_init_kwargs()
         self.trainer = _Diagnoser(

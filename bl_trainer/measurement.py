@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .head import score
+from .interruption import NOT_FOR_THE_MODEL
 from .statistics import PERCENTILE_ERROR, MeasurementError, ProbabilityHistogram
 
 logger = get_logger(__name__)
@@ -97,7 +98,7 @@ def without_targets(batch: dict[str, Any]) -> dict[str, Any]:
 
 def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[..., Any] = score) -> Any:
     """Return `use(hidden, head, target)` of a batch's target tokens."""
-    inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key != "example_lengths"})
+    inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL})
     with torch.no_grad(), trainer.compute_loss_context_manager():
         return model(**inputs, use=use)[0]
 
@@ -186,7 +187,7 @@ def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
         digest.update(summary.cpu().numpy().tobytes())
     for batch in sample:
         for name, value in sorted(batch.items()):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and name not in NOT_FOR_THE_MODEL:
                 digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()
 

@@ -2,12 +2,13 @@
 
 import os
 import sys
+import tempfile
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import yaml
 from accelerate.utils import is_bnb_available
 from datasets.exceptions import DatasetsError
@@ -24,9 +25,12 @@ from trl import (
 )
 from trl.scripts.utils import DatasetConfig
 
+from .checkpoint import CheckpointError, last_whole, refuse_other_model, refuse_other_recipe, why_broken
+from .interruption import LossError
+from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import _nearest
 from .statistics import MeasurementError
-from .trainer import METRICS, BLConfig, refuse_lm_head_adapter, refuse_other_recipe
+from .trainer import METRICS, BLConfig, refuse_lm_head_adapter
 
 
 class RecipeError(ValueError):
@@ -116,8 +120,9 @@ POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradie
 # What a run writes to `output_dir`, so that none of it may be there already
 WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
 
+CARD_TAG = "- bl-trainer"  # in the model cards of `BLTrainer`
+
 DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
-LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
@@ -166,7 +171,10 @@ class Recipe:
     @property
     def peft_config(self) -> PeftConfig | None:
         """TRL's LoRA configuration, None without `use_peft`."""
-        return get_peft_config(self.model)
+        config: Any = get_peft_config(self.model)
+        if config is not None and isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+            config.target_modules = {config.target_modules}  # TRL unpacks a list of one, and PEFT takes a string for a pattern
+        return config
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
@@ -185,13 +193,30 @@ class Recipe:
     def load_datasets(self) -> tuple[Any, Any]:
         """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had."""
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
-        script, training = self.script, self.training
         try:
-            loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(script)
-        except (ValueError, OSError, DatasetsError, StopIteration) as error:
-            source = script.dataset_name or [entry.path for entry in self.mixture.datasets]
+            loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(self.script)
+            return self._splits(loaded)
+        except RecipeError:
+            raise
+        except Exception as error:  # the libraries raise many kinds for a broken file
+            source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
             why = "a file is empty" if isinstance(error, StopIteration) else _sentence(error)
-            raise RecipeError(f"Can't load the data set {source}: {why}") from error
+            fault = find_fault(self._files())
+            raise RecipeError(
+                f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
+            ) from error
+
+    def data_fault(self) -> str | None:
+        """Return which line of the recipe's local files TRL can't make a training text of, and why; None if there is none."""
+        return find_fault(self._files(), [("prompt", "completion"), ("messages",), (self.training.dataset_text_field,)])
+
+    def _files(self) -> Iterator[Path]:
+        yield from local_files(self.script.dataset_name)
+        for entry in self.mixture.datasets:
+            yield from local_files(entry.data_files or entry.path)
+
+    def _splits(self, loaded: Any) -> tuple[Any, Any]:
+        script, training = self.script, self.training
         wanted = {"dataset_train_split": script.dataset_train_split}
         if training.eval_strategy != "no":
             wanted["dataset_test_split"] = script.dataset_test_split
@@ -231,35 +256,45 @@ class Recipe:
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
 
-        `resume_from_checkpoint: true` takes the last one in `output_dir`, and starts anew where there is none, so that the
-        same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run.
+        `resume_from_checkpoint: true` takes the last whole one in `output_dir`, and starts anew where there is none, so that
+        the same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run, go
+        on with another one, or train towards an `output_dir` that can't be written.
         """
         resume, folder = str(self.training.resume_from_checkpoint or False), Path(self.training.output_dir or ".")
-        whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # a killed run may leave a part
-        last = max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
-        chosen = last if resume.lower() == "true" else None
-        if resume.lower() not in ("true", "false"):
-            chosen = Path(resume)
-            if not chosen.is_dir():
-                raise RecipeError(
-                    f"`resume_from_checkpoint: {resume}` is not a folder. Write a checkpoint's path, or `true` for the last "
-                    "one in `output_dir`."
-                )
+        _check_writable(folder)
+        last, broken = last_whole(folder) if resume.lower() == "true" else (None, [])
+        chosen = last if resume.lower() in ("true", "false") else Path(resume)
         if chosen:
-            try:
-                refuse_other_recipe(str(chosen), self.training)
-            except ValueError as error:
-                raise RecipeError(_sentence(error)) from error
+            self._check_resumable(chosen)
             if chosen.resolve().parent == folder.resolve():
                 return str(chosen)
-        present = sorted(path.name for pattern in WRITTEN for path in folder.glob(pattern))
+        present = {path for pattern in WRITTEN for path in folder.glob(pattern)} - set(broken)
+        card = folder / "README.md"  # a run writes its model card before its first checkpoint
+        if resume.lower() == "true" and card in present and CARD_TAG in card.read_text(encoding="utf-8"):
+            present.remove(card)
         if present:
-            go_on = "`resume_from_checkpoint: true` to go on with it, or " if last and not chosen else ""
+            go_on = "" if chosen or resume.lower() == "true" else "`resume_from_checkpoint: true` to go on with it, or "
+            go_on = go_on if any(folder.glob("checkpoint-*")) else ""
             raise RecipeError(
-                f"`output_dir: {folder}` holds {present[0]}, of an earlier run or your own, which would be overwritten. Write "
-                f"{go_on}another `output_dir`."
+                f"`output_dir: {folder}` holds {min(present).name}, of an earlier run or your own, which would be overwritten. "
+                f"Write {go_on}another `output_dir`."
             )
         return str(chosen) if chosen else None
+
+    def _check_resumable(self, checkpoint: Path) -> None:
+        if not checkpoint.is_dir():
+            raise RecipeError(
+                f"`resume_from_checkpoint: {checkpoint}` is not a folder. Write a checkpoint's path, or `true` for the last "
+                "one in `output_dir`."
+            )
+        why = why_broken(checkpoint)
+        if why:
+            raise RecipeError(f"`resume_from_checkpoint: {checkpoint}` can't be done, since {why}. Write another checkpoint.")
+        try:
+            refuse_other_recipe(str(checkpoint), self.training)
+            refuse_other_model(str(checkpoint), str(self.model.model_name_or_path), self.model.use_peft)
+        except ValueError as error:
+            raise RecipeError(_sentence(error)) from error
 
     def _check(self, given: set[str]) -> None:
         for key in sorted(given & NEEDS.keys()):
@@ -313,7 +348,7 @@ class Recipe:
         model = self.model
         if not model.model_name_or_path:
             raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
-        if _is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
+        if is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
             raise RecipeError(f"`model_name_or_path: {model.model_name_or_path}` is not a folder.")
         for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
             if top in given and key in (self.training.model_init_kwargs or {}):
@@ -427,25 +462,13 @@ def _unknown(key: str, value: Any, known: list[str], program: str) -> str:
     return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all keys."
 
 
-def load_dataset(script: ScriptArguments) -> Any:
-    """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
-    path = Path(script.dataset_name or "")
-    if path.is_file():
-        if path.suffix not in LOCAL_FORMATS:
-            raise ValueError(f"{path.suffix!r} is none of {', '.join(LOCAL_FORMATS)}")
-        return datasets.load_dataset(
-            LOCAL_FORMATS[path.suffix],
-            data_files={script.dataset_train_split: str(path)},
-            streaming=script.dataset_streaming,
-        )
-    if _is_path(script.dataset_name or "") and not path.exists():
-        raise FileNotFoundError("there is no such file or folder")
-    return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-
-
-def _is_path(name: str) -> bool:
-    """Whether `name` can only be a local path, not a Hub id `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in LOCAL_FORMATS
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise RecipeError(f"`output_dir: {folder}` can't be written: {error.strerror}. Write another `output_dir`.") from error
 
 
 def _sentence(error: BaseException) -> str:
@@ -454,16 +477,18 @@ def _sentence(error: BaseException) -> str:
     return " ".join(f"{error}{cause}".split()) or type(error).__name__
 
 
-def fail(error: Exception, anywhere: bool = False) -> None:
-    """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1 where it came from.
+def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False, traced: bool = False) -> None:
+    """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1, or `traced`, where it came from.
 
-    Only one process a machine writes it, unless it may be that process's own (`anywhere`).
+    Only one process a machine writes it, unless it may be that process's own (`anywhere`). If `error` is not one of ours, the
+    line also says which line of the `recipe`'s local files can't be trained on, if there is one.
     """
-    if os.environ.get("BL_TRACEBACK"):
+    is_ours = isinstance(error, (RecipeError, MeasurementError, CheckpointError, LossError))
+    if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        is_ours = isinstance(error, (RecipeError, MeasurementError))
         where = "" if is_ours else f"{type(error).__name__}: "
-        more = "" if is_ours else " (BL_TRACEBACK=1 shows where)"
+        fault = recipe.data_fault() if recipe and not is_ours else None
+        more = "" if is_ours else f"{f' ({fault})' if fault else ''} (BL_TRACEBACK=1 shows where)"
         print(f"error: {where}{_sentence(error)}{more}", file=sys.stderr)
     sys.exit(2)

@@ -17,23 +17,25 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, has_length
-from trl import SFTConfig, SFTTrainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_other_recipe
 from .head import Head, TokenCosts, add_scoring, objective_head
+from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
 from .statistics import MeasurementError
 
 logger = get_logger(__name__)
 
-RECORD_FILE = "bl_trainer.json"
 # The means over target tokens that every run reports
 METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
 LOWER_IS_BETTER = ("nll", "perplexity")
@@ -42,7 +44,7 @@ LOWER_IS_BETTER = ("nll", "perplexity")
 @dataclass
 class BLConfig(SFTConfig):
     r"""
-    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and two keys.
+    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and three keys.
 
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
@@ -51,6 +53,9 @@ class BLConfig(SFTConfig):
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
+        stop_on_nan (`bool`, *optional*, defaults to `False`):
+            Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
+            NaN or infinite. Waits for the device once per micro-batch.
 
     Raises:
         `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
@@ -73,6 +78,11 @@ class BLConfig(SFTConfig):
             "help": "Train only on target tokens with at least this probability, or a mapping such as "
             "{above: 0.2, below: 0.9, normalize: tokens}."
         },
+    )
+
+    stop_on_nan: bool = field(
+        default=False,
+        metadata={"help": "Stop when the loss is NaN or infinite, with the step and the rows of the training set."},
     )
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
@@ -161,7 +171,47 @@ class BLTrainer(SFTTrainer):
         self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
             self.data_collator = _FlatCollator(**vars(self.data_collator))
+        self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
+        if self.stops_on_nan:
+            self.data_collator = RowCollator(self.data_collator)
+        self._sigterm = StopOnSigterm(self.accelerator)
+        if getattr(self.args, "enable_jit_checkpoint", False):
+            from transformers.trainer_jit_checkpoint import JITCheckpointCallback  # not in the oldest transformers
+
+            self.remove_callback(JITCheckpointCallback)
+            self.add_callback(self._sigterm)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        self._first_step = 0  # of this process; a resumed run begins later
+
+    @property
+    def was_terminated(self) -> bool:
+        """Whether SIGTERM ended training before its last step, with a checkpoint (`enable_jit_checkpoint: true`)."""
+        return self._sigterm.stopped and self.state.global_step < self.state.max_steps
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a training step has been made in this process."""
+        return self.state.global_step > self._first_step
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if not getattr(args, "stop_on_nan", False) or dataset_name != "train":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        dataset, length = number_rows(dataset), args.max_length
+        if not packing:
+            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        args.max_length = None  # packing cuts to length by itself
+        try:
+            prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        finally:
+            args.max_length = length
+        prepared = prepared.map(number_tokens).select_columns(["input_ids", "labels", ROW])
+        packed = pack_dataset(prepared, length, args.packing_strategy)
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
 
     def _why_reference_head(self, base: Any) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
@@ -206,7 +256,7 @@ class BLTrainer(SFTTrainer):
         return None, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        example_lengths = inputs.pop("example_lengths", None)
+        example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
 
         def forward(**kwargs):
             if not kwargs.get("fused_lm_head"):
@@ -223,7 +273,11 @@ class BLTrainer(SFTTrainer):
             outputs.log_probs = -cost
             return outputs
 
-        return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        if rows is not None and self.model.training:
+            loss, step = (result[0] if return_outputs else result).detach(), self.state.global_step + 1
+            refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
+        return result
 
     def _trl_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
@@ -367,9 +421,12 @@ class BLTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         self._sums["train"] = None
-        found = resume_from_checkpoint or None
-        if found is True:
-            found = get_last_checkpoint(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            last, _ = last_whole(Path(str(self.args.output_dir)))
+            if last is None:
+                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+            resume_from_checkpoint = str(last)
+        found = resume_from_checkpoint
         if isinstance(found, str):
             self.threshold = refuse_other_recipe(found, self.args)
             if self.threshold.above_percentile is not None:
@@ -380,6 +437,7 @@ class BLTrainer(SFTTrainer):
             state_file = Path(found) / "trainer_state.json"
             state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            self._first_step = state.global_step
             if 0 < self.args.max_steps <= state.global_step and not sharded:
                 return self._finish(found, state)
         whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
@@ -400,6 +458,8 @@ class BLTrainer(SFTTrainer):
         return {
             "objective": self.objective.to_dict(),
             "threshold": self.threshold.to_dict(),
+            "processes": self.accelerator.num_processes,
+            "save_only_model": self.args.save_only_model,
             "versions": {package: version(package) for package in packages},
         }
 
@@ -409,6 +469,20 @@ class BLTrainer(SFTTrainer):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes on, and may delete the checkpoint before: only once the others' parts are there
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what json, torch and safetensors raise on a full disk
+            raise CheckpointError(
+                f"Can't write {self.args.output_dir}/checkpoint-{self.state.global_step}: {error}. The checkpoints before it "
+                "are as they were; with `resume_from_checkpoint: true` the same command goes on from the last one."
+            ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -490,35 +564,6 @@ def refuse_bypass(args: TrainingArguments) -> None:
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
             "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
         )
-
-
-def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
-    """Return the threshold to go on with from `checkpoint`: a percentile's value is what it was at the start.
-
-    Raises ValueError if `checkpoint` records another objective or threshold than `args` has, or none where a percentile needs
-    it.
-    """
-    objective = Objective.parse(getattr(args, "objective", "nll"))
-    threshold = Threshold.parse(getattr(args, "threshold", None))
-    path = Path(checkpoint) / RECORD_FILE
-    recorded = json.loads(path.read_text()) if path.is_file() else {}
-    value = (recorded.get("threshold") or {}).get("above")
-    if not threshold.resolved and isinstance(value, float) and value > 0:
-        threshold = replace(threshold, above=value)
-    if not threshold.resolved:
-        raise ValueError(
-            f"{checkpoint} doesn't record the probability that `above_percentile: {threshold.above_percentile}` stands for, "
-            "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
-        )
-    current = {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
-    said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
-    for key, value in current.items():
-        if recorded and recorded.get(key) != value:
-            raise ValueError(
-                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said[key]}. Resume with the "
-                f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
-            )
-    return threshold
 
 
 def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:

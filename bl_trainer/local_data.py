@@ -1,0 +1,123 @@
+"""Data sets from local files, and the line of a file that is at fault when one can't be read or trained on."""
+
+import json
+from collections.abc import Iterable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+from trl import ScriptArguments
+
+LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def load_dataset(script: ScriptArguments) -> Any:
+    """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
+    path = Path(script.dataset_name or "")
+    if path.is_file():
+        if path.suffix not in LOCAL_FORMATS:
+            raise ValueError(f"{path.suffix!r} is none of {', '.join(LOCAL_FORMATS)}")
+        return datasets.load_dataset(
+            LOCAL_FORMATS[path.suffix],
+            data_files={script.dataset_train_split: str(path)},
+            streaming=script.dataset_streaming,
+        )
+    if is_path(script.dataset_name or "") and not path.exists():
+        raise FileNotFoundError("there is no such file or folder")
+    return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` can only be a local path, not a Hub id `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in LOCAL_FORMATS
+
+
+def local_files(source: Any) -> Iterator[Path]:
+    """Yield the existing files that `source` names: a file, a folder, a pattern, or a list or mapping of these."""
+    if isinstance(source, dict):
+        source = list(source.values())
+    if isinstance(source, (list, tuple)):
+        for part in source:
+            yield from local_files(part)
+    elif source and Path(source).is_dir():
+        yield from sorted(path for path in Path(source).rglob("*") if path.suffix in LOCAL_FORMATS)
+    elif source:
+        yield from sorted(path for path in map(Path, glob(str(source), recursive=True)) if path.is_file())
+
+
+def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -> str | None:
+    """Return which line of which of `files` is at fault, and why; None if they can all be read.
+
+    A line must be UTF-8, and one of JSON hold an object. The first of `formats` whose columns a file's first row has must be
+    that of all its rows, each of these columns with a text or messages.
+    """
+    formats = list(formats)
+    for path in files:
+        if path.suffix != ".parquet":
+            found = _fault_in_array(path) if _holds_array(path) else _fault_in_lines(path, formats)
+            if found:
+                return f"{path}, {found}"
+    return None
+
+
+def _holds_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return LOCAL_FORMATS.get(path.suffix) == "json" and file.read(1024).lstrip().startswith(b"[")
+
+
+def _fault_in_array(path: Path) -> str | None:
+    content = path.read_bytes()
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        return f"line {content[: error.start].count(10) + 1}: {_not_utf8(error)}"
+    return None
+
+
+def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
+    columns: tuple[str, ...] | None = None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode().rstrip("\r\n")
+                if LOCAL_FORMATS.get(path.suffix) != "json" or not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                return f"line {number}: {_not_utf8(error)}"
+            except json.JSONDecodeError as error:
+                return f"line {number}: {error.msg.removesuffix(' at')} at column {error.colno}"
+            if not isinstance(row, dict):
+                return f"line {number}: it holds {_short(row)}, not an object"
+            if columns is None:
+                columns = next((each for each in formats if set(each) <= row.keys()), ())
+            for column in columns:
+                fault = _fault_in_column(row, column)
+                if fault:
+                    return f"line {number}: {fault}"
+    return None
+
+
+def _fault_in_column(row: dict[str, Any], column: str) -> str | None:
+    if column not in row:
+        return f"it has no {column!r}"
+    value = row[column]
+    if isinstance(value, str) or (value and isinstance(value, list) and all(map(_is_message, value))):
+        return None
+    return f"{column!r} is {_short(value)}, not a text or messages with role and content"
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8 text. Save the file as UTF-8"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,0 +1,391 @@
+"""Runs that are killed, terminated or starved of disk, and data that can't be read: what is said, and what is left."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+
+import crashing
+import pytest
+import torch
+from conftest import write_recipe
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_processes import TESTS, launch
+from test_trainer import Ordered, build, train, weights
+
+from bl_trainer.__main__ import main
+from bl_trainer.checkpoint import CheckpointError, why_broken
+from bl_trainer.interruption import LossError
+from bl_trainer.recipe import Recipe, RecipeError
+
+# Its server imports the libraries once, and computes nothing, so that forks of it are sound
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["bl_trainer.recipe", "transformers.models.llama.modeling_llama"])
+
+
+def start(recipe, *fault):
+    process = SERVER.Process(target=crashing.run, args=(recipe, recipe.with_suffix(".log"), *fault))
+    process.start()
+    return process
+
+
+def run(recipe, *fault):
+    """Train in another process; return its exit code and all that it printed."""
+    process = start(recipe, *fault)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, recipe.with_suffix(".log").read_text()
+
+
+KINDS = {
+    "lora": {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"], "lora_dropout": 0.2},
+    "full": {"save_total_limit": 1, "threshold": {"above_percentile": 10}, "objective": {"name": "power", "alpha": 0.5}},
+}
+FILE = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def make(kind, checkpoint, data_folder):
+    def make(folder, **changes):
+        folder.mkdir(exist_ok=True)
+        options = {
+            "objective": "neg_p", "learning_rate": 0.05, "max_steps": 6, "save_steps": 2, "eval_strategy": "steps",
+            "eval_steps": 2, "logging_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+            "resume_from_checkpoint": True, "disable_tqdm": True, **KINDS[kind],
+        }  # fmt: skip
+        return write_recipe(folder, checkpoint, data_folder, **{**options, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make, kind, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, said = run(make(folder))
+    assert code == 0, said
+    return load_file(folder / "out" / FILE[kind])
+
+
+def assert_same(folder, kind, expected):
+    found = load_file(folder / "out" / FILE[kind])
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+CUTS = [
+    ("weights", "{weights}", 0.5), ("optimizer", "optimizer.pt", 0.5), ("optimizer", "optimizer.pt", 0),
+    ("optimizer", "scheduler.pt", 0.9), ("rng", "rng_state.pth", 0.5), ("state", "trainer_state.json", 0.7),
+    ("state", "trainer_state.json", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "name", "to"), CUTS, ids=str)
+def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, uninterrupted, tmp_path):
+    name = name.format(weights=FILE[kind])
+    recipe = make(tmp_path, save_total_limit=2)
+    code, _ = run(recipe, crashing.Cut(name, to), where, 2)
+    assert code == -signal.SIGKILL
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    code, said = run(recipe)
+    assert code == 0, said
+    found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) is (missing|cut short)", said)
+    assert found, said
+    assert found[1] == name or where != "state"
+    assert_same(tmp_path, kind, uninterrupted)
+
+
+@pytest.mark.parametrize(("where", "number"), [("step", 1), ("step", 7), ("evaluation", 3), ("weights", 1), ("card", 1)])
+def test_killed_in_a_step_an_evaluation_or_the_first_checkpoint(where, number, make, kind, uninterrupted, tmp_path):
+    recipe = make(tmp_path)
+    code, _ = run(recipe, crashing.kill, where, number)
+    assert code == -signal.SIGKILL
+    code, said = run(recipe)
+    assert code == 0, said
+    assert_same(tmp_path, kind, uninterrupted)
+
+
+def test_killed_at_random_moments_again_and_again(make, kind, tmp_path):
+    longer = {"max_steps": 40, "save_steps": 2, "eval_steps": 4, "logging_steps": 4}
+    reference, recipe = make(tmp_path / "reference", **longer), make(tmp_path / "killed", **longer)
+    code, said = run(reference)
+    assert code == 0, said
+    rng, killed = random.Random(kind), 0
+    while True:
+        before, process = set((tmp_path / "killed" / "out").glob("checkpoint-*")), start(recipe)
+        while process.is_alive() and set((tmp_path / "killed" / "out").glob("checkpoint-*")) <= before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        if killed < 6:
+            process.kill()
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL), recipe.with_suffix(".log").read_text()
+        if process.exitcode == 0:
+            break
+        killed += 1
+    assert killed >= 3
+    assert_same(tmp_path / "killed", kind, load_file(tmp_path / "reference" / "out" / FILE[kind]))
+
+
+@pytest.mark.parametrize(("where", "number"), [("step", 5), ("step", 6), ("evaluation", 2)])
+def test_sigterm_saves_and_stops_and_the_same_command_goes_on(where, number, make, kind, uninterrupted, tmp_path):
+    if "enable_jit_checkpoint" not in Recipe.__dataclass_fields__["training"].type.__dataclass_fields__:
+        pytest.skip("this transformers has no `enable_jit_checkpoint`")
+    recipe = make(tmp_path, enable_jit_checkpoint=True)
+    code, said = run(recipe, crashing.terminate, where, number)
+    step = (number + 1) // 2 if where == "step" else 4
+    assert (
+        f"Stopped by SIGTERM after step {step} of 6; checkpoint-{step} is saved. The same command goes on from there." in said
+    )
+    assert code == 128 + signal.SIGTERM
+    assert not (tmp_path / "out" / FILE[kind]).exists()
+    code, said = run(recipe)
+    assert code == 0, said
+    assert_same(tmp_path, kind, uninterrupted)
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_folder, tmp_path):
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, max_steps=50, save_strategy="steps", save_steps=50, enable_jit_checkpoint=True
+    )
+    done = launch(2, TESTS / "crashing.py", recipe, "terminate", "step", 3, 1)
+    assert "Stopped by SIGTERM after step 3 of 50; checkpoint-3 is saved." in done.stdout, done.stderr[-3000:]
+    assert "With `resume_from_checkpoint: true` the command goes on from there." in done.stdout
+    assert done.returncode != 0
+    assert why_broken(tmp_path / "out" / "checkpoint-3") is None
+
+
+@pytest.mark.parametrize("kind", ["full"], indirect=True, scope="module")  # an adapter's files are small
+def test_full_disk(make, kind, uninterrupted, tmp_path):
+    recipe = make(tmp_path)
+    code, said = run(recipe, crashing.fill_disk, "step", 6)
+    assert code == 2, said
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: Can't write {tmp_path / 'out'}/checkpoint-4: ")
+    assert "The checkpoints before it are as they were" in line
+    assert "Traceback" not in said
+    assert why_broken(tmp_path / "out" / "checkpoint-2") is None
+    code, said = run(recipe)
+    assert code == 0, said
+    assert_same(tmp_path, kind, uninterrupted)
+
+
+def test_resuming_in_python_takes_the_last_whole_checkpoint(tokenizer, text_data, tmp_path, capsys):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = train(Ordered, tokenizer, text_data, tmp_path, **options)
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").unlink()
+    again = build(Ordered, tokenizer, text_data, tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-6 is passed over, since its optimizer.pt is missing" in capsys.readouterr().err
+    for name, p in weights(whole).items():
+        assert torch.equal(weights(again)[name], p), name
+    nothing = build(Ordered, tokenizer, text_data, tmp_path / "nothing", **options)
+    with pytest.raises(CheckpointError, match=r"There is no whole checkpoint in .*nothing/out to resume from"):
+        nothing.train(resume_from_checkpoint=True)
+
+
+def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
+    train(Ordered, tokenizer, text_data, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "out" / "checkpoint-1"
+    assert why_broken(folder) is None
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert why_broken(folder) == f"its {'weights are' if name[0] == 'm' else f'{name} is'} missing"
+        for part in (content[:-1], content[: len(content) // 2], b""):
+            (folder / name).write_bytes(part)
+            if name != "trainer_state.json" or part != content[:-1]:  # its last byte is but the end of the line
+                assert why_broken(folder) == f"its {name} is cut short"
+        (folder / name).write_bytes(content)
+    (folder / "checkpoint-is-incomplete.txt").touch()
+    assert why_broken(folder) == "it holds checkpoint-is-incomplete.txt"
+    (folder / "checkpoint-is-incomplete.txt").unlink()
+    record = json.loads((folder / "bl_trainer.json").read_text())
+    (folder / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
+    assert why_broken(folder) == "its rng_state_0.pth is missing"
+    (folder / "bl_trainer.json").write_text(json.dumps(record))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert why_broken(folder) == "its model-00001-of-00002.safetensors is missing"
+
+
+# Output folders, models
+
+
+def test_an_output_folder_that_cannot_be_written(checkpoint, data_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, output_dir=str(tmp_path / "file" / "out"))
+    with pytest.raises(RecipeError, match=r"`output_dir: .*file/out` can't be written: Not a directory\. Write another"):
+        Recipe.read(["--config", str(recipe)]).checkpoint()
+
+    def refuse(**kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    recipe = write_recipe(tmp_path, checkpoint, data_folder)
+    with pytest.raises(RecipeError, match="can't be written: Read-only file system"):
+        Recipe.read(["--config", str(recipe)]).checkpoint()
+
+
+def test_a_checkpoint_of_another_model(checkpoint, data_folder, tmp_path):
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj"], "max_steps": 1, "resume_from_checkpoint": True}
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, **lora)
+    main(["train", "--config", str(recipe)])
+    for key, model, message in (
+        ("model_name_or_path", str(data_folder), f"is an adapter of {checkpoint}, and the recipe's model is {data_folder}"),
+        ("use_peft", None, r"holds an adapter, and the recipe has no `use_peft`"),
+    ):
+        changes = {**lora, key: model} if model else {key: lora[key] for key in ("max_steps", "resume_from_checkpoint")}
+        recipe = write_recipe(tmp_path, checkpoint, data_folder, **changes)
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            Recipe.read(["--config", str(recipe)]).checkpoint()
+    os.symlink(checkpoint, tmp_path / "link")
+    recipe = write_recipe(tmp_path, tmp_path / "link", data_folder, **lora)
+    assert Recipe.read(["--config", str(recipe)]).checkpoint() == str(tmp_path / "out" / "checkpoint-1")
+
+
+# A loss that is not finite
+
+
+def nan_on_an_x(logp, label):
+    return -logp * torch.where(label == 4 + ord("x") - ord("a"), float("nan"), 1.0)
+
+
+ROWS = ["abc", "hello", "some words", "axe", "def", "fox", "more", "end"]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({}, "3"),
+        ({"padding_free": True}, "3"),
+        ({"packing": True, "max_length": 16}, None),
+        ({"shuffle_dataset": True, "seed": 3}, None),
+        ({"packing": True, "max_length": 10, "packing_strategy": "wrapped"}, None),
+        ({"stream": True}, "3"),
+    ],
+    ids=str,
+)
+def test_a_nan_loss_stops_with_the_step_and_the_rows(options, rows, tokenizer, tmp_path):
+    data = Dataset.from_list([{"text": text} for text in ROWS])
+    options = dict(options)
+    data = data.to_iterable_dataset() if options.pop("stream", False) else data
+    options |= {"objective": f"{__name__}:nan_on_an_x", "stop_on_nan": True, "per_device_train_batch_size": 1}
+    trainer = build(Ordered, tokenizer, data, tmp_path, max_steps=8, **options)
+    with pytest.raises(LossError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "The model's weights are finite: look at these rows and at the objective" in message
+    step, named = re.search(
+        r"The loss is nan in step (\d+) on process 0, whose micro-batch holds the rows ([\d, ]+) of", message
+    ).groups()
+    assert int(step) == trainer.state.global_step + 1
+    assert rows is None or named == rows
+    assert any("x" in ROWS[int(row)] for row in named.split(", "))
+
+
+def test_weights_that_are_not_finite_are_told_apart(tokenizer, text_data, tmp_path):
+    trainer = build(Ordered, tokenizer, text_data, tmp_path, stop_on_nan=True)
+    trainer.model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(LossError, match=r"1 of the model's weights are not finite either, from model\.layers\.0\.self"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True}, {"packing": True, "max_length": 64, "shuffle_dataset": True}], ids=str
+)
+def test_looking_for_nan_changes_nothing(options, tokenizer, text_data, tmp_path):
+    options = {"objective": "neg_p", "max_steps": 3, "threshold": {"above_percentile": 20}, **options}
+    plain, looking = (train(Ordered, tokenizer, text_data, tmp_path, stop_on_nan=on, **options) for on in (False, True))
+    for name, p in weights(plain).items():
+        assert torch.equal(weights(looking)[name], p), name
+    assert looking.threshold == plain.threshold
+
+
+def test_a_nan_loss_in_the_verb(checkpoint, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ROWS))
+    recipe = write_recipe(
+        tmp_path,
+        checkpoint,
+        data,
+        objective=f"{__name__}:nan_on_an_x",
+        stop_on_nan=True,
+        max_steps=20,
+        per_device_train_batch_size=1,
+    )
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", str(recipe)])
+    torch.set_flush_denormal(False)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(r"error: The loss is nan in step \d+ on process 0, whose micro-batch holds the rows [35] of", said)
+    assert "Traceback" not in said
+
+
+# Data
+
+GOOD = [json.dumps({"prompt": f"a {i}", "completion": "b"}) for i in range(20)]
+
+
+def spoilt(line):
+    lines = list(GOOD)
+    lines[10] = line
+    return "\n".join(lines).encode() + b"\n"
+
+
+FAULTS = {
+    "cut": ("data.jsonl", spoilt('{"prompt": "x", "compl'), "line 11: Unterminated string starting at column 17"),
+    "cut at the end": ("data.jsonl", spoilt(GOOD[10])[:-9], "line 20: "),
+    "not UTF-8": ("data.jsonl", spoilt('{"prompt": "?"}').replace(b"?", b"\xe9"), "line 11: byte 0xe9 is not UTF-8"),
+    "not an object": ("data.jsonl", spoilt('"only text"'), 'line 11: it holds "only text", not an object'),
+    "null": ("data.jsonl", spoilt('{"prompt": "a", "completion": null}'), "line 11: 'completion' is null, not a text"),
+    "number": ("data.jsonl", spoilt('{"prompt": 7, "completion": "b"}'), "line 11: 'prompt' is 7, not a text"),
+    "missing": ("data.jsonl", spoilt('{"prompt": "a"}'), "line 11: it has no 'completion'"),
+    "array": ("data.json", b'[\n{"text": "a"},\n{"text": \n', "line 4: Expecting value"),
+    "array not UTF-8": ("data.json", b'[\n{"text": "a"},\n{"text": "\xff"}]', "line 3: byte 0xff is not UTF-8 text"),
+    "text not UTF-8": ("data.txt", b"a\nb\xff\n", "line 2: byte 0xff is not UTF-8 text. Save the file as UTF-8"),
+    "csv not UTF-8": ("data.csv", b"text\na\nb\xff\n", "line 3: byte 0xff is not UTF-8 text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_line_is_named(name, streaming, checkpoint, tmp_path, capsys):
+    file, content, message = FAULTS[name]
+    (tmp_path / file).write_bytes(content)
+    stream = {"dataset_streaming": True, "max_steps": 30} if streaming else {}
+    recipe = write_recipe(tmp_path, checkpoint, tmp_path / file, per_device_train_batch_size=1, **stream)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", str(recipe)])
+    torch.set_flush_denormal(False)
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert f"{tmp_path / file}, {message}" in line
+
+
+def test_messages_without_content_are_named(checkpoint, tmp_path, capsys):
+    good, bad = ([{"role": "user", "content": "a"}, {"role": "assistant", **more}] for more in ({"content": "b"}, {}))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in (good, bad)))
+    recipe = write_recipe(tmp_path, checkpoint, tmp_path / "data.jsonl")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(recipe)])
+    assert "data.jsonl, line 2: 'messages' is " in capsys.readouterr().err
+
+
+def test_the_files_of_a_folder_and_of_a_mixture_are_searched(checkpoint, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_bytes(spoilt("{"))
+    mixture = {"dataset_name": None, "datasets": [{"path": "json", "data_files": str(tmp_path / "folder" / "*.jsonl")}]}
+    for source in ({"dataset_name": str(tmp_path / "folder")}, mixture):
+        recipe = write_recipe(tmp_path, checkpoint, tmp_path, **source)
+        with pytest.raises(RecipeError, match=r"folder/train\.jsonl, line 11: Expecting property name"):
+            Recipe.read(["--config", str(recipe)]).load_datasets()
