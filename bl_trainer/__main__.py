@@ -33,6 +33,7 @@ def train(argv: list[str]) -> None:
             quantization_config=recipe.quantization_config,
             peft_config=recipe.peft_config,
         )
+        trainer.recipe = recipe.given
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow

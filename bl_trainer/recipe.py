@@ -5,7 +5,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class Recipe:
     """A recipe, checked as far as it can be without loading data or model.
 
     `script`, `model`, `mixture`: TRL's own dataclasses; `training`: a `BLConfig`; `options`: the verb's own, if it has any.
+    `given`: the keys as file and command line give them, without secrets, to be recorded.
     """
 
     script: ScriptArguments
@@ -137,6 +138,7 @@ class Recipe:
     model: ModelConfig
     mixture: DatasetMixtureConfig
     options: Any = None
+    given: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, argv: list[str], verb: str = "train", options: type | None = None) -> "Recipe":
@@ -157,6 +159,7 @@ class Recipe:
         for key in sorted(own & config.keys()):
             raise RecipeError(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
         parser.check(config, argv)
+        given = dict(config)
         os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
         try:
             parser.set_defaults_with_config(**config)
@@ -165,6 +168,9 @@ class Recipe:
             on_cpu = " On a machine without a GPU write `use_cpu: true`." if "bf16/gpu" in str(error) else ""
             raise RecipeError(_sentence(error) + on_cpu) from error
         recipe = cls(script, training, model, mixture, *rest)
+        for part in (script, training, model, mixture):
+            given |= {key: value for key, value in vars(part).items() if parser.is_given(key, argv)}
+        recipe.given = _without_secrets(given)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
         return recipe
 
@@ -307,6 +313,8 @@ class Recipe:
             value = getattr(self.training, key)
             if value is not None and not isinstance(value, dict):
                 raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
+            if any("token" in name for name in value or {}):
+                raise RecipeError(f"A token in `{key}` would be logged. Put it in the environment variable HF_TOKEN instead.")
         self._check_training()
         self._check_data()
         self._check_model(given)
@@ -431,12 +439,15 @@ def _load_yaml(paths: list[str]) -> dict[str, Any]:
     path = Path(paths[0])
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        raise RecipeError(f"Can't read the recipe {path}: line {line}: {error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"Can't read the recipe {path}: {_sentence(error)}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
     if not isinstance(config.get("env", {}), dict):
-        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {config['env']!r}.")
+        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
     for key in config:
         if str(key).endswith("_strategy") and config[key] is False:
             config[key] = "no"  # what YAML makes of an unquoted no
@@ -451,6 +462,14 @@ def _load_yaml(paths: list[str]) -> dict[str, Any]:
             if key not in allowed:
                 raise RecipeError(f"Unknown key {key!r} in `datasets`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
     return config
+
+
+def _without_secrets(given: dict[str, Any]) -> dict[str, Any]:
+    """Return recipe keys with the values of `env` and of tokens left out."""
+    hidden: dict[str, Any] = {key: "<redacted>" for key in given if key.endswith("_token")}
+    if "env" in given:
+        hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
+    return {**given, **hidden}
 
 
 def _unknown(key: str, value: Any, known: list[str], program: str) -> str:

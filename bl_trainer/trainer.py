@@ -87,6 +87,9 @@ class BLConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "hub_token": None}  # transformers pickles its arguments into every checkpoint
+
     def __post_init__(self) -> None:
         objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
         if isinstance(self.objective, Objective):
@@ -116,6 +119,7 @@ class BLTrainer(SFTTrainer):
     `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s.
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
+    `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
     `compute_loss_func` is refused, and so is a PEFT adapter on the LM head (`ValueError`).
 
     It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
@@ -181,6 +185,7 @@ class BLTrainer(SFTTrainer):
             self.remove_callback(JITCheckpointCallback)
             self.add_callback(self._sigterm)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        self.recipe: dict[str, Any] | None = None
         self._first_step = 0  # of this process; a resumed run begins later
 
     @property
@@ -458,6 +463,7 @@ class BLTrainer(SFTTrainer):
         return {
             "objective": self.objective.to_dict(),
             "threshold": self.threshold.to_dict(),
+            "recipe": self.recipe,
             "processes": self.accelerator.num_processes,
             "save_only_model": self.args.save_only_model,
             "versions": {package: version(package) for package in packages},
