@@ -24,7 +24,8 @@ from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
 from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
-from .recipe import Recipe, RecipeError
+from .parser import RecipeError
+from .recipe import Recipe
 from .statistics import Comparison, Measurement
 from .trainer import BLTrainer
 

@@ -262,14 +262,19 @@ class Objective:
                 )
 
     def _try(self, tokens: dict[str, Any]) -> Any:
+        before = {name: value.detach().clone() for name, value in tokens.items() if isinstance(value, Tensor)}
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(0)  # an objective may draw at random for each token
-                return self(**tokens)
+                cost = self(**tokens)
         except Exception as error:
             raise ValueError(
                 f"Objective {self.name!r} failed when tried on a few tokens: {type(error).__name__}: {error}"
             ) from error
+        for name, value in before.items():
+            if not torch.equal(tokens[name], value):
+                raise ValueError(f"Objective {self.name!r} changes `{name}` in place, which others use too. Make a new tensor.")
+        return cost
 
 
 def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
@@ -453,7 +458,9 @@ def _from_json(key: str, value: Any, example: str) -> Any:
 
 
 def _to_exponent(value: Any) -> Any:
-    """Read `1e-3`, which YAML takes for text; other text may be meant as such."""
+    """Read `1e-3`, which YAML takes for text; other text may be meant as such. torch has no whole numbers beyond 64 bits."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return float(value) if abs(value) < 10**300 else math.copysign(math.inf, value)
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if is_number else value
 

@@ -9,90 +9,26 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from accelerate.utils import is_bnb_available
-from datasets.exceptions import DatasetsError
 from peft import PeftConfig
-from transformers import BitsAndBytesConfig, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler, set_seed
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    TrlParser,
     get_dataset,
     get_peft_config,
     get_quantization_config,
 )
-from trl.scripts.utils import DatasetConfig
 
 from .checkpoint import CheckpointError, last_whole, refuse_other_model, refuse_other_recipe, why_broken
 from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import _nearest
+from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .statistics import MeasurementError
 from .trainer import METRICS, BLConfig, refuse_lm_head_adapter
-
-
-class RecipeError(ValueError):
-    """A mistake in a recipe or in what it points to; the message is one sentence for the user."""
-
-
-# Keys of older recipes and what to write instead: the fields of TRL 0.8 to 1.15's and transformers 4.30 to 5.3's
-# dataclasses that are gone, and those of the alignment handbook. Read only for keys that the installed versions lack.
-REPLACED = {
-    "max_seq_length": "max_length: {value}",
-    "torch_dtype": "dtype: {value}",
-    "use_liger": "use_liger_kernel: {value}",
-    "dataset_batch_size": None,
-    "num_of_sequences": None,
-    "chars_per_token": None,
-    "gradient_checkpointing_use_reentrant": "gradient_checkpointing_kwargs: {{use_reentrant: {value}}}",
-    "response_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
-    "instruction_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
-    "dataset_mixer": "datasets: [{{path: ..., split: train, fraction: ...}}]",
-    "dataset_mixture": "datasets: [{{path: ..., split: train, fraction: ...}}], and test_split_size",
-    "dataset_splits": "dataset_train_split and dataset_test_split",
-    "dataset_configs": "dataset_config: ...",
-    "text_column": "dataset_text_field: {value}",
-    "preprocessing_num_workers": "dataset_num_proc: {value}",
-    "chat_template": "chat_template_path: template.jinja",
-    "tokenizer_name_or_path": "chat_template_path: {value}, if it was for the chat template",
-    "use_flash_attention_2": "attn_implementation: flash_attention_2",
-    "evaluation_strategy": "eval_strategy: {value}",
-    "warmup_ratio": "warmup_steps: {value}  (a value below 1 is a share of all steps)",
-    "overwrite_output_dir": None,
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "adafactor": "optim: adafactor",
-    "no_cuda": "use_cpu: {value}",
-    "use_mps_device": None,
-    "use_ipex": None,
-    "jit_mode_eval": None,
-    "past_index": None,
-    "mp_parameters": None,
-    "tpu_num_cores": None,
-    "tpu_metrics_debug": None,
-    "ray_scope": None,
-    "save_safetensors": None,
-    "use_legacy_prediction_loop": None,
-    "logging_dir": "report_to: tensorboard, with the folder in the environment variable TENSORBOARD_LOGGING_DIR",
-    "include_inputs_for_metrics": "include_for_metrics: [inputs]",
-    "include_tokens_per_second": "include_num_input_tokens_seen: true",
-    "per_gpu_train_batch_size": "per_device_train_batch_size: {value}",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size: {value}",
-    "push_to_hub_model_id": "hub_model_id: {value}",
-    "push_to_hub_organization": "hub_model_id: {value}/MODEL",
-    "push_to_hub_token": "hub_token: ...",
-    "fp16_backend": None,
-    "half_precision_backend": None,
-    "fp16_opt_level": None,
-    "sharded_ddp": "fsdp: full_shard",
-    "fsdp_min_num_params": "fsdp_config: {{min_num_params: {value}}}",
-    "fsdp_transformer_layer_cls_to_wrap": "fsdp_config: {{transformer_layer_cls_to_wrap: [{value}]}}",
-    "dispatch_batches": "accelerator_config: {{dispatch_batches: {value}}}",
-    "split_batches": "accelerator_config: {{split_batches: {value}}}",
-    "torchdynamo": "torch_compile_backend: {value}",
-    "xpu_backend": "ddp_backend: {value}",
-}
 
 # Keys that do nothing unless another is set: key -> (the other key, what to write). Naming the other key, even to switch
 # it off, is taken for a decision.
@@ -148,11 +84,11 @@ class Recipe:
         """
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         own = {f.name for f in fields(options)} if options else set()
-        parser = _Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl_trainer {verb}", allow_abbrev=False)
+        parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl_trainer {verb}", allow_abbrev=False)
         config: dict[str, Any] = {}
         if "--config" in argv:
             index = argv.index("--config")
-            config = _load_yaml(argv[index + 1 : index + 2])
+            config = load_yaml(argv[index + 1 : index + 2])
             argv = argv[:index] + argv[index + 2 :]
         if not config and not parser.is_given("model_name_or_path", argv) and not {"-h", "--help"} & set(argv):
             raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`.")
@@ -161,16 +97,11 @@ class Recipe:
         parser.check(config, argv)
         given = dict(config)
         os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
-        try:
-            parser.set_defaults_with_config(**config)
-            script, training, model, mixture, *rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            on_cpu = " On a machine without a GPU write `use_cpu: true`." if "bf16/gpu" in str(error) else ""
-            raise RecipeError(_sentence(error) + on_cpu) from error
+        script, training, model, mixture, *rest = parser.parse(config, argv)
         recipe = cls(script, training, model, mixture, *rest)
         for part in (script, training, model, mixture):
             given |= {key: value for key, value in vars(part).items() if parser.is_given(key, argv)}
-        recipe.given = _without_secrets(given)
+        recipe.given = without_secrets(given)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
         return recipe
 
@@ -206,7 +137,7 @@ class Recipe:
             raise
         except Exception as error:  # the libraries raise many kinds for a broken file
             source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
-            why = "a file is empty" if isinstance(error, StopIteration) else _sentence(error)
+            why = "a file is empty" if isinstance(error, StopIteration) else sentence(error)
             fault = find_fault(self._files())
             raise RecipeError(
                 f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
@@ -300,7 +231,7 @@ class Recipe:
             refuse_other_recipe(str(checkpoint), self.training)
             refuse_other_model(str(checkpoint), str(self.model.model_name_or_path), self.model.use_peft)
         except ValueError as error:
-            raise RecipeError(_sentence(error)) from error
+            raise RecipeError(sentence(error)) from error
 
     def _check(self, given: set[str]) -> None:
         for key in sorted(given & NEEDS.keys()):
@@ -334,6 +265,7 @@ class Recipe:
                 raise RecipeError(f"`{key}: {getattr(training, key)}` must be above 0.")
         if training.learning_rate < 0:
             raise RecipeError(f"`learning_rate: {training.learning_rate}` must not be negative.")
+        self._check_optimizer()
         if training.eval_on_start and training.eval_strategy == "no":
             raise RecipeError("`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`.")
         reported = [*METRICS, "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
@@ -342,13 +274,42 @@ class Recipe:
             near = _nearest(best, [f"eval_{name}" for name in reported])
             raise RecipeError(f"`metric_for_best_model: {best}` is not reported.{near} Allowed: {', '.join(reported)}.")
 
+    def _check_optimizer(self) -> None:
+        """Build a tiny optimizer and schedule, since the libraries would complain only when the model is there."""
+        training: Any = self.training
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(training)
+        except Exception as error:  # of whatever package the optimizer comes from
+            if "model" not in str(error):  # which some need
+                given = f" with `optim_args: {training.optim_args}`" if training.optim_args else ""
+                raise RecipeError(f"`optim: {training.optim.value}`{given} can't be had: {sentence(error)}") from error
+        try:
+            get_scheduler(
+                training.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
+                num_warmup_steps=training.get_warmup_steps(100),
+                num_training_steps=100,
+                scheduler_specific_kwargs=training.lr_scheduler_kwargs or {},
+            )
+        except Exception as error:
+            what = f"`lr_scheduler_type: {training.lr_scheduler_type.value}`"
+            given = f" with `lr_scheduler_kwargs: {training.lr_scheduler_kwargs}`" if training.lr_scheduler_kwargs else ""
+            raise RecipeError(f"{what}{given} can't be had: {sentence(error)}") from error
+
     def _check_data(self) -> None:
         script, mixture = self.script, self.mixture
         if bool(mixture.datasets) == bool(script.dataset_name):
             both = "names both `dataset_name` and `datasets`" if script.dataset_name else "names no data set"
             raise RecipeError(f"The recipe {both}. Write one of `dataset_name: ...` and `datasets: [{{path: ...}}]`.")
         if (script.dataset_streaming or mixture.streaming) and self.training.max_steps <= 0:
-            raise RecipeError("A streamed data set has no length. Write `max_steps: ...`, the number of training steps.")
+            key = "streaming" if mixture.streaming else "dataset_streaming"
+            raise RecipeError(f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps.")
+        template = self.training.chat_template_path
+        if template and not Path(template).is_file():  # a model whose template is taken
+            try:
+                AutoTokenizer.from_pretrained(template)
+            except Exception as error:  # it can be told in many ways that there is no such model
+                raise RecipeError(f"`chat_template_path: {template}` has no tokenizer: {sentence(error)}") from error
         if mixture.streaming and mixture.test_split_size is not None:
             raise RecipeError("`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`.")
 
@@ -363,122 +324,14 @@ class Recipe:
                 raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")
         quantised = model.load_in_4bit or model.load_in_8bit
         if quantised and not model.use_peft:
-            raise RecipeError("A model in 4 or 8 bits can't be trained as it is. Write `use_peft: true` for QLoRA.")
+            key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+            raise RecipeError(f"`{key}`: such a model can't be trained as it is. Write `use_peft: true` for QLoRA.")
         if quantised and not is_bnb_available():
             raise RecipeError("`load_in_4bit` and `load_in_8bit` need bitsandbytes. Run `pip install bitsandbytes`.")
         try:
             refuse_lm_head_adapter(self.peft_config)
         except ValueError as error:
-            raise RecipeError(_sentence(error)) from error
-
-
-class _Parser(TrlParser):
-    """TRL's parser, made to reject what it would ignore and to end in one sentence."""
-
-    def error(self, message: str) -> Any:
-        raise RecipeError(message[:1].upper() + message[1:] + ".")
-
-    @property
-    def known(self) -> list[str]:
-        """All recipe keys."""
-        return [action.dest for action in self._actions if action.dest != "help"]
-
-    def is_given(self, key: str, argv: list[str]) -> bool:
-        """Whether the command line sets `key`."""
-        options = {o for action in self._actions if action.dest == key for o in action.option_strings}
-        return any(arg.split("=", 1)[0] in options for arg in argv)
-
-    def check(self, config: dict[str, Any], argv: list[str]) -> None:
-        """Raise RecipeError on a key that does not exist or a value that argparse takes from a file unseen."""
-        known = self.known
-        for key, value in config.items():
-            if key not in known and key != "env":
-                raise RecipeError(_unknown(str(key), value, known, self.prog))
-        options = self._option_string_actions
-        for i, arg in enumerate(argv):
-            option, _, value = arg.partition("=")
-            if option.startswith("--") and option not in options:
-                value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog))
-        for action in self._actions:
-            if action.dest in config and config[action.dest] is not None:
-                _check_yaml_value(action.dest, action, config[action.dest])
-
-
-def _check_yaml_value(key: str, action: Any, value: Any) -> None:
-    is_flag = getattr(action, "const", None) is True
-    wrong_type = (
-        (action.type is int and (isinstance(value, (bool, list, dict)) or (isinstance(value, float) and value % 1)))
-        or (action.type is float and isinstance(value, (bool, list, dict)))
-        or (is_flag and not isinstance(value, (bool, str)))
-    )
-    if wrong_type:
-        wanted = "true or false" if is_flag else {int: "a whole number", float: "a number"}[action.type]
-        raise RecipeError(f"`{key}: {value}` is of the wrong type. Write {wanted}.")
-    if action.choices and value not in action.choices:
-        near = _nearest(value, map(str, action.choices))
-        raise RecipeError(f"`{key}: {value}` is not allowed.{near} Allowed: {', '.join(map(str, action.choices))}.")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML, except that a key given twice is an error; plain YAML takes the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise RecipeError(f"The recipe gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(paths: list[str]) -> dict[str, Any]:
-    if not paths:
-        raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
-    path = Path(paths[0])
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
-        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
-        raise RecipeError(f"Can't read the recipe {path}: line {line}: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Can't read the recipe {path}: {_sentence(error)}") from error
-    if not isinstance(config, dict):
-        raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
-    if not isinstance(config.get("env", {}), dict):
-        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
-    for key in config:
-        if str(key).endswith("_strategy") and config[key] is False:
-            config[key] = "no"  # what YAML makes of an unquoted no
-    entries = config.get("datasets") or []
-    if not isinstance(entries, list):
-        raise RecipeError(f"`datasets` must be a list of mappings with `path`, got {entries!r}.")
-    for entry in entries:
-        allowed = [f.name for f in fields(DatasetConfig)]
-        if not isinstance(entry, dict) or "path" not in entry:
-            raise RecipeError(f"Each of `datasets` must be a mapping with `path`, got {entry!r}.")
-        for key in entry:
-            if key not in allowed:
-                raise RecipeError(f"Unknown key {key!r} in `datasets`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
-    return config
-
-
-def _without_secrets(given: dict[str, Any]) -> dict[str, Any]:
-    """Return recipe keys with the values of `env` and of tokens left out."""
-    hidden: dict[str, Any] = {key: "<redacted>" for key in given if key.endswith("_token")}
-    if "env" in given:
-        hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
-    return {**given, **hidden}
-
-
-def _unknown(key: str, value: Any, known: list[str], program: str) -> str:
-    if key in REPLACED:
-        line = REPLACED[key]
-        value = str(value).lower() if isinstance(value, bool) else value
-        what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
-        return f"`{key}` is not a recipe key any more. {what}"
-    return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all keys."
+            raise RecipeError(sentence(error)) from error
 
 
 def _check_writable(folder: Path) -> None:
@@ -488,12 +341,6 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise RecipeError(f"`output_dir: {folder}` can't be written: {error.strerror}. Write another `output_dir`.") from error
-
-
-def _sentence(error: BaseException) -> str:
-    """An exception's message on one line."""
-    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
-    return " ".join(f"{error}{cause}".split()) or type(error).__name__
 
 
 def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False, traced: bool = False) -> None:
@@ -509,5 +356,5 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
         where = "" if is_ours else f"{type(error).__name__}: "
         fault = recipe.data_fault() if recipe and not is_ours else None
         more = "" if is_ours else f"{f' ({fault})' if fault else ''} (BL_TRACEBACK=1 shows where)"
-        print(f"error: {where}{_sentence(error)}{more}", file=sys.stderr)
+        print(f"error: {where}{sentence(error)}{more}", file=sys.stderr)
     sys.exit(2)

@@ -25,7 +25,8 @@ from bl_trainer.__main__ import main
 from bl_trainer.annotation import Annotation, group_name, template_mask, token_texts
 from bl_trainer.continuum import ANCHORS, CUTS, gradient_mass, objective_name, place, recommend, sweep_yaml
 from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
-from bl_trainer.recipe import Recipe, RecipeError
+from bl_trainer.parser import RecipeError
+from bl_trainer.recipe import Recipe
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
 

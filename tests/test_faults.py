@@ -21,7 +21,8 @@ from test_trainer import Ordered, build, train, weights
 from bl_trainer.__main__ import main
 from bl_trainer.checkpoint import CheckpointError, why_broken
 from bl_trainer.interruption import LossError
-from bl_trainer.recipe import Recipe, RecipeError
+from bl_trainer.parser import RecipeError
+from bl_trainer.recipe import Recipe
 
 # Its server imports the libraries once, and computes nothing, so that forks of it are sound
 SERVER = multiprocessing.get_context("forkserver")

@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 from bl_trainer import Objective, Threshold
 from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
-from bl_trainer.recipe import DATACLASSES, Recipe, _Parser
+from bl_trainer.parser import Parser
+from bl_trainer.recipe import DATACLASSES, Recipe
 from bl_trainer.trainer import METRICS, BLTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +90,7 @@ def test_map_of_the_papers_spellings():
 
 
 def test_yaml_snippets():
-    known = _Parser(DATACLASSES).known
+    known = Parser(DATACLASSES).known
     for block in blocks("yaml"):
         for line in block.splitlines():
             ((key, value),) = yaml.safe_load(line).items()
@@ -131,7 +132,7 @@ def test_table_of_diagnose_options():
 
 
 def test_recipe_keys_in_the_text_exist():
-    known = {*_Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
+    known = {*Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
     for key in re.findall(r"`(\w+): ", README):
         assert key in known | {"normalize", "objective"}, key
 

@@ -13,7 +13,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
 from bl_trainer.__main__ import main
-from bl_trainer.recipe import NEEDS, REPLACED, Recipe, RecipeError
+from bl_trainer.parser import REPLACED, RecipeError
+from bl_trainer.recipe import NEEDS, Recipe
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
 
@@ -118,7 +119,7 @@ BAD_RECIPES = [
         "Unknown key 'spilt' in `datasets`. Did",
     ),
     ({"dataset_name": None, "datasets": "json"}, "`datasets` must be a list of mappings with `path`, got 'json'."),
-    ({"dataset_streaming": True}, "A streamed data set has no length. Write `max_steps: ...`"),
+    ({"dataset_streaming": True}, "A streamed data set (`dataset_streaming: true`) has no length. Write `max_steps: ...`"),
     (
         {"dataset_name": None, "datasets": [{"path": "json"}], "streaming": True, "max_steps": 1, "test_split_size": 0.1},
         "`test_split_size` can't split a streamed mixture.",
@@ -144,7 +145,7 @@ BAD_RECIPES = [
     ({"test_split_size": 0.1}, "`test_split_size` does nothing without `datasets`."),
     ({"packing_strategy": "bfd_split"}, "`packing_strategy` does nothing without `packing`."),
     ({"ignore_bias_buffers": True}, "`ignore_bias_buffers` does nothing in SFT."),
-    ({"load_in_4bit": True}, "A model in 4 or 8 bits can't be trained as it is. Write `use_peft: true` for QLoRA."),
+    ({"load_in_4bit": True}, "`load_in_4bit`: such a model can't be trained as it is. Write `use_peft: true` for QLoRA."),
     ({"packing_strategy": "bdf", "packing": True}, "`packing_strategy: bdf` is not allowed. Did you mean 'bfd'?"),
     ({"learning_rate": "fast"}, "Argument --learning_rate/--learning-rate: invalid float value: 'fast'."),
     ({"learning_rate": [1e-4]}, "`learning_rate: [0.0001]` is of the wrong type. Write a number."),

@@ -1,0 +1,255 @@
+"""The strict parser of recipes: which keys there are, and what may stand behind them."""
+
+import math
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from datasets.exceptions import DatasetsError
+from trl import TrlParser
+from trl.scripts.utils import DatasetConfig
+
+from .objectives import _nearest
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe or in what it points to; the message is one sentence for the user."""
+
+
+# Keys of older recipes and what to write instead: the fields of TRL 0.8 to 1.15's and transformers 4.30 to 5.3's
+# dataclasses that are gone, and those of the alignment handbook. Read only for keys that the installed versions lack.
+REPLACED = {
+    "max_seq_length": "max_length: {value}",
+    "torch_dtype": "dtype: {value}",
+    "use_liger": "use_liger_kernel: {value}",
+    "dataset_batch_size": None,
+    "num_of_sequences": None,
+    "chars_per_token": None,
+    "gradient_checkpointing_use_reentrant": "gradient_checkpointing_kwargs: {{use_reentrant: {value}}}",
+    "response_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
+    "instruction_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
+    "dataset_mixer": "datasets: [{{path: ..., split: train, fraction: ...}}]",
+    "dataset_mixture": "datasets: [{{path: ..., split: train, fraction: ...}}], and test_split_size",
+    "dataset_splits": "dataset_train_split and dataset_test_split",
+    "dataset_configs": "dataset_config: ...",
+    "text_column": "dataset_text_field: {value}",
+    "preprocessing_num_workers": "dataset_num_proc: {value}",
+    "chat_template": "chat_template_path: template.jinja",
+    "tokenizer_name_or_path": "chat_template_path: {value}, if it was for the chat template",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+    "evaluation_strategy": "eval_strategy: {value}",
+    "warmup_ratio": "warmup_steps: {value}  (a value below 1 is a share of all steps)",
+    "overwrite_output_dir": None,
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "adafactor": "optim: adafactor",
+    "no_cuda": "use_cpu: {value}",
+    "use_mps_device": None,
+    "use_ipex": None,
+    "jit_mode_eval": None,
+    "past_index": None,
+    "mp_parameters": None,
+    "tpu_num_cores": None,
+    "tpu_metrics_debug": None,
+    "ray_scope": None,
+    "save_safetensors": None,
+    "use_legacy_prediction_loop": None,
+    "logging_dir": "report_to: tensorboard, with the folder in the environment variable TENSORBOARD_LOGGING_DIR",
+    "include_inputs_for_metrics": "include_for_metrics: [inputs]",
+    "include_tokens_per_second": "include_num_input_tokens_seen: true",
+    "per_gpu_train_batch_size": "per_device_train_batch_size: {value}",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size: {value}",
+    "push_to_hub_model_id": "hub_model_id: {value}",
+    "push_to_hub_organization": "hub_model_id: {value}/MODEL",
+    "push_to_hub_token": "hub_token: ...",
+    "fp16_backend": None,
+    "half_precision_backend": None,
+    "fp16_opt_level": None,
+    "sharded_ddp": "fsdp: full_shard",
+    "fsdp_min_num_params": "fsdp_config: {{min_num_params: {value}}}",
+    "fsdp_transformer_layer_cls_to_wrap": "fsdp_config: {{transformer_layer_cls_to_wrap: [{value}]}}",
+    "dispatch_batches": "accelerator_config: {{dispatch_batches: {value}}}",
+    "split_batches": "accelerator_config: {{split_batches: {value}}}",
+    "torchdynamo": "torch_compile_backend: {value}",
+    "xpu_backend": "ddp_backend: {value}",
+}
+
+
+class Parser(TrlParser):
+    """TRL's parser, made to reject what it would ignore and to end in one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise RecipeError(message[:1].upper() + message[1:] + ".")
+
+    @property
+    def known(self) -> list[str]:
+        """All recipe keys."""
+        return [action.dest for action in self._actions if action.dest != "help"]
+
+    def is_given(self, key: str, argv: list[str]) -> bool:
+        """Whether the command line sets `key`."""
+        options = {o for action in self._actions if action.dest == key for o in action.option_strings}
+        return any(arg.split("=", 1)[0] in options for arg in argv)
+
+    def check(self, config: dict[str, Any], argv: list[str]) -> None:
+        """Raise RecipeError on a key that does not exist or a value that argparse takes from a file unseen."""
+        known = self.known
+        for key, value in config.items():
+            if key not in known and key != "env":
+                raise RecipeError(_unknown(str(key), value, known, self.prog))
+        options = self._option_string_actions
+        for i, arg in enumerate(argv):
+            option, _, value = arg.partition("=")
+            if option.startswith("--") and option not in options:
+                value = value or (argv[i + 1] if i + 1 < len(argv) else "")
+                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog))
+        hints = {key: hint for each in self.dataclass_types for key, hint in get_type_hints(each).items()}
+        for action in self._actions:
+            if action.dest in config:
+                config[action.dest] = _checked(action, hints[action.dest], config[action.dest])
+
+    def parse(self, config: dict[str, Any], argv: list[str]) -> list[Any]:
+        """Return the dataclasses that keys of a file and a command line make, the latter winning. Raises RecipeError."""
+        try:
+            return self._parse(config, argv)
+        except RecipeError:
+            raise
+        except Exception as error:  # of the libraries' checks, which are of many kinds and seldom name the key
+            message = sentence(error)
+            if "bf16/gpu" in message:
+                message += " On a machine without a GPU write `use_cpu: true`."
+            key = None if any(key in message for key in self.known) else self._culprit(config, argv)
+            message = f"`{key}: {without_secrets(config)[key]}`: {message}" if key else message
+            raise RecipeError(message) from error
+
+    def _parse(self, config: dict[str, Any], argv: list[str]) -> list[Any]:
+        parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)
+        parser.set_defaults_with_config(**config)
+        return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+
+    def _culprit(self, config: dict[str, Any], argv: list[str]) -> str | None:
+        """Return the key without which `config` could be parsed, or one of several, or None."""
+        less = dict(config)
+        for key in config:
+            if self._parses({name: value for name, value in config.items() if name != key}, argv):
+                return key
+        for key in reversed(config):
+            del less[key]
+            if self._parses(less, argv):
+                return key
+        return None
+
+    def _parses(self, config: dict[str, Any], argv: list[str]) -> bool:
+        try:
+            self._parse(config, argv)
+        except Exception:  # as in `parse`
+            return False
+        return True
+
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The classes that a type hint allows; of an enumeration and of `Literal`, those of their values."""
+    if get_origin(hint) in (list, dict):
+        return {get_origin(hint)}
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    if get_args(hint):
+        return set().union(*map(_kinds, get_args(hint)))
+    return {str} if isinstance(hint, type) and issubclass(hint, Enum) else {hint}
+
+
+def _checked(action: Any, hint: Any, value: Any) -> Any:
+    """Return a value from a file as it is to be used; raises RecipeError if it isn't what the key takes."""
+    key, kinds = action.dest, _kinds(hint) | ({type(None)} if action.default is None else set())
+    if key in ("objective", "threshold", "resume_from_checkpoint"):  # their own readers check them
+        return value
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"`{key}: {shown}` must be a finite number.")
+    if isinstance(value, float) and float not in kinds and int in kinds and value % 1 == 0:
+        value = int(value)
+    # argparse and the libraries read texts as these
+    takes: dict[type, set[Any]] = {int: {int, float}, str: {str, bool, int, float, list, dict}}
+    if not takes.get(type(value), {type(value)}) & kinds:
+        wanted = " or ".join(NAMES[kind] for kind in NAMES if kind in kinds)
+        how = f"Write {wanted}" if wanted else "A recipe can't give it; see whether `accelerate launch` can"
+        raise RecipeError(f"`{key}: {shown}` is of the wrong type. {how}.")
+    if isinstance(value, str) and list in kinds and str not in kinds and key != "lora_target_modules":
+        value = [value]
+    if isinstance(value, str) and dict in kinds and str not in kinds:
+        raise RecipeError(f"`{key}: {shown}` is of the wrong type. Write a mapping.")
+    if action.choices and value not in action.choices:
+        near = _nearest(value, map(str, action.choices))
+        raise RecipeError(f"`{key}: {shown}` is not allowed.{near} Allowed: {', '.join(map(str, action.choices))}.")
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, except that a key given twice is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise RecipeError(f"The recipe gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(paths: list[str]) -> dict[str, Any]:
+    if not paths:
+        raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
+    path = Path(paths[0])
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        raise RecipeError(f"Can't read the recipe {path}: line {line}: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Can't read the recipe {path}: {sentence(error)}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
+    if not isinstance(config.get("env", {}), dict):
+        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
+    for key in config:
+        if str(key).endswith("_strategy") and config[key] is False:
+            config[key] = "no"  # what YAML makes of an unquoted no
+    entries = config.get("datasets") or []
+    if not isinstance(entries, list):
+        raise RecipeError(f"`datasets` must be a list of mappings with `path`, got {entries!r}.")
+    for entry in entries:
+        allowed = [f.name for f in fields(DatasetConfig)]
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise RecipeError(f"Each of `datasets` must be a mapping with `path`, got {entry!r}.")
+        for key in entry:
+            if key not in allowed:
+                raise RecipeError(f"Unknown key {key!r} in `datasets`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
+    return config
+
+
+def without_secrets(given: dict[str, Any]) -> dict[str, Any]:
+    """Return recipe keys with the values of `env` and of tokens left out."""
+    hidden: dict[str, Any] = {key: "<redacted>" for key in given if key.endswith("_token")}
+    if "env" in given:
+        hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
+    return {**given, **hidden}
+
+
+def _unknown(key: str, value: Any, known: list[str], program: str) -> str:
+    if key in REPLACED:
+        line = REPLACED[key]
+        value = str(value).lower() if isinstance(value, bool) else value
+        what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
+        return f"`{key}` is not a recipe key any more. {what}"
+    return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all keys."
+
+
+def sentence(error: BaseException) -> str:
+    """An exception's message on one line."""
+    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split()) or type(error).__name__
