@@ -324,7 +324,7 @@ def test_logits_that_the_head_would_leave_out_are_refused(tokenizer, text_data, 
     with pytest.raises(ValueError, match="The loss head leaves out what `unpadded_vocab_size` of LlamaForCausalLM does"):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=other)
     monkeypatch.setenv("BL_HEAD", "trl")
-    with pytest.raises(ValueError, match="TRL's loss head, in use since BL_HEAD=trl .* leaves out what `logits_soft_cap`"):
+    with pytest.raises(ValueError, match=r"TRL's loss head, in use since BL_HEAD=trl .* leaves out what `logits_soft_cap`"):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=make_recurrent_gemma(tokenizer))
 
 
@@ -345,6 +345,10 @@ def render():
     rows = [[label, *(OUTCOMES[way, family] for family in FAMILIES), remark] for way, (label, remark) in ROWS.items()]
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def test_every_way_has_a_row():
+    assert ROWS.keys() == {*WAYS, *BEYOND_TRL, *REFUSED, "evaluation", "compute_metrics", "vision_language_packed"}
 
 
 def test_table_in_the_readme():
