@@ -5,12 +5,12 @@ MINIMUM := .venv-minimum
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 # TRL 1.15 has no fused head for the CPU, only Triton's interpreter, which is slow: a part of the trainer's tests
-MINIMUM_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)) or (evaluation_is_exact and neg_p-0.01) \
+MINIMUM_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion) and not qlora) or (evaluation_is_exact and neg_p-0.01) \
 	or aligned or Refusals or recorded or plain_sft or mixture_of
 
 MINIMUM_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart test test-pinned test-minimum lint bench bench-head figures clean
+.PHONY: quickstart test test-pinned test-minimum lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -57,6 +57,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs every cell of the README's table, and writes it
+compatibility: $(VENV)/tests
+	UPDATE_README=1 $(BIN)/python -m pytest tests/test_compatibility.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks

@@ -20,6 +20,9 @@ from .objectives import Price
 
 # Config attributes by which model families multiply their logits
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# and by which they bound them, the first as most do
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+UNKNOWN_TO_HEADS = ("unpadded_vocab_size", "logits_mup_width_multiplier")
 
 
 class Head(NamedTuple):
@@ -46,7 +49,8 @@ class Head(NamedTuple):
         if divisor is not None:
             scales.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
         scale = next((float(scale) for scale in scales if scale is not None), 1.0)
-        return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+        softcaps = (getattr(config, name, None) for name in SOFTCAPS)
+        return cls(weight, bias, scale, next((softcap for softcap in softcaps if softcap is not None), None))
 
 
 def _whole(parameter: Any) -> Any:

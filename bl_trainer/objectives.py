@@ -382,7 +382,8 @@ def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: 
     `kept`: bool tensor; `logp` and the tensors in `statistics`: its shape; both results: its shape, `logp`'s dtype. The
     weight has no gradient. f may be infinite or NaN on tokens that are not kept, since it never sees them.
     """
-    with torch.enable_grad():
+    # Its graph is gone through twice, which activation offloading can't
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         seen = {
             name: torch.where(kept, value, value.new_full((), COIN_FLIP[name])) if isinstance(value, Tensor) else value
             for name, value in {"logp": logp, **statistics}.items()
@@ -399,6 +400,10 @@ def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: 
         cost = cost.detach()
     zero = cost.new_zeros(())
     return torch.where(kept, cost, zero), torch.where(kept, weight, zero)
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 class Price(NamedTuple):

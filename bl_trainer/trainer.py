@@ -16,7 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from peft import PeftConfig
+from peft import PeftConfig, PrefixTuningConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,7 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_other_recipe
-from .head import Head, TokenCosts, add_scoring, objective_head
+from .head import SOFTCAPS, UNKNOWN_TO_HEADS, Head, TokenCosts, add_scoring, objective_head
 from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
@@ -120,7 +120,8 @@ class BLTrainer(SFTTrainer):
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
     `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
-    `compute_loss_func` is refused, and so is a PEFT adapter on the LM head (`ValueError`).
+    `compute_loss_func` is refused (`ValueError`), and so are a PEFT adapter on the LM head, prompt-learning PEFT on packed or
+    flattened examples, and a model that does to its logits what the head doesn't.
 
     It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
     `nll` (nats), `target_prob` (p), `kept_fraction` (share of tokens within the threshold), `gradient_weight` (-f'(p) p, the
@@ -162,7 +163,9 @@ class BLTrainer(SFTTrainer):
                 "`compute_loss_func` would replace the objective. Leave it out, and write your loss as an objective: "
                 '`BLConfig(objective="my_package.losses:my_objective")`.'
             )
-        refuse_lm_head_adapter(given.get("peft_config"))
+        peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
+        refuse_lm_head_adapter(peft_config)
+        refuse_virtual_tokens(peft_config, given.get("args"))
         super().__init__(*args, **kwargs)
         self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
@@ -171,6 +174,7 @@ class BLTrainer(SFTTrainer):
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
         add_scoring(base)
         self.reference_head = self._why_reference_head(base)
+        refuse_other_logits(base, self.reference_head)
         self._observe: Callable[..., None] | None = None
         self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
@@ -584,3 +588,34 @@ def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
             "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
             "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."
         )
+
+
+def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArguments | None) -> None:
+    """Raise ValueError if `peft_config` puts virtual tokens where `args` would share them, or lose them."""
+    if not getattr(peft_config, "is_prompt_learning", False):
+        return
+    packs = getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "wrapped"
+    if packs or getattr(args, "padding_free", False):
+        raise ValueError(
+            "Prompt-learning PEFT knows one example per row: with `packing` or `padding_free` an example would see those "
+            "before it, and the virtual tokens only of the first. Remove both, or take LoRA."
+        )
+    if isinstance(peft_config, PrefixTuningConfig) and getattr(args, "gradient_checkpointing", True):
+        raise ValueError(
+            "Prefix tuning doesn't go with gradient checkpointing, under which transformers drops the prefix. Write "
+            "`gradient_checkpointing: false`."
+        )
+
+
+def refuse_other_logits(model: Any, reference_head: str | None) -> None:
+    """Raise ValueError if the model does something to its logits that the head leaves out.
+
+    `reference_head`: why TRL's head is in use, or None.
+    """
+    config = model.config.get_text_config()
+    for name in (*UNKNOWN_TO_HEADS, *(SOFTCAPS[1:] if reference_head else ())):
+        if getattr(config, name, None) is not None:
+            which = f"TRL's loss head, in use since {reference_head}," if reference_head else "The loss head"
+            raise ValueError(
+                f"{which} leaves out what `{name}` of {type(model).__name__} does to the logits: it would train another model."
+            )

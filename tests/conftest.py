@@ -1,8 +1,11 @@
 """Tiny models, a tokenizer and data, all made here: no test needs the Hub."""
 
+import gc
 import json
 import os
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -21,8 +24,10 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
+from trl.models import get_act_offloading_ctx_manager
 
 disable_progress_bars()
+torch.set_num_threads(1)  # tiny models gain nothing from more
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.:?"
 CHAT_TEMPLATE = (
@@ -31,6 +36,10 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<user>' + message['content'] + '<end>' }}{% endif %}"
     "{% endfor %}"
 )
+
+
+def pytest_collection_finish():
+    gc.freeze()  # each training run ends with a full collection, which would go through all that was imported
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +108,39 @@ def chat_data():
     rng = random.Random(2)
     turn = lambda role: {"role": role, "content": sentence(rng, 3, 15)}  # noqa: E731
     return Dataset.from_list([{"messages": [turn("user"), turn("assistant")] * 2} for _ in range(32)])
+
+
+@pytest.fixture(scope="session")
+def image_data():
+    from PIL import Image
+
+    rng = random.Random(3)
+    image = lambda: Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3))  # noqa: E731
+    turn = lambda role: [{"role": role, "content": sentence(rng, 3, 15)}]  # noqa: E731
+    return Dataset.from_list(
+        [{"images": [image()], "prompt": turn("user"), "completion": turn("assistant")} for _ in range(16)]
+    )
+
+
+@pytest.fixture
+def streamed_data(text_data):
+    return text_data.to_iterable_dataset()
+
+
+@pytest.fixture
+def offloads_from_cpu(monkeypatch):
+    """Activation offloading, which TRL has for accelerators, with the CPU in the place of one."""
+
+    def manager(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            made = get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False)
+        made.device_module = SimpleNamespace(
+            current_stream=lambda: None, stream=lambda stream: nullcontext(), empty_cache=lambda: None
+        )
+        return made
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.get_act_offloading_ctx_manager", manager)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_gemma2, make_llama, make_mixtral
+from conftest import make_llama, make_mixtral
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
+from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.trainer import RECORD_FILE
@@ -19,105 +18,17 @@ from bl_trainer.trainer import RECORD_FILE
 SPECS = ["nll", "neg_p", {"name": "power", "alpha": 10}, {"name": "power", "alpha": -0.5}, "log_one_minus_p"]
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradient of the first optimizer step."""
-
-    def __init__(self):
-        self.first = None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.first is None:
-            self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-class Ordered(BLTrainer):
-    """Takes the training set in its order."""
-
-    def _get_train_sampler(self, *args, **kwargs):
-        return SequentialSampler(self.train_dataset)
-
-
-def build(trainer_class, tokenizer, data, tmp_path, model=None, peft_config=None, eval_data=None, callbacks=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "max_length": None,
-    }
-    config_class = SFTConfig if trainer_class is SFTTrainer else BLConfig
-    return trainer_class(
-        model=make_llama(tokenizer) if model is None else model,
-        args=config_class(**{**defaults, **options}),
-        train_dataset=data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
-
-
-def train(*args, **kwargs):
-    trainer = build(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def first_gradient(*args, **kwargs):
-    seen = Gradients()
-    train(Ordered, *args, callbacks=[seen], **kwargs)
-    return seen.first
-
-
-def relative_difference(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
-WAYS = {
-    "full": {},
-    "lora": {"peft_config": LORA},
-    "lora_trained_head": {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])},
-    "packing": {"packing": True, "max_length": 64},
-    "padding_free": {"padding_free": True},
-    "completion_only": {"data": "pair_data"},
-    "assistant_only": {"data": "chat_data", "assistant_only_loss": True},
-    "mixture_of_experts": {"make": make_mixtral},
-    "softcap": {"make": make_gemma2},
-    "gradient_checkpointing": {"gradient_checkpointing": True},
-    "neftune": {"neftune_noise_alpha": 5.0},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
-    "bf16": {"bf16": True},
-    "tied_head": {"make": lambda tokenizer: make_llama(tokenizer, tie_word_embeddings=True)},
-    "prefix_tuning": {"peft_config": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
-}
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
 def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request, monkeypatch):
     """Bit for bit under TRL's own head."""
     monkeypatch.setenv("BL_HEAD", "trl")
-    options = dict(WAYS[way])
-    data = request.getfixturevalue(options.pop("data", "text_data"))
-    make = options.pop("make", make_llama)
+    processor, data, options = resolve(way, tokenizer, request)
+    make = options.pop("make")
     options |= {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1.0}
-    reference = train(SFTTrainer, tokenizer, data, tmp_path, model=make(tokenizer), loss_type=theirs, **options)
-    trainer = train(BLTrainer, tokenizer, data, tmp_path, model=make(tokenizer), objective=ours, **options)
-    start, expected, actual = dict(make(tokenizer).named_parameters()), weights(reference), weights(trainer)
+    reference = train(SFTTrainer, processor, data, tmp_path, model=make(processor), loss_type=theirs, **options)
+    trainer = train(BLTrainer, processor, data, tmp_path, model=make(processor), objective=ours, **options)
+    start, expected, actual = dict(make(processor).named_parameters()), weights(reference), weights(trainer)
     moved = [name for name, p in expected.items() if name not in start or not torch.equal(p, start[name])]
     assert moved, "the reference didn't train"
     for name, p in expected.items():
@@ -129,23 +40,6 @@ def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request, mon
         assert [x["loss"] for x in trainer.state.log_history if "loss" in x] == [
             x["loss"] for x in reference.state.log_history if "loss" in x
         ]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
-def test_own_head_has_the_gradient_of_trls(way, ours, theirs, tokenizer, tmp_path, request, caplog):
-    options = dict(WAYS[way])
-    data = request.getfixturevalue(options.pop("data", "text_data"))
-    make = options.pop("make", make_llama)
-    gradients = []
-    for trainer_class, own in ((SFTTrainer, {"loss_type": theirs}), (BLTrainer, {"objective": ours})):
-        seen = Gradients()
-        trainer = train(trainer_class, tokenizer, data, tmp_path, model=make(tokenizer), callbacks=[seen], **own, **options)
-        gradients.append(seen.first)
-    expected = "the model has an auxiliary loss of its mixture of experts" if way == "mixture_of_experts" else None
-    assert trainer.reference_head == expected
-    # TRL rounds the logits to bfloat16, ours does not
-    assert relative_difference(*gradients[::-1]) < (0.03 if way == "bf16" else 1e-5)
 
 
 def test_says_which_head(tokenizer, text_data, tmp_path, monkeypatch, capsys):
@@ -163,6 +57,12 @@ def test_sharded_heads_are_trls(kind, tokenizer, text_data, tmp_path, monkeypatc
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sizes)
     monkeypatch.setattr("bl_trainer.trainer.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
     assert (trainer._why_reference_head(trainer.model) is None) is (kind is None)
+
+
+def first_gradient(*args, **kwargs):
+    seen = Gradients()
+    train(Ordered, *args, callbacks=[seen], **kwargs)
+    return seen.first
 
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]

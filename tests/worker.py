@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from conftest import make_llama
 from datasets import Dataset
-from test_trainer import Gradients, Ordered
 from transformers import AutoTokenizer
+from ways import Gradients, Ordered
 
 from bl_trainer import BLConfig
 from bl_trainer.__main__ import end

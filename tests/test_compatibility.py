@@ -1,0 +1,364 @@
+"""Each objective in each way of training that TRL has, against the full logits of plain transformers; the README's table."""
+
+import copy
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import is_peft_model
+from conftest import make_llama
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_trainer import uses_everything
+from trl import SFTTrainer
+from ways import (
+    BEYOND_TRL,
+    WAYS,
+    Gradients,
+    Ordered,
+    build,
+    gradient_of,
+    make_recurrent_gemma,
+    relative_difference,
+    resolve,
+    train,
+    weights,
+)
+
+from bl_trainer import BLTrainer, Threshold
+
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "<!-- compatibility -->\n", "<!-- end of compatibility -->"
+BAND = {"above": 0.02, "below": 0.3}
+
+
+def mixes(logp, entropy):
+    return -torch.expm1(logp - 0.1 * entropy)
+
+
+# Heading in the README; what the recipe says; f in plain torch
+FAMILIES = {
+    "pointwise": ("`neg_p`", {"objective": "neg_p"}, lambda logp, **_: 1 - logp.exp()),
+    "tokens": ("threshold, `tokens`", {"objective": "nll", "threshold": BAND}, lambda logp, **_: -logp),
+    "kept": (
+        "threshold, `kept`",
+        {"objective": {"name": "power", "alpha": 0.5}, "threshold": {**BAND, "normalize": "kept"}},
+        lambda logp, **_: (1 - logp.exp().sqrt()) * 2,
+    ),
+    "entropy": (
+        "with entropy",
+        {"objective": f"{__name__}:mixes"},
+        lambda logp, entropy, **_: 1 - (logp - 0.1 * entropy).exp(),
+    ),
+    "import_path": ("by import path", {"objective": "test_trainer:uses_everything", "threshold": 0.02}, uses_everything),
+}
+IN_BFLOAT16 = "within 0.02: the logits that it is compared with are rounded to 8 bits"
+# Row of the README, and what there is to say about it
+ROWS = {
+    "full": ("full fine-tuning, untied head", ""),
+    "tied_head": ("tied head", ""),
+    "head_with_bias": ("head with a bias (Phi)", ""),
+    "softcap": ("logit soft-capping (Gemma 2)", ""),
+    "softcap_recurrent_gemma": ("logit soft-capping (RecurrentGemma)", "TRL's head leaves it out; under `BL_HEAD=trl` refused"),
+    "logits_scaling": ("logit scaling (Granite)", ""),
+    "logit_scale": ("logit scaling (Cohere)", ""),
+    "mixture_of_experts": ("mixture of experts with auxiliary loss (Mixtral)", ""),
+    "vision_language": ("vision-language (LLaVA), with images", ""),
+    "vision_language_packed": ("vision-language, packed or padding-free", "TRL's limit"),
+    "lora": ("LoRA", ""),
+    "lora_trained_head": ("LoRA, `lora_modules_to_save: [lm_head]`", ""),
+    "lora_on_head": ("LoRA on `lm_head`", "TRL's limit too"),
+    "trainable_tokens": ("LoRA, `trainable_token_indices`, tied head", "under TRL's head an error"),
+    "dora": ("DoRA", ""),
+    "qlora": ("QLoRA (4-bit)", "on a CPU; within 2^-9, since TRL keeps the adapter in bfloat16"),
+    "qlora_trained_head": ("QLoRA, head trained whole, bf16", f"on a CPU; {IN_BFLOAT16}"),
+    "prompt_tuning": ("prompt tuning", ""),
+    "prefix_tuning": ("prefix tuning", ""),
+    "p_tuning": ("p-tuning", ""),
+    "flat_virtual_tokens": ("prompt learning, packed (`bfd`) or padding-free", "PEFT ignores where an example begins"),
+    "checkpointed_prefix": ("prefix tuning with gradient checkpointing", "transformers' limit"),
+    "packing_bfd": ("packing, `bfd`", ""),
+    "packing_bfd_split": ("packing, `bfd_split`", ""),
+    "packing_wrapped": ("packing, `wrapped`", ""),
+    "padding_free": ("padding-free", ""),
+    "completion_only": ("completion-only loss", ""),
+    "assistant_only": ("assistant-only loss", ""),
+    "streaming": ("streaming", ""),
+    "checkpointing": ("gradient checkpointing", ""),
+    "checkpointing_reentrant": ("gradient checkpointing, reentrant", ""),
+    "checkpointing_selective": ("gradient checkpointing, TRL's selective", ""),
+    "activation_offloading": ("activation offloading", "run with the CPU in place of a GPU; TRL has it for accelerators alone"),
+    "compiled": ("`torch_compile`", "backend `eager`; with `inductor` `neg_p` was run"),
+    "bf16": ("bf16", IN_BFLOAT16),
+    "neftune": ("NEFTune", ""),
+    "evaluation": ("evaluation during training", "its metrics are exact, and training goes on as without it"),
+    "compute_metrics": (
+        "`compute_metrics`",
+        "gets all logits, from a second forward pass; `eval_loss` is the objective's",
+    ),
+}
+TOLERANCE = {"bf16": 0.02, "qlora_trained_head": 0.02, "qlora": 2**-9}
+OUTCOMES = {}
+
+
+@pytest.fixture
+def record(way, family):
+    OUTCOMES[way, family] = "✗"
+    return partial(OUTCOMES.__setitem__, (way, family))
+
+
+def passed(trainer):
+    return "✓" if trainer.reference_head is None else "✓ (TRL's head)"
+
+
+class Recording(Ordered):
+    """Keeps the model as it was before training, and each micro-batch with the generator's state."""
+
+    def train(self, *args, **kwargs):
+        self.before, self.seen = copy.deepcopy(self.model), []
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append((dict(inputs), torch.get_rng_state()))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def plain(model, neftune_noise_alpha=None, **_):
+    """Take TRL's and our forward off `model`."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    del base.forward
+    base.gradient_checkpointing_disable()
+
+    def add_noise(module, inputs, embedded):
+        size = neftune_noise_alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
+        return embedded + torch.zeros_like(embedded).uniform_(-size, size)
+
+    if neftune_noise_alpha is not None:
+        base.get_input_embeddings().register_forward_hook(add_noise)
+    return model
+
+
+def statistics_of(logits, labels, progress):
+    """What the model says about the target tokens, from all logits."""
+    labels = torch.nn.functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)[:, 1:]  # virtual tokens
+    rows, label = logits[:, :-1][labels != -100].double().log_softmax(-1), labels[labels != -100]
+    return {
+        "logp": rows.gather(1, label[:, None])[:, 0],
+        "entropy": -(rows.exp() * rows).sum(-1),
+        "log_sum_sq_probs": (2 * rows).logsumexp(-1).detach(),
+        "is_top1": rows.argmax(-1) == label,
+        "label": label,
+        "progress": progress,
+    }
+
+
+def costs(family, statistics):
+    """Return f of each target token, and which of them train."""
+    _, recipe, f = FAMILIES[family]
+    threshold, p = Threshold.parse(recipe.get("threshold")), statistics["logp"].detach().exp()
+    return f(**statistics), (p >= threshold.above) & (p <= threshold.below)
+
+
+def full_logits_gradient(model, batches, family, bf16=False, **_):
+    num_tokens = sum((inputs["labels"][:, 1:] != -100).sum() for inputs, _ in batches)
+    aux_loss_coef = getattr(model.config, "router_aux_loss_coef", 0)
+    for given, state in batches:
+        inputs = {key: value for key, value in given.items() if key not in ("labels", "example_lengths")}
+        if aux_loss_coef:
+            inputs["output_router_logits"] = True
+        torch.set_rng_state(state)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(**inputs, use_cache=False)
+        cost, kept = costs(family, statistics_of(outputs.logits, given["labels"], progress=0.0))
+        loss = cost[kept].sum() / (kept.sum() * len(batches) if family == "kept" else num_tokens)
+        if aux_loss_coef:
+            loss = loss + aux_loss_coef * outputs.aux_loss / len(batches)
+        loss.backward()
+    return gradient_of(model)
+
+
+def assert_gradient(way, family, tokenizer, tmp_path, request, **changes):
+    """Train a step, and return the trainer if its gradient is the oracle's."""
+    processor, data, options = resolve(way, tokenizer, request)
+    seen, recipe = Gradients(), FAMILIES[family][1]
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 0.0, **changes}
+    model = options.pop("make")(processor)
+    trainer = train(Recording, processor, data, tmp_path, model=model, callbacks=[seen], **recipe, **options)
+    assert len(trainer.seen) == 2
+    assert "threshold" not in recipe or 0 < trainer.state.log_history[0]["kept_fraction"] < 1
+    expected = full_logits_gradient(plain(trainer.before, **options).train(), trainer.seen, family, **options)
+    assert relative_difference(seen.first, expected) < TOLERANCE.get(way, 1e-5)
+    return trainer
+
+
+@pytest.mark.parametrize("way", [*WAYS, *BEYOND_TRL])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_that_of_the_full_logits(way, family, tokenizer, tmp_path, request, record):
+    record(passed(assert_gradient(way, family, tokenizer, tmp_path, request)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request, monkeypatch):
+    monkeypatch.setenv("BL_HEAD", "trl")
+    assert_gradient(way, family, tokenizer, tmp_path, request)
+
+
+def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request):
+    assert_gradient("compiled", "pointwise", tokenizer, tmp_path, request, torch_compile_backend="inductor")
+
+
+def expected_metrics(model, data, family, tokenizer, progress):
+    """One example at a time."""
+    parts = []
+    for row in data:
+        ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            parts.append(statistics_of(model(ids).logits, ids, progress))
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "progress"}
+    tensors["logp"].requires_grad_()
+    cost, kept = costs(family, {**tensors, "progress": progress})
+    (slope,) = torch.autograd.grad(cost.sum(), tensors["logp"])
+    logp = tensors["logp"].detach()
+    return {
+        "eval_nll": -logp.mean(),
+        "eval_perplexity": (-logp.mean()).exp(),
+        "eval_target_prob": logp.exp().mean(),
+        "eval_kept_fraction": kept.double().mean(),
+        "eval_gradient_weight": -(slope * kept).mean(),
+        "eval_entropy": tensors["entropy"].mean(),
+        "eval_mean_token_accuracy": tensors["is_top1"].double().mean(),
+        "eval_loss": (cost * kept).sum() / (kept.sum() if family == "kept" else len(cost)),
+    }
+
+
+@pytest.mark.parametrize("way", ["evaluation"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_during_training(way, family, tokenizer, text_data, tmp_path, record):
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, **FAMILIES[family][1]}
+    part = text_data.select(range(7))
+    alone = train(Ordered, tokenizer, text_data, tmp_path, **options)
+    trainer = train(
+        Ordered, tokenizer, text_data, tmp_path, eval_data=part, eval_strategy="steps", eval_steps=1, **options
+    )  # fmt: skip
+    logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(logs) == 2
+    for name, value in expected_metrics(plain(trainer.model).eval(), part, family, tokenizer, progress=1.0).items():
+        assert logs[-1][name] == pytest.approx(value.item(), rel=1e-5), name
+    for name, p in weights(alone).items():
+        assert torch.equal(weights(trainer)[name], p), name
+    record(passed(trainer))
+
+
+@pytest.mark.parametrize("way", ["compute_metrics"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compute_metrics(way, family, tokenizer, text_data, tmp_path, record):
+    part = text_data.select(range(7))
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"seen": len(prediction.predictions)}
+
+    trainer = build(
+        Ordered, tokenizer, text_data, tmp_path, eval_data=part, compute_metrics=compute_metrics,
+        per_device_eval_batch_size=4, **FAMILIES[family][1],
+    )  # fmt: skip
+    metrics, model = trainer.evaluate(), make_llama(tokenizer).eval()
+    assert metrics["eval_seen"] == 7
+    for i, row in enumerate(part):
+        ids = torch.tensor([*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id])
+        torch.testing.assert_close(torch.tensor(seen[0].predictions[i, : len(ids)]), model(ids[None]).logits[0].detach())
+        assert seen[0].label_ids[i].tolist() == [*ids.tolist(), *[-100] * (seen[0].label_ids.shape[1] - len(ids))]
+    for name, value in expected_metrics(model, part, family, tokenizer, progress=0.0).items():
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-5), name
+    record(passed(trainer))
+
+
+PROMPT, PREFIX = (config(task_type="CAUSAL_LM", num_virtual_tokens=3) for config in (PromptTuningConfig, PrefixTuningConfig))
+REFUSED = {
+    "lora_on_head": [(LoraConfig(target_modules=["lm_head"]), {}, "A PEFT adapter on `lm_head` would not train")],
+    "flat_virtual_tokens": [
+        (config, options, "Prompt-learning PEFT knows one example per row")
+        for config in (PROMPT, PREFIX)
+        for options in ({"padding_free": True}, {"packing": True}, {"packing": True, "packing_strategy": "bfd_split"})
+    ],
+    "checkpointed_prefix": [(PREFIX, {"gradient_checkpointing": True}, "Prefix tuning doesn't go with gradient checkpointing")],
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refused_before_the_model_loads(way, family, tokenizer, tmp_path, record):
+    for peft_config, options, message in REFUSED[way]:
+        for model in ("no-such-model", get_peft_model(make_llama(tokenizer), peft_config)):
+            given = {"peft_config": peft_config} if isinstance(model, str) else {}
+            with pytest.raises(ValueError, match=message):
+                build(BLTrainer, tokenizer, None, tmp_path, model=model, **FAMILIES[family][1], **options, **given)
+    record("refused")
+
+
+@pytest.mark.parametrize("way", ["vision_language_packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_images_are_refused_by_trl(way, family, tokenizer, tmp_path, request, record):
+    processor, data, options = resolve("vision_language", tokenizer, request)
+    model = options.pop("make")(processor)
+    for changes in ({"packing": True, "max_length": 64}, {"padding_free": True}):
+        for trainer_class, recipe in ((SFTTrainer, {}), (BLTrainer, FAMILIES[family][1])):
+            with pytest.raises(ValueError, match="not supported for vision datasets"):
+                build(trainer_class, processor, data, tmp_path, model=model, **recipe, **changes)
+    record("refused")
+
+
+def test_activation_offloading_without_an_accelerator_is_trls_limit(tokenizer, text_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'type'"):
+        build(SFTTrainer, tokenizer, text_data, tmp_path, activation_offloading=True)
+
+
+def test_logits_that_the_head_would_leave_out_are_refused(tokenizer, text_data, tmp_path, monkeypatch):
+    other = make_llama(tokenizer)
+    other.config.unpadded_vocab_size = 40
+    with pytest.raises(ValueError, match="The loss head leaves out what `unpadded_vocab_size` of LlamaForCausalLM does"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=other)
+    monkeypatch.setenv("BL_HEAD", "trl")
+    with pytest.raises(ValueError, match=r"TRL's loss head, in use since BL_HEAD=trl .* leaves out what `logits_soft_cap`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_recurrent_gemma(tokenizer))
+
+
+@pytest.mark.parametrize("config", [PROMPT, PREFIX], ids=lambda config: config.peft_type.value)
+def test_virtual_tokens_do_not_know_examples_apart(config, tokenizer, text_data, tmp_path):
+    """Why they are refused: PEFT and transformers alone. Should this fail, they can be allowed."""
+    model = get_peft_model(make_llama(tokenizer), config).eval()
+    one, other = (torch.tensor([tokenizer(text_data[i]["text"])["input_ids"]]) for i in (0, 1))
+    positions = torch.cat([torch.arange(one.shape[1]), torch.arange(other.shape[1])])[None]
+    with torch.no_grad():
+        alone = model(other).logits[0, -other.shape[1] :]
+        flat = model(torch.cat([one, other], 1), position_ids=positions).logits[0, -other.shape[1] :]
+    assert not torch.allclose(flat, alone, rtol=0.1)
+
+
+def render():
+    header = ["", *(heading for heading, _, _ in FAMILIES.values()), ""]
+    rows = [[label, *(OUTCOMES[way, family] for family in FAMILIES), remark] for way, (label, remark) in ROWS.items()]
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def test_every_way_has_a_row():
+    assert ROWS.keys() == {*WAYS, *BEYOND_TRL, *REFUSED, "evaluation", "compute_metrics", "vision_language_packed"}
+
+
+def test_table_in_the_readme():
+    if OUTCOMES.keys() != {(way, family) for way in ROWS for family in FAMILIES}:
+        return  # a part of the cells was selected
+    found, text = render(), README.read_text()
+    before, rest = text.split(MARKERS[0])
+    written, after = rest.split(MARKERS[1])
+    if os.environ.get("UPDATE_README"):
+        assert "✗" not in found, found
+        README.write_text(before + MARKERS[0] + found + MARKERS[1] + after)
+    else:
+        assert written == found, f"The cells found another table; `make compatibility` writes it:\n{found}"
