@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import yaml
-from accelerate.utils import is_bnb_available
+from accelerate.utils import gather_object, is_bnb_available
 from datasets.exceptions import DatasetsError
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, set_seed
@@ -232,8 +232,19 @@ class Recipe:
         """Return the checkpoint to resume from, or None for a new run.
 
         `resume_from_checkpoint: true` takes the last one in `output_dir`, and starts anew where there is none, so that the
-        same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run.
+        same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run, and if
+        the machines see different ones.
         """
+        own = self._own_checkpoint()
+        names = sorted({Path(path).name if path else "none" for path in gather_object([own])})
+        if len(names) > 1:
+            raise RecipeError(
+                f"`resume_from_checkpoint` finds {' on one machine, '.join(names)} on another. Put `output_dir` where all "
+                "machines see it, or copy the checkpoint to each."
+            )
+        return own
+
+    def _own_checkpoint(self) -> str | None:
         resume, folder = str(self.training.resume_from_checkpoint or False), Path(self.training.output_dir or ".")
         whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # a killed run may leave a part
         last = max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)

@@ -193,11 +193,17 @@ class BLTrainer(SFTTrainer):
 
     def observe_instead(self, observe: Callable[..., None], batches: Iterable[dict[str, Any]]) -> None:
         """Run the evaluation loop over `batches` with `observe(model, batch)` in place of an evaluation step."""
+        self._shard()
         self._observe = observe
         try:
             super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
         finally:
             self._observe = None
+
+    def _shard(self) -> None:
+        """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self._observe is None:
@@ -343,6 +349,7 @@ class BLTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        self._shard()
         self.resolve_threshold()
         self._sums["eval"] = None
         processes = self.accelerator.num_processes
@@ -477,6 +484,11 @@ def refuse_bypass(args: TrainingArguments) -> None:
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
+            "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     if parallelism is not None:
         size, backend = parallelism.sp_size, parallelism.sp_backend
@@ -490,6 +502,15 @@ def refuse_bypass(args: TrainingArguments) -> None:
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
             "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
         )
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Return the FSDP version that `args` asks for, or else the launcher; None without FSDP."""
+    own = getattr(args, "fsdp_plugin_args", None)
+    if own is not None:
+        return int(own.get("fsdp_version", 1))
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return int(os.environ.get("FSDP_VERSION", "1")) if launched else None
 
 
 def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
