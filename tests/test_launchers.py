@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -11,27 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import (
-    prepare_deepspeed_cmd_env,
-    prepare_multi_gpu_env,
-    prepare_simple_launcher_cmd_env,
-)
+import torch.distributed.run
+from accelerate import ParallelismConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_llama, write_recipe
 from safetensors.torch import load_file
 from test_processes import free_port
 from test_readme import README, table
+from test_trainer import build
 from transformers import AutoModelForCausalLM
 
-from bl_trainer import BLConfig
-from bl_trainer.recipe import Recipe, RecipeError
+from bl_trainer import BLConfig, BLTrainer
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
 SHARDED = ("fsdp2", "zero2", "zero3", "context_parallel")
 STEPS, SAVED = 6, 3
+# Processes on which a config has trained the weights of one process here; `context_parallel` with a stand-in for attention
+TRIED = {
+    "single_gpu": [1], "ddp": [2, 4], "two_nodes": [4], "fsdp2": [2], "zero2": [2], "zero3": [2], "context_parallel": [4],
+}  # fmt: skip
 METRICS = ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 
@@ -89,6 +88,124 @@ def recipe_in(folder, checkpoint, data, processes, **changes):
     )  # fmt: skip
 
 
+class Started(Exception):
+    """Raised in place of starting processes."""
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Run accelerate's launcher on a command line up to the start of its processes, in their environment."""
+
+    def run(line):
+        words = shlex.split(line)
+        assert words[:2] == ["accelerate", "launch"]
+        args = launch_command_parser().parse_args(words[2:])
+        seen = {}
+
+        def started(command, env=None):
+            seen.update(os.environ if env is None else env)
+            raise Started
+
+        monkeypatch.setattr(torch.distributed.run, "run", started)
+        monkeypatch.setattr("accelerate.commands.launch.subprocess.Popen", started)
+        monkeypatch.chdir(TESTS.parent)
+        with pytest.raises(Started):
+            launch_command(args)
+        return args, seen
+
+    return run
+
+
+ENVIRONMENT = {
+    "single_gpu": {},
+    "ddp": {},
+    "two_nodes": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+    "context_parallel": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_CP_SIZE": "4",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    },
+}
+
+
+def test_every_config_is_in_the_readme_with_how_it_was_tried():
+    rows = {Path(row[0].strip("`")).stem: row for row in table("config")}
+    assert list(rows) == list(TRIED) == list(ENVIRONMENT)
+    assert set(rows) == {path.stem for path in CONFIGS.glob("*.yaml")}
+    for name, row in rows.items():
+        for processes in TRIED[name]:
+            assert str(processes) in row[2].split(), (name, processes)
+    assert "not the attention" in rows["context_parallel"][2]
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_line_in_the_readme_starts_its_config(name, launched):
+    (line,) = (
+        line for line in README.splitlines() if line.startswith(f"accelerate launch --config_file configs/accelerate/{name}")
+    )
+    args, environment = launched(line)
+    known = {key: value for key, value in environment.items() if key in ENVIRONMENT[name]}
+    assert known == ENVIRONMENT[name]
+    for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        assert (switch in environment) is (switch in ENVIRONMENT[name])
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    machines = 2 if name == "two_nodes" else 1
+    assert (args.num_machines, args.num_processes) == (machines, 1 if name == "single_gpu" else 8 * machines)
+    if machines == 2:
+        assert (args.machine_rank, args.main_process_ip, args.main_process_port) == (1, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_recipe_decides_the_precision(name, tmp_path, monkeypatch):
+    """The launcher says none, and the recipe's `bf16` reaches FSDP and DeepSpeed."""
+    for key, value in {**ENVIRONMENT[name], "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(key, value)
+    args = BLConfig(output_dir=str(tmp_path), bf16=True, use_cpu=True, pad_to_multiple_of=8)
+    assert args.mixed_precision == "bf16"
+    if "zero" in name:
+        assert args.deepspeed_plugin.deepspeed_config["bf16"]["enabled"] is True
+    if "ACCELERATE_USE_FSDP" in ENVIRONMENT[name]:
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_mixed_precision(args.mixed_precision)
+        assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    if name == "context_parallel":
+        assert ParallelismConfig().total_size == 8
+
+
+def test_fsdp1_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported: .* Write `fsdp_version: 2` in the launcher's configuration"):
+        BLConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    BLConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize("padding", [None, 4, 12])
+def test_context_parallelism_wants_pieces_of_one_length(padding, tmp_path, monkeypatch):
+    for key, value in ENVIRONMENT["context_parallel"].items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=r"\(cp_size = 4\) cuts sequences into 8 pieces .* Write `pad_to_multiple_of: 8`"):
+        BLConfig(output_dir=str(tmp_path), use_cpu=True, pad_to_multiple_of=padding)
+    BLConfig(output_dir=str(tmp_path), use_cpu=True, pad_to_multiple_of=16)
+
+
+def test_several_gpus_without_a_launcher_are_refused(tokenizer, text_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BLConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"BLTrainer does not support `nn.DataParallel`.*`accelerate launch`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_llama(tokenizer))
+
+
 def largest_difference(one, other):
     """Between two folders' saved weights."""
     (name,) = {path.name for path in one.glob("*.safetensors")}
@@ -129,11 +246,11 @@ def data(pair_data, tmp_path_factory):
 def train(checkpoint, data, tmp_path_factory):
     """Run a config's training on some processes to its end, and return its folder; it may be the rest of a broken run."""
 
-    def run(config, processes, folder=None, **changes):
+    def run(config, processes, launcher=None, folder=None, **changes):
         folder = folder or tmp_path_factory.mktemp(config)
         recipe = recipe_in(folder, checkpoint, data, processes, use_cpu=config not in SHARDED, **changes)
         script = [TESTS / "gloo.py", "train"] if config in SHARDED else [TESTS.parent / "scripts" / "train.py"]
-        codes, errors = finish(start(config, processes, *script, "--config", recipe))
+        codes, errors = finish(start(config, processes, *script, "--config", recipe, **(launcher or {})))
         assert codes == [0], errors[0][-6000:]
         return folder
 
@@ -152,7 +269,7 @@ def one(train):
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", TRIED["ddp"])
 def test_ddp(processes, one, train):
     assert_same(one, train("ddp", processes))
 
@@ -209,6 +326,29 @@ def test_sharded_run_that_loses_a_process_and_goes_on(config, one, train, checkp
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(one / "out").state_dict()
     assert max((whole[key] - wanted[key]).abs().max() for key in wanted) < 1e-5
+
+
+def pieces(data_parallel):
+    return {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": data_parallel}
+
+
+def test_context_parallel(one, train):
+    """Two by two processes; with keys and values gathered, since torch's ring attention has no CPU kernel."""
+    assert_same(one, train("context_parallel", 4, pieces(2), per_device_train_batch_size=4, pad_to_multiple_of=4))
+
+
+def test_context_parallel_counts_the_kept_tokens_of_all_pieces(train):
+    changes = {
+        "threshold": {"above": 0.002, "normalize": "kept"}, "max_steps": 2, "load_best_model_at_end": False,
+        "eval_strategy": "no", "save_steps": 2, "per_device_train_batch_size": 8, "pad_to_multiple_of": 4,
+    }  # fmt: skip
+    logs = []
+    for config, processes, launcher in (("single_gpu", 1, {}), ("context_parallel", 2, pieces(1))):
+        folder = train(config, processes, launcher, **changes)
+        state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "loss" in entry])
+    assert len(logs[0]) == 2
+    assert logs[1] == [pytest.approx(entry, rel=1e-5) for entry in logs[0]]
 
 
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
