@@ -382,3 +382,10 @@ def test_sharded_models_are_diagnosed(diagnosis):
         assert totals[config] == {
             name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in totals["single_gpu"].items()
         }
+
+
+def test_diagnosis_under_zero2_is_refused(diagnosis):
+    report, codes, errors = diagnosis("zero2", 2)
+    assert all(codes)
+    assert "error: DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3." in errors[0]
+    assert not report.exists()
