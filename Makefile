@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart)
 
 $(VENV)/tests: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[qlora]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[qlora,deepspeed]" --constraint constraints.txt
 	touch $@
 
 $(MINIMUM)/installed: pyproject.toml constraints-minimum.txt

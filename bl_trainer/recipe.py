@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_bnb_available
+from accelerate.utils import gather_object, is_bnb_available
 from peft import PeftConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler, set_seed
 from trl import (
@@ -194,9 +194,30 @@ class Recipe:
         """Return the checkpoint to resume from, or None for a new run.
 
         `resume_from_checkpoint: true` takes the last whole one in `output_dir`, and starts anew where there is none, so that
-        the same command serves the first start and every restart. Raises RecipeError rather than overwrite an earlier run, go
-        on with another one, or train towards an `output_dir` that can't be written.
+        the same command serves the first start and every restart. Raises RecipeError, on all processes, rather than overwrite
+        an earlier run, go on with another one, train towards an `output_dir` that can't be written, or go on from different
+        checkpoints on different machines.
         """
+        own, problem = None, None
+        try:
+            own = self._own_checkpoint()
+        except RecipeError as error:
+            problem = error
+        found = gather_object([(Path(own).name if own else "none", str(problem or ""))])
+        if problem:
+            raise problem
+        for _, theirs in found:
+            if theirs:
+                raise RecipeError(f"On another machine: {theirs}")
+        names = sorted({name for name, _ in found})
+        if len(names) > 1:
+            raise RecipeError(
+                f"`resume_from_checkpoint` finds {' on one machine, '.join(names)} on another. Put `output_dir` where all "
+                "machines see it, or copy the checkpoint to each."
+            )
+        return own
+
+    def _own_checkpoint(self) -> str | None:
         resume, folder = str(self.training.resume_from_checkpoint or False), Path(self.training.output_dir or ".")
         _check_writable(folder)
         last, broken = last_whole(folder) if resume.lower() == "true" else (None, [])

@@ -252,11 +252,17 @@ class BLTrainer(SFTTrainer):
 
     def observe_instead(self, observe: Callable[..., None], batches: Iterable[dict[str, Any]]) -> None:
         """Run the evaluation loop over `batches` with `observe(model, batch)` in place of an evaluation step."""
+        self._shard()
         self._observe = observe
         try:
             super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
         finally:
             self._observe = None
+
+    def _shard(self) -> None:
+        """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self._observe is None:
@@ -334,21 +340,32 @@ class BLTrainer(SFTTrainer):
 
     def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
-        scale = 1 / kept.sum().clamp(min=1)
+        scale = 1 / self._whole_count(kept)
         if num_items_in_batch is None:
             return scale * is_target.sum().clamp(min=1)
         if self.args.average_tokens_across_devices:
             scale = scale / (self.accelerator.num_processes // self.get_tp_size())
         return scale * torch.as_tensor(num_items_in_batch).clamp(min=1) / self.current_gradient_accumulation_steps
 
+    def _whole_count(self, kept: Tensor) -> Tensor:
+        """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
+        parallelism, count = self.accelerator.parallelism_config, kept.sum()
+        if parallelism is None or not parallelism.cp_enabled:
+            return count.clamp(min=1)
+        mesh = self.accelerator.torch_device_mesh["cp"]
+        torch.distributed.all_reduce(count, group=mesh.get_group())
+        return count.clamp(min=1) / mesh.size()
+
     def _counted(self, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
         """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes."""
         state, accelerator = self.accelerator.gradient_state, self.accelerator
-        filled = accelerator.num_processes > 1 and accelerator.parallelism_config is None and state.end_of_dataloader
+        parallelism = accelerator.parallelism_config
+        sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
+        filled = accelerator.num_processes > sharers and state.end_of_dataloader
         if self.model.training or not filled or state.remainder <= 0:
             return is_target
         examples = len(is_target) if example_lengths is None else len(example_lengths)
-        own = min(max(state.remainder - accelerator.process_index * examples, 0), examples)
+        own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
         is_own = torch.zeros_like(is_target)
         if example_lengths is None:
             is_own[:own] = True
@@ -406,6 +423,7 @@ class BLTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        self._shard()
         self.resolve_threshold()
         self._sums["eval"] = None
         processes = self.accelerator.num_processes
@@ -561,11 +579,21 @@ def refuse_bypass(args: TrainingArguments) -> None:
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
+    refuse_launcher(args)
+
+
+def refuse_launcher(args: TrainingArguments) -> None:
+    """Raise ValueError if `args`, or the launcher, would share the model or its sequences out as the objective can't be."""
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
+            "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     if parallelism is not None:
-        size, backend = parallelism.sp_size, parallelism.sp_backend
+        cp_size, size, backend = parallelism.cp_size, parallelism.sp_size, parallelism.sp_backend
     elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        size = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
+        cp_size, size = (int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP"))
         backend = os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
     else:
         return
@@ -574,6 +602,21 @@ def refuse_bypass(args: TrainingArguments) -> None:
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
             "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
         )
+    padding = getattr(args, "pad_to_multiple_of", None) or 1
+    if cp_size > 1 and padding % (2 * cp_size):
+        raise ValueError(
+            f"Context parallelism (cp_size = {cp_size}) cuts sequences into {2 * cp_size} pieces of one length. Write "
+            f"`pad_to_multiple_of: {2 * cp_size}` in the recipe."
+        )
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Return the FSDP version that `args` asks for, or else the launcher; None without FSDP."""
+    own = getattr(args, "fsdp_plugin_args", None)
+    if own is not None:
+        return int(own.get("fsdp_version", 1))
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return int(os.environ.get("FSDP_VERSION", "1")) if launched else None
 
 
 def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:

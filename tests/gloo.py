@@ -1,0 +1,64 @@
+"""What `test_launchers.py` launches: the verbs, with CPUs and gloo where accelerate wants GPUs, on which alone it shards."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import deepspeed.comm.torch
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.experimental._context_parallel import _attention
+from transformers import TrainerCallback
+
+from bl_trainer import BLTrainer
+from bl_trainer.__main__ import main
+
+
+class Dies(TrainerCallback):
+    """Ends the last process, as the kernel does when memory is short, after the step that `DIES_AT` names."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(os.environ.get("DIES_AT", "-1")) and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(BLTrainer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, callbacks=[Dies()])
+
+
+ATTEND = F.scaled_dot_product_attention
+
+
+def attend_over_devices(seq_dim, mesh):
+    """Stands in for torch's context-parallel attention, which has no CPU kernel: gathers keys and values instead."""
+    ranks = mesh.size()
+
+    def attention(query, key, value, **kwargs):
+        whole = [DTensor.from_local(x, mesh, [Shard(seq_dim)]).full_tensor(grad_placements=[Partial()]) for x in (key, value)]
+        # torch gives each rank a piece from the front and its counterpart from the back
+        pieces = torch.arange(whole[0].shape[seq_dim]).chunk(2 * ranks)
+        at = [torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]]) for rank in range(ranks)]
+        kwargs.update(is_causal=False, attn_mask=at[mesh.get_local_rank()][:, None] >= torch.cat(at))
+        return ATTEND(query, *whole, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        deepspeed.comm.torch.build_shm_op = lambda: None  # compiled on first use, and gloo serves
+        _attention._enable_context_parallel_dispatcher_impl = attend_over_devices
+        _attention._disable_context_parallel_dispatcher_impl = lambda: setattr(F, ATTEND.__name__, ATTEND)
+    if sys.argv[1] == "train":
+        import bl_trainer.trainer
+
+        bl_trainer.trainer.BLTrainer = Mortal
+    main(sys.argv[1:])

@@ -1,0 +1,391 @@
+"""`configs/accelerate`: what each starts, and, where gloo and CPUs allow, that it trains the weights of one process."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.run
+from accelerate import ParallelismConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import make_llama, write_recipe
+from safetensors.torch import load_file
+from test_processes import free_port
+from test_readme import README, table
+from test_trainer import build
+from transformers import AutoModelForCausalLM
+
+from bl_trainer import BLConfig, BLTrainer
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs" / "accelerate"
+SHARDED = ("fsdp2", "zero2", "zero3", "context_parallel")
+STEPS, SAVED = 6, 3
+# Processes on which a config has trained the weights of one process here; `context_parallel` with a stand-in for attention
+TRIED = {
+    "single_gpu": [1], "ddp": [2, 4], "two_nodes": [4], "fsdp2": [2], "zero2": [2], "zero3": [2], "context_parallel": [4],
+}  # fmt: skip
+METRICS = ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+
+
+def start(config, processes, *command, dies_at=-1, cwd=None, **options):
+    """Start a launcher: the script itself, or `gloo.py` in its place where accelerate would want GPUs."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+        "DIES_AT": str(dies_at), **({"ACCELERATE_TORCH_DEVICE": "cpu"} if config in SHARDED else {}),
+    }  # fmt: skip
+    options = {"num_processes": processes, "main_process_port": free_port(), **options}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    for name, value in options.items():
+        launcher += [f"--{name}", value]
+    return subprocess.Popen(
+        [*map(str, launcher), *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(*started):
+    """Wait for launchers; returns their exit codes and stderrs. None outlives a test that they hang."""
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in started]
+        return [process.returncode for process in started], errors
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def nodes(*commands, processes=4, **options):
+    """Start `commands` as the nodes of `two_nodes.yaml`, on this machine."""
+    port = free_port()
+    shared = {"main_process_ip": "127.0.0.1", "main_process_port": port, "num_machines": len(commands)}
+    return [
+        start("two_nodes", processes, *command, machine_rank=rank, **shared, **options) for rank, command in enumerate(commands)
+    ]
+
+
+def recipe_in(folder, checkpoint, data, processes, **changes):
+    """Write a recipe whose step is over the same 16 examples, in the same order, on any number of processes.
+
+    The highest nll counts as the best, so that another checkpoint than the last is.
+    """
+    return write_recipe(
+        folder, checkpoint, data,
+        **{
+            "objective": {"name": "power", "alpha": 0.5}, "threshold": 0.002, "learning_rate": 1e-2, "max_steps": STEPS,
+            "per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 3,
+            "eval_strategy": "steps", "eval_steps": SAVED, "save_steps": SAVED, "logging_steps": 1, "disable_tqdm": True,
+            "load_best_model_at_end": True, "metric_for_best_model": "eval_nll", "greater_is_better": True,
+            "resume_from_checkpoint": True, "use_cpu": None, **changes,
+        },
+    )  # fmt: skip
+
+
+class Started(Exception):
+    """Raised in place of starting processes."""
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Run accelerate's launcher on a command line up to the start of its processes, in their environment."""
+
+    def run(line):
+        words = shlex.split(line)
+        assert words[:2] == ["accelerate", "launch"]
+        args = launch_command_parser().parse_args(words[2:])
+        seen = {}
+
+        def started(command, env=None):
+            seen.update(os.environ if env is None else env)
+            raise Started
+
+        monkeypatch.setattr(torch.distributed.run, "run", started)
+        monkeypatch.setattr("accelerate.commands.launch.subprocess.Popen", started)
+        monkeypatch.chdir(TESTS.parent)
+        with pytest.raises(Started):
+            launch_command(args)
+        return args, seen
+
+    return run
+
+
+ENVIRONMENT = {
+    "single_gpu": {},
+    "ddp": {},
+    "two_nodes": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    },
+    "context_parallel": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_CP_SIZE": "4",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    },
+}
+
+
+def test_every_config_is_in_the_readme_with_how_it_was_tried():
+    rows = {Path(row[0].strip("`")).stem: row for row in table("config")}
+    assert list(rows) == list(TRIED) == list(ENVIRONMENT)
+    assert set(rows) == {path.stem for path in CONFIGS.glob("*.yaml")}
+    for name, row in rows.items():
+        for processes in TRIED[name]:
+            assert str(processes) in row[2].split(), (name, processes)
+    assert "not the attention" in rows["context_parallel"][2]
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_line_in_the_readme_starts_its_config(name, launched):
+    (line,) = (
+        line for line in README.splitlines() if line.startswith(f"accelerate launch --config_file configs/accelerate/{name}")
+    )
+    args, environment = launched(line)
+    known = {key: value for key, value in environment.items() if key in ENVIRONMENT[name]}
+    assert known == ENVIRONMENT[name]
+    for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        assert (switch in environment) is (switch in ENVIRONMENT[name])
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    machines = 2 if name == "two_nodes" else 1
+    assert (args.num_machines, args.num_processes) == (machines, 1 if name == "single_gpu" else 8 * machines)
+    if machines == 2:
+        assert (args.machine_rank, args.main_process_ip, args.main_process_port) == (1, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_recipe_decides_the_precision(name, tmp_path, monkeypatch):
+    """The launcher says none, and the recipe's `bf16` reaches FSDP and DeepSpeed."""
+    for key, value in {**ENVIRONMENT[name], "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(key, value)
+    args = BLConfig(output_dir=str(tmp_path), bf16=True, use_cpu=True, pad_to_multiple_of=8)
+    assert args.mixed_precision == "bf16"
+    if "zero" in name:
+        assert args.deepspeed_plugin.deepspeed_config["bf16"]["enabled"] is True
+    if "ACCELERATE_USE_FSDP" in ENVIRONMENT[name]:
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_mixed_precision(args.mixed_precision)
+        assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    if name == "context_parallel":
+        assert ParallelismConfig().total_size == 8
+
+
+def test_fsdp1_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported: .* Write `fsdp_version: 2` in the launcher's configuration"):
+        BLConfig(output_dir=str(tmp_path), use_cpu=True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    BLConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+@pytest.mark.parametrize("padding", [None, 4, 12])
+def test_context_parallelism_wants_pieces_of_one_length(padding, tmp_path, monkeypatch):
+    for key, value in ENVIRONMENT["context_parallel"].items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=r"\(cp_size = 4\) cuts sequences into 8 pieces .* Write `pad_to_multiple_of: 8`"):
+        BLConfig(output_dir=str(tmp_path), use_cpu=True, pad_to_multiple_of=padding)
+    BLConfig(output_dir=str(tmp_path), use_cpu=True, pad_to_multiple_of=16)
+
+
+def test_several_gpus_without_a_launcher_are_refused(tokenizer, text_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BLConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"BLTrainer does not support `nn.DataParallel`.*`accelerate launch`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_llama(tokenizer))
+
+
+def largest_difference(one, other):
+    """Between two folders' saved weights."""
+    (name,) = {path.name for path in one.glob("*.safetensors")}
+    first, second = load_file(one / name), load_file(other / name)
+    assert first.keys() == second.keys()
+    return max((first[key] - second[key]).abs().max().item() for key in first)
+
+
+def state(folder):
+    return json.loads((folder / "out" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+
+
+def evaluations(folder):
+    return {entry["step"]: entry for entry in state(folder)["log_history"] if "eval_nll" in entry}
+
+
+def assert_same(one, other):
+    """The same weights after the last step, the same evaluations, and the same best weights saved whole."""
+    assert largest_difference(one / "out" / f"checkpoint-{STEPS}", other / "out" / f"checkpoint-{STEPS}") < 1e-5
+    found, wanted = evaluations(other), evaluations(one)
+    assert list(found) == list(wanted) == [SAVED, STEPS]
+    for step, metric in ((step, f"eval_{metric}") for step in wanted for metric in METRICS):
+        assert found[step][metric] == pytest.approx(wanted[step][metric], rel=1e-6), (step, metric)
+    assert largest_difference(one / "out", other / "out") < 1e-5
+    assert largest_difference(other / "out" / f"checkpoint-{SAVED}", other / "out") == 0
+
+
+@pytest.fixture(scope="module")
+def data(pair_data, tmp_path_factory):
+    """32 examples, two steps, to train on; 13 of them, no multiple of any batch, to evaluate on."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 32), ("test", 13)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in list(pair_data)[:count]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(checkpoint, data, tmp_path_factory):
+    """Run a config's training on some processes to its end, and return its folder; it may be the rest of a broken run."""
+
+    def run(config, processes, launcher=None, folder=None, **changes):
+        folder = folder or tmp_path_factory.mktemp(config)
+        recipe = recipe_in(folder, checkpoint, data, processes, use_cpu=config not in SHARDED, **changes)
+        script = [TESTS / "gloo.py", "train"] if config in SHARDED else [TESTS.parent / "scripts" / "train.py"]
+        codes, errors = finish(start(config, processes, *script, "--config", recipe, **(launcher or {})))
+        assert codes == [0], errors[0][-6000:]
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(train):
+    """What the others are compared with: one process."""
+    folder = train("single_gpu", 1)
+    start_weights, end = (load_file(folder / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (SAVED, STEPS))
+    assert max((end[key] - start_weights[key]).abs().max() for key in end) > 1e-3
+    assert state(folder)["best_model_checkpoint"].endswith(f"checkpoint-{SAVED}")
+    kept = [entry["kept_fraction"] for entry in state(folder)["log_history"] if "kept_fraction" in entry]
+    assert all(0 < share < 1 for share in kept)
+    return folder
+
+
+@pytest.mark.parametrize("processes", TRIED["ddp"])
+def test_ddp(processes, one, train):
+    assert_same(one, train("ddp", processes))
+
+
+def test_two_nodes(one, checkpoint, data, tmp_path):
+    """Two launchers that meet on the loopback, each with two processes."""
+    recipe = recipe_in(tmp_path, checkpoint, data, 4, use_cpu=True)
+    command = [TESTS.parent / "scripts" / "train.py", "--config", recipe]
+    codes, errors = finish(*nodes(command, command))
+    assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    assert_same(one, tmp_path)
+
+
+def test_a_node_that_loses_a_process_ends_the_other(checkpoint, data, tmp_path):
+    recipe = recipe_in(tmp_path, checkpoint, data, 2, use_cpu=True)
+    command = [TESTS / "gloo.py", "train", "--config", recipe]
+    codes, errors = finish(*nodes(command, command, processes=2, dies_at=SAVED + 1))
+    assert all(codes), codes
+    assert "SIGKILL" in errors[1]
+    assert (tmp_path / "out" / f"checkpoint-{SAVED}").is_dir()
+    assert not (tmp_path / "out" / f"checkpoint-{STEPS}").exists()
+
+
+def test_machines_that_see_different_checkpoints_are_refused(checkpoint, data, tmp_path):
+    commands = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = recipe_in(folder, checkpoint, data, 2, use_cpu=True)
+        commands.append([TESTS.parent / "scripts" / "train.py", "--config", recipe])
+    saved = tmp_path / "first" / "out" / "checkpoint-3"
+    saved.mkdir(parents=True)
+    (saved / "trainer_state.json").write_text("{}")
+    codes, errors = finish(*nodes(*commands, processes=2))
+    assert all(codes), codes
+    for error in errors:
+        assert "error: `resume_from_checkpoint` finds checkpoint-3 on one machine, none on another. Put `output_dir`" in error
+
+
+# What shows in a checkpoint that the optimizer's state was shared out
+SHARES = {"fsdp2": "pytorch_model_fsdp.bin", "zero2": "global_step*/*rank_1*optim_states.pt"}
+SHARES["zero3"] = "global_step*/zero_pp_rank_1*model_states.pt"
+
+
+@pytest.mark.parametrize("config", SHARES)
+def test_sharded_run_that_loses_a_process_and_goes_on(config, one, train, checkpoint, data, tmp_path):
+    """Ends without a hang, goes on from its checkpoint by the same command, and has the weights of one process."""
+    recipe = recipe_in(tmp_path, checkpoint, data, 2, use_cpu=False)
+    codes, errors = finish(start(config, 2, TESTS / "gloo.py", "train", "--config", recipe, dies_at=SAVED + 1))
+    assert all(codes), codes
+    assert "SIGKILL" in errors[0]
+    assert list((tmp_path / "out" / f"checkpoint-{SAVED}").glob(SHARES[config]))
+    assert_same(one, train(config, 2, folder=tmp_path))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    wanted = AutoModelForCausalLM.from_pretrained(one / "out").state_dict()
+    assert max((whole[key] - wanted[key]).abs().max() for key in wanted) < 1e-5
+
+
+def pieces(data_parallel):
+    return {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": data_parallel}
+
+
+def test_context_parallel(one, train):
+    """Two by two processes; with keys and values gathered, since torch's ring attention has no CPU kernel."""
+    assert_same(one, train("context_parallel", 4, pieces(2), per_device_train_batch_size=4, pad_to_multiple_of=4))
+
+
+def test_context_parallel_counts_the_kept_tokens_of_all_pieces(train):
+    changes = {
+        "threshold": {"above": 0.002, "normalize": "kept"}, "max_steps": 2, "load_best_model_at_end": False,
+        "eval_strategy": "no", "save_steps": 2, "per_device_train_batch_size": 8, "pad_to_multiple_of": 4,
+    }  # fmt: skip
+    logs = []
+    for config, processes, launcher in (("single_gpu", 1, {}), ("context_parallel", 2, pieces(1))):
+        folder = train(config, processes, launcher, **changes)
+        state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "loss" in entry])
+    assert len(logs[0]) == 2
+    assert logs[1] == [pytest.approx(entry, rel=1e-5) for entry in logs[0]]
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_sharded_lora(config, lora, train):
+    assert_same(lora, train(config, 2, **LORA))
+
+
+@pytest.fixture(scope="module")
+def lora(train):
+    return train("single_gpu", 1, **LORA)
+
+
+@pytest.fixture(scope="module")
+def diagnosis(checkpoint, data, tmp_path_factory):
+    def run(config, processes):
+        folder = tmp_path_factory.mktemp(config)
+        recipe = recipe_in(folder, checkpoint, data, processes, use_cpu=config not in SHARDED)
+        command = [TESTS / "gloo.py", "diagnose", "--config", recipe, "--report", folder / "report"]
+        return folder / "report" / "report.json", *finish(start(config, processes, *command))
+
+    return run
+
+
+def test_sharded_models_are_diagnosed(diagnosis):
+    totals = {}
+    for config, processes in (("single_gpu", 1), ("fsdp2", 2), ("zero3", 2)):
+        report, codes, errors = diagnosis(config, processes)
+        assert codes == [0], errors[0][-6000:]
+        totals[config] = json.loads(report.read_text())["total"]
+    for config in ("fsdp2", "zero3"):
+        assert totals[config] == {
+            name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in totals["single_gpu"].items()
+        }
+
+
+def test_diagnosis_under_zero2_is_refused(diagnosis):
+    report, codes, errors = diagnosis("zero2", 2)
+    assert all(codes)
+    assert "error: DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3." in errors[0]
+    assert not report.exists()
