@@ -27,8 +27,9 @@ from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
+from .refusals import refuse_lm_head_adapter
 from .statistics import MeasurementError
-from .trainer import METRICS, BLConfig, refuse_lm_head_adapter
+from .trainer import METRICS, BLConfig
 
 # Keys that do nothing unless another is set: key -> (the other key, what to write). Naming the other key, even to switch
 # it off, is taken for a decision.

@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -16,7 +15,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from peft import PeftConfig, PrefixTuningConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,10 +26,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_other_recipe
-from .head import SOFTCAPS, UNKNOWN_TO_HEADS, Head, TokenCosts, add_scoring, objective_head
+from .head import Head, TokenCosts, add_scoring, objective_head
 from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
+from .refusals import refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
 logger = get_logger(__name__)
@@ -557,108 +556,3 @@ def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
     labels = inputs["labels"].to(logp.device)
     virtual_tokens = logp.shape[1] + 1 - labels.shape[1]  # that prompt-learning PEFT puts in front
     return torch.nn.functional.pad(labels, (virtual_tokens, 0), value=-100)[:, 1:]
-
-
-def refuse_bypass(args: TrainingArguments) -> None:
-    """Raise ValueError if `args`, or the environment, would train something else than is said."""
-    if os.environ.get("BL_HEAD", "") not in ("", "trl"):
-        raise ValueError(f"BL_HEAD={os.environ['BL_HEAD']} in the environment means nothing. Unset it, or set it to `trl`.")
-    loss_type = getattr(args, "loss_type", "nll")
-    if loss_type != "nll":
-        same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""
-        raise ValueError(f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}.")
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"`label_smoothing_factor: {args.label_smoothing_factor}` would replace the objective by label-smoothed NLL. "
-            "Remove it."
-        )
-    liger = args.liger_kernel_config or {}
-    for key in ("fused_linear_cross_entropy", "cross_entropy"):
-        if liger.get(key):
-            raise ValueError(
-                f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
-                "Remove it; Liger's other kernels can stay."
-            )
-    refuse_launcher(args)
-
-
-def refuse_launcher(args: TrainingArguments) -> None:
-    """Raise ValueError if `args`, or the launcher, would share the model or its sequences out as the objective can't be."""
-    if _fsdp_version(args) == 1:
-        raise ValueError(
-            "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
-            "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
-        )
-    parallelism = getattr(args, "parallelism_config", None)
-    if parallelism is not None:
-        cp_size, size, backend = parallelism.cp_size, parallelism.sp_size, parallelism.sp_backend
-    elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        cp_size, size = (int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP"))
-        backend = os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
-    else:
-        return
-    if size > 1 and backend == "deepspeed":
-        raise ValueError(
-            f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
-            "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
-        )
-    padding = getattr(args, "pad_to_multiple_of", None) or 1
-    if cp_size > 1 and padding % (2 * cp_size):
-        raise ValueError(
-            f"Context parallelism (cp_size = {cp_size}) cuts sequences into {2 * cp_size} pieces of one length. Write "
-            f"`pad_to_multiple_of: {2 * cp_size}` in the recipe."
-        )
-
-
-def _fsdp_version(args: TrainingArguments) -> int | None:
-    """Return the FSDP version that `args` asks for, or else the launcher; None without FSDP."""
-    own = getattr(args, "fsdp_plugin_args", None)
-    if own is not None:
-        return int(own.get("fsdp_version", 1))
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return int(os.environ.get("FSDP_VERSION", "1")) if launched else None
-
-
-def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
-    """Raise ValueError if `peft_config` puts an adapter on `lm_head`, which the fused head would pass by."""
-    targets = getattr(peft_config, "target_modules", None) or []
-    parameters = getattr(peft_config, "target_parameters", None) or []
-    names = [targets] if isinstance(targets, str) else list(targets)
-    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(targets, "lm_head"):
-        names.append("lm_head")
-    if any(name.split(".")[-1] == "lm_head" for name in names) or any("lm_head" in name for name in parameters):
-        raise ValueError(
-            "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
-            "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."
-        )
-
-
-def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArguments | None) -> None:
-    """Raise ValueError if `peft_config` puts virtual tokens where `args` would share them, or lose them."""
-    if not getattr(peft_config, "is_prompt_learning", False):
-        return
-    packs = getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "wrapped"
-    if packs or getattr(args, "padding_free", False):
-        raise ValueError(
-            "Prompt-learning PEFT knows one example per row: with `packing` or `padding_free` an example would see those "
-            "before it, and the virtual tokens only of the first. Remove both, or take LoRA."
-        )
-    if isinstance(peft_config, PrefixTuningConfig) and getattr(args, "gradient_checkpointing", True):
-        raise ValueError(
-            "Prefix tuning doesn't go with gradient checkpointing, under which transformers drops the prefix. Write "
-            "`gradient_checkpointing: false`."
-        )
-
-
-def refuse_other_logits(model: Any, reference_head: str | None) -> None:
-    """Raise ValueError if the model does something to its logits that the head leaves out.
-
-    `reference_head`: why TRL's head is in use, or None.
-    """
-    config = model.config.get_text_config()
-    for name in (*UNKNOWN_TO_HEADS, *(SOFTCAPS[1:] if reference_head else ())):
-        if getattr(config, name, None) is not None:
-            which = f"TRL's loss head, in use since {reference_head}," if reference_head else "The loss head"
-            raise ValueError(
-                f"{which} leaves out what `{name}` of {type(model).__name__} does to the logits: it would train another model."
-            )

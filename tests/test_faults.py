@@ -7,6 +7,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import threading
 import time
 
 import crashing
@@ -15,7 +17,7 @@ import torch
 from conftest import write_recipe
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_processes import TESTS, launch
+from test_processes import SCRIPT, TESTS, launch, launcher
 from test_trainer import Ordered, build, train, weights
 
 from bl_trainer.__main__ import main
@@ -163,6 +165,29 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_fold
     assert "With `resume_from_checkpoint: true` the command goes on from there." in done.stdout
     assert done.returncode != 0
     assert why_broken(tmp_path / "out" / "checkpoint-3") is None
+
+
+def test_sigterm_to_the_launcher_reaches_all_processes(checkpoint, data_folder, tmp_path):
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, max_steps=100_000, save_steps=100_000, logging_steps=1, enable_jit_checkpoint=True
+    )
+    process = subprocess.Popen(
+        [*launcher(2), str(SCRIPT), "--config", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    guard = threading.Timer(120, process.kill)
+    guard.start()
+    said = ""
+    for line in process.stdout:
+        if "'grad_norm'" in line and "'grad_norm'" not in said:
+            process.terminate()
+        said += line
+    process.wait()
+    guard.cancel()
+    found = re.search(r"Stopped by SIGTERM after step (\d+) of 100000; checkpoint-\1 is saved", said)
+    assert found, said[-3000:]
+    assert process.returncode != 0
+    assert why_broken(tmp_path / "out" / f"checkpoint-{found[1]}") is None
 
 
 @pytest.mark.parametrize("kind", ["full"], indirect=True, scope="module")  # an adapter's files are small

@@ -22,16 +22,26 @@ def free_port():
         return s.getsockname()[1]
 
 
-def launch(processes, *command, cwd=None):
-    """Run under `accelerate launch`; `--multi_gpu` is its word for torchrun, the recipe's `use_cpu` makes it gloo."""
+def launcher(processes):
+    """The words of `accelerate launch`; `--multi_gpu` is its word for torchrun, the recipe's `use_cpu` makes it gloo."""
     several = ["--multi_gpu"] if processes > 1 else []
-    launcher = [
+    return [
         sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes), "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
     ]  # fmt: skip
+
+
+def launch(processes, *command, cwd=None):
+    """Run under `accelerate launch`, and wait."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [*launcher, *map(str, command)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False
+        [*launcher(processes), *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=240,
+        check=False,
     )
 
 
