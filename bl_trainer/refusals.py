@@ -25,8 +25,8 @@ def refuse_bypass(args: TrainingArguments) -> None:
         )
     if getattr(args, "eval_packing", None) and not (args.packing or args.packing_strategy == "wrapped"):
         raise ValueError(
-            "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove it, "
-            "or write `packing: true`."
+            "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
+            "it, or write `packing: true`."
         )
     liger = args.liger_kernel_config or {}
     for key in ("fused_linear_cross_entropy", "cross_entropy"):

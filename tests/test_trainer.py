@@ -464,7 +464,7 @@ class TestRefusals:
                 r"`liger_kernel_config: \{fused_linear_cross_entropy: true\}` is a cross-entropy of its own",
             ),
             ({"liger_kernel_config": {"cross_entropy": True}}, "is a cross-entropy of its own"),
-            ({"eval_packing": True, "max_length": 64}, "`eval_packing: true` without `packing` would evaluate examples that see"),
+            ({"eval_packing": True, "max_length": 64}, "`eval_packing: true` without `packing` would evaluate"),
             (
                 {"load_best_model_at_end": True, "threshold": 0.2, "eval_strategy": "steps", "save_strategy": "steps"},
                 "`metric_for_best_model: loss`, the default of `load_best_model_at_end` .* falls as tokens drop out",
@@ -525,13 +525,10 @@ class TestRefusals:
 
 def test_evaluation_does_not_depend_on_packing(tokenizer, text_data, tmp_path):
     """And in TRL it does where packing is for the evaluation alone, which is why that is refused."""
+    common = {"eval_data": text_data, "max_length": 64}
     plain, alone, both = (
-        build(trainer_class, tokenizer, text_data, tmp_path, eval_data=text_data, max_length=64, **options).evaluate()["eval_loss"]
-        for trainer_class, options in (
-            (BLTrainer, {}),
-            (SFTTrainer, {"eval_packing": True}),
-            (BLTrainer, {"packing": True}),
-        )
+        build(trainer_class, tokenizer, text_data, tmp_path, **common, **options).evaluate()["eval_loss"]
+        for trainer_class, options in ((BLTrainer, {}), (SFTTrainer, {"eval_packing": True}), (BLTrainer, {"packing": True}))
     )
     assert both == pytest.approx(plain, rel=1e-5)
     assert alone != pytest.approx(plain, rel=1e-3)
