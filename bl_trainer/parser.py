@@ -119,7 +119,7 @@ class Parser(TrlParser):
             message = sentence(error)
             if "bf16/gpu" in message:
                 message += " On a machine without a GPU write `use_cpu: true`."
-            key = None if any(key in message for key in self.known) else self._culprit(config, argv)
+            key = None if any(re.search(rf"\b{key}\b", message) for key in self.known) else self._culprit(config, argv)
             message = f"`{key}: {without_secrets(config)[key]}`: {message}" if key else message
             raise RecipeError(message) from error
 

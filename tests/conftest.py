@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -176,3 +177,10 @@ def write_recipe(folder, checkpoint, data_folder, **changes):
     path = folder / "recipe.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items() if value is not None))
     return path
+
+
+def fake_checkpoint(folder):
+    """Make the least that counts as a whole checkpoint."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")

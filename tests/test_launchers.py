@@ -14,7 +14,7 @@ import torch.distributed.run
 from accelerate import ParallelismConfig
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import make_llama, write_recipe
+from conftest import fake_checkpoint, make_llama, write_recipe
 from safetensors.torch import load_file
 from test_processes import free_port
 from test_readme import README, table
@@ -300,9 +300,7 @@ def test_machines_that_see_different_checkpoints_are_refused(checkpoint, data, t
         folder.mkdir()
         recipe = recipe_in(folder, checkpoint, data, 2, use_cpu=True)
         commands.append([TESTS.parent / "scripts" / "train.py", "--config", recipe])
-    saved = tmp_path / "first" / "out" / "checkpoint-3"
-    saved.mkdir(parents=True)
-    (saved / "trainer_state.json").write_text("{}")
+    fake_checkpoint(tmp_path / "first" / "out" / "checkpoint-3")
     codes, errors = finish(*nodes(*commands, processes=2))
     assert all(codes), codes
     for error in errors:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_recipe
-from safetensors.torch import save_file
+from conftest import fake_checkpoint, write_recipe
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
@@ -242,12 +241,6 @@ def test_data_without_a_format(write, tmp_path):
     (tmp_path / "data.xlsx").write_text("")
     with pytest.raises(RecipeError, match=r"'\.xlsx' is none of .jsonl, .json, .parquet, .csv, .txt"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.xlsx"))).load_datasets()
-
-
-def fake_checkpoint(folder):
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text('{"global_step": 1}')
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
 
 
 def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
