@@ -1,6 +1,7 @@
 """The strict parser of recipes: which keys there are, and what may stand behind them."""
 
 import math
+import re
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path

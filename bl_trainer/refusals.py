@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from .head import SOFTCAPS, UNKNOWN_TO_HEADS
 
 
-def refuse_bypass(args: TrainingArguments) -> None:
+def refuse_bypass(args: Any) -> None:
     """Raise ValueError if `args`, or the environment, would train something else than is said."""
     if os.environ.get("BL_HEAD", "") not in ("", "trl"):
         raise ValueError(f"BL_HEAD={os.environ['BL_HEAD']} in the environment means nothing. Unset it, or set it to `trl`.")

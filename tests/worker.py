@@ -1,4 +1,4 @@
-"""What `test_processes.py` launches: one step and one evaluation of `BLTrainer`, dumped by the first process."""
+"""What `test_processes.py` launches: steps and evaluations of `BLTrainer`, dumped by the first process."""
 
 import json
 import sys
@@ -16,18 +16,16 @@ from bl_trainer import BLConfig
 from bl_trainer.__main__ import end
 
 
-def main(folder, case_path):
-    torch.set_num_threads(1)
-    case = json.loads(Path(case_path).read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def run(case, tokenizer, output):
+    """Train two steps of `case`, whose learning rate is 0, and evaluate; returns gradient, log and metrics."""
     seen = Gradients()
     args = BLConfig(
-        output_dir=case["output"], max_steps=2, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, bf16=False,
-        report_to="none", save_strategy="no", logging_steps=2, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
+        output_dir=output, max_steps=2, learning_rate=0.0, max_grad_norm=0.0, use_cpu=True, bf16=False, report_to="none",
+        save_strategy="no", logging_steps=2, gradient_checkpointing=False, max_length=None, disable_tqdm=True,
         **case["options"],
     )  # fmt: skip
     evaluation = Dataset.from_list(case["eval"])
-    if case["stream"]:
+    if case["name"] == "streamed_evaluation":
         evaluation = evaluation.to_iterable_dataset()
     trainer = Ordered(
         model=make_llama(tokenizer), args=args, processing_class=tokenizer, callbacks=[seen],
@@ -35,10 +33,18 @@ def main(folder, case_path):
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
-    assert trainer.accelerator.num_processes == case["processes"]
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return trainer, {"gradient": seen.first, "log": log, "eval": metrics}
+
+
+def main(folder, cases):
+    torch.set_num_threads(1)
+    tokenizer, path = AutoTokenizer.from_pretrained(folder), Path(cases)
+    results = {}
+    for case in json.loads(path.read_text()):
+        trainer, results[case["name"]] = run(case, tokenizer, str(path.parent / "out"))
     if trainer.is_world_process_zero():
-        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        torch.save({"gradient": seen.first, "log": log, "eval": metrics}, case["result"])
+        torch.save({**results, "processes": trainer.accelerator.num_processes}, path.with_suffix(".pt"))
     end(trainer)
 
 
