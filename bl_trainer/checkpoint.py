@@ -6,9 +6,11 @@ import re
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
@@ -113,6 +115,23 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
                 f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
     return threshold
+
+
+def refuse_lost_epoch(checkpoint: str) -> None:
+    """Raise CheckpointError if the installed libraries would go on from within a later epoch with the first one's examples.
+
+    accelerate below 1.15 begins to count epochs anew when it skips what was trained, and transformers below 5 doesn't tell it
+    the epoch afterwards.
+    """
+    epoch = (_read_json(Path(checkpoint) / STATE_FILE) or {}).get("epoch") or 0
+    installed = {name: version(name) for name in ("accelerate", "transformers")}
+    if epoch < 1 or not epoch % 1 or Version(installed["accelerate"]) >= Version("1.15"):
+        return
+    if Version(installed["transformers"]) < Version("5"):
+        raise CheckpointError(
+            f"{checkpoint} is {epoch:.4g} epochs into its run, and accelerate {installed['accelerate']} with transformers "
+            f"{installed['transformers']} would go on with the examples of the first. Run `pip install 'accelerate>=1.15'`."
+        )
 
 
 def refuse_other_model(checkpoint: str, model: str, use_peft: bool) -> None:

@@ -22,7 +22,7 @@ from trl import (
     get_quantization_config,
 )
 
-from .checkpoint import CheckpointError, last_whole, refuse_other_model, refuse_other_recipe, why_broken
+from .checkpoint import CheckpointError, last_whole, refuse_lost_epoch, refuse_other_model, refuse_other_recipe, why_broken
 from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import _nearest
@@ -139,7 +139,7 @@ class Recipe:
         except Exception as error:  # the libraries raise many kinds for a broken file
             source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
             why = "a file is empty" if isinstance(error, StopIteration) else sentence(error)
-            fault = find_fault(self._files())
+            fault = find_fault(self._files()) or self.data_fault()
             raise RecipeError(
                 f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
             ) from error
@@ -251,6 +251,7 @@ class Recipe:
             raise RecipeError(f"`resume_from_checkpoint: {checkpoint}` can't be done, since {why}. Write another checkpoint.")
         try:
             refuse_other_recipe(str(checkpoint), self.training)
+            refuse_lost_epoch(str(checkpoint))
             refuse_other_model(str(checkpoint), str(self.model.model_name_or_path), self.model.use_peft)
         except ValueError as error:
             raise RecipeError(sentence(error)) from error

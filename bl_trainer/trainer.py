@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_other_recipe
+from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_lost_epoch, refuse_other_recipe
 from .head import Head, TokenCosts, add_scoring, objective_head
 from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
@@ -464,6 +464,7 @@ class BLTrainer(SFTTrainer):
             state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             self._first_step = state.global_step
+            refuse_lost_epoch(found)
             if 0 < self.args.max_steps <= state.global_step and not sharded:
                 return self._finish(found, state)
         whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"

@@ -30,6 +30,14 @@ from trl.models import get_act_offloading_ctx_manager
 disable_progress_bars()
 torch.set_num_threads(1)  # tiny models gain nothing from more
 
+
+@pytest.fixture(autouse=True)
+def subnormals():
+    """The train verb, run in this process, switches them off."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.:?"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -35,10 +35,9 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache, or leaves subnormals switched off as the train verb does."""
+    """No test reads or writes the user's cache."""
     monkeypatch.setattr(measurement, "CACHE", tmp_path / "cache")
-    yield tmp_path / "cache"
-    torch.set_flush_denormal(False)
+    return tmp_path / "cache"
 
 
 def save(rows, folder, name="train"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from importlib.metadata import version
 
 import crashing
 import pytest
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 from test_processes import SCRIPT, TESTS, launch, launcher
 from test_trainer import Ordered, build, train, weights
 
+from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main
-from bl_trainer.checkpoint import CheckpointError, why_broken
+from bl_trainer.checkpoint import CheckpointError, refuse_lost_epoch, why_broken
 from bl_trainer.interruption import LossError
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
@@ -44,6 +46,11 @@ def run(recipe, *fault):
     assert process.exitcode is not None, "it hangs"
     return process.exitcode, recipe.with_suffix(".log").read_text()
 
+
+FORGETS = version("accelerate") < "1.15" and version("transformers") < "5"  # see `refuse_lost_epoch`
+SIGTERM = pytest.mark.skipif(
+    "enable_jit_checkpoint" not in BLConfig.__dataclass_fields__, reason="this transformers has no `enable_jit_checkpoint`"
+)
 
 KINDS = {
     "lora": {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"], "lora_dropout": 0.2},
@@ -117,6 +124,7 @@ def test_killed_in_a_step_an_evaluation_or_the_first_checkpoint(where, number, m
     assert_same(tmp_path, kind, uninterrupted)
 
 
+@pytest.mark.skipif(FORGETS, reason="these versions can't resume in later epochs, which is refused")
 def test_killed_at_random_moments_again_and_again(make, kind, tmp_path):
     longer = {"max_steps": 40, "save_steps": 2, "eval_steps": 4, "logging_steps": 4}
     reference, recipe = make(tmp_path / "reference", **longer), make(tmp_path / "killed", **longer)
@@ -139,10 +147,9 @@ def test_killed_at_random_moments_again_and_again(make, kind, tmp_path):
     assert_same(tmp_path / "killed", kind, load_file(tmp_path / "reference" / "out" / FILE[kind]))
 
 
+@SIGTERM
 @pytest.mark.parametrize(("where", "number"), [("step", 5), ("step", 6), ("evaluation", 2)])
 def test_sigterm_saves_and_stops_and_the_same_command_goes_on(where, number, make, kind, uninterrupted, tmp_path):
-    if "enable_jit_checkpoint" not in Recipe.__dataclass_fields__["training"].type.__dataclass_fields__:
-        pytest.skip("this transformers has no `enable_jit_checkpoint`")
     recipe = make(tmp_path, enable_jit_checkpoint=True)
     code, said = run(recipe, crashing.terminate, where, number)
     step = (number + 1) // 2 if where == "step" else 4
@@ -156,6 +163,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(where, number, mak
     assert_same(tmp_path, kind, uninterrupted)
 
 
+@SIGTERM
 def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(
         tmp_path, checkpoint, data_folder, max_steps=50, save_strategy="steps", save_steps=50, enable_jit_checkpoint=True
@@ -167,6 +175,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_fold
     assert why_broken(tmp_path / "out" / "checkpoint-3") is None
 
 
+@SIGTERM
 def test_sigterm_to_the_launcher_reaches_all_processes(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(
         tmp_path, checkpoint, data_folder, max_steps=100_000, save_steps=100_000, logging_steps=1, enable_jit_checkpoint=True
@@ -217,6 +226,37 @@ def test_resuming_in_python_takes_the_last_whole_checkpoint(tokenizer, text_data
     nothing = build(Ordered, tokenizer, text_data, tmp_path / "nothing", **options)
     with pytest.raises(CheckpointError, match=r"There is no whole checkpoint in .*nothing/out to resume from"):
         nothing.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_a_run_resumed_in_a_later_epoch_sees_the_same_examples(step, tokenizer, text_data, tmp_path):
+    data, options = text_data.select(range(12)), {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
+    options |= {"per_device_train_batch_size": 4, "objective": "neg_p"}
+    whole = train(BLTrainer, tokenizer, data, tmp_path, **options)
+    again = build(BLTrainer, tokenizer, data, tmp_path, **options)
+    again_from = str(tmp_path / "out" / f"checkpoint-{step}")
+    if FORGETS and step > 3:
+        with pytest.raises(CheckpointError, match=r"would go on with the examples of the first\. Run `pip install"):
+            again.train(resume_from_checkpoint=again_from)
+        return
+    again.train(resume_from_checkpoint=again_from)
+    for name, p in weights(whole).items():
+        assert torch.equal(weights(again)[name], p), name
+
+
+def test_versions_that_would_lose_the_epoch_are_refused(monkeypatch, tmp_path):
+    def check(epoch):
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+        refuse_lost_epoch(str(tmp_path))
+
+    installed = {"accelerate": "1.14.0", "transformers": "4.57.6"}
+    monkeypatch.setattr("bl_trainer.checkpoint.version", installed.get)
+    for epoch in (0.5, 1.0, 2.0):
+        check(epoch)
+    with pytest.raises(CheckpointError, match=r" is 1\.333 epochs into its run, and accelerate 1\.14\.0 with transformers"):
+        check(4 / 3)
+    installed["transformers"] = "5.0.0"
+    check(4 / 3)
 
 
 def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
@@ -350,7 +390,6 @@ def test_a_nan_loss_in_the_verb(checkpoint, tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit) as caught:
         main(["train", "--config", str(recipe)])
-    torch.set_flush_denormal(False)
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert re.search(r"error: The loss is nan in step \d+ on process 0, whose micro-batch holds the rows [35] of", said)
@@ -392,7 +431,6 @@ def test_a_broken_line_is_named(name, streaming, checkpoint, tmp_path, capsys):
     recipe = write_recipe(tmp_path, checkpoint, tmp_path / file, per_device_train_batch_size=1, **stream)
     with pytest.raises(SystemExit) as caught:
         main(["train", "--config", str(recipe)])
-    torch.set_flush_denormal(False)
     assert caught.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert f"{tmp_path / file}, {message}" in line

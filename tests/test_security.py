@@ -58,7 +58,6 @@ def test_the_recorded_recipe_has_the_command_line(checkpoint, data_folder, tmp_p
             "A token in `model_init_kwargs` would be logged. Put it in the environment",
         ),
         (f"hub_tokn: {SECRET}", "Unknown recipe key 'hub_tokn'. Did you mean 'hub_token'?"),
-        (f"push_to_hub_token: {SECRET}", "push_to_hub_token"),
     ],
 )
 def test_messages_do_not_quote_secrets(text, message, checkpoint, data_folder, tmp_path):
