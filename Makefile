@@ -11,7 +11,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart test test-pinned test-lowest lint compatibility bench bench-head figures clean
+.PHONY: quickstart test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -49,10 +49,16 @@ test-pinned: $(VENV)/tests
 
 # The lower bounds of pyproject.toml
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest tests/test_objectives.py tests/test_recipe.py tests/test_statistics.py
+	$(LOWEST)/bin/python -m pytest $(addprefix tests/test_,objectives.py recipe.py statistics.py security.py faults.py)
 	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_head.py
 	$(LOWEST)/bin/python -m pytest tests/test_diagnosis.py -k "$(LOWEST_DIAGNOSIS)"
 	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_trainer.py -k "$(LOWEST_TESTS)"
+
+# The newest of everything that there is today, with nothing pinned
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test,qlora,deepspeed]"
+	$(NEWEST)/bin/python -m pytest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -78,6 +84,6 @@ figures: $(VENV)/installed
 	$(BIN)/python scripts/plot_weights.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) $(NEWEST)
 
 comma := ,
