@@ -95,7 +95,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "SLICE", 100)
 
 
-# `make test-minimum` has Triton's interpreter
+# `make test-lowest` has Triton's interpreter
 BACKENDS = ["eager", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["eager"]
 
 
