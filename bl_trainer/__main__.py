@@ -19,7 +19,7 @@ def train(argv: list[str]) -> None:
     from .recipe import Recipe, fail
     from .trainer import BLTrainer
 
-    recipe = None
+    recipe: Any = None
     try:
         recipe = Recipe.read(argv)
         checkpoint = recipe.checkpoint()
@@ -50,7 +50,10 @@ def train(argv: list[str]) -> None:
 
 def _save(trainer: Any, recipe: Any) -> None:
     """Save the model and its card, and push them if the recipe says so."""
-    trainer.save_model(recipe.training.output_dir)
+    from .checkpoint import writing
+
+    with writing(recipe.training.output_dir):
+        trainer.save_model(recipe.training.output_dir)
     name = recipe.script.dataset_name
     hub_name = None if name is None or os.path.exists(name) else name  # the card links to it
     trainer.create_model_card(dataset_name=hub_name)
@@ -78,19 +81,20 @@ def diagnose(argv: list[str]) -> None:
     from .recipe import Recipe, fail
     from .report import terminal_summary, write_report
 
+    recipe: Any = None
     try:
         recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
         recipe.options.check()
         diagnosis = Diagnosis(recipe)
     except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
-        fail(error)
+        fail(error, recipe)
     try:
         report = diagnosis.run()
         if diagnosis.trainer.is_world_process_zero():
             write_report(report, recipe.options.report)
             print(terminal_summary(report, recipe.options.report))
     except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes
-        fail(error, anywhere=True)
+        fail(error, recipe, anywhere=True)
     end(diagnosis.trainer)
 
 

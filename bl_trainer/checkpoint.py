@@ -5,6 +5,8 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,18 @@ WEIGHTS = ("*.safetensors", "*/adapter_model.safetensors", "pytorch_model*", "ad
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be written or gone on with; the message is one sentence for the user."""
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn what json, torch and safetensors raise on a full disk into a CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
+            "command goes on from the last one."
+        ) from error
 
 
 def why_broken(checkpoint: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Recipes: TRL's SFT recipe keys and ours, from a YAML file and the command line, read strictly."""
 
+import json
 import os
 import sys
 import tempfile
@@ -289,6 +290,11 @@ class Recipe:
         if training.learning_rate < 0:
             raise RecipeError(f"`learning_rate: {training.learning_rate}` must not be negative.")
         self._check_optimizer()
+        if training.save_only_model and str(training.resume_from_checkpoint).lower() == "true":
+            raise RecipeError(
+                "`save_only_model: true` leaves out of the checkpoints what `resume_from_checkpoint: true` needs to go on: the "
+                "optimizer's state and the random numbers. Remove one of them."
+            )
         if training.eval_on_start and training.eval_strategy == "no":
             raise RecipeError("`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`.")
         reported = [*METRICS, "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
@@ -342,6 +348,13 @@ class Recipe:
             raise RecipeError("The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id.")
         if is_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
             raise RecipeError(f"`model_name_or_path: {model.model_name_or_path}` is not a folder.")
+        adapter = Path(model.model_name_or_path) / "adapter_config.json"
+        if adapter.is_file() and not (Path(model.model_name_or_path) / "config.json").is_file():
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            raise RecipeError(
+                f"`model_name_or_path: {model.model_name_or_path}` is an adapter of {base}. Write `model_name_or_path: {base}` to "
+                "train a new one, `resume_from_checkpoint` besides to go on with a checkpoint, or merge the adapter first."
+            )
         for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
             if top in given and key in (self.training.model_init_kwargs or {}):
                 raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")

@@ -15,7 +15,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -25,7 +24,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_lost_epoch, refuse_other_recipe
+from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_lost_epoch, refuse_other_recipe, writing
 from .head import Head, TokenCosts, add_scoring, objective_head
 from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
@@ -496,7 +495,7 @@ class BLTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2) + "\n")
+            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2, default=str) + "\n")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -504,13 +503,8 @@ class BLTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
+        with writing(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what json, torch and safetensors raise on a full disk
-            raise CheckpointError(
-                f"Can't write {self.args.output_dir}/checkpoint-{self.state.global_step}: {error}. The checkpoints before it "
-                "are as they were; with `resume_from_checkpoint: true` the same command goes on from the last one."
-            ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

@@ -206,7 +206,7 @@ def test_full_disk(make, kind, uninterrupted, tmp_path):
     assert code == 2, said
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: Can't write {tmp_path / 'out'}/checkpoint-4: ")
-    assert "The checkpoints before it are as they were" in line
+    assert "Checkpoints that were whole still are" in line
     assert "Traceback" not in said
     assert why_broken(tmp_path / "out" / "checkpoint-2") is None
     code, said = run(recipe)
@@ -313,6 +313,11 @@ def test_a_checkpoint_of_another_model(checkpoint, data_folder, tmp_path):
         recipe = write_recipe(tmp_path, checkpoint, data_folder, **changes)
         with pytest.raises(RecipeError, match=re.escape(message)):
             Recipe.read(["--config", str(recipe)]).checkpoint()
+    recipe = write_recipe(tmp_path, tmp_path / "out" / "checkpoint-1", data_folder)
+    with pytest.raises(
+        RecipeError, match=re.escape(f"checkpoint-1` is an adapter of {checkpoint}. Write `model_name_or_path:")
+    ):
+        Recipe.read(["--config", str(recipe)])
     os.symlink(checkpoint, tmp_path / "link")
     recipe = write_recipe(tmp_path, tmp_path / "link", data_folder, **lora)
     assert Recipe.read(["--config", str(recipe)]).checkpoint() == str(tmp_path / "out" / "checkpoint-1")

@@ -135,6 +135,7 @@ BAD_RECIPES = [
     ({"liger_kernel_config": {"rope": True}}, "`liger_kernel_config` does nothing without `use_liger_kernel`."),
     ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size: 0` must be above 0."),
     ({"learning_rate": -1.0}, "`learning_rate: -1.0` must not be negative."),
+    ({"save_only_model": True, "resume_from_checkpoint": True}, "`save_only_model: true` leaves out of the checkpoints what"),
     ({"eval_on_start": True}, "`eval_on_start` needs an evaluation set."),
     ({"metric_for_best_model": "eval_nlll"}, "`metric_for_best_model: eval_nlll` is not reported. Did you mean 'eval_nll'?"),
     ({"dtype": "bfloat16", "model_init_kwargs": {"dtype": "float32"}}, "`dtype` and `dtype` in `model_init_kwargs` say the"),
