@@ -352,8 +352,8 @@ class Recipe:
         if adapter.is_file() and not (Path(model.model_name_or_path) / "config.json").is_file():
             base = json.loads(adapter.read_text()).get("base_model_name_or_path")
             raise RecipeError(
-                f"`model_name_or_path: {model.model_name_or_path}` is an adapter of {base}. Write `model_name_or_path: {base}` to "
-                "train a new one, `resume_from_checkpoint` besides to go on with a checkpoint, or merge the adapter first."
+                f"`model_name_or_path: {model.model_name_or_path}` is an adapter of {base}. Write `model_name_or_path: {base}` "
+                "to train a new one, `resume_from_checkpoint` besides to go on with a checkpoint, or merge the adapter first."
             )
         for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
             if top in given and key in (self.training.model_init_kwargs or {}):
