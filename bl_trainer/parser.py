@@ -175,7 +175,7 @@ def _checked(action: Any, hint: Any, value: Any) -> Any:
         value = int(value)
     # argparse and the libraries read texts as these
     takes: dict[type, set[Any]] = {int: {int, float}, str: {str, bool, int, float, list, dict}}
-    if not takes.get(type(value), {type(value)}) & kinds:
+    if Any not in kinds and not takes.get(type(value), {type(value)}) & kinds:
         wanted = " or ".join(NAMES[kind] for kind in NAMES if kind in kinds)
         how = f"Write {wanted}" if wanted else "A recipe can't give it; see whether `accelerate launch` can"
         raise RecipeError(f"`{key}: {shown}` is of the wrong type. {how}.")
