@@ -42,7 +42,10 @@ def train(argv: list[str]) -> None:
         if trainer.was_terminated:
             _say_terminated(trainer)
             sys.exit(128 + signal.SIGTERM)
-        _save(trainer, recipe)
+        if trainer.is_left:
+            trainer.accelerator.print(f"{recipe.training.output_dir} is left as it is.")
+        else:
+            _save(trainer, recipe)
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)
@@ -109,6 +112,10 @@ def end(trainer: Any) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the verb that `argv` names."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print("accelerate launch -m bl_trainer VERB --config recipe.yaml [--any_key value ...]")
+        print(f"verbs: {', '.join(VERBS)}; VERB --help lists its keys")
+        return
     if not argv or argv[0] not in VERBS:
         wrong = f"unknown verb {argv[0]!r}" if argv else "no verb"
         print(

@@ -1,5 +1,6 @@
 """Checkpoints: which are whole, of which recipe they are, and what is recorded in them."""
 
+import errno
 import json
 import os
 import re
@@ -24,6 +25,9 @@ SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers, while it saves upo
 WEIGHTS = ("*.safetensors", "*/adapter_model.safetensors", "pytorch_model*", "adapter_model.bin", "global_step*")
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that can't be written or gone on with; the message is one sentence for the user."""
 
@@ -33,7 +37,10 @@ def writing(path: str) -> Iterator[None]:
     """Turn what json, torch and safetensors raise on a full disk into a CheckpointError."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers' is no more than that
+        unwritten = getattr(error, "errno", None) in UNWRITABLE or any(word in str(error) for word in ("os error", "Writer"))
+        if not unwritten:  # it has another cause, such as a push to the Hub or a lost process
+            raise
         raise CheckpointError(
             f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
             "command goes on from the last one."
@@ -55,6 +62,12 @@ def why_broken(checkpoint: Path) -> str | None:
     return f"its {missing[0]} is missing" if missing else None
 
 
+def has_model(folder: Path) -> bool:
+    """Whether `folder` holds a whole model that a run of ours has saved at its end."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")]
+    return (folder / RECORD_FILE).exists() and bool(weights) and all(map(_is_complete, weights))
+
+
 def _is_complete(path: Path) -> bool:
     if path.suffix == ".safetensors":
         try:
@@ -69,17 +82,34 @@ def _is_complete(path: Path) -> bool:
 
 def _expected(checkpoint: Path) -> list[str]:
     """Names of files that others in the checkpoint speak of."""
-    names = [f"{path.parent.name}/.metadata" for path in checkpoint.glob("*/*.distcp")]
-    names += ["latest" for _ in checkpoint.glob("global_step*")]
+    names = [
+        f"{path.name}/.metadata" for pattern in ("pytorch_model_fsdp_*", "optimizer_*") for path in checkpoint.glob(pattern)
+    ]
+    names = [name for name in names if (checkpoint / name).parent.is_dir()]
     for index in checkpoint.glob("*.index.json"):
         names += sorted(set((_read_json(index) or {}).get("weight_map", {}).values()))
-    record = _read_json(checkpoint / RECORD_FILE) or {}
+    record = read_record(str(checkpoint))
     processes = record.get("processes", 0)
-    if processes and not record.get("save_only_model"):
-        if not any(checkpoint.glob("global_step*")):  # DeepSpeed's, which has the optimizer
-            names += ["scheduler.pt", *([] if any(checkpoint.glob("optimizer*")) else ["optimizer.pt"])]
-        names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-    return names
+    if record.get("save_only_model"):
+        return names
+    if any(checkpoint.glob("global_step*")):  # DeepSpeed's, with the optimizer's state
+        names += _expected_of_deepspeed(checkpoint, processes)
+    else:
+        names += ["scheduler.pt", *([] if any(checkpoint.glob("optimizer*")) else ["optimizer.pt"])]
+    return names + (["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)])
+
+
+def _expected_of_deepspeed(checkpoint: Path, processes: int) -> list[str]:
+    if not (checkpoint / "latest").is_file():
+        return ["latest"]
+    folder = (checkpoint / "latest").read_text().strip()
+    found = len(list((checkpoint / folder).glob("*optim_states.pt")))
+    return [] if found >= max(processes, 1) else [f"{folder}/*optim_states.pt of process {found}"]
+
+
+def read_record(checkpoint: str) -> dict[str, Any]:
+    """Return what we recorded in `checkpoint`; nothing if another trainer made it."""
+    return _read_json(Path(checkpoint) / RECORD_FILE) or {}
 
 
 def _read_json(path: Path) -> Any:
@@ -100,6 +130,8 @@ def last_whole(folder: Path) -> tuple[Path | None, list[Path]]:
         broken.append(path)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"warning: {path} is passed over, since {why}: it was not written to its end.", file=sys.stderr)
+    if broken and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("warning: no whole checkpoint is left, so training starts anew.", file=sys.stderr)
     return None, broken
 
 
@@ -111,7 +143,12 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
     """
     objective = Objective.parse(getattr(args, "objective", "nll"))
     threshold = Threshold.parse(getattr(args, "threshold", None))
-    recorded = _read_json(Path(checkpoint) / RECORD_FILE) or {}
+    recorded = read_record(checkpoint) or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}
+    if recorded.get("save_only_model"):
+        raise CheckpointError(
+            f"{checkpoint} was saved with `save_only_model: true`, without what is needed to go on: the optimizer's state and "
+            "the random numbers. Start a new run from it as `model_name_or_path`."
+        )
     value = (recorded.get("threshold") or {}).get("above")
     if not threshold.resolved and isinstance(value, float) and value > 0:
         threshold = replace(threshold, above=value)
@@ -123,12 +160,38 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
     current = {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
     said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
     for key, value in current.items():
-        if recorded and recorded.get(key) != value:
+        if recorded.get(key) != value:
             raise CheckpointError(
                 f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said[key]}. Resume with the "
                 f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
     return threshold
+
+
+# What a checkpoint can't be gone on with under another value; the others may change, which is said
+FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
+FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
+
+
+def refuse_changed_keys(checkpoint: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise CheckpointError if `checkpoint` was trained under other `FIXED` keys than `given`; say which others changed."""
+    recorded = read_record(checkpoint).get("recipe")
+    if recorded is None:
+        return
+    now = json.loads(json.dumps(given, default=str))
+    changed = {}
+    for key in sorted({*recorded, *now} - set(FREE)):
+        before, after = (values.get(key, defaults.get(key)) for values in (recorded, now))
+        if before != after:
+            changed[key] = f"`{key}` from {before} to {after}"
+    for key in FIXED:
+        if key in changed:
+            raise CheckpointError(
+                f"{checkpoint} can't be gone on with after a change of {changed[key]}. Write it as it was, or another "
+                "`output_dir`."
+            )
+    if changed and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: since {checkpoint} the recipe has changed: {', '.join(changed.values())}.", file=sys.stderr)
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:

@@ -1,12 +1,14 @@
 """What ends a run before its last step: SIGTERM, and a loss that is not finite."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
@@ -27,8 +29,15 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self, accelerator: Any):
         self.accelerator, self.received, self.stopped = accelerator, False, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGTERM, self._receive)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM for a request; what it meant before holds again afterwards."""
+        self.received = self.stopped = False
+        previous = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True
@@ -42,8 +51,23 @@ class StopOnSigterm(TrainerCallback):
         if not self.stopped:
             self.on_step_end(args, state, control)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped:  # lest transformers, at the end of training, delete all checkpoints but the best
+            state.best_model_checkpoint = None
+
+
+class RefuseNonfinite(TrainerCallback):
+    """Raises LossError before an optimizer step that a gradient which is not finite would break the weights with."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        if args.fp16 or not gradients:  # whose scaler leaves such steps out; DeepSpeed, which keeps them to itself
+            return
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            raise LossError(
+                f"The gradient of step {state.global_step + 1} is not finite, and the step is not made. Lower `learning_rate`, "
+                "or keep the least probable tokens out by a small `threshold`."
+            )
 
 
 def number_rows(dataset: Any) -> Any:
@@ -74,19 +98,32 @@ class RowCollator:
         return batch
 
 
-def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor, model: Any, process: int) -> None:
-    """Raise LossError if `loss` of the micro-batch that holds `rows` in optimizer step `step` is NaN or infinite."""
+def local(parameter: Tensor) -> Tensor:
+    """Return this process's share of a parameter that FSDP2 or ZeRO-3 shards, or all of it; no gradient."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, process: int) -> None:
+    """Raise LossError if `loss` of the micro-batch that holds `rows` in optimizer step `step` is NaN or infinite.
+
+    `rows` is None where they have no numbers: images, and sets that are prepared already. Of a sharded model this process's
+    share of the weights is looked at.
+    """
     if loss.isfinite():
         return
-    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    broken = [name for name, parameter in model.named_parameters() if not local(parameter).isfinite().all()]
     where = (
         f"{len(broken)} of the model's weights are not finite either, from {broken[0]} on, so an earlier step broke them: "
         "lower `learning_rate`, or see whether `grad_norm` was finite"
         if broken
-        else "The model's weights are finite: look at these rows and at the objective"
+        else "The model's weights, as far as they are on this process, are finite: look at these rows and at the objective"
     )
-    numbers = ", ".join(str(row) for row in rows.flatten().tolist() if row >= 0)
+    numbers = (
+        "unknown rows" if rows is None else f"the rows {', '.join(str(row) for row in rows.flatten().tolist() if row >= 0)}"
+    )
     raise LossError(
-        f"The loss is {loss.item()} in step {step} on process {process}, whose micro-batch holds the rows {numbers} of the "
+        f"The loss is {loss.item()} in step {step} on process {process}, whose micro-batch holds {numbers} of the "
         f"training set, counted from 0. {where}."
     )

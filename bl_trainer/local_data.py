@@ -1,5 +1,6 @@
 """Data sets from local files, and the line of a file that is at fault when one can't be read or trained on."""
 
+import csv
 import json
 from collections.abc import Iterable, Iterator
 from glob import glob
@@ -56,6 +57,7 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     for path in files:
         if path.suffix != ".parquet":
             found = _fault_in_array(path) if _holds_array(path) else _fault_in_lines(path, formats)
+            found = found or (_fault_in_csv(path, formats) if path.suffix == ".csv" else None)
             if found:
                 return f"{path}, {found}"
     return None
@@ -101,17 +103,33 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
     return None
 
 
+def _fault_in_csv(path: Path, formats: list[tuple[str, ...]]) -> str | None:
+    with path.open(newline="", encoding="utf-8") as lines:
+        rows = csv.DictReader(lines)
+        columns: tuple[str, ...] = next((each for each in formats if set(each) <= set(rows.fieldnames or ())), ())
+        for row in rows:
+            for column in columns:
+                if not row[column]:
+                    return f"line {rows.line_num}: {column!r} is empty"
+    return None
+
+
 def _fault_in_column(row: dict[str, Any], column: str) -> str | None:
     if column not in row:
         return f"it has no {column!r}"
     value = row[column]
-    if isinstance(value, str) or (value and isinstance(value, list) and all(map(_is_message, value))):
+    is_text = isinstance(value, str) and column != "messages"
+    if is_text or (value and isinstance(value, list) and all(map(_is_message, value))):
         return None
     return f"{column!r} is {_short(value)}, not a text or messages with role and content"
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value and ("content" in value or "tool_calls" in value)
+    return (
+        isinstance(value, dict)
+        and "role" in value
+        and (isinstance(value.get("content"), (str, list)) or bool(value.get("tool_calls")))
+    )
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -16,11 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .head import score
-from .interruption import NOT_FOR_THE_MODEL
+from .interruption import NOT_FOR_THE_MODEL, local
 from .statistics import PERCENTILE_ERROR, MeasurementError, ProbabilityHistogram
 
 logger = get_logger(__name__)
@@ -175,7 +174,7 @@ def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
     config = {k: v for k, v in trainer.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     setting = [2, trainer.args.bf16, trainer.args.fp16, json.dumps(config, sort_keys=True, default=str)]
     digest = hashlib.sha256(repr(setting).encode())
-    tensors = {name: _local(tensor) for name, tensor in trainer.model.named_parameters()}
+    tensors = {name: local(tensor) for name, tensor in trainer.model.named_parameters()}
     for name, tensor in tensors.items():
         pair = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if pair in tensors and "lora_" in name and not tensors[pair].any():
@@ -194,12 +193,6 @@ def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
 
 def _is_sharded(trainer: Any) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
-def _local(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().detach()
-    return getattr(parameter, "ds_tensor", parameter).detach()
 
 
 def _read(path: Path) -> Any:

@@ -149,6 +149,7 @@ class Parser(TrlParser):
         return True
 
 
+SECRETS = ("hub_token", "push_to_hub_token")
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
 
 
@@ -165,14 +166,16 @@ def _kinds(hint: Any) -> set[Any]:
 
 def _checked(action: Any, hint: Any, value: Any) -> Any:
     """Return a value from a file as it is to be used; raises RecipeError if it isn't what the key takes."""
-    key, kinds = action.dest, _kinds(hint) | ({type(None)} if action.default is None else set())
+    key, kinds = action.dest, _kinds(hint) | {type(value) for value in (action.default, action.const)}
     if key in ("objective", "threshold", "resume_from_checkpoint"):  # their own readers check them
         return value
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else without_secrets({key: value})[key]
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"`{key}: {shown}` must be a finite number.")
     if isinstance(value, float) and float not in kinds and int in kinds and value % 1 == 0:
         value = int(value)
+    if not isinstance(value, (bool, str, list, dict, type(None))) and kinds <= {str, type(None)}:
+        value = str(value)
     # argparse and the libraries read texts as these
     takes: dict[type, set[Any]] = {int: {int, float}, str: {str, bool, int, float, list, dict}}
     if Any not in kinds and not takes.get(type(value), {type(value)}) & kinds:
@@ -235,7 +238,7 @@ def load_yaml(paths: list[str]) -> dict[str, Any]:
 
 def without_secrets(given: dict[str, Any]) -> dict[str, Any]:
     """Return recipe keys with the values of `env` and of tokens left out."""
-    hidden: dict[str, Any] = {key: "<redacted>" for key in given if key.endswith("_token")}
+    hidden: dict[str, Any] = {key: "<redacted>" for key in SECRETS if key in given}
     if "env" in given:
         hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
     return {**given, **hidden}

@@ -1,7 +1,9 @@
 """Recipes: TRL's SFT recipe keys and ours, from a YAML file and the command line, read strictly."""
 
 import json
+import math
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from accelerate.utils import gather_object, is_bnb_available
 from peft import PeftConfig
@@ -23,7 +26,15 @@ from trl import (
     get_quantization_config,
 )
 
-from .checkpoint import CheckpointError, last_whole, refuse_lost_epoch, refuse_other_model, refuse_other_recipe, why_broken
+from .checkpoint import (
+    CheckpointError,
+    last_whole,
+    refuse_changed_keys,
+    refuse_lost_epoch,
+    refuse_other_model,
+    refuse_other_recipe,
+    why_broken,
+)
 from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import _nearest
@@ -53,7 +64,24 @@ NEEDS = {
     "liger_kernel_config": ("use_liger_kernel", "use_liger_kernel: true"),
 }
 
-POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
+# Keys whose values the libraries refuse late, or take without a word: the least and the greatest
+RANGES = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "lora_r",
+            "save_total_limit",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "adam_epsilon"), (0, math.inf)),
+    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), (0, 1)),
+    "max_length": (2, math.inf),
+    "max_steps": (-1, math.inf),
+}
 
 # What a run writes to `output_dir`, so that none of it may be there already
 WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
@@ -227,6 +255,7 @@ class Recipe:
         if chosen:
             self._check_resumable(chosen)
             if chosen.resolve().parent == folder.resolve():
+                self._check_last(chosen, folder)
                 return str(chosen)
         present = {path for pattern in WRITTEN for path in folder.glob(pattern)} - set(broken)
         card = folder / "README.md"  # a run writes its model card before its first checkpoint
@@ -241,6 +270,15 @@ class Recipe:
             )
         return str(chosen) if chosen else None
 
+    def _check_last(self, checkpoint: Path, folder: Path) -> None:
+        """Raise RecipeError if `folder` has later checkpoints, which going on from this one would overwrite."""
+        last, _ = last_whole(folder)
+        if last is not None and last.name != checkpoint.name and int(last.name[11:]) > int(checkpoint.name[11:]):
+            raise RecipeError(
+                f"`resume_from_checkpoint: {checkpoint}`: {last} is later, and would be overwritten. Write another "
+                "`output_dir`, or move the later checkpoints away."
+            )
+
     def _check_resumable(self, checkpoint: Path) -> None:
         if not checkpoint.is_dir():
             raise RecipeError(
@@ -254,6 +292,7 @@ class Recipe:
             refuse_other_recipe(str(checkpoint), self.training)
             refuse_lost_epoch(str(checkpoint))
             refuse_other_model(str(checkpoint), str(self.model.model_name_or_path), self.model.use_peft)
+            refuse_changed_keys(str(checkpoint), self.given, {f.name: f.default for c in DATACLASSES for f in fields(c)})
         except ValueError as error:
             raise RecipeError(sentence(error)) from error
 
@@ -268,7 +307,7 @@ class Recipe:
             value = getattr(self.training, key)
             if value is not None and not isinstance(value, dict):
                 raise RecipeError(f"`{key}` must be a mapping, got {value!r}.")
-            if any("token" in name for name in value or {}):
+            if {"token", "use_auth_token"} & set(value or {}):
                 raise RecipeError(f"A token in `{key}` would be logged. Put it in the environment variable HF_TOKEN instead.")
         self._check_training()
         self._check_data()
@@ -284,11 +323,17 @@ class Recipe:
             )
         if training.packing and training.max_length is None:
             raise RecipeError("`packing: true` needs `max_length`, the length of a packed row; the recipe says null.")
-        for key in POSITIVE:
-            if getattr(training, key) is not None and getattr(training, key) <= 0:
-                raise RecipeError(f"`{key}: {getattr(training, key)}` must be above 0.")
-        if training.learning_rate < 0:
-            raise RecipeError(f"`learning_rate: {training.learning_rate}` must not be negative.")
+        for key, (least, greatest) in RANGES.items():
+            value = getattr(training, key, getattr(self.model, key, None))
+            if value is not None and not least <= value <= greatest:
+                bounds = f"at least {least}" if greatest == math.inf else f"from {least} to {greatest}"
+                raise RecipeError(f"`{key}: {value}` must be {bounds}.")
+        if training.max_steps <= 0 and training.num_train_epochs <= 0:
+            raise RecipeError(f"`num_train_epochs: {training.num_train_epochs}` trains nothing. Write a number above 0.")
+        for kind in ("save", "logging", "eval"):
+            steps = getattr(training, f"{kind}_steps")
+            if getattr(training, f"{kind}_strategy") == "steps" and steps is not None and steps <= 0:
+                raise RecipeError(f"`{kind}_steps: {steps}` must be above 0; to switch it off write `{kind}_strategy: no`.")
         self._check_optimizer()
         if training.save_only_model and str(training.resume_from_checkpoint).lower() == "true":
             raise RecipeError(
@@ -297,7 +342,8 @@ class Recipe:
             )
         if training.eval_on_start and training.eval_strategy == "no":
             raise RecipeError("`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`.")
-        reported = [*METRICS, "loss", "perplexity", "aux_loss", "num_tokens", "runtime"]
+        reported = [*METRICS, "loss", "perplexity", "aux_loss", "num_tokens"]
+        reported += ["runtime", "samples_per_second", "steps_per_second"]
         best = training.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in reported:
             near = _nearest(best, [f"eval_{name}" for name in reported])
@@ -334,13 +380,27 @@ class Recipe:
             key = "streaming" if mixture.streaming else "dataset_streaming"
             raise RecipeError(f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps.")
         template = self.training.chat_template_path
-        if template and not Path(template).is_file():  # a model whose template is taken
-            try:
-                AutoTokenizer.from_pretrained(template)
-            except Exception as error:  # it can be told in many ways that there is no such model
-                raise RecipeError(f"`chat_template_path: {template}` has no tokenizer: {sentence(error)}") from error
+        if template:
+            self._check_template(Path(template))
         if mixture.streaming and mixture.test_split_size is not None:
             raise RecipeError("`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`.")
+
+    def _check_template(self, path: Path) -> None:
+        what = f"`chat_template_path: {path}`"
+        if path.suffix in (".jinja", ".j2"):
+            try:
+                jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                    re.sub(r"{%-? *(end)?generation *-?%}", "", path.read_text(encoding="utf-8"))
+                )
+            except OSError as error:
+                raise RecipeError(f"{what} can't be read: {error.strerror}.") from error
+            except jinja2.TemplateSyntaxError as error:
+                raise RecipeError(f"{what}, line {error.lineno}: {error.message}") from error
+            return
+        try:  # a model whose template is taken
+            AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # it can be told in many ways that there is no such model
+            raise RecipeError(f"{what} has no tokenizer, and is no .jinja file: {sentence(error)}") from error
 
     def _check_model(self, given: set[str]) -> None:
         model = self.model
@@ -389,8 +449,11 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        where = "" if is_ours else f"{type(error).__name__}: "
-        fault = recipe.data_fault() if recipe and not is_ours else None
-        more = "" if is_ours else f"{f' ({fault})' if fault else ''} (BL_TRACEBACK=1 shows where)"
-        print(f"error: {where}{sentence(error)}{more}", file=sys.stderr)
+        message = sentence(error)
+        if not is_ours:
+            fault = recipe.data_fault() if recipe else None
+            message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"
+            message = f"{fault}; hence {message}" if fault else message
+        # a progress bar may stand on the line
+        print(f"{chr(10) if anywhere else ''}error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -4,7 +4,10 @@ import inspect
 import json
 import math
 import os
+import shutil
+import signal
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,11 +29,22 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from .checkpoint import RECORD_FILE, CheckpointError, last_whole, refuse_lost_epoch, refuse_other_recipe, writing
+from .checkpoint import (
+    RECORD_FILE,
+    CheckpointError,
+    has_model,
+    last_whole,
+    read_record,
+    refuse_lost_epoch,
+    refuse_other_recipe,
+    why_broken,
+    writing,
+)
 from .head import Head, TokenCosts, add_scoring, objective_head
-from .interruption import ROW, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
+from .interruption import ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
+from .parser import SECRETS
 from .refusals import refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
@@ -53,7 +69,7 @@ class BLConfig(SFTConfig):
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
         stop_on_nan (`bool`, *optional*, defaults to `False`):
             Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
-            NaN or infinite. Waits for the device once per micro-batch.
+            NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
 
     Raises:
         `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
@@ -86,7 +102,10 @@ class BLConfig(SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "hub_token": None}  # transformers pickles its arguments into every checkpoint
+        return {
+            **vars(self),
+            **{key: None for key in SECRETS if hasattr(self, key)},
+        }  # transformers pickles its arguments into every checkpoint
 
     def __post_init__(self) -> None:
         objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
@@ -164,6 +183,7 @@ class BLTrainer(SFTTrainer):
         peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
+        previous = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
         self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
@@ -180,15 +200,18 @@ class BLTrainer(SFTTrainer):
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
         if self.stops_on_nan:
             self.data_collator = RowCollator(self.data_collator)
+            self.add_callback(RefuseNonfinite())
         self._sigterm = StopOnSigterm(self.accelerator)
         if getattr(self.args, "enable_jit_checkpoint", False):
             from transformers.trainer_jit_checkpoint import JITCheckpointCallback  # not in the oldest transformers
 
             self.remove_callback(JITCheckpointCallback)
+            signal.signal(signal.SIGTERM, previous)  # which that callback has replaced
             self.add_callback(self._sigterm)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
         self.recipe: dict[str, Any] | None = None
         self._first_step = 0  # of this process; a resumed run begins later
+        self.is_left = False  # whether a finished run was found that is left as it is
 
     @property
     def was_terminated(self) -> bool:
@@ -211,8 +234,10 @@ class BLTrainer(SFTTrainer):
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
-        prepared = prepared.map(number_tokens).select_columns(["input_ids", "labels", ROW])
-        packed = pack_dataset(prepared, length, args.packing_strategy)
+        how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
+        with PartialState().local_main_process_first():
+            prepared = prepared.map(number_tokens, **how).select_columns(["input_ids", "labels", ROW])
+            packed = pack_dataset(prepared, length, args.packing_strategy, how)
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     def _set_signature_columns_if_needed(self):
@@ -287,7 +312,7 @@ class BLTrainer(SFTTrainer):
             return outputs
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        if rows is not None and self.model.training:
+        if self.stops_on_nan and self.model.training:
             loss, step = (result[0] if return_outputs else result).detach(), self.state.global_step + 1
             refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
         return result
@@ -445,38 +470,69 @@ class BLTrainer(SFTTrainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        self._sums["train"] = None
-        if resume_from_checkpoint is True:
-            last, _ = last_whole(Path(str(self.args.output_dir)))
-            if last is None:
-                raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-            resume_from_checkpoint = str(last)
-        found = resume_from_checkpoint
-        if isinstance(found, str):
-            self.threshold = refuse_other_recipe(found, self.args)
-            if self.threshold.above_percentile is not None:
-                self.accelerator.print(
-                    f"The threshold is p >= {self.threshold.above:.6g}: percentile {self.threshold.above_percentile:g}, as "
-                    f"{found} records it."
-                )
-            state_file = Path(found) / "trainer_state.json"
-            state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-            self._first_step = state.global_step
-            refuse_lost_epoch(found)
-            if 0 < self.args.max_steps <= state.global_step and not sharded:
-                return self._finish(found, state)
-        whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
-        self.accelerator.print(f"Loss head: {whose}.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._sums["train"], self.is_left = None, False
+        listens = getattr(self.args, "enable_jit_checkpoint", False)
+        with self._sigterm.listening() if listens else nullcontext():
+            if resume_from_checkpoint is True:
+                last, _ = last_whole(Path(str(self.args.output_dir)))
+                if last is None:
+                    raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+                resume_from_checkpoint = str(last)
+            if isinstance(resume_from_checkpoint, str):
+                state = self._take_up(resume_from_checkpoint)
+                if 0 < self._steps_of(resume_from_checkpoint, state) <= state.global_step:
+                    return self._finish(resume_from_checkpoint, state)
+            whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
+            self.accelerator.print(f"Loss head: {whose}.")
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _take_up(self, checkpoint: str) -> TrainerState:
+        """Return the state to go on from, and take over the threshold; says what can't be as in an uninterrupted run."""
+        self.threshold = refuse_other_recipe(checkpoint, self.args)
+        refuse_lost_epoch(checkpoint)
+        if self.threshold.above_percentile is not None:
+            self.accelerator.print(
+                f"The threshold is p >= {self.threshold.above:.6g}: percentile {self.threshold.above_percentile:g}, as "
+                f"{checkpoint} records it."
+            )
+        state_file = Path(checkpoint) / "trainer_state.json"
+        state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
+        self._first_step = state.global_step
+        processes = read_record(checkpoint).get("processes", self.accelerator.num_processes)
+        if processes != self.accelerator.num_processes:
+            logger.warning(
+                f"{checkpoint} is of {processes} processes, and now there are {self.accelerator.num_processes}: batches and "
+                "random numbers are others than in an uninterrupted run."
+            )
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        by_length = getattr(self.args, "train_sampling_strategy", "") == "group_by_length"
+        by_length |= bool(getattr(self.args, "group_by_length", False))  # an older transformers'
+        if (state.epoch or 0) > 1 and (is_stream or by_length):
+            source = "stream" if is_stream else "set grouped by length"
+            logger.warning(
+                f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} the examples may come in another "
+                "order than in an uninterrupted run."
+            )
+        self.accelerator.print(f"Going on from {checkpoint}, after step {state.global_step}.")
+        return state
+
+    def _steps_of(self, checkpoint: str, state: TrainerState) -> int:
+        """Return how many steps the run has that `checkpoint` is of, or 0 if it is to be made longer or shorter."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        is_same = read_record(checkpoint).get("num_train_epochs") == self.args.num_train_epochs
+        return state.max_steps if is_same else 0
 
     def _finish(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        """Take up a run that has all its steps; transformers would train one more."""
-        logger.warning(f"{checkpoint} is at step {state.global_step} of {self.args.max_steps}: nothing is left to train.")
+        """Take up a run that has all its steps; transformers would train one more. What it has saved is left as it is."""
+        logger.warning(f"{checkpoint} is at step {state.global_step} of {state.max_steps}: nothing is left to train.")
         self.state = state
-        self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load_best_model()
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # whose model can't be loaded without training
+        self.is_left = sharded or has_model(Path(str(self.args.output_dir)))
+        if not sharded:
+            self._load_from_checkpoint(checkpoint)
+            if self.args.load_best_model_at_end and state.best_model_checkpoint:
+                self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
     def _record(self) -> dict[str, Any]:
@@ -487,6 +543,7 @@ class BLTrainer(SFTTrainer):
             "recipe": self.recipe,
             "processes": self.accelerator.num_processes,
             "save_only_model": self.args.save_only_model,
+            "num_train_epochs": self.args.num_train_epochs,
             "versions": {package: version(package) for package in packages},
         }
 
@@ -503,7 +560,11 @@ class BLTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(f"{self.args.output_dir}/checkpoint-{self.state.global_step}"):
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with writing(str(folder)):
+            if self.args.should_save and folder.exists() and why_broken(folder):
+                shutil.rmtree(folder)  # what an earlier start left, of which some would stay
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

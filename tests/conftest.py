@@ -192,3 +192,5 @@ def fake_checkpoint(folder):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    for name in ("optimizer", "scheduler"):
+        torch.save({}, folder / f"{name}.pt")

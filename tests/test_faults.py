@@ -15,7 +15,7 @@ from importlib.metadata import version
 import crashing
 import pytest
 import torch
-from conftest import write_recipe
+from conftest import make_llama, write_recipe
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_processes import SCRIPT, TESTS, launch, launcher
@@ -93,9 +93,13 @@ def assert_same(folder, kind, expected):
 
 
 CUTS = [
-    ("weights", "{weights}", 0.5), ("optimizer", "optimizer.pt", 0.5), ("optimizer", "optimizer.pt", 0),
-    ("optimizer", "scheduler.pt", 0.9), ("rng", "rng_state.pth", 0.5), ("state", "trainer_state.json", 0.7),
-    ("state", "trainer_state.json", 0),
+    # before the state is there
+    ("weights", "{weights}", 0.5), ("optimizer", "optimizer.pt", 0.5), ("rng", "rng_state.pth", 0.5),
+    # all but one is there
+    ("state", "{weights}", 0.5), ("state", "{weights}", 0), ("state", "optimizer.pt", 0.5), ("state", "optimizer.pt", 0),
+    ("state", "scheduler.pt", 0.9), ("state", "rng_state.pth", 0.5), ("state", "rng_state.pth", 0),
+    ("state", "bl_trainer.json", 0.5),
+    ("state", "trainer_state.json", 0.7), ("state", "trainer_state.json", 0),
 ]  # fmt: skip
 
 
@@ -108,9 +112,12 @@ def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, unint
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     code, said = run(recipe)
     assert code == 0, said
-    found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) is (missing|cut short)", said)
+    found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) (?:is|are) (missing|cut short)", said)
     assert found, said
-    assert found[1] == name or where != "state"
+    expected = "weights" if name == FILE[kind] and to == 0 else name
+    assert found.groups() == (
+        ("trainer_state.json", "missing") if where != "state" else (expected, "cut short" if to else "missing")
+    )
     assert_same(tmp_path, kind, uninterrupted)
 
 
@@ -161,6 +168,39 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(where, number, mak
     code, said = run(recipe)
     assert code == 0, said
     assert_same(tmp_path, kind, uninterrupted)
+
+
+@SIGTERM
+def test_sigterm_keeps_its_checkpoint_beside_the_best(checkpoint, data_folder, tmp_path):
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, max_steps=6, save_steps=2, eval_strategy="steps", eval_steps=2, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_nll", greater_is_better=True, learning_rate=0.01,
+        enable_jit_checkpoint=True, per_device_train_batch_size=2, resume_from_checkpoint=True,
+    )  # fmt: skip
+    code, said = run(recipe, crashing.terminate, "step", 5)
+    assert code == 128 + signal.SIGTERM, said
+    assert "checkpoint-5 is saved" in said
+    assert why_broken(tmp_path / "out" / "checkpoint-5") is None
+    code, said = run(recipe)
+    assert code == 0, said
+    assert "Going on from" in said
+
+
+@SIGTERM
+def test_sigterm_means_what_it_did_outside_of_training(tokenizer, text_data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, enable_jit_checkpoint=True, max_steps=2)
+    assert signal.getsignal(signal.SIGTERM) is before
+    trainer._sigterm.received = True  # of an earlier training
+    assert trainer.train().global_step == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+    trainer = build(
+        BLTrainer, tokenizer, text_data, tmp_path, enable_jit_checkpoint=True, stop_on_nan=True,
+        objective=f"{__name__}:nan_on_an_x",
+    )  # fmt: skip
+    with pytest.raises(LossError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @SIGTERM
@@ -283,6 +323,96 @@ def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
     assert why_broken(folder) == "its model-00001-of-00002.safetensors is missing"
 
 
+def test_parts_of_sharded_checkpoints_are_missed(tmp_path):
+    def write(name, content=b""):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+
+    write("trainer_state.json", b'{"global_step": 1}')
+    write("bl_trainer.json", b'{"processes": 2}')
+    for rank in range(2):
+        torch.save({}, tmp_path / f"rng_state_{rank}.pth")
+    (tmp_path / "global_step1").mkdir()
+    assert why_broken(tmp_path) == "its latest is missing"
+    write("latest", b"global_step1")
+    torch.save({}, tmp_path / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert why_broken(tmp_path) == "its global_step1/*optim_states.pt of process 1 is missing"
+    torch.save({}, tmp_path / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    assert why_broken(tmp_path) is None
+    (tmp_path / "pytorch_model_fsdp_0").mkdir()
+    assert why_broken(tmp_path) == "its pytorch_model_fsdp_0/.metadata is missing"
+
+
+def test_what_a_broken_checkpoint_held_does_not_stay(tokenizer, text_data, tmp_path):
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-1" / "checkpoint-is-incomplete.txt").touch()
+    train(Ordered, tokenizer, text_data, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    assert why_broken(tmp_path / "out" / "checkpoint-1") is None
+
+
+def test_a_finished_run_is_left_as_it_is(make, kind, tmp_path):
+    recipe = make(tmp_path, max_steps=-1, num_train_epochs=0.5, lr_scheduler_type="constant")
+    assert run(recipe)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for _ in range(2):
+        code, said = run(recipe)
+        assert code == 0, said
+        assert "out is left as it is." in said
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    (tmp_path / "out" / FILE[kind]).unlink()  # as if killed before the model was saved
+    assert run(recipe)[0] == 0
+    assert (tmp_path / "out" / FILE[kind]).exists()
+
+
+def resumed(folder, checkpoint, data_folder, **changes):
+    recipe = write_recipe(folder, checkpoint, data_folder, max_steps=2, save_steps=1, **changes)
+    return Recipe.read(["--config", str(recipe)])
+
+
+def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"], "save_only_model": False}
+    main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data_folder, max_steps=2, save_steps=1, **lora))])
+    again = {**lora, "resume_from_checkpoint": True}
+    capsys.readouterr()
+    assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint() == str(tmp_path / "out" / "checkpoint-2")
+    assert "warning" not in capsys.readouterr().err
+    resumed(tmp_path, checkpoint, data_folder, **again, seed=7, learning_rate=1e-3).checkpoint()
+    said = capsys.readouterr().err
+    assert "checkpoint-2 the recipe has changed: `learning_rate` from " in said
+    assert "`seed` from 42 to 7." in said
+    for key, value in (("lora_r", 8), ("use_dora", True), ("optim", "sgd")):
+        with pytest.raises(RecipeError, match=f"can't be gone on with after a change of `{key}` from "):
+            resumed(tmp_path, checkpoint, data_folder, **{**again, key: value}).checkpoint()
+    first = str(tmp_path / "out" / "checkpoint-1")
+    with pytest.raises(RecipeError, match=r"checkpoint-2 is later, and would be overwritten\. Write another `output_dir`"):
+        resumed(tmp_path, checkpoint, data_folder, **{**again, "resume_from_checkpoint": first}).checkpoint()
+    path = tmp_path / "out" / "checkpoint-2" / "bl_trainer.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "save_only_model": True}))
+    with pytest.raises(RecipeError, match="was saved with `save_only_model: true`, without what is needed to go on"):
+        resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
+    path.unlink()  # as TRL's own trainer leaves it
+    assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
+    with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'nll'\}, the recipe says"):
+        resumed(tmp_path, checkpoint, data_folder, **again, objective="neg_p").checkpoint()
+
+
+def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokenizer, text_data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
+    stream = text_data.select(range(16)).to_iterable_dataset()
+    train(Ordered, tokenizer, stream, tmp_path, **options)
+    path = tmp_path / "out" / "checkpoint-3"
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 1.5}))
+    record = json.loads((path / "bl_trainer.json").read_text())
+    (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
+    build(Ordered, tokenizer, stream, tmp_path, **options)._take_up(str(path))
+    assert any("is of 2 processes, and now there are 1" in line for line in said)
+    assert any("from a stream the examples may come in another order" in line for line in said) or FORGETS
+
+
 # Output folders, models
 
 
@@ -352,13 +482,34 @@ def test_a_nan_loss_stops_with_the_step_and_the_rows(options, rows, tokenizer, t
     with pytest.raises(LossError) as caught:
         trainer.train()
     message = str(caught.value)
-    assert "The model's weights are finite: look at these rows and at the objective" in message
+    assert "weights, as far as they are on this process, are finite: look at these rows and at the objective" in message
     step, named = re.search(
         r"The loss is nan in step (\d+) on process 0, whose micro-batch holds the rows ([\d, ]+) of", message
     ).groups()
     assert int(step) == trainer.state.global_step + 1
     assert rows is None or named == rows
     assert any("x" in ROWS[int(row)] for row in named.split(", "))
+
+
+def test_a_nan_loss_without_row_numbers(tokenizer, tmp_path):
+    ids = [[4, 5, 6], [7, 4 + ord("x") - ord("a"), 5]]
+    data = Dataset.from_list([{"input_ids": each, "labels": each} for each in ids])
+    options = {"objective": f"{__name__}:nan_on_an_x", "stop_on_nan": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(LossError, match="whose micro-batch holds unknown rows of the training set"):
+        train(Ordered, tokenizer, data, tmp_path, **options)
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped_with(tokenizer, text_data, tmp_path):
+    model = make_llama(tokenizer)
+    model.lm_head.weight.data *= 20
+    options = {"objective": {"name": "power", "alpha": -2}, "stop_on_nan": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model, max_steps=3, **options)
+    with pytest.raises(
+        LossError, match=r"The (gradient of step 1 is not finite, and the step is not made|loss is inf in step 1)"
+    ):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_weights_that_are_not_finite_are_told_apart(tokenizer, text_data, tmp_path):
@@ -421,6 +572,9 @@ FAULTS = {
     "array": ("data.json", b'[\n{"text": "a"},\n{"text": \n', "line 4: Expecting value"),
     "array not UTF-8": ("data.json", b'[\n{"text": "a"},\n{"text": "\xff"}]', "line 3: byte 0xff is not UTF-8 text"),
     "text not UTF-8": ("data.txt", b"a\nb\xff\n", "line 2: byte 0xff is not UTF-8 text. Save the file as UTF-8"),
+    "csv": ("data.csv", b"prompt,completion\na,b\nc\n", "line 3: 'completion' is empty"),
+    "content": ("data.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "line 1: 'messages' is "),
+    "text for messages": ("data.jsonl", b'{"messages": "hi"}', "line 1: 'messages' is \"hi\""),
     "csv not UTF-8": ("data.csv", b"text\na\nb\xff\n", "line 3: byte 0xff is not UTF-8 text"),
 }  # fmt: skip
 

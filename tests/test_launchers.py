@@ -117,7 +117,7 @@ def launched(monkeypatch):
 
 
 ENVIRONMENT = {
-    "single_gpu": {},
+    "single_gpu": {"CUDA_VISIBLE_DEVICES": "0"},
     "ddp": {},
     "two_nodes": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},

@@ -48,6 +48,38 @@ def test_reads_file_and_command_line(write):
     assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
 
 
+TAKEN = {
+    "lora_target_modules": "all-linear", "report_to": ["tensorboard"],
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "learning_rate": "2e-5", "max_steps": -1, "num_train_epochs": 1, "eval_steps": 0.1, "logging_first_step": True,
+    "hub_strategy": "every_save", "warmup_steps": 0.1, "dataset_kwargs": {"add_special_tokens": False},
+    "model_init_kwargs": {"pad_token_id": 0}, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "torch_compile": True, "run_name": 7,
+    "optim_args": "rank=2", "accelerator_config": {"split_batches": True}, "metric_for_best_model": "eval_steps_per_second",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TAKEN)
+def test_values_that_trl_takes_are_taken(key, write):
+    besides = {
+        "lora_target_modules": {"use_peft": True},
+        "eval_steps": {"eval_strategy": "steps"},
+        "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
+    }
+    read = Recipe.read(write(**{key: TAKEN[key], **besides.get(key, {})}))
+    found = next(getattr(part, key) for part in (read.training, read.model) if hasattr(part, key))
+    assert found == TAKEN[key] or str(found) == str(TAKEN[key]) or key in ("learning_rate", "accelerator_config")
+
+
+def test_template_that_is_broken(write, tmp_path):
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}\n{% if %}")
+    with pytest.raises(RecipeError, match=r"broken\.jinja`, line 2: Expected an expression"):
+        Recipe.read(write(chat_template_path=str(tmp_path / "broken.jinja")))
+    (tmp_path / "good.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    Recipe.read(write(chat_template_path=str(tmp_path / "good.jinja")))
+
+
 def test_unquoted_no_and_env(write, monkeypatch):
     monkeypatch.delenv("BL_TEST_VARIABLE", raising=False)
     text = Path(write(env={"BL_TEST_VARIABLE": 1})[1]).read_text() + "eval_strategy: no\nsave_strategy: no\n"
@@ -133,8 +165,20 @@ BAD_RECIPES = [
     ({"eval_steps": 5}, "`eval_steps` does nothing without `eval_strategy`."),
     ({"dataset_test_split": "dev"}, "`dataset_test_split` does nothing without `eval_strategy`."),
     ({"liger_kernel_config": {"rope": True}}, "`liger_kernel_config` does nothing without `use_liger_kernel`."),
-    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size: 0` must be above 0."),
-    ({"learning_rate": -1.0}, "`learning_rate: -1.0` must not be negative."),
+    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size: 0` must be at least 1."),
+    ({"learning_rate": -1.0}, "`learning_rate: -1.0` must be at least 0."),
+    ({"max_steps": -5}, "`max_steps: -5` must be at least -1."),
+    ({"num_train_epochs": 0}, "`num_train_epochs: 0` trains nothing. Write a number above 0."),
+    ({"save_steps": 0}, "`save_steps: 0` must be above 0; to switch it off write `save_strategy: no`."),
+    ({"use_peft": True, "lora_r": 0}, "`lora_r: 0` must be at least 1."),
+    ({"use_peft": True, "lora_dropout": 2.0}, "`lora_dropout: 2.0` must be from 0 to 1."),
+    ({"adam_beta1": 2.0}, "`adam_beta1: 2.0` must be from 0 to 1."),
+    ({"max_length": 1}, "`max_length: 1` must be at least 2."),
+    ({"chat_template_path": "missing.jinja"}, "`chat_template_path: missing.jinja` can't be read: No such file or directory."),
+    ({"chat_template_path": "README.md"}, "`chat_template_path: README.md` has no tokenizer, and is no .jinja file"),
+    ({"learning_rate": float("nan")}, "`learning_rate"),
+    ({"optim": "adamw_torch_xla"}, "`optim: adamw_torch_xla` can't be had"),
+    ({"lr_scheduler_kwargs": {"speed": 1}}, "with `lr_scheduler_kwargs: {'speed': 1}` can't be had"),
     ({"save_only_model": True, "resume_from_checkpoint": True}, "`save_only_model: true` leaves out of the checkpoints what"),
     ({"eval_on_start": True}, "`eval_on_start` needs an evaluation set."),
     ({"metric_for_best_model": "eval_nlll"}, "`metric_for_best_model: eval_nlll` is not reported. Did you mean 'eval_nll'?"),

@@ -42,7 +42,10 @@ def test_secrets_are_left_nowhere(checkpoint, data_folder, tmp_path, monkeypatch
 
 def test_the_recorded_recipe_has_the_command_line(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(tmp_path, checkpoint, data_folder, max_steps=9)
-    read = Recipe.read(["--config", str(recipe), "--max_steps", "1", "--objective", "neg_p", "--hub_token", SECRET])
+    read = Recipe.read(
+        ["--config", str(recipe), "--max_steps", "1", "--objective", "neg_p", "--hub_token", SECRET, "--eos_token", "<end>"]
+    )
+    assert read.given["eos_token"] == "<end>"
     assert (read.given["max_steps"], read.given["objective"], read.given["hub_token"]) == (1, "neg_p", "<redacted>")
     assert read.training.hub_token == SECRET
 
@@ -57,6 +60,7 @@ def test_the_recorded_recipe_has_the_command_line(checkpoint, data_folder, tmp_p
             f"model_init_kwargs: {{token: {SECRET}}}",
             "A token in `model_init_kwargs` would be logged. Put it in the environment",
         ),
+        (f"hub_token: [{SECRET}]", "`hub_token: <redacted>` is of the wrong type. Write a text."),
         (f"hub_tokn: {SECRET}", "Unknown recipe key 'hub_tokn'. Did you mean 'hub_token'?"),
     ],
 )
