@@ -520,7 +520,14 @@ def test_weights_that_are_not_finite_are_told_apart(tokenizer, text_data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"padding_free": True}, {"packing": True, "max_length": 64, "shuffle_dataset": True}], ids=str
+    "options",
+    [
+        {},
+        {"padding_free": True},
+        {"packing": True, "max_length": 64, "shuffle_dataset": True},
+        {"packing": True, "max_length": 24, "dataset_num_proc": 2},
+    ],
+    ids=str,
 )
 def test_looking_for_nan_changes_nothing(options, tokenizer, text_data, tmp_path):
     options = {"objective": "neg_p", "max_steps": 3, "threshold": {"above_percentile": 20}, **options}

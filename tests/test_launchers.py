@@ -298,7 +298,7 @@ def test_machines_that_see_different_checkpoints_are_refused(checkpoint, data, t
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.mkdir()
-        recipe = recipe_in(folder, checkpoint, data, 2, use_cpu=True)
+        recipe = recipe_in(folder, checkpoint, data, 2, use_cpu=True, objective=None, threshold=None)
         commands.append([TESTS.parent / "scripts" / "train.py", "--config", recipe])
     fake_checkpoint(tmp_path / "first" / "out" / "checkpoint-3")
     codes, errors = finish(*nodes(*commands, processes=2))
@@ -324,6 +324,10 @@ def test_sharded_run_that_loses_a_process_and_goes_on(config, one, train, checkp
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(one / "out").state_dict()
     assert max((whole[key] - wanted[key]).abs().max() for key in wanted) < 1e-5
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    codes, errors = finish(start(config, 2, TESTS / "gloo.py", "train", "--config", recipe))
+    assert codes == [0], errors
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before, "a finished run was touched"
 
 
 def pieces(data_parallel):
