@@ -32,10 +32,14 @@ torch.set_num_threads(1)  # tiny models gain nothing from more
 
 
 @pytest.fixture(autouse=True)
-def subnormals():
-    """The train verb, run in this process, switches them off."""
+def process_state():
+    """What a run changes in its process: transformers and accelerate note settings in the environment (`torch_compile`
+    would last for all that follows), and the train verb switches subnormal numbers off."""
+    before = dict(os.environ)
     yield
     torch.set_flush_denormal(False)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.:?"

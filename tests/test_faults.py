@@ -405,7 +405,7 @@ def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokeniz
     train(Ordered, tokenizer, stream, tmp_path, **options)
     path = tmp_path / "out" / "checkpoint-3"
     state = json.loads((path / "trainer_state.json").read_text())
-    (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 1.5}))
+    (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 0.5 if FORGETS else 1.5}))
     record = json.loads((path / "bl_trainer.json").read_text())
     (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
     build(Ordered, tokenizer, stream, tmp_path, **options)._take_up(str(path))
@@ -504,12 +504,13 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(tokenizer, text_data,
     model.lm_head.weight.data *= 20
     options = {"objective": {"name": "power", "alpha": -2}, "stop_on_nan": True, "save_strategy": "steps", "save_steps": 1}
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model, max_steps=3, **options)
-    with pytest.raises(
-        LossError, match=r"The (gradient of step 1 is not finite, and the step is not made|loss is inf in step 1)"
-    ):
+    with pytest.raises(LossError) as caught:
         trainer.train()
+    (step,) = re.search(
+        r"The (?:gradient of step (?=\d+ is not finite, and the step is not made)|loss is inf in step )(\d+)", str(caught.value)
+    ).groups()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == int(step) - 1
 
 
 def test_weights_that_are_not_finite_are_told_apart(tokenizer, text_data, tmp_path):
