@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-VERBS = ("train", "diagnose")
+VERBS = ("train", "diagnose", "sweep")
 
 
 def train(argv: list[str]) -> None:
@@ -16,6 +16,7 @@ def train(argv: list[str]) -> None:
     """
     import torch
 
+    from .curves import MetricsLog
     from .recipe import Recipe, fail
     from .trainer import BLTrainer
 
@@ -34,6 +35,7 @@ def train(argv: list[str]) -> None:
             peft_config=recipe.peft_config,
         )
         trainer.recipe = recipe.given
+        trainer.add_callback(MetricsLog())
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
@@ -101,6 +103,24 @@ def diagnose(argv: list[str]) -> None:
     end(diagnosis.trainer)
 
 
+def sweep(argv: list[str]) -> None:
+    """Sweep the recipe that `argv` names: `--config recipe.yaml --sweep sweep.yaml`, and the options of `SweepArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, before any arm runs.
+    """
+    from .parser import RecipeError
+    from .recipe import fail
+
+    try:
+        from .sweep.verb import sweep as run
+    except ImportError as error:
+        fail(RecipeError(f"A sweep needs {error.name}. Run `pip install 'bl_trainer[sweep]'`."))
+    try:
+        run(argv)
+    except Exception as error:
+        fail(error)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -125,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    {"train": train, "diagnose": diagnose}[argv[0]](argv[1:])
+    {"train": train, "diagnose": diagnose, "sweep": sweep}[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

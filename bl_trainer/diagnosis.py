@@ -31,7 +31,7 @@ from .trainer import BLTrainer
 
 logger = get_logger(__name__)
 
-REPORT_FILES = ("report.json", "examples.json", "report.html", "sweep.yaml", "figures")
+REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "probe.csv", "sweep.yaml", "figures")
 
 
 @dataclass
@@ -216,8 +216,9 @@ class Diagnosis:
         if self.pair is not None:
             comparison.reduce(accelerator)
             report["compare"] = {"checkpoint": self.options.compare, "train": summarise_comparison(comparison)}
+            report["rows"] = {"compare": comparison.examples}
         if self.probe is not None:
-            report["compare"]["probe"] = self._run_probe(*self.probe, limit)
+            report["compare"]["probe"], report["rows"]["probe"] = self._run_probe(*self.probe, limit)
         return report
 
     def _stop(self, limit: int | None) -> int | None:
@@ -254,7 +255,7 @@ class Diagnosis:
         )
         return split, self._load(prepared)
 
-    def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> dict[str, Any]:
+    def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[dict[str, Any], list[Any]]:
         pair, comparison = self.pair, Comparison()
         assert pair is not None
 
@@ -265,7 +266,7 @@ class Diagnosis:
         if not measure(self.trainer, loader, observe, self._stop(limit), "Probing")[0]:
             raise RecipeError(f"`--probe {self.options.probe}`: no example has a target token.")
         comparison.reduce(self.trainer.accelerator)
-        return {"data": self.options.probe, "split": split, **summarise_comparison(comparison)}
+        return {"data": self.options.probe, "split": split, **summarise_comparison(comparison)}, comparison.examples
 
 
 def _deal(dataset: Any, args: Any) -> IterableDataset:

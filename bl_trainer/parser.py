@@ -200,12 +200,12 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise RecipeError(f"The recipe gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
+                raise RecipeError(f"The file gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(paths: list[str]) -> dict[str, Any]:
+def load_yaml(paths: list[str], what: str = "recipe") -> dict[str, Any]:
     if not paths:
         raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
     path = Path(paths[0])
@@ -213,11 +213,11 @@ def load_yaml(paths: list[str]) -> dict[str, Any]:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
         line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
-        raise RecipeError(f"Can't read the recipe {path}: line {line}: {error.problem}.") from error
+        raise RecipeError(f"Can't read the {what} {path}: line {line}: {error.problem}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Can't read the recipe {path}: {sentence(error)}") from error
+        raise RecipeError(f"Can't read the {what} {path}: {sentence(error)}") from error
     if not isinstance(config, dict):
-        raise RecipeError(f"The recipe {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
+        raise RecipeError(f"The {what} {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
     if not isinstance(config.get("env", {}), dict):
         raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
     for key in config:

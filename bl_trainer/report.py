@@ -1,30 +1,19 @@
-"""What a person sees of a diagnosis: the terminal summary, the figures, and one self-contained HTML page.
+"""What a person sees of a diagnosis: the terminal summary, the figures, and one self-contained HTML page."""
 
-Each figure is drawn once by matplotlib, for the PNG files and, light and dark, for the page. All text from data is escaped:
-in HTML by `html.escape`, in the page's JSON by writing `<` as an escape, in figures by taking `$` literally. `report.css`
-and `report.js` go into the page as they are.
-"""
-
-import base64
-import html
-import io
+import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cycler import cycler
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .continuum import ANCHORS, BUCKETS, SWEPT_PERCENTILE, objective_name, sweep_yaml
 from .objectives import Objective, Threshold
+from .pages import document, escape, finite, picture, render, table, to_json
+from .statistics import Comparison
 
-# foreground, muted, background, then the colours of the series
-THEMES = {
-    "light": ("#1c2024", "#80868d", "#ffffff", ("#2563b0", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be123c")),
-    "dark": ("#e7e9ec", "#8d959e", "#16191d", ("#6ea8f0", "#fb923c", "#4ade80", "#c084fc", "#facc15", "#fb7185")),
-}
 ALT_TEXTS = {
     "continuum": "Mean p on the continuum from model-weak to model-strong, with the paper's base models",
     "histogram": "Share of target tokens by their probability p",
@@ -44,16 +33,19 @@ KIND_NAMES = {
 
 
 def write_report(report: dict[str, Any], folder: str | None) -> None:
-    """Write report.json, examples.json, report.html, sweep.yaml and figures/*.png into `folder`."""
+    """Write report.json, examples.json, report.html, sweep.yaml, figures/*.png and, of a comparison, its rows into `folder`."""
     target = Path(folder or ".")
     (target / "figures").mkdir(parents=True, exist_ok=True)
-    for name in ALT_TEXTS:  # of an earlier report, which may have had others
-        (target / "figures" / f"{name}.png").unlink(missing_ok=True)
+    for path in (*(f"figures/{name}.png" for name in ALT_TEXTS), "compare.csv", "probe.csv"):  # of an earlier report
+        (target / path).unlink(missing_ok=True)
+    for name, rows in report.get("rows", {}).items():
+        with (target / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["row", "tokens", *Comparison.VALUES], *rows])
     for name, draw in figures(report).items():
-        (target / "figures" / f"{name}.png").write_bytes(_render(draw, report, "light", "png"))
-    figures_only = {key: value for key, value in _finite(report).items() if key != "reader"}
+        (target / "figures" / f"{name}.png").write_bytes(render(partial(draw, report), _size(name), "light", "png"))
+    figures_only = {key: value for key, value in finite(report).items() if key not in ("reader", "rows")}
     (target / "report.json").write_text(json.dumps(figures_only, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (target / "examples.json").write_text(_json(report["reader"]) + "\n", encoding="utf-8")
+    (target / "examples.json").write_text(to_json(report["reader"]) + "\n", encoding="utf-8")
     (target / "sweep.yaml").write_text(sweep_yaml(report), encoding="utf-8")
     (target / "report.html").write_text(page(report), encoding="utf-8")
 
@@ -91,7 +83,7 @@ def terminal_summary(report: dict[str, Any], folder: str | None) -> str:
     return "\n".join(lines[:25])
 
 
-def figures(report: dict[str, Any]) -> dict[str, Callable[[Figure, dict[str, Any], Any], None]]:
+def figures(report: dict[str, Any]) -> dict[str, Callable[[dict[str, Any], Figure, Any], None]]:
     """Return the drawing functions of the figures that this report has, by name."""
     drawn: dict[str, Any] = {
         "continuum": _draw_continuum,
@@ -106,35 +98,15 @@ def figures(report: dict[str, Any]) -> dict[str, Callable[[Figure, dict[str, Any
     return drawn
 
 
-def _render(draw: Any, report: dict[str, Any], theme: str, kind: str) -> bytes:
-    text, muted, background, colours = THEMES[theme]
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "bl_trainer",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "text.parse_math": False,
-        "text.color": text,
-        "axes.labelcolor": text,
-        "axes.edgecolor": muted,
-        "axes.facecolor": background,
-        "figure.facecolor": background,
-        "xtick.color": text,
-        "ytick.color": text,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=colours),
-        "legend.frameon": False,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(7.2, 1.9 if draw is _draw_continuum else 2.9), layout="constrained")
-        draw(figure, report, THEMES[theme])
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
+def _size(name: str) -> tuple[float, float]:
+    return 7.2, 1.9 if name == "continuum" else 2.9
 
 
-def _draw_continuum(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _figure(name: str, report: dict[str, Any]) -> str:
+    return picture(partial(figures(report)[name], report), _size(name), ALT_TEXTS[name])
+
+
+def _draw_continuum(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     text, muted, _, colours = theme
     axes, placement, total = figure.subplots(), report["placement"], report["total"]
     edges = [0, *placement["cuts"], 1]
@@ -155,7 +127,7 @@ def _draw_continuum(figure: Figure, report: dict[str, Any], theme: Any) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _draw_histogram(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_histogram(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     axes, counts = figure.subplots(), report["histogram"]
     width, total = 1 / len(counts), sum(counts)
     axes.bar([(i + 0.5) * width for i in range(len(counts))], [c / total for c in counts], width * 0.92, color=theme[3][0])
@@ -167,7 +139,7 @@ def _draw_histogram(figure: Figure, report: dict[str, Any], theme: Any) -> None:
     axes.set(xlim=(0, 1), xlabel="p of the target token (dashed: percentiles)", ylabel="share of tokens")
 
 
-def _draw_gradient(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_gradient(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     axes = figure.subplots()
     shown = report["objectives"][:6]
     width = 0.85 / len(shown)
@@ -180,7 +152,7 @@ def _draw_gradient(figure: Figure, report: dict[str, Any], theme: Any) -> None:
     axes.legend(fontsize=7.5)
 
 
-def _draw_reliability(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_reliability(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "--", color=theme[1], lw=1)
     curves = {"": report["calibration"]}
@@ -203,7 +175,7 @@ def _draw_reliability(figure: Figure, report: dict[str, Any], theme: Any) -> Non
     )
 
 
-def _draw_positions(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_positions(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     parts = {"first": "tokens from the start", "relative": "position in the response", "last": "tokens from the end"}
     for axes, (part, label) in zip(figure.subplots(1, 3, sharey=True), parts.items(), strict=True):
         curve = [float("nan") if p is None else p for _, p in report["positions"][part]]
@@ -217,14 +189,14 @@ def _draw_positions(figure: Figure, report: dict[str, Any], theme: Any) -> None:
             axes.set_ylabel("mean p")
 
 
-def _draw_examples(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_examples(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     axes, counts = figure.subplots(), report["examples"]["histogram"]
     width = 1 / len(counts)
     axes.bar([(i + 0.5) * width for i in range(len(counts))], counts, width * 0.92, color=theme[3][0])
     axes.set(xlim=(0, 1), xlabel="mean p of an example", ylabel="examples")
 
 
-def _draw_moved(figure: Figure, report: dict[str, Any], theme: Any) -> None:
+def _draw_moved(report: dict[str, Any], figure: Figure, theme: Any) -> None:
     moved = report["compare"]["train"]["moved"]
     shares = [[count / max(1, sum(row)) for count in row] for row in moved]
     axes = figure.subplots()
@@ -238,14 +210,14 @@ def page(report: dict[str, Any]) -> str:
     total, placement, advice = report["total"], report["placement"], report["recommendation"]
     sample = f", {_sample(report)}" if report["sampled"] else ""
     sections = [
-        f"<header><h1>{_e(report['model'])}</h1><p>on {_e(str(report['data']))}: {total['tokens']:,} target tokens of "
-        f"{total['examples']:,} examples{sample}. bl_trainer {_e(report['versions']['bl_trainer'])}.</p></header>",
-        f"<section><h2>{_e(_placement(placement))}</h2>{_figure('continuum', report)}"
-        + "".join(f"<p>{_e(reason)}</p>" for reason in advice["reasons"])
-        + "<p>Try: " + ", ".join(f"<code>{_e(_arm(arm))}</code>" for arm in advice["arms"])
+        f"<header><h1>{escape(report['model'])}</h1><p>on {escape(str(report['data']))}: {total['tokens']:,} target tokens of "
+        f"{total['examples']:,} examples{sample}. bl_trainer {escape(report['versions']['bl_trainer'])}.</p></header>",
+        f"<section><h2>{escape(_placement(placement))}</h2>{_figure('continuum', report)}"
+        + "".join(f"<p>{escape(reason)}</p>" for reason in advice["reasons"])
+        + "<p>Try: " + ", ".join(f"<code>{escape(_arm(arm))}</code>" for arm in advice["arms"])
         + f" (<code>sweep.yaml</code>). The threshold is the {SWEPT_PERCENTILE}th percentile of p, as a recipe may also say: "
         + f"<code>threshold: {{above_percentile: {SWEPT_PERCENTILE}}}</code>.</p>"
-        + "<ul class=warnings>" + "".join(f"<li>{_e(warning)}</li>" for warning in advice["warnings"]) + "</ul></section>",
+        + "<ul class=warnings>" + "".join(f"<li>{escape(warning)}</li>" for warning in advice["warnings"]) + "</ul></section>",
         "<section><h2>Read the examples</h2><p>Each target token is coloured by p, from <span class=t data-b=0>improbable"
         "</span> to <span class=t data-b=9>certain</span>; grey text is not trained on; underlined: the model is sure of "
         "something else. "
@@ -265,30 +237,13 @@ def page(report: dict[str, Any]) -> str:
         sections.insert(
             2, "<section><h2>Against the base model</h2>" + _comparison(report) + _figure("moved", report) + "</section>"
         )
-    data = _json(report["reader"]).replace("<", "\\u003c")
-    style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    title = _e(f"{report['model']}: {_placement(placement)}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="data:,">'
-        f"<style>{style}</style></head><body><main>{''.join(sections)}</main>"
-        f'<script type="application/json" id="data">{data}</script><script>{script}</script></body></html>\n'
+    data = to_json(report["reader"]).replace("<", "\\u003c")
+    script = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+    return document(
+        f"{report['model']}: {_placement(placement)}",
+        sections,
+        f'<script type="application/json" id="data">{data}</script><script>{script}</script>',
     )
-
-
-def _figure(name: str, report: dict[str, Any]) -> str:
-    draw = figures(report)[name]
-    light, dark = (base64.b64encode(_render(draw, report, theme, "svg")).decode() for theme in ("light", "dark"))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
-        f'<img alt="{ALT_TEXTS[name]}" src="data:image/svg+xml;base64,{light}"></picture>'
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{_e(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _numbers(report: dict[str, Any]) -> str:
@@ -304,11 +259,11 @@ def _numbers(report: dict[str, Any]) -> str:
     shown = ["1", "2", "5", "10", "20", "30", "40", "50", "60", "70", "80", "90", "95", "99"]
     shown = sorted([*shown, *_asked(percentiles)], key=float)
     parts = [shown[i : i + 7] for i in range(0, len(shown), 7)]
-    ranks = "".join(_table([f"{rank} %" for rank in part], [[f"{percentiles[rank]:.4g}" for rank in part]]) for part in parts)
+    ranks = "".join(table([f"{rank} %" for rank in part], [[f"{percentiles[rank]:.4g}" for rank in part]]) for part in parts)
     note = (
         f"<p>Percentiles of p, each off by at most {report['percentile_error']:.2%} of min(p, 1 - p); all in report.json:</p>"
     )
-    return _table(["", ""], rows) + note + ranks
+    return table(["", ""], rows) + note + ranks
 
 
 def _objectives(report: dict[str, Any]) -> str:
@@ -325,7 +280,7 @@ def _objectives(report: dict[str, Any]) -> str:
          f"{item['buckets'][0]:.1%}", f"{item['kinds']['eos']:.2%}"]
         for item in report["objectives"]
     ]  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _kinds(report: dict[str, Any]) -> str:
@@ -335,7 +290,7 @@ def _kinds(report: dict[str, Any]) -> str:
          f"{item['conflicts']:.2%}"]
         for kind, item in _kinds_shown(report).items()
     ]  # fmt: skip
-    return _table(header, rows) + "<p>The chat template's own tokens include special ones; content is all the rest.</p>"
+    return table(header, rows) + "<p>The chat template's own tokens include special ones; content is all the rest.</p>"
 
 
 def _groups(report: dict[str, Any]) -> str:
@@ -347,7 +302,7 @@ def _groups(report: dict[str, Any]) -> str:
          f"{group['nll']:.3f}", f"{group['top1']:.3f}", f"{group['conflicts']:.2%}"]
         for name, group in sorted(report["groups"].items(), key=lambda item: -item[1]["tokens"])
     ]  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _comparison(report: dict[str, Any]) -> str:
@@ -363,7 +318,7 @@ def _comparison(report: dict[str, Any]) -> str:
          _interval(part["kl"], part["intervals"]["kl"]), f"{part['reverse_kl']:.4f}", f"{part['js']:.4f}"]
         for name, part in parts.items()
     ]  # fmt: skip
-    return f"<p>{_e(report['compare']['checkpoint'])}, in nats per target token.</p>" + _table(header, rows)
+    return f"<p>{escape(report['compare']['checkpoint'])}, in nats per target token.</p>" + table(header, rows)
 
 
 def _sample(report: dict[str, Any]) -> str:
@@ -380,10 +335,6 @@ def _kinds_shown(report: dict[str, Any]) -> dict[str, Any]:
     """Return the kinds of tokens, without the special ones where those are the end tokens again."""
     kinds = report["kinds"]
     return {name: kind for name, kind in kinds.items() if name != "special" or kind != kinds.get("eos")}
-
-
-def _e(text: str) -> str:
-    return html.escape(text, quote=True)
 
 
 def _interval(mean: float, interval: Any) -> str:
@@ -410,18 +361,3 @@ def _short(name: str, size: int = 48) -> str:
 
 def _clip(line: str, size: int = 260) -> str:
     return line if len(line) <= size else line[: size - 1] + "…"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-
-
-def _finite(value: Any) -> Any:
-    """Return the same with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value

@@ -182,15 +182,19 @@ class Means:
         return {**counts, **means, f"{first}_interval": self.interval(first)}
 
 
-class ExampleSums:
-    """Hands sums over examples on to `count(groups, num_tokens, sums)`, each example once, also where packing cuts it up.
+ExampleKey = tuple[int, str | None]  # row and group
 
+
+class ExampleSums:
+    """Hands sums over examples on to `count(keys, num_tokens, sums)`, each example once, also where packing cuts it up.
+
+    `keys`: (row, group) of each example.
     Of an example that is cut up, the parts come one by one; at most `MAX_PARTS` such examples wait for more.
     """
 
-    def __init__(self, count: Callable[[list[str | None], Tensor, Tensor], None]):
+    def __init__(self, count: Callable[[list[ExampleKey], Tensor, Tensor], None]):
         self.count = count
-        self.waiting: dict[tuple[int, str | None], Any] = {}
+        self.waiting: dict[ExampleKey, Any] = {}
 
     def add(self, batch: TokenBatch, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add `values`, (names, N), of a batch's tokens. Returns number of tokens and sums by example, (m,) and (names, m)."""
@@ -198,9 +202,10 @@ class ExampleSums:
         num_tokens = torch.bincount(batch.example, minlength=len(examples))
         sums = values.new_zeros(len(values), len(examples)).index_add_(1, batch.example, values)
         whole = torch.tensor([not example["is_part"] for example in examples], dtype=torch.bool)
-        self.count([example["group"] for example in examples if not example["is_part"]], num_tokens[whole], sums[:, whole])
+        keys = [(example["row"], example["group"]) for example in examples]
+        self.count([keys[e] for e in whole.nonzero().flatten().tolist()], num_tokens[whole], sums[:, whole])
         for e in (~whole).nonzero().flatten().tolist():
-            key = (examples[e]["row"], examples[e]["group"])
+            key = keys[e]
             tokens, total = self.waiting.pop(key, (0, 0))
             self.waiting[key] = (tokens + num_tokens[e], total + sums[:, e])
         self.finish(MAX_PARTS)
@@ -211,7 +216,7 @@ class ExampleSums:
         keys = list(itertools.islice(self.waiting, max(0, len(self.waiting) - keep)))
         if keys:
             tokens, sums = zip(*(self.waiting.pop(key) for key in keys), strict=True)
-            self.count([group for _, group in keys], torch.stack(tokens), torch.stack(sums, dim=1))
+            self.count(keys, torch.stack(tokens), torch.stack(sums, dim=1))
 
 
 class Calibration:
@@ -385,10 +390,10 @@ class Measurement:
         gap = gap.new_zeros(len(num_tokens)).scatter_reduce_(0, batch.example, gap, "amax")
         self.reader.add(batch, scores, num_tokens, means[0], means[1], gap)
 
-    def _count(self, groups: list[str | None], num_tokens: Tensor, sums: Tensor) -> None:
+    def _count(self, keys: list[ExampleKey], num_tokens: Tensor, sums: Tensor) -> None:
         self.total.add(num_tokens, sums)
         members: dict[str, list[int]] = {}
-        for i, name in enumerate(groups):
+        for i, (_, name) in enumerate(keys):
             if name is not None:
                 members.setdefault(name, []).append(i)
         for name, mine in members.items():
@@ -446,7 +451,8 @@ class Comparison:
 
     def __init__(self) -> None:
         self.total = Means(self.VALUES)
-        self.sums = ExampleSums(lambda groups, num_tokens, sums: self.total.add(num_tokens, sums))
+        self.sums = ExampleSums(self._count)
+        self.examples: list[tuple[float, ...]] = []  # row, target tokens and the sum of each value
         self.calibration = {"base": Calibration(), "tuned": Calibration()}
         self.moved = torch.zeros(self.BUCKETS, self.BUCKETS, dtype=torch.int64)  # tokens by bucket of p, bucket of q
 
@@ -466,10 +472,17 @@ class Comparison:
         before, after = ((x * self.BUCKETS).long().clamp(max=self.BUCKETS - 1) for x in (p, q))
         self.moved += torch.bincount(before * self.BUCKETS + after, minlength=self.BUCKETS**2).view_as(self.moved)
 
+    def _count(self, keys: list[ExampleKey], num_tokens: Tensor, sums: Tensor) -> None:
+        self.total.add(num_tokens, sums)
+        figures = torch.cat([num_tokens[None].double(), sums]).T.tolist()
+        self.examples += [(row, *each) for (row, _), each in zip(keys, figures, strict=True) if each[0]]
+
     def reduce(self, accelerator: Any) -> None:
         """Finish, and add up over all processes."""
         self.sums.finish()
+        self.examples.sort()
         if accelerator.num_processes == 1:
             return
+        self.examples = sorted(gather_object(self.examples))
         for tensor in (self.total.gram, self.moved, *(calibration.sums for calibration in self.calibration.values())):
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())

@@ -218,7 +218,7 @@ def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("objective: neg_p\nobjective: nll\n", "The recipe gives 'objective' twice (line 2). Keep one of them."),
+        ("objective: neg_p\nobjective: nll\n", "The file gives 'objective' twice (line 2). Keep one of them."),
         ("- a\n- b\n", "must be a YAML mapping of keys to values, got list."),
         ("", "must be a YAML mapping of keys to values, got NoneType."),
         ("objective: [neg_p\n", "Can't read the recipe"),

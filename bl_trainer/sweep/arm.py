@@ -1,0 +1,241 @@
+"""One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
+
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from ..curves import Curve
+from ..parser import RecipeError
+from . import guard
+from .plan import LOGGED, Plan
+from .study import POLL, ArmError
+
+RESULT_SCHEMA = 1
+ATTEMPTS = 3  # of an arm that something kills
+KILLED = re.compile(r"SIGKILL|SIGTERM|SIGSEGV|SIGBUS|exitcode\s*: -\d+|Signal \d+")
+CPU_LAUNCH = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process"
+
+
+@dataclass
+class Runner:
+    """Runs arms in `folder`/arms.
+
+    `launch`: options of `accelerate launch`, or None for its configured ones, or one process on a CPU. `devices`: for each
+    job the GPUs that it may use, as CUDA_VISIBLE_DEVICES takes them; None on a CPU. `tell`: takes what is to be shown of
+    progress. `held_out`: the keys that make of an arm's recipe the one to be measured on held-out data.
+    """
+
+    plan: Plan
+    folder: Path
+    launch: str | None
+    devices: list[str] | None
+    jobs: int
+    tell: Callable[[int, str], None]
+    held_out: dict[str, Any] = field(default_factory=dict)
+    _pipes: set[int] = field(default_factory=set)
+    _lock: Any = field(default_factory=threading.Lock)
+
+    def __call__(self, index: int, setting: dict[str, Any], trial: optuna.Trial, job: int) -> float:
+        """Run an arm, or what is left of it, and return the ruler that it is ranked by. Raises ArmError, TrialPruned."""
+        arm = Arm(self, index, setting, job)
+        found = read_result(arm.folder)
+        if found is None:
+            guard.stop(str(arm.folder.absolute()))  # of a sweep that was killed
+            found = arm.run(trial)
+        elif found["setting"] != setting:
+            raise RecipeError(f"{arm.folder} holds the results of {found['setting']}, not of {setting}. Remove the folder.")
+        return ruler_of(found, self.plan.rank_by)
+
+    def close(self) -> None:
+        """Stop all arms."""
+        with self._lock:
+            for pipe in self._pipes:
+                os.close(pipe)
+            self._pipes.clear()
+
+
+class Arm:
+    """One arm, in its folder."""
+
+    def __init__(self, runner: Runner, index: int, setting: dict[str, Any], job: int):
+        self.runner, self.plan, self.index, self.setting, self.job = runner, runner.plan, index, setting, job
+        self.folder = arm_folder(runner.folder, index)
+        self.model = self.folder / "model"
+
+    def run(self, trial: optuna.Trial) -> dict[str, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = {"output_dir": str(self.model), "resume_from_checkpoint": True}
+        recipe = {**self.plan.recipe_of(self.setting), **own}
+        if recipe.get("report_to") not in (None, "none", [], ["none"]):
+            recipe["run_name"] = f"{self.runner.folder.name}-{self.index:03d}"
+        write_yaml(self.folder / "recipe.yaml", recipe)
+        held_out = {**recipe, **self.runner.held_out, "output_dir": str(self.folder / "unused")}
+        write_yaml(self.folder / "held_out.yaml", {key: value for key, value in held_out.items() if value is not REMOVED})
+        self._step("train", self._launched("train", "--config", str(self.folder / "recipe.yaml")), trial)
+        probe = ["--probe", self.plan.probe] if self.plan.probe else []
+        measured = ["--report", str(self.folder / "held_out"), "--overwrite", "--max_tokens", "0", "--compare", str(self.model)]
+        config = ["--config", str(self.folder / "held_out.yaml")]
+        self._step("measure", [sys.executable, "-m", "bl_trainer", "diagnose", *config, *measured, *probe])
+        result = {"schema": RESULT_SCHEMA, "index": self.index, "setting": self.setting, **self._rulers()}
+        part = self.folder / "result.json.part"
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(self.folder / "result.json")
+        return result
+
+    def _launched(self, *command: str) -> list[str]:
+        launch = self.runner.launch
+        if launch is None and self.runner.devices is None:
+            launch = f"{CPU_LAUNCH} {max(1, (os.cpu_count() or 1) // self.runner.jobs)}"
+        options = shlex.split(launch or "")
+        if self.runner.jobs > 1 and "--main_process_port" not in options:
+            options += ["--main_process_port", str(_free_port())]
+        return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "bl_trainer", *command]
+
+    def _environment(self, step: str) -> dict[str, str]:
+        threads = str(max(1, (os.cpu_count() or 1) // self.runner.jobs))
+        own = {guard.MARK: str(self.folder.absolute()), "PYTHONUNBUFFERED": "1"}
+        if self.runner.devices is not None:
+            share = self.runner.devices[self.job]
+            own["CUDA_VISIBLE_DEVICES"] = share if step == "train" else share.split(",")[0]
+        elif step != "train":
+            own["OMP_NUM_THREADS"] = threads
+        return {**os.environ, **own}
+
+    def _step(self, name: str, command: list[str], trial: optuna.Trial | None = None) -> None:
+        """Run a command to its end, again if something kills it. Raises ArmError, TrialPruned."""
+        for attempt in range(1, ATTEMPTS + 1):
+            self.runner.tell(self.index, name)
+            log = self.folder / f"{name}.log"
+            start = log.stat().st_size if log.exists() else 0
+            code = self._watch(name, command, log, trial)
+            if code == 0:
+                return
+            with log.open(encoding="utf-8", errors="replace") as file:
+                file.seek(start)
+                said = file.read()
+            reason = _reason(said)
+            if reason is not None or attempt == ATTEMPTS or not (code > 128 or KILLED.search(said)):
+                killed = f"killed {attempt} times, perhaps for lack of memory" if attempt == ATTEMPTS else f"exit code {code}"
+                raise ArmError(f"{name}: {reason or killed} ({log})")
+
+    def _watch(self, name: str, command: list[str], log: Path, trial: optuna.Trial | None) -> int:
+        reading, writing = os.pipe()
+        folder = str(self.folder.absolute())
+        with log.open("ab") as output, self.runner._lock:
+            process = subprocess.Popen(
+                [sys.executable, guard.__file__, folder, str(reading), *command],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(name), pass_fds=[reading],
+                start_new_session=True,
+            )  # fmt: skip
+            self.runner._pipes.add(writing)
+        os.close(reading)
+        try:
+            curve = Curve(self.model)
+            while process.poll() is None:
+                time.sleep(POLL / 4)
+                if trial is not None:
+                    self._report(curve, trial)
+            return process.returncode
+        finally:
+            with self.runner._lock:
+                if writing in self.runner._pipes:
+                    self.runner._pipes.remove(writing)
+                    os.close(writing)
+            process.wait()
+
+    def _report(self, curve: Curve, trial: optuna.Trial) -> None:
+        """Show how far training is, and let the pruner see the ruler."""
+        for line in curve.new():
+            self.runner.tell(self.index, f"step {line['step']}/{line['max_steps']}")
+            value = _logged(line, self.plan.rank_by)
+            if value is not None:
+                trial.report(value, line["step"])
+                if trial.should_prune():
+                    trial.set_user_attr("reason", f"pruned at step {line['step']}, {self.plan.rank_by} {value:.4g}")
+                    raise optuna.TrialPruned
+
+    def _rulers(self) -> dict[str, Any]:
+        """Return what the report of the held-out data says, of the arm and of the base model."""
+        report = json.loads((self.folder / "held_out" / "report.json").read_text(encoding="utf-8"))
+        compared = report["compare"]
+        both = {}
+        for prefix, name in (("base_", "base"), ("", "rulers")):
+            part = compared["train"]
+            both[name] = {
+                "accuracy": part[f"{prefix}top1"],
+                "nll": part[f"{prefix}nll"],
+                "target_prob": part[f"{prefix}prob"],
+                "calibration_error": part["calibration"]["base" if prefix else "tuned"]["error"],
+                "drift": 0.0 if prefix else compared.get("probe", part)["kl"],
+            }
+        losses = Curve(self.model).points("train_loss")
+        return {**both, "loss": losses[-1][1] if losses else None, "tokens": compared["train"]["tokens"],
+                "examples": compared["train"]["examples"], "versions": report["versions"]}  # fmt: skip
+
+
+REMOVED = object()  # in place of a key's value: that the held-out recipe has no such key
+
+
+def arm_folder(folder: Path, index: int) -> Path:
+    """Return an arm's folder in a sweep's."""
+    return folder / "arms" / f"{index:03d}"
+
+
+def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
+    """Write a recipe in one go."""
+    part = path.with_suffix(".part")
+    part.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    part.replace(path)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return a finished arm's result, or None."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_rows(folder: Path) -> dict[int, dict[str, float]]:
+    """Return what compare.csv says of each held-out row."""
+    with (folder / "held_out" / "compare.csv").open(encoding="utf-8", newline="") as file:
+        return {int(line["row"]): {key: float(value) for key, value in line.items()} for line in csv.DictReader(file)}
+
+
+def ruler_of(result: dict[str, Any], name: str) -> float:
+    """Return an arm's value of a ruler."""
+    return math.exp(result["rulers"]["nll"]) if name == "perplexity" else result["rulers"][name]
+
+
+def _logged(line: dict[str, Any], ruler: str) -> float | None:
+    return line.get(f"eval_{ruler}") if ruler in LOGGED else None
+
+
+def _reason(said: str) -> str | None:
+    """Return what a command said of its failure: our own sentence, or the last exception's line."""
+    lines = said.splitlines()
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if own:
+        return own[0]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    raised = [line for line in raised if "CalledProcessError" not in line and "ChildFailedError" not in line]
+    return raised[-1] if raised else None
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,210 @@
+"""The leaderboard: all arms judged by the same rulers, with what the differences between them are worth.
+
+The arms of one group differ in seed, learning rate and ranges alone. A group stands for its best setting of the latter two, by
+the mean over seeds of the ruler that the sweep ranks by.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .arm import arm_folder, read_result, read_rows, ruler_of
+from .plan import RULERS, Plan, describe
+
+ROW_VALUES = {"accuracy": "top1", "nll": "nll", "target_prob": "prob"}  # rulers that are means over target tokens
+LEVEL = 0.05
+
+
+@dataclass
+class Difference:
+    """How much better one group is than another: by `mean`, with a 95 % interval, and the p-value of no difference.
+
+    Seeds and held-out examples are both samples: the variance is the sum of that of the mean over seeds and that of the mean
+    over examples, each taken from paired differences, with Satterthwaite's degrees of freedom, which is Clark's min F' (1973).
+    `over`: what was sampled, of "seeds" and "examples".
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    p_value: float | None
+    over: tuple[str, ...]
+
+
+@dataclass
+class Row:
+    """A group of the leaderboard. `values`: ruler -> (mean, 95 % interval over seeds or None), of the best setting."""
+
+    group: dict[str, Any]
+    best: dict[str, Any]
+    arms: list[int]
+    values: dict[str, tuple[float, tuple[float, float] | None]]
+    loss: float | None
+    behind: Difference | None = None
+    at_edge: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return describe(self.group)
+
+
+@dataclass
+class Leaderboard:
+    """`rows`: best first. `arms`: result and folder of each finished arm. `failed`: arm -> (settings, reason)."""
+
+    plan: Plan
+    rows: list[Row]
+    arms: dict[int, dict[str, Any]]
+    failed: dict[int, tuple[dict[str, Any], str]]
+    base: dict[str, float] | None
+
+    @property
+    def rulers(self) -> list[str]:
+        """The rulers that there are figures of."""
+        first: dict[str, float] = next((result["rulers"] for result in self.arms.values()), {})
+        return [*(name for name in RULERS if first), *(name for name in first if name not in RULERS)]
+
+    def verdict(self) -> str:
+        """Return in a sentence which group is best, and which can't be told from it."""
+        if not self.rows:
+            return "No arm finished."
+        first, rest = self.rows[0], self.rows[1:]
+        tied = [row.name for row in rest if row.behind is None or row.behind.p_value is None or row.behind.p_value >= LEVEL]
+        ruler = self.plan.rank_by
+        if not rest:
+            return f"{first.name} is alone."
+        if not tied:
+            return f"{first.name} is best by {ruler}; all others are worse by more than chance."
+        return f"{first.name} is ahead by {ruler}, but with no significant difference from {'; '.join(tied)}."
+
+
+def judge(plan: Plan, folder: Path, failed: dict[int, tuple[dict[str, Any], str]]) -> Leaderboard:
+    """Return the leaderboard of the arms that have finished in `folder`."""
+    arms = {}
+    for index in range(plan.count):
+        result = read_result(arm_folder(folder, index))
+        if result is not None:
+            arms[index] = result
+    rows_of = {index: read_rows(arm_folder(folder, index)) for index in arms}
+    return rank(plan, arms, rows_of, failed)
+
+
+def rank(
+    plan: Plan, arms: dict[int, dict[str, Any]], rows_of: dict[int, Any], failed: dict[int, tuple[dict[str, Any], str]]
+) -> Leaderboard:
+    """Return the leaderboard of results by arm, and of the figures of each held-out row by arm."""
+    groups: dict[str, dict[str, list[int]]] = {}
+    for index, result in sorted(arms.items()):
+        setting = result["setting"]
+        tuned = {key: value for key, value in setting.items() if key != "seed"}
+        group = json.dumps(plan.group_of(setting), sort_keys=True)
+        groups.setdefault(group, {}).setdefault(json.dumps(tuned, sort_keys=True), []).append(index)
+    sign = 1 if _is_higher_better(plan.rank_by) else -1
+    rows = []
+    for settings in groups.values():
+        most = max(map(len, settings.values()))  # a setting of which seeds failed doesn't stand for the group
+        whole = {name: indices for name, indices in settings.items() if len(indices) == most}
+        best = max(whole, key=lambda name: sign * _mean(arms, whole[name], plan.rank_by))
+        rows.append(_row(plan, arms, json.loads(best), settings[best]))
+    rows.sort(key=lambda row: -sign * row.values[plan.rank_by][0])
+    compared = rows[1:]
+    for row in compared:
+        row.behind = compare(plan.rank_by, arms, rows_of, rows[0].arms, row.arms)
+    _holm([row.behind for row in compared if row.behind is not None])
+    base = next((result["base"] for result in arms.values()), None) if not _differ(plan, "model_name_or_path") else None
+    return Leaderboard(plan, rows, arms, failed, base)
+
+
+def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int]) -> Row:
+    values = {}
+    for name in [*RULERS, *(name for name in arms[indices[0]]["rulers"] if name not in RULERS)]:
+        each = [ruler_of(arms[index], name) for index in indices]
+        values[name] = (float(np.mean(each)), _interval(each))
+    losses = [arms[index]["loss"] for index in indices if arms[index]["loss"] is not None]
+    edges = []
+    rates = sorted(
+        {result["setting"].get("learning_rate", plan.base.get("learning_rate")) for result in arms.values()} - {None}
+    )
+    rate = best.get("learning_rate")
+    if len(rates) > 2 and not plan.trials and rate in (rates[0], rates[-1]):
+        edges.append(f"its best learning rate, {rate:g}, is the {'least' if rate == rates[0] else 'greatest'} tried")
+    return Row(plan.group_of(best), best, indices, values, float(np.mean(losses)) if losses else None, None, edges)
+
+
+def compare(
+    ruler: str, arms: dict[int, dict[str, Any]], rows_of: dict[int, Any], better: list[int], worse: list[int]
+) -> Difference:
+    """Return by how much the arms `better` exceed the arms `worse` in a ruler; arms of the same seed are paired."""
+    seeds = {arms[index]["setting"].get("seed"): index for index in worse}
+    pairs = [(index, seeds[seed]) for index in better if (seed := arms[index]["setting"].get("seed")) in seeds]
+    sign = 1 if _is_higher_better(ruler) else -1
+    if not pairs:
+        return Difference(sign * (_mean(arms, better, ruler) - _mean(arms, worse, ruler)), None, None, ())
+    by_seed = np.array([sign * (ruler_of(arms[a], ruler) - ruler_of(arms[b], ruler)) for a, b in pairs])
+    by_row = _by_row(ruler, rows_of, pairs, sign)
+    parts = [("seeds", by_seed)] + ([("examples", by_row)] if by_row is not None else [])
+    return difference(float(by_seed.mean()), {name: each for name, each in parts if len(each) > 1})
+
+
+def difference(mean: float, samples: dict[str, np.ndarray]) -> Difference:
+    """Return `mean` with what samples of paired differences, each about it, say of its uncertainty."""
+    variances = {name: float(each.var(ddof=1)) / len(each) for name, each in samples.items()}
+    total = sum(variances.values())
+    over = tuple(samples)
+    if not samples:
+        return Difference(mean, None, None, over)
+    if total == 0:
+        return Difference(mean, (mean, mean), 1.0 if mean == 0 else 0.0, over)
+    free = total**2 / sum(variances[name] ** 2 / (len(samples[name]) - 1) for name in samples)
+    half = float(stats.t.ppf(1 - LEVEL / 2, free)) * math.sqrt(total)
+    p_value = float(2 * stats.t.sf(abs(mean) / math.sqrt(total), free))
+    return Difference(mean, (mean - half, mean + half), p_value, over)
+
+
+def _by_row(ruler: str, rows_of: dict[int, Any], pairs: list[tuple[int, int]], sign: int) -> np.ndarray | None:
+    """Return for each held-out row its mean difference over seeds, so that the mean over rows is the difference of rulers.
+
+    A ruler is sum s_i / sum n_i over m rows; with equal n_i in both arms the difference D is sum d_i / sum n_i, and what is
+    returned m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised.
+    """
+    name = ROW_VALUES.get(ruler)
+    if name is None:
+        return None
+    rows = sorted(set.intersection(*(set(rows_of[index]) for pair in pairs for index in pair)))
+    tokens = np.array([rows_of[pairs[0][0]][row]["tokens"] for row in rows])
+    sums = np.mean([[rows_of[a][row][name] - rows_of[b][row][name] for row in rows] for a, b in pairs], axis=0) * sign
+    mean = sums.sum() / tokens.sum()
+    return (sums - mean * tokens) * len(rows) / tokens.sum() + mean
+
+
+def _holm(differences: list[Difference]) -> None:
+    """Make the p-values those of several comparisons with one winner (Holm, 1979)."""
+    known = sorted((each for each in differences if each.p_value is not None), key=lambda each: each.p_value or 0.0)
+    least = 0.0
+    for i, each in enumerate(known):
+        least = max(least, min(1.0, (len(known) - i) * (each.p_value or 0.0)))
+        each.p_value = least
+
+
+def _interval(values: list[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def _mean(arms: dict[int, dict[str, Any]], indices: list[int], ruler: str) -> float:
+    return float(np.mean([ruler_of(arms[index], ruler) for index in indices]))
+
+
+def _is_higher_better(ruler: str) -> bool:
+    return RULERS.get(ruler, ("higher",))[0] == "higher"
+
+
+def _differ(plan: Plan, key: str) -> bool:
+    return key in plan.grid or any(key in arm for arm in plan.arms)

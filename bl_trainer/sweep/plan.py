@@ -1,0 +1,246 @@
+"""What a sweep is to run: the sweep file, read strictly, and the arms that it and a recipe make."""
+
+import hashlib
+import itertools
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+
+from ..continuum import objective_name
+from ..objectives import Objective, Threshold, _nearest
+from ..parser import RecipeError, load_yaml, sentence
+from ..recipe import Recipe
+
+RULERS = {  # name -> (which way is better, what it is)
+    "accuracy": ("higher", "share of held-out target tokens that are the model's most probable one"),
+    "nll": ("lower", "mean -log p of held-out target tokens, which `nll` itself minimises"),
+    "perplexity": ("lower", "exp of nll"),
+    "target_prob": ("higher", "mean p of held-out target tokens, which `neg_p` itself maximises"),
+    "calibration_error": ("lower", "expected calibration error of the most probable token"),
+    "drift": ("lower", "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one"),
+}
+LOGGED = ("nll", "perplexity", "target_prob")  # rulers that a run's own evaluations give while it trains
+OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "tasks", "sampler", "trials", "pruner")
+# Keys that a sweep sets for each arm, or that would make its arms incomparable
+TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
+SEEDS, RATE_FACTORS = (0, 1, 2), (1 / 3, 1, 3)
+
+
+@dataclass
+class Plan:
+    """The arms of a sweep.
+
+    `base`: the recipe's keys. `grid`: key -> values, `arms` being one list of mappings. `ranges`: key -> keyword arguments of
+    an Optuna distribution, for `trials` points that `sampler` draws; of each arm the best point is then run with all seeds.
+    """
+
+    base: dict[str, Any]
+    arms: list[dict[str, Any]]
+    grid: dict[str, list[Any]]
+    seeds: list[int]
+    ranges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trials: int | None = None
+    rank_by: str = "accuracy"
+    held_out: str | None = None
+    probe: str | None = None
+    tasks: dict[str, Any] | None = None
+    sampler: dict[str, Any] | None = None
+    pruner: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, recipe: Recipe, path: str) -> "Plan":
+        """Return the plan that a sweep file makes of a recipe. Raises RecipeError."""
+        given = load_yaml([path], what="sweep file")
+        keys = [key for key in given if key not in OWN_KEYS]
+        for key in sorted({*keys, *itertools.chain(*_mappings(given.get("arms", [{}])))}):
+            if key in TAKEN:
+                raise RecipeError(f"`{key}` can't be swept: a sweep sets it for each arm, or needs it the same for all.")
+        base = {key: value for key, value in recipe.given.items() if key not in TAKEN}
+        plan = cls(base, _mappings(given.get("arms", [{}])), {}, list(SEEDS))
+        for key in keys:
+            plan._take(key, given[key])
+        plan._fill(recipe)
+        for key in OWN_KEYS[1:]:
+            if key in given:
+                setattr(plan, key, given[key])
+        plan._check(recipe)
+        return plan
+
+    def _take(self, key: str, value: Any) -> None:
+        if isinstance(value, dict) and {"low", "high"} <= value.keys() <= {"low", "high", "log", "step"}:
+            kind = optuna.distributions.IntDistribution if are_whole(value) else optuna.distributions.FloatDistribution
+            try:
+                kind(**value)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"`{key}: {value}` is no range: {sentence(error)}") from error
+            self.ranges[key] = value
+        elif not isinstance(value, list):
+            raise RecipeError(
+                f"`{key}: {value}` must be a list of values to try, or a range such as {{low: 1.0e-6, high: 1.0e-4, log: true}}"
+                f". Write `{key}: [{value}]`, or put it in the recipe."
+            )
+        elif not value:
+            raise RecipeError(f"`{key}: []` is an empty list, which leaves no arm. Give values, or remove `{key}`.")
+        elif key == "seed":
+            self.seeds = value
+        else:
+            self.grid[key] = value
+
+    def _fill(self, recipe: Recipe) -> None:
+        """Sweep the learning rate and the seed where the file says nothing of them."""
+        set_by_arms = set().union(*self.arms)
+        if "learning_rate" not in self.grid | self.ranges and "learning_rate" not in set_by_arms:
+            rate = recipe.training.learning_rate
+            self.grid["learning_rate"] = [float(f"{rate * factor:.2g}") for factor in RATE_FACTORS]
+            self.notes.append(f"Learning rates {self.grid['learning_rate']}: the sweep file gives none.")
+        elif len(self.grid.get("learning_rate", [0, 0, 0])) < len(RATE_FACTORS):
+            self.notes.append(
+                "Fewer than three learning rates: objectives differ in the scale of their gradient, so that one rate compares "
+                "unlike things."
+            )
+        if len(self.seeds) < len(SEEDS):
+            self.notes.append(f"{len(self.seeds)} seed(s): what training itself varies by is not, or badly, known.")
+
+    def _check(self, recipe: Recipe) -> None:
+        if self.rank_by not in RULERS and not (self.tasks and "/" in str(self.rank_by)):
+            near = _nearest(str(self.rank_by), RULERS)
+            task = " or, with `tasks`, task/metric"
+            raise RecipeError(f"`rank_by: {self.rank_by}` is no ruler.{near} Allowed: {', '.join(RULERS)}{task}.")
+        for key, module in (("sampler", optuna.samplers), ("pruner", optuna.pruners)):
+            if getattr(self, key) is not None:
+                _build(key, module, getattr(self, key))
+        if self.pruner and (recipe.training.eval_strategy == "no" or self.rank_by not in LOGGED):
+            raise RecipeError(
+                f"`pruner` judges by evaluations during training. Write `rank_by` as one of {', '.join(LOGGED)}, and "
+                "`eval_strategy: steps` in the recipe."
+            )
+        if bool(self.ranges) != bool(self.trials):
+            given, other = ("a range", "trials: 30") if self.ranges else ("`trials`", "learning_rate: {low: ..., high: ...}")
+            raise RecipeError(f"The sweep file has {given}, but not how many or of what. Write `{other}`.")
+        if self.trials is not None and (not isinstance(self.trials, int) or self.trials < 1):
+            raise RecipeError(f"`trials: {self.trials}` must be a whole number above 0.")
+        if self.sampler and not self.ranges:
+            raise RecipeError(
+                "`sampler` does nothing without a range. Write a range, or remove `sampler`: a grid is run whole."
+            )
+        if not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
+            raise RecipeError(f"`seed: {self.seeds}` must be a list of different whole numbers.")
+        if self.base.get("datasets") and not self.held_out:
+            raise RecipeError("A mixture has no test split of its own. Write `held_out: test.jsonl` in the sweep file.")
+        seen: dict[str, dict[str, Any]] = {}
+        for point in self.points():
+            name = json.dumps(_plain(point), sort_keys=True)
+            if name in seen:
+                raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
+            seen[name] = point
+            check_arm(self.recipe_of({**point, "seed": self.seeds[0], **self._lowest()}))
+
+    def _lowest(self) -> dict[str, Any]:
+        return {key: value["low"] for key, value in self.ranges.items()}
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the grid's points: each arm with each combination of the other keys, seeds and ranges apart."""
+        combinations = list(itertools.product(*self.grid.values()))
+        return [{**dict(zip(self.grid, values, strict=True)), **arm} for arm in self.arms for values in combinations]
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return the settings of all arms of a grid, in order."""
+        return [{**point, "seed": seed} for seed in self.seeds for point in self.points()]
+
+    def values_of(self, key: str) -> list[Any]:
+        """Return the values that a key has in any arm, each once."""
+        values = self.seeds if key == "seed" else [point[key] for point in self.points() if key in point]
+        return list({json.dumps(value): value for value in values}.values())
+
+    @property
+    def count(self) -> int:
+        """Number of arms."""
+        if self.trials:
+            return self.trials + len(self.points()) * (len(self.seeds) - 1)
+        return len(self.points()) * len(self.seeds)
+
+    def recipe_of(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """Return the recipe of an arm with these settings, which an `output_dir` makes complete."""
+        return {**self.base, **setting}
+
+    def group_of(self, setting: dict[str, Any]) -> dict[str, Any]:
+        """Return what is compared with one another: an arm's settings without seed, learning rate and ranges."""
+        return {key: value for key, value in setting.items() if key not in ("seed", "learning_rate", *self.ranges)}
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that decides what the arms are and how they are judged."""
+        parts = [self.base, self.arms, self.grid, self.seeds, self.ranges, self.trials, self.rank_by, self.held_out, self.probe]
+        text = json.dumps([*parts, self.tasks, self.sampler, self.pruner], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _mappings(arms: Any) -> list[dict[str, Any]]:
+    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
+        raise RecipeError(f"`arms: {arms}` must be a list of mappings of recipe keys. Write `arms: [{{objective: nll}}, ...]`.")
+    return arms
+
+
+def are_whole(bounds: dict[str, Any]) -> bool:
+    return all(isinstance(bounds[key], int) for key in ("low", "high"))
+
+
+def _build(key: str, module: Any, spec: Any) -> Any:
+    """Return Optuna's sampler or pruner that a name, or a mapping with `name` and its parameters, stands for."""
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(spec.pop("name", ""))
+    kind = getattr(module, name, None)
+    if name not in module.__all__ or kind is None:
+        allowed = [each for each in module.__all__ if each.endswith(key.capitalize()) and not each.startswith("Base")]
+        raise RecipeError(f"`{key}: {name}` is none of Optuna's.{_nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
+    try:
+        return kind(**spec)
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(f"`{key}: {name}` with {spec}: {sentence(error)}") from error
+
+
+def sampler_of(plan: Plan) -> optuna.samplers.BaseSampler:
+    """Return the sampler of a plan's ranges."""
+    return _build("sampler", optuna.samplers, plan.sampler or {"name": "TPESampler", "seed": 0})
+
+
+def pruner_of(plan: Plan) -> optuna.pruners.BasePruner:
+    """Return the pruner of a plan, which stops nothing unless the sweep file names one."""
+    return _build("pruner", optuna.pruners, plan.pruner or "NopPruner")
+
+
+def _plain(setting: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with objective and threshold written out, so that equal ones look alike."""
+    parsed: dict[str, Any] = {"objective": Objective, "threshold": Threshold}
+    try:
+        return {key: parsed[key].parse(value).to_dict() if key in parsed else value for key, value in setting.items()}
+    except ValueError as error:
+        raise RecipeError(f"In the arm {setting}: {sentence(error)}") from error
+
+
+def check_arm(recipe: dict[str, Any]) -> Recipe:
+    """Return an arm's recipe as the train verb will read it. Raises RecipeError."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"output_dir": str(Path(folder) / "out"), **recipe}), encoding="utf-8")
+        try:
+            return Recipe.read(["--config", str(path)])
+        except RecipeError as error:
+            raise RecipeError(f"In an arm of the sweep: {error}") from error
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """Return settings in a few words: `neg_p, p >= 0.2, learning_rate 2e-05, seed 1`."""
+    parts = []
+    if setting.get("objective") is not None or setting.get("threshold") is not None:
+        objective = Objective.parse(setting.get("objective") or "nll").to_dict()
+        parts.append(objective_name({"objective": objective, "threshold": Threshold.parse(setting.get("threshold")).to_dict()}))
+    for key, value in setting.items():
+        if key not in ("objective", "threshold"):
+            parts.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
+    return ", ".join(parts) or "the recipe as it is"

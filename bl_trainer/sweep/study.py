@@ -1,0 +1,311 @@
+"""The study: which arms are done, under way, or to be run, kept by Optuna so that any number of workers share it.
+
+A worker asks the study for a trial, and the trial's place among the fresh ones says which arm it is, so that no arm is handed
+out twice and none has to be written down beforehand. A trial whose worker is gone is failed, and asked for again.
+"""
+
+import copy
+import fcntl
+import json
+import re
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ..parser import RecipeError, sentence
+from .plan import RULERS, Plan, are_whole, pruner_of, sampler_of
+
+SCHEMA = 1  # of what a study holds; a study of another one is refused
+HEARTBEAT, GRACE = 30, 120  # seconds, in databases
+POLL = 1.0  # seconds
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+# What a trial has in its user attributes
+WORKER, ARM, SETTING, REASON, SURPLUS = "worker", "arm", "setting", "reason", "surplus"
+
+
+class ArmError(Exception):
+    """An arm that failed; the message is its reason."""
+
+
+class Study:
+    """A sweep's study, and this worker's place in it.
+
+    `storage`: the URL of a database, or None for a journal file in `folder`, which must be the same for all workers. Raises
+    RecipeError if the study is another sweep's.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, storage: str | None = None, name: str = "sweep"):
+        self.plan, self.folder, self.name = plan, folder, name
+        (folder / "workers").mkdir(parents=True, exist_ok=True)
+        self.worker = uuid.uuid4().hex
+        self.is_local = storage is None
+        self.lock = (folder / "workers" / f"{self.worker}.lock").open("w")  # held for as long as this process lives
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.sampler = _Arms(sampler_of(plan))
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            self.study = optuna.create_study(
+                study_name=name,
+                storage=self._storage(storage),
+                sampler=self.sampler,
+                pruner=pruner_of(plan),
+                direction="maximize" if RULERS.get(plan.rank_by, ("higher",))[0] == "higher" else "minimize",
+                load_if_exists=True,
+            )
+            self._sign()
+        except RecipeError:
+            raise
+        except Exception as error:  # of whatever database it is
+            where = f"`--storage {_without_password(storage)}`" if storage else f"The study in {folder}"
+            raise RecipeError(f"{where} can't be used: {sentence(error)}") from error
+
+    def _storage(self, url: str | None) -> Any:
+        if url is None:
+            return JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
+        retry = RetryHeartbeatStaleTrialCallback()
+        return RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=retry,
+            skip_table_creation=False,
+        )
+
+    def _sign(self) -> None:
+        """Write into the study what sweep it is of, or raise RecipeError if it is another's."""
+        own = {"schema": SCHEMA, "fingerprint": self.plan.fingerprint()}
+        found = self.study.user_attrs.get("bl_trainer")
+        if found is None and self.study.get_trials(deepcopy=False):
+            found = {}
+        if found is None:
+            self.study.set_user_attr("bl_trainer", own)
+            found = self.study.user_attrs["bl_trainer"]
+        what, instead = f"The study {self.name!r} in {self.folder}", "Write another `--sweep_dir`, or remove that one"
+        if found.get("schema") != SCHEMA:
+            raise RecipeError(
+                f"{what} is of another version of bl_trainer (schema {found.get('schema')}, now {SCHEMA}). {instead}."
+            )
+        if found["fingerprint"] != own["fingerprint"]:
+            raise RecipeError(
+                f"{what} is of another recipe or sweep file, whose arms can't be compared with these. {instead}; or go back to "
+                "what they were."
+            )
+
+    def index_of(self, trial: FrozenTrial) -> int:
+        """Return which arm a trial is of: its place among the trials that were not asked for again."""
+        trials = self.study.get_trials(deepcopy=False)
+        first = trial.system_attrs.get("failed_trial", trial.number)
+        return sum("failed_trial" not in other.system_attrs for other in trials[:first])
+
+    def by_arm(self) -> dict[int, list[FrozenTrial]]:
+        """Return each arm's trials, in the order in which they were made."""
+        found: dict[int, list[FrozenTrial]] = {}
+        fresh, index = 0, dict[int, int]()
+        for trial in self.study.get_trials(deepcopy=False):
+            if "failed_trial" in trial.system_attrs:
+                index[trial.number] = index[trial.system_attrs["failed_trial"]]
+            else:
+                index[trial.number], fresh = fresh, fresh + 1
+            if index[trial.number] < self.plan.count:
+                found.setdefault(index[trial.number], []).append(trial)
+        return found
+
+    def run(self, run_arm: Callable[[int, dict[str, Any], optuna.Trial, int], float], jobs: int, retry_failed: bool) -> None:
+        """Call `run_arm(index, setting, trial, job)`, which returns the ruler, in `jobs` threads until no arm is left.
+
+        An arm of which it raises ArmError has failed, and the others go on; failed ones of earlier calls are run again if
+        `retry_failed`. Returns when the arms of all workers are done; what else `run_arm` raises ends all threads.
+        """
+        if retry_failed:
+            for trials in self.by_arm().values():
+                if _is_over(trials) and trials[-1].state == TrialState.FAIL:
+                    self._ask_again(trials[-1], {**trials[-1].user_attrs, REASON: None})
+        errors: list[BaseException] = []
+        threads = [threading.Thread(target=self._work, args=(run_arm, job, errors), daemon=True) for job in range(jobs)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and not errors:
+            time.sleep(POLL / 4)
+        if errors:
+            raise errors[0]
+
+    def _work(self, run_arm: Any, job: int, errors: list[BaseException]) -> None:
+        try:
+            while True:
+                self._reclaim()
+                step = self._next()
+                if step == "done":
+                    return
+                if step == "wait":
+                    time.sleep(POLL)
+                else:
+                    self.study.optimize(lambda trial: self._run(run_arm, job, trial), n_trials=1, catch=(ArmError, _NotNow))
+        except BaseException as error:
+            errors.append(error)
+
+    def _next(self) -> str:
+        """Say whether there is an arm to run now, whether one may come to be, or whether all are done."""
+        arms = self.by_arm()
+        waiting = any(trial.state == TrialState.WAITING for trials in arms.values() for trial in trials)
+        known = self.plan.trials if self.plan.trials and self._is_searching(arms) else self.plan.count
+        if waiting or len(arms) < known:
+            return "run"
+        return "wait" if len(arms) < self.plan.count or not all(map(_is_over, arms.values())) else "done"
+
+    def _is_searching(self, arms: dict[int, list[FrozenTrial]]) -> bool:
+        """Whether points are still drawn, so that the best ones aren't known."""
+        trials = self.plan.trials or 0
+        return not all(index in arms and _is_over(arms[index]) for index in range(trials))
+
+    def _run(self, run_arm: Any, job: int, trial: optuna.Trial) -> float:
+        frozen = self.study.get_trials(deepcopy=False)[trial.number]
+        index, arms = self.index_of(frozen), self.by_arm()
+        if index >= self.plan.count or any(_has_right(other, trial.number) for other in arms[index]):
+            trial.set_user_attr(SURPLUS, True)
+            raise optuna.TrialPruned
+        trial.set_user_attr(WORKER, [self.worker, socket.gethostname()])
+        if self.plan.trials and index >= self.plan.trials and self._is_searching(arms):
+            self._ask_again(frozen, {})
+            raise _NotNow
+        setting = self._setting(index, trial, arms)
+        trial.set_user_attr(ARM, index)
+        trial.set_user_attr(SETTING, setting)
+        try:
+            return run_arm(index, setting, trial, job)
+        except ArmError as error:
+            trial.set_user_attr(REASON, str(error))
+            raise
+
+    def _setting(self, index: int, trial: optuna.Trial, arms: dict[int, list[FrozenTrial]]) -> dict[str, Any]:
+        """Return an arm's settings, and have the study know them."""
+        plan = self.plan
+        if not plan.trials:
+            fixed = plan.listed()[index]
+        else:
+            points = plan.points()
+            again = index - plan.trials
+            which = (index if again < 0 else again) % len(points)
+            fixed = {**points[which], "seed": plan.seeds[0 if again < 0 else 1 + again // len(points)]}
+            if again >= 0:
+                drawn = [arms[i][-1] for i in range(which, plan.trials, len(points))]
+                done = [each for each in drawn if each.state == TrialState.COMPLETE]
+                if not done:
+                    raise ArmError("none of the points drawn for it finished")
+                sign = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+                best = min(done, key=lambda each: (sign * each.values[0], each.number))
+                fixed |= {key: best.user_attrs[SETTING][key] for key in plan.ranges}
+        self.sampler.fixed[trial.number] = fixed
+        for key in fixed:
+            if key not in plan.ranges:
+                choices = [json.dumps(each) for each in plan.values_of(key)]
+                trial.suggest_categorical(key, choices)
+        if plan.trials and again < 0:
+            for key, bounds in plan.ranges.items():  # under a name of its own for each point: each is searched for by itself
+                suggest = trial.suggest_int if are_whole(bounds) else trial.suggest_float
+                fixed[key] = suggest(f"{key} of arm {which}", **bounds)
+        return fixed
+
+    def _reclaim(self) -> None:
+        """Ask again for what workers that are gone have left."""
+        if not self.is_local:
+            optuna.storages.fail_stale_trials(self.study)
+        for trials in self.by_arm().values():
+            last = trials[-1]
+            if last.state == TrialState.RUNNING and self._is_abandoned(last):
+                try:
+                    self.study.tell(last.number, state=TrialState.FAIL)
+                except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    continue  # another worker was faster
+                self._ask_again(last, last.user_attrs)
+            elif last.state == TrialState.FAIL and not _is_over(trials):
+                self._ask_again(last, last.user_attrs)  # failed by a worker that went before it could ask
+
+    def _is_abandoned(self, trial: FrozenTrial) -> bool:
+        worker, host = trial.user_attrs.get(WORKER, (None, None))
+        if worker is None:
+            age = (datetime.now() - trial.datetime_start).total_seconds() if trial.datetime_start else GRACE
+            return self.is_local and age > GRACE / 4
+        if worker == self.worker or not (self.is_local or host == socket.gethostname()):
+            return False
+        try:
+            with (self.folder / "workers" / f"{worker}.lock").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def _ask_again(self, trial: FrozenTrial, user_attrs: dict[str, Any]) -> None:
+        again = copy.copy(trial)
+        again.user_attrs = {key: value for key, value in user_attrs.items() if key not in (WORKER, REASON)}
+        RetryHeartbeatStaleTrialCallback()(self.study, again)
+
+
+def _is_over(trials: list[FrozenTrial]) -> bool:
+    """Whether an arm is done: by any of its trials, unless it was asked for again since it failed."""
+    if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and SURPLUS not in trial.user_attrs for trial in trials):
+        return True
+    return trials[-1].state == TrialState.FAIL and trials[-1].user_attrs.get(REASON) is not None
+
+
+def _has_right(other: FrozenTrial, number: int) -> bool:
+    """Whether another trial of the same arm goes before the trial of this number."""
+    if SURPLUS in other.user_attrs or other.number == number:
+        return False
+    return other.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
+        other.state == TrialState.RUNNING and other.number < number
+    )
+
+
+class _NotNow(Exception):
+    """A best point is asked for before it is known."""
+
+
+class _Arms(optuna.samplers.BaseSampler):
+    """Gives the settings of an arm as they are, and lets another sampler draw the rest."""
+
+    def __init__(self, inner: optuna.samplers.BaseSampler):
+        self.inner = inner
+        self.fixed: dict[int, dict[str, Any]] = {}  # by number of the trial
+
+    def infer_relative_search_space(self, study, trial):
+        space = self.inner.infer_relative_search_space(study, trial)
+        return {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
+
+    def sample_relative(self, study, trial, search_space):
+        return self.inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        fixed = self.fixed.get(trial.number, {})
+        if isinstance(param_distribution, CategoricalDistribution) and param_name in fixed:
+            return json.dumps(fixed[param_name])
+        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study, trial):
+        self.inner.before_trial(study, trial)
+
+    def after_trial(self, study, trial, state, values):
+        self.inner.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        self.inner.reseed_rng()
+
+
+def _without_password(url: str | None) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", url or "")

@@ -1,0 +1,221 @@
+"""The sweep verb: reads recipe and sweep file, runs what is left of the arms, and writes the leaderboard."""
+
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from tqdm.auto import tqdm
+
+from ..local_data import load_dataset
+from ..parser import RecipeError
+from ..recipe import Recipe
+from .arm import REMOVED, Runner, arm_folder, read_result
+from .leaderboard import judge
+from .page import summary, write_leaderboard
+from .plan import Plan, check_arm, describe
+from .study import REASON, ArmError, Study
+
+COST_ROWS = 1000  # rows that the number of tokens is estimated from
+
+
+@dataclass
+class SweepArguments:
+    """Options of the sweep verb."""
+
+    sweep: str | None = field(default=None, metadata={"help": "The sweep file."})
+    sweep_dir: str | None = field(default=None, metadata={"help": "Folder of the sweep; output_dir-sweep unless told."})
+    jobs: int = field(default=1, metadata={"help": "Arms to run at the same time; the GPUs are shared out among them."})
+    launch: str | None = field(
+        default=None, metadata={"help": "Options of `accelerate launch` for each arm, in quotes, e.g. '--num_processes 2'."}
+    )
+    storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a database for the study, that workers on several machines share; a journal file unless told."
+        },
+    )
+    retry_failed: bool = field(default=False, metadata={"help": "Run the arms again that failed."})
+    dry_run: bool = field(default=False, metadata={"help": "Show the arms and what they cost, and run none."})
+
+
+def sweep(argv: list[str]) -> None:
+    """Run the sweep that `argv` names: `--config recipe.yaml --sweep sweep.yaml`. Raises RecipeError."""
+    recipe = Recipe.read(argv, "sweep", SweepArguments)
+    options: SweepArguments = recipe.options
+    if not options.sweep:
+        raise RecipeError("`--sweep` is missing: the sweep file. Write `--sweep sweep.yaml`; diagnosis writes one.")
+    if "WORLD_SIZE" in os.environ:
+        raise RecipeError("A sweep launches its arms itself. Start it with `python`, not with `accelerate launch`.")
+    if options.jobs < 1:
+        raise RecipeError(f"`--jobs {options.jobs}` must be at least 1.")
+    if recipe.training.push_to_hub:
+        raise RecipeError("`push_to_hub: true` would push every arm. Remove it, and push the winner.")
+    plan = Plan.read(recipe, options.sweep)
+    devices = _devices(options.jobs, recipe.training.use_cpu)
+    folder = Path(options.sweep_dir or f"{recipe.training.output_dir}-sweep")
+    held_out = held_out_keys(plan, recipe)
+    if options.dry_run:
+        print(dry_run(plan, recipe, held_out))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study(plan, folder, options.storage)
+    for note in plan.notes:
+        print(note)
+    with Progress(plan) as progress:
+        runner = Runner(plan, folder, options.launch, devices, options.jobs, progress.tell, held_out)
+
+        def run_arm(index: int, setting: dict[str, Any], trial: Any, job: int) -> float:
+            progress.begin(index, setting)
+            try:
+                value = runner(index, setting, trial, job)
+            except (ArmError, optuna.TrialPruned) as error:
+                progress.end(index, str(error) or trial.user_attrs[REASON])
+                raise
+            result = read_result(arm_folder(folder, index)) or {}
+            progress.end(index, ", ".join(f"{name} {value:.4g}" for name, value in result["rulers"].items()))
+            return value
+
+        try:
+            study.run(run_arm, options.jobs, options.retry_failed)
+        finally:
+            runner.close()
+    board = judge(plan, folder, failures(study))
+    write_leaderboard(board, folder, command=shlex.join(["accelerate", "launch", *shlex.split(options.launch or "")]))
+    print(summary(board, folder))
+
+
+def failures(study: Study) -> dict[int, tuple[dict[str, Any], str]]:
+    """Return arm -> (settings, reason) of the arms that failed or were pruned."""
+    found = {}
+    for index, trials in study.by_arm().items():
+        reason = trials[-1].user_attrs.get(REASON)
+        if reason is not None and read_result(arm_folder(study.folder, index)) is None:
+            found[index] = (trials[-1].user_attrs.get("setting", {}), reason)
+    return found
+
+
+def held_out_keys(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """Return the keys that make of an arm's recipe one for its held-out data. Raises RecipeError if there are none."""
+    name = plan.held_out or recipe.script.dataset_name
+    script = recipe.script
+    keys: dict[str, Any] = dict.fromkeys(
+        ("datasets", "test_split_size", "streaming", "dataset_streaming", "dataset_test_split", "packing", "packing_strategy",
+         "eval_packing", "eval_strategy", "eval_steps", "metric_for_best_model", "load_best_model_at_end", "eval_on_start",
+         "greater_is_better", "max_steps", "resume_from_checkpoint", "report_to", "run_name"),
+        REMOVED,
+    )  # fmt: skip
+    if plan.held_out:
+        keys["dataset_config"] = REMOVED
+    split = script.dataset_test_split
+    try:
+        loaded = load_dataset(type(script)(dataset_name=name, dataset_config=None if plan.held_out else script.dataset_config))
+    except Exception as error:
+        raise RecipeError(f"Can't load the held-out data {name}: {' '.join(str(error).split())}") from error
+    if split not in loaded and plan.held_out and len(loaded) == 1:
+        (split,) = loaded
+    if split not in loaded:
+        raise RecipeError(
+            f"{name} has no split {split!r} to hold out, only {', '.join(map(repr, loaded))}. Write `dataset_test_split: ...` "
+            "in the recipe, or `held_out: test.jsonl` in the sweep file."
+        )
+    recipe.check_columns(split, loaded[split])
+    return {**keys, "dataset_name": str(name), "dataset_train_split": split, "seed": 0}
+
+
+def dry_run(plan: Plan, recipe: Recipe, held_out: dict[str, Any]) -> str:
+    """Return the arms, their number, and what they cost in tokens."""
+    points, seeds = plan.points(), plan.seeds
+    lines = [*plan.notes]
+    if plan.trials:
+        then = f"; then the best of each, at seeds {', '.join(map(str, seeds[1:]))}" if seeds[1:] else ""
+        lines.append(f"{plan.trials} points drawn for {len(points)} settings in turn, at seed {seeds[0]}{then}:")
+    else:
+        lines.append(f"{plan.count} arms: {len(points)} settings at seeds {', '.join(map(str, seeds))}:")
+    lines += [f"  {describe(point)}" for point in points]
+    tokens, rows = _tokens(check_arm(plan.recipe_of({**points[0], "seed": seeds[0]})))
+    if tokens is None:
+        lines.append("The data are streamed or can't be counted beforehand, so the cost isn't known.")
+    else:
+        lines.append(f"Each trains on about {tokens:,} tokens ({rows}); all of them on about {tokens * plan.count:,}.")
+    return "\n".join(lines)
+
+
+def _tokens(recipe: Recipe) -> tuple[int | None, str]:
+    """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    dataset, _ = recipe.load_datasets()
+    if not isinstance(dataset, Dataset):
+        return None, ""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.model_name_or_path)
+    sample = dataset.shuffle(seed=0).select(range(min(COST_ROWS, len(dataset))))
+    limit = recipe.training.max_length or math.inf
+    length = sum(min(limit, _length(tokenizer, row, recipe.training.dataset_text_field)) for row in sample) / len(sample)
+    training = recipe.training
+    rows = len(dataset) * training.num_train_epochs
+    if training.max_steps > 0:
+        rows = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
+        how = f"{training.max_steps} steps of {rows // training.max_steps} rows for each process"
+    else:
+        how = f"{training.num_train_epochs:g} epoch(s) of {len(dataset)} rows"
+    return int(rows * length), f"{how}, of {length:.0f} tokens on average"
+
+
+def _length(tokenizer: Any, row: dict[str, Any], text_field: str) -> int:
+    messages = row.get("messages") or row.get("conversations")
+    if messages is None and isinstance(row.get("prompt"), list):
+        messages = [*row["prompt"], *row["completion"]]
+    if messages is not None:
+        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(tokenizer(row["prompt"] + row["completion"] if "prompt" in row else row[text_field])["input_ids"])
+
+
+def _devices(jobs: int, use_cpu: bool) -> list[str] | None:
+    """Return each job's share of the GPUs. Raises RecipeError if there are fewer than jobs."""
+    if use_cpu or not torch.cuda.is_available():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    if jobs > len(names):
+        raise RecipeError(f"`--jobs {jobs}`: there are {len(names)} GPUs. Write at most so many jobs.")
+    size = len(names) // jobs
+    return [",".join(names[i * size : (i + 1) * size]) for i in range(jobs)]
+
+
+class Progress:
+    """Shows how far the sweep is: a bar, beside it what each arm does, and a line for each arm that is done."""
+
+    def __init__(self, plan: Plan):
+        self.now: dict[int, str] = {}
+        self.bar = tqdm(total=plan.count, desc="Arms", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.bar.close()
+
+    def begin(self, index: int, setting: dict[str, Any]) -> None:
+        """An arm begins."""
+        self.tell(index, "starts")
+        tqdm.write(f"arm {index:03d} ({describe(setting)})")
+
+    def tell(self, index: int, what: str) -> None:
+        """An arm does something else."""
+        self.now[index] = what
+        self.bar.set_postfix_str("; ".join(f"{i:03d} {each}" for i, each in sorted(self.now.items())))
+
+    def end(self, index: int, how: str) -> None:
+        """An arm ends, whichever way."""
+        self.now.pop(index, None)
+        tqdm.write(f"arm {index:03d}: {how}")
+        self.bar.update()

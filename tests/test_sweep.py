@@ -1,0 +1,427 @@
+"""Sweeps: plans, studies under kills and with several workers, leaderboards, and arms that are real."""
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from conftest import write_recipe
+from scipy import stats
+
+from bl_trainer.parser import RecipeError
+from bl_trainer.recipe import Recipe
+from bl_trainer.sweep import guard
+from bl_trainer.sweep.leaderboard import difference, rank
+from bl_trainer.sweep.plan import Plan
+from bl_trainer.sweep.study import Study
+
+SWEEPING = str(Path(__file__).with_name("sweeping.py"))
+GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
+
+
+@pytest.fixture
+def make(checkpoint, data_folder, tmp_path):
+    """Returns a function that writes a recipe and a sweep file, and reads the plan."""
+
+    def make(given, **changes):
+        write_recipe(tmp_path, checkpoint, data_folder, **changes)
+        path = tmp_path / "sweep.yaml"
+        path.write_text(given if isinstance(given, str) else yaml.safe_dump(given))
+        return Plan.read(Recipe.read(["--config", str(tmp_path / "recipe.yaml")]), str(path))
+
+    return make
+
+
+# Plans
+
+
+def test_grid_is_every_arm_at_every_rate_and_seed(make):
+    plan = make(GRID)
+    assert plan.count == len(plan.listed()) == 8
+    assert {(s["objective"], s["learning_rate"], s["seed"]) for s in plan.listed()} == {
+        (objective, rate, seed) for objective in ("nll", "neg_p") for rate in (1e-3, 1e-2) for seed in (0, 1)
+    }
+    assert [plan.group_of(setting) for setting in plan.listed()[:2]] == [{"objective": "nll"}, {"objective": "nll"}]
+
+
+def test_rates_and_seeds_are_swept_unless_told_otherwise(make):
+    plan = make({"arms": [{"objective": "nll"}]}, learning_rate=3e-3)
+    assert plan.grid["learning_rate"] == [1e-3, 3e-3, 9e-3]
+    assert plan.seeds == [0, 1, 2]
+    assert any("the sweep file gives none" in note for note in plan.notes)
+    plan = make({"arms": [{"objective": "nll"}], "learning_rate": [1e-3], "seed": [5]})
+    assert plan.count == 1
+    assert any("compares unlike things" in note for note in plan.notes)
+    assert any("1 seed(s)" in note for note in plan.notes)
+
+
+MISTAKES = {
+    "arms: []": r"`arms: \[\]` must be a list of mappings of recipe keys",
+    "arms: [nll]": r"`arms: \['nll'\]` must be a list of mappings",
+    "learning_rate: []": r"`learning_rate: \[\]` is an empty list, which leaves no arm",
+    "learning_rate: 1.0e-3": r"`learning_rate: 0.001` must be a list of values to try, or a range",
+    "arms: [{objektive: nll}]": "In an arm of the sweep: Unknown recipe key 'objektive'. Did you mean 'objective'",
+    "arms: [{objective: nlll}]": "Unknown objective 'nlll'. Did you mean 'nll'",
+    "arms: [{objective: nll}, {objective: {name: nll}}]": "Two arms are the same: nll",
+    "lora_r: [8]": "In an arm of the sweep: `lora_r` does nothing without `use_peft`",
+    "output_dir: [a, b]": "`output_dir` can't be swept",
+    "rank_by: bleu": "`rank_by: bleu` is no ruler. Allowed: accuracy, nll",
+    "rank_by: loss": "`rank_by: loss` is no ruler",
+    "learning_rate: {low: 1, high: 0}": "`learning_rate: .*` is no range",
+    "learning_rate: {low: 1.0e-5, high: 1.0e-3}": "The sweep file has a range, but not how many or of what. Write `trials: 30`",
+    "trials: 5": "The sweep file has `trials`, but not how many or of what",
+    "{trials: 0, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "has a range, but not how many",
+    "{trials: few, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: few` must be a whole number above 0",
+    "sampler: TPESampler": "`sampler` does nothing without a range",
+    "sampler: Tpe": "`sampler: Tpe` is none of Optuna's.* Allowed: .*TPESampler",
+    "pruner: {name: MedianPruner, steps: 3}": "`pruner: MedianPruner` with {'steps': 3}: .*unexpected keyword",
+    "pruner: MedianPruner": "`pruner` judges by evaluations during training. Write `rank_by` as one of nll",
+    "seed: [0, 0]": r"`seed: \[0, 0\]` must be a list of different whole numbers",
+    "- nll": "The sweep file .* must be a YAML mapping of keys to values, got list",
+}
+
+
+@pytest.mark.parametrize("given", MISTAKES)
+def test_mistakes_in_a_sweep_file(given, make):
+    with pytest.raises(RecipeError, match=MISTAKES[given]):
+        make(given)
+
+
+# Studies
+
+
+def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
+    Study(make(GRID), tmp_path / "s")
+    Study(make(GRID), tmp_path / "s")
+    with pytest.raises(RecipeError, match=r"The study 'sweep' in .*/s is of another recipe or sweep file"):
+        Study(make({**GRID, "seed": [0, 1, 2]}), tmp_path / "s")
+    with pytest.raises(RecipeError, match="is of another recipe"):
+        Study(make(GRID, max_length=32), tmp_path / "s")
+    study = Study(make(GRID), tmp_path / "t")
+    study.study.set_user_attr("bl_trainer", {"schema": 0})
+    with pytest.raises(RecipeError, match=r"is of another version of bl_trainer \(schema 0, now 1\)"):
+        Study(make(GRID), tmp_path / "t")
+    with pytest.raises(RecipeError, match=r"`--storage postgresql://me:...@nowhere/x` can't be used"):
+        Study(make(GRID), tmp_path / "u", "postgresql://me:secret@nowhere/x")
+
+
+def test_points_are_drawn_for_each_arm_and_the_best_run_at_all_seeds(make, tmp_path):
+    plan = make({**GRID, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "trials": 8, "rank_by": "nll"})
+    ran = []
+
+    def run(index, setting, trial, job):
+        ran.append((index, setting))
+        return abs(math.log10(setting["learning_rate"]) + 2)
+
+    Study(plan, tmp_path / "s").run(run, 1, False)
+    assert [index for index, _ in ran] == list(range(plan.count)) == list(range(10))
+    drawn = [setting for _, setting in ran[:8]]
+    assert all(1e-4 <= setting["learning_rate"] <= 1e-1 and setting["seed"] == 0 for setting in drawn)
+    for index, setting in ran[8:]:
+        mine = [each for each in drawn if each["objective"] == setting["objective"]]
+        assert len(mine) == 4
+        best = min(mine, key=lambda each: abs(math.log10(each["learning_rate"]) + 2))
+        assert setting == {**best, "seed": 1}, index
+
+
+@pytest.fixture
+def quick(make, tmp_path):
+    """Returns a function that starts a worker of a sweep whose arms are quick, after writing its files."""
+    make(GRID, eval_strategy="steps")
+
+    def start(*storage, folder=tmp_path):
+        return subprocess.Popen([sys.executable, SWEEPING, str(folder), *storage], stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def finish(worker):
+    _, said = worker.communicate(timeout=120)
+    assert worker.returncode == 0, said[-2000:]
+
+
+def boards(folder):
+    return {name: (folder / name).read_text() for name in ("leaderboard.csv", "leaderboard.md", "winner.yaml")}
+
+
+def arms_of(folder):
+    return [p for p in psutil.process_iter() if _mark(p).startswith(str(folder))]
+
+
+def _mark(process):
+    try:
+        return process.environ().get(guard.MARK, "")
+    except psutil.Error:
+        return ""
+
+
+def test_killed_at_random_ten_times(quick, tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for name in ("recipe.yaml", "sweep.yaml"):
+        shutil.copy(tmp_path / name, whole)
+    finish(quick(folder=whole))
+    rng, folder, kills = random.Random(0), tmp_path / "sweep", 0
+    worker = quick()
+    deadline = time.monotonic() + 240
+    while kills < 10:
+        assert time.monotonic() < deadline
+        while not arms_of(folder) and worker.poll() is None:
+            time.sleep(0.01)
+        if worker.poll() is not None:  # done before ten kills: what is left is to be killed at the start
+            assert worker.returncode == 0
+            kills += 1
+            worker = quick()
+            continue
+        time.sleep(rng.uniform(0, 0.4))
+        what = rng.choice(["sweep", "arm", "both"])
+        arms = arms_of(folder)
+        if what != "sweep" and arms:
+            for process in rng.choice([arms, [rng.choice(arms)]]):
+                process.kill()
+        if what != "arm":
+            worker.kill()
+            worker.communicate()
+            worker = quick()
+        kills += 1
+    finish(worker)
+    assert boards(folder) == {name: text.replace(str(whole), str(tmp_path)) for name, text in boards(whole / "sweep").items()}
+    begun = [int(line) for line in (folder / "begun").read_text().split()]
+    assert set(begun) == set(range(8))
+    assert not arms_of(folder)
+
+
+def test_an_arm_dies_with_its_sweep(quick, tmp_path):
+    worker = quick()
+    while not any("train" in p.cmdline() for p in arms_of(tmp_path / "sweep")):
+        assert worker.poll() is None
+        time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    gone = time.monotonic() + 20
+    while arms_of(tmp_path / "sweep"):
+        assert time.monotonic() < gone
+        time.sleep(0.05)
+
+
+def shared(quick, tmp_path, *storage):
+    """Run two workers on one study, kill one of them, and check that each arm was begun by one."""
+    workers = [quick(*storage) for _ in range(2)]
+    for worker in workers:
+        finish(worker)
+    begun = (tmp_path / "sweep" / "begun").read_text().split()
+    assert sorted(map(int, begun)) == list(range(8))
+    with (tmp_path / "sweep" / "leaderboard.csv").open() as file:
+        assert [int(row["arm"]) for row in csv.DictReader(file)] == list(range(8))
+
+
+def test_two_workers_share_the_arms(quick, tmp_path):
+    shared(quick, tmp_path)
+
+
+@pytest.fixture
+def postgres():
+    """The URL of an empty PostgreSQL database, of a server of the test's own."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) or [p for p in [shutil.which("pg_ctl")] if p]
+    if not found:
+        pytest.skip("PostgreSQL isn't installed")
+    pytest.importorskip("psycopg")
+    tools = Path(found[-1]).parent
+    home = Path(tempfile.mkdtemp(prefix="postgres"))
+    as_user = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(home, "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+    run = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/"}
+    data = home / "data"
+    subprocess.run([*as_user, str(tools / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres"], **run)
+    port = 20000 + os.getpid() % 20000
+    options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off"
+    control = [*as_user, str(tools / "pg_ctl"), "-D", str(data), "-w", "-l", str(home / "log")]
+    subprocess.run([*control, "-o", options, "start"], **run)
+    yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "-m", "immediate", "stop"], **run)
+    shutil.rmtree(home)
+
+
+def test_two_workers_share_the_arms_on_postgres(quick, tmp_path, postgres):
+    shared(quick, tmp_path, postgres)
+
+
+def test_a_worker_that_dies_on_postgres(quick, tmp_path, postgres):
+    first, second = quick(postgres), quick(postgres)
+    while not arms_of(tmp_path / "sweep"):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    first.kill()
+    first.communicate()
+    finish(second)
+    with (tmp_path / "sweep" / "leaderboard.csv").open() as file:
+        assert [int(row["arm"]) for row in csv.DictReader(file)] == list(range(8))
+
+
+def test_failed_and_pruned_arms_are_reported_and_the_others_go_on(make, quick, tmp_path):
+    make({**GRID, "learning_rate": [1e-3, 5.0], "seed": [0]}, eval_strategy="steps")
+    finish(quick())
+    with (tmp_path / "sweep" / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["failed"]) for row in rows] == [row["learning_rate"] == "5.0" for row in rows]
+    assert sum(bool(row["failed"]) for row in rows) == 2
+    assert all(row["failed"].startswith("train: The loss is nan in step 1. (") for row in rows if row["failed"])
+    assert (
+        "arm 001, nll, learning_rate 5, seed 0: train: The loss is nan" in (tmp_path / "sweep" / "leaderboard.md").read_text()
+    )
+
+    shutil.rmtree(tmp_path / "sweep")
+    pruner = {"name": "ThresholdPruner", "upper": 8.5}
+    make({**GRID, "learning_rate": [1e-3, 0.9], "seed": [0], "rank_by": "nll", "pruner": pruner}, eval_strategy="steps")
+    finish(quick())
+    with (tmp_path / "sweep" / "leaderboard.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["failed"] for row in rows if row["learning_rate"] == "0.9"] == ["pruned at step 1, nll 8.9"] * 2
+    assert all(not row["failed"] for row in rows if row["learning_rate"] == "0.001")
+
+
+# Leaderboards
+
+
+def test_difference_is_the_paired_t_test_where_one_thing_was_sampled():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, 12), rng.normal(0.5, 1, 12)
+    found = difference(float((a - b).mean()), {"seeds": a - b})
+    expected = stats.ttest_rel(a, b)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+
+
+def test_interval_covers_the_difference_over_new_seeds_and_examples():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        seeds, rows = rng.normal(0, 0.5, 4), rng.normal(0, 1, 30)
+        table = 0.3 + seeds[:, None] + rows[None] + rng.normal(0, 1, (4, 30))
+        found = difference(table.mean(), {"seeds": table.mean(1), "examples": table.mean(0)})
+        covered += found.interval[0] <= 0.3 <= found.interval[1]
+    assert 940 <= covered <= 1000
+
+
+def board_of(make, values, tokens=(1, 2, 3), **plan):
+    """A leaderboard of arms of which `values` gives each row's hits, by setting."""
+    made = make({**GRID, **plan})
+    arms, rows = {}, {}
+    for index, (setting, hits) in enumerate(values):
+        rulers = {
+            "accuracy": sum(hits) / sum(tokens),
+            "nll": 1.0,
+            "target_prob": 0.5,
+            "calibration_error": 0.1,
+            "drift": 0.0,
+        }
+        arms[index] = {"setting": setting, "rulers": rulers, "base": rulers, "loss": 1.0, "tokens": 6, "examples": 3}
+        rows[index] = {row: {"tokens": n, "top1": hit} for row, (n, hit) in enumerate(zip(tokens, hits, strict=True))}
+    return rank(made, arms, rows, {})
+
+
+def test_a_group_stands_for_its_best_rate_and_is_paired_by_seed_and_row(make):
+    def setting(objective, rate, seed):
+        return {"objective": objective, "learning_rate": rate, "seed": seed}
+
+    values = [
+        (setting("nll", 1e-3, 0), (1, 1, 1)), (setting("nll", 1e-3, 1), (1, 1, 2)),
+        (setting("nll", 1e-2, 0), (0, 0, 1)), (setting("nll", 1e-2, 1), (0, 0, 1)),
+        (setting("neg_p", 1e-3, 0), (0, 0, 0)), (setting("neg_p", 1e-3, 1), (0, 0, 0)),
+        (setting("neg_p", 1e-2, 0), (1, 2, 3)), (setting("neg_p", 1e-2, 1), (1, 2, 2)),
+    ]  # fmt: skip
+    board = board_of(make, values)
+    first, second = board.rows
+    assert (first.name, first.arms, second.name, second.arms) == ("neg_p", [6, 7], "nll", [0, 1])
+    assert second.behind.mean == pytest.approx((3 + 1) / 2 / 6)
+    assert second.behind.over == ("seeds", "examples")
+    by_seed = np.array([3 / 6, 1 / 6])
+    d = np.array([0, 1, 1]) - 2 / 6 * np.array([1, 2, 3])
+    expected = by_seed.var(ddof=1) / 2 + (3 * d / 6).var(ddof=1) / 3
+    free = expected**2 / ((by_seed.var(ddof=1) / 2) ** 2 / 1 + ((3 * d / 6).var(ddof=1) / 3) ** 2 / 2)
+    half = stats.t.ppf(0.975, free) * math.sqrt(expected)
+    assert second.behind.interval == pytest.approx((2 / 6 - half, 2 / 6 + half))
+    assert board.verdict() == "neg_p is ahead by accuracy, but with no significant difference from nll."
+
+
+def test_a_clear_winner_is_called_one(make):
+    settings = [{"objective": o, "learning_rate": 1e-2, "seed": s} for o in ("nll", "neg_p") for s in (0, 1)]
+    tokens = (10,) * 40
+    hits = [[2 + (i + k) % 2 for i in range(40)] for k in range(2)] + [
+        [8 + (i * 7 + k) % 2 for i in range(40)] for k in range(2)
+    ]
+    board = board_of(make, list(zip(settings, hits, strict=True)), tokens)
+    assert board.verdict() == "neg_p is best by accuracy; all others are worse by more than chance."
+
+
+# Real arms
+
+
+def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, data_folder, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, stop_on_nan=True, learning_rate=1e-2, **options)
+    arms = [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": "nll", "learning_rate": 1e30}]
+    sweep = {"arms": arms, "learning_rate": [1e-2], "seed": [0], "probe": str(data_folder / "train.jsonl")}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+
+    def start():
+        command = [
+            sys.executable,
+            "-m",
+            "bl_trainer",
+            "sweep",
+            "--config",
+            str(recipe),
+            "--sweep",
+            str(tmp_path / "sweep.yaml"),
+        ]
+        return subprocess.Popen([*command, "--sweep_dir", str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
+
+    worker = start()
+    model = tmp_path / "s" / "arms" / "000" / "model"
+    while not list(model.glob("checkpoint-*")):
+        assert worker.poll() is None
+        time.sleep(0.01)
+    worker.kill()
+    worker.communicate()
+    said, _ = (worker := start()).communicate(timeout=300)
+    assert worker.returncode == 0, said
+    assert "Leaderboard: " in said
+    with (tmp_path / "s" / "leaderboard.csv").open() as file:
+        first, second, failed = csv.DictReader(file)
+    assert "train: The loss is nan in step" in failed["failed"] or "train: The gradient of step" in failed["failed"]
+    for row in (first, second):
+        report = tmp_path / "s" / "arms" / f"{int(row['arm']):03d}" / "held_out"
+        with (report / "compare.csv").open() as file:
+            rows = [{key: float(value) for key, value in each.items()} for each in csv.DictReader(file)]
+        tokens = sum(each["tokens"] for each in rows)
+        assert len(rows) == 8
+        assert float(row["nll"]) == pytest.approx(sum(each["nll"] for each in rows) / tokens, rel=1e-9)
+        assert float(row["perplexity"]) == pytest.approx(math.exp(float(row["nll"])))
+        assert float(row["accuracy"]) == pytest.approx(sum(each["top1"] for each in rows) / tokens)
+        assert float(row["target_prob"]) == pytest.approx(sum(each["prob"] for each in rows) / tokens)
+        with (report / "probe.csv").open() as file:
+            probe = [{key: float(value) for key, value in each.items()} for each in csv.DictReader(file)]
+        assert float(row["drift"]) == pytest.approx(sum(e["kl"] for e in probe) / sum(e["tokens"] for e in probe))
+        log = [json.loads(line) for line in (report.parent / "model" / "metrics.jsonl").read_text().splitlines()]
+        last = [line["eval_nll"] for line in log if "eval_nll" in line][-1]
+        assert last == pytest.approx(float(row["nll"]), rel=1e-5)  # the trainer's own evaluation of the same data
+        assert float(row["loss"]) == pytest.approx(log[-1]["train_loss"])
+    page = (tmp_path / "s" / "leaderboard.html").read_text()
+    assert page.count("<picture>") == 3
+    assert "<script" not in page
+    winner = yaml.safe_load((tmp_path / "s" / "winner.yaml").read_text())
+    assert winner["learning_rate"] == 1e-2
+    assert Recipe.read(["--config", str(tmp_path / "s" / "winner.yaml")]).training.objective in ("nll", "neg_p")
