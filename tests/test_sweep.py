@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,15 @@ import yaml
 from conftest import write_recipe
 from scipy import stats
 
+from bl_trainer.__main__ import main
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.leaderboard import difference, rank
+from bl_trainer.sweep.page import markdown, page, summary
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import Study
+from bl_trainer.sweep.verb import _devices
 
 SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
@@ -364,6 +368,77 @@ def test_a_clear_winner_is_called_one(make):
     ]
     board = board_of(make, list(zip(settings, hits, strict=True)), tokens)
     assert board.verdict() == "neg_p is best by accuracy; all others are worse by more than chance."
+
+
+def test_text_from_data_is_escaped_and_odd_arms_are_named(make, tmp_path):
+    settings = [{"objective": "nll", "run_name": "<b>|$x$", "learning_rate": 1e-3, "seed": s} for s in (0, 1)]
+    board = board_of(make, [(setting, (1, 1, 1)) for setting in settings])
+    board.failed[7] = ({"objective": "neg_p"}, "<script>")
+    text = page(board, tmp_path, "accelerate launch")
+    assert "<b>" not in text
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>\\|$x$" in markdown(board, tmp_path, "accelerate launch")
+    board.arms[1]["tokens"] = 7
+    assert "their rulers can't be compared" in markdown(board, tmp_path, "accelerate launch")
+
+
+def test_a_best_rate_at_the_edge_is_said(make, tmp_path):
+    rates = (1e-3, 1e-2, 1e-1)
+    values = [({"objective": "nll", "learning_rate": rate, "seed": 0}, (i, 1, 1)) for i, rate in enumerate(rates)]
+    board = board_of(make, values, (3, 1, 1), learning_rate=list(rates))
+    assert board.rows[0].at_edge == ["its best learning rate, 0.1, is the greatest tried"]
+    assert "nll: its best learning rate, 0.1, is the greatest tried; a wider range may do better." in summary(board, tmp_path)
+
+
+# The verb
+
+
+def verb(capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", *argv])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
+    make(GRID)
+    config = ["--config", str(tmp_path / "recipe.yaml")]
+    both = [*config, "--sweep", str(tmp_path / "sweep.yaml")]
+    assert "error: `--sweep` is missing" in verb(capsys, *config)
+    assert "error: Can't read the sweep file" in verb(capsys, *config, "--sweep", str(tmp_path / "no.yaml"))
+    assert "error: `--jobs 0` must be at least 1" in verb(capsys, *both, "--jobs", "0")
+    assert "error: `push_to_hub: true` would push every arm" in verb(capsys, *both, "--push_to_hub", "true")
+    assert "has no split 'nope' to hold out, only 'train', 'test'" in verb(
+        capsys, *both, "--dataset_test_split", "nope", "--eval_strategy", "no"
+    )
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": str(tmp_path / "nope.jsonl")}))
+    assert "error: Can't load the held-out data" in verb(capsys, *both)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "A sweep launches its arms itself" in verb(capsys, *both)
+    assert not (tmp_path / "out-sweep").exists()
+
+
+def test_dry_run_shows_arms_and_cost(make, tmp_path, capsys):
+    make({**GRID, "seed": [0, 1, 2]}, max_steps=5, per_device_train_batch_size=4)
+    main(["sweep", "--config", str(tmp_path / "recipe.yaml"), "--sweep", str(tmp_path / "sweep.yaml"), "--dry_run", "true"])
+    said = capsys.readouterr().out
+    assert "12 arms: 4 settings at seeds 0, 1, 2:\n  nll, learning_rate 0.001\n" in said
+    each, total = (int(n.replace(",", "")) for n in re.search(r"about ([\d,]+) tokens .* on about ([\d,]+)\.", said).groups())
+    assert total == pytest.approx(12 * each, abs=12)
+    assert "5 steps of 4 rows" in said
+    assert not (tmp_path / "out-sweep").exists()
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    assert _devices(1, True) is None
+    assert _devices(2, False) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    assert _devices(3, False) == ["3", "5", "7"]
+    with pytest.raises(RecipeError, match=r"`--jobs 4`: there are 3 GPUs\. Write at most so many jobs"):
+        _devices(4, False)
 
 
 # Real arms

@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from trl import ModelConfig
 
 from ..curves import Curve
 from ..parser import RecipeError
@@ -80,12 +81,11 @@ class Arm:
     def run(self, trial: optuna.Trial) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
         own = {"output_dir": str(self.model), "resume_from_checkpoint": True}
-        recipe = {**self.plan.recipe_of(self.setting), **own}
+        recipe = {"save_total_limit": 1, **self.plan.recipe_of(self.setting), **own}
         if recipe.get("report_to") not in (None, "none", [], ["none"]):
             recipe["run_name"] = f"{self.runner.folder.name}-{self.index:03d}"
         write_yaml(self.folder / "recipe.yaml", recipe)
-        held_out = {**recipe, **self.runner.held_out, "output_dir": str(self.folder / "unused")}
-        write_yaml(self.folder / "held_out.yaml", {key: value for key, value in held_out.items() if value is not REMOVED})
+        write_yaml(self.folder / "held_out.yaml", self._held_out())
         self._step("train", self._launched("train", "--config", str(self.folder / "recipe.yaml")), trial)
         probe = ["--probe", self.plan.probe] if self.plan.probe else []
         measured = ["--report", str(self.folder / "held_out"), "--overwrite", "--max_tokens", "0", "--compare", str(self.model)]
@@ -96,6 +96,12 @@ class Arm:
         part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(self.folder / "result.json")
         return result
+
+    def _held_out(self) -> dict[str, Any]:
+        """Return the recipe to measure by: the sweep's own, so that all arms are measured alike, with this arm's model."""
+        own = {key: value for key, value in self.setting.items() if key in MODEL_KEYS}
+        recipe = {**self.plan.base, **own, **self.runner.held_out, "output_dir": str(self.folder / "unused")}
+        return {key: value for key, value in recipe.items() if value is not REMOVED}
 
     def _launched(self, *command: str) -> list[str]:
         launch = self.runner.launch
@@ -188,6 +194,8 @@ class Arm:
                 "examples": compared["train"]["examples"], "versions": report["versions"]}  # fmt: skip
 
 
+# What an arm's model is loaded by
+MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16"}
 REMOVED = object()  # in place of a key's value: that the held-out recipe has no such key
 
 

@@ -149,6 +149,8 @@ def _warnings(board: Leaderboard) -> list[str]:
         warnings += [f"{row.name}: {each}; a wider range may do better." for each in row.at_edge]
         if len(row.arms) < len(board.plan.seeds) and not board.plan.trials:
             warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.seeds)} seeds finished.")
+    if len({(result["examples"], result["tokens"]) for result in board.arms.values()}) > 1:
+        warnings.append("Arms have other held-out tokens, as other tokenizers make them: their rulers can't be compared.")
     if board.plan.rank_by in ("nll", "perplexity", "target_prob"):
         own = "neg_p" if board.plan.rank_by == "target_prob" else "nll"
         warnings.append(f"`rank_by: {board.plan.rank_by}` is what {own} itself optimises, which favours it.")

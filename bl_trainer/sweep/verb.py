@@ -64,7 +64,7 @@ def sweep(argv: list[str]) -> None:
         print(dry_run(plan, recipe, held_out))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(plan, folder, options.storage)
+    study = Study(plan, folder, options.storage, folder.name)
     for note in plan.notes:
         print(note)
     with Progress(plan) as progress:
@@ -107,7 +107,7 @@ def held_out_keys(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     keys: dict[str, Any] = dict.fromkeys(
         ("datasets", "test_split_size", "streaming", "dataset_streaming", "dataset_test_split", "packing", "packing_strategy",
          "eval_packing", "eval_strategy", "eval_steps", "metric_for_best_model", "load_best_model_at_end", "eval_on_start",
-         "greater_is_better", "max_steps", "resume_from_checkpoint", "report_to", "run_name"),
+         "greater_is_better", "max_steps", "resume_from_checkpoint", "report_to", "run_name", "objective", "threshold"),
         REMOVED,
     )  # fmt: skip
     if plan.held_out:
