@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-VERBS = ("train", "diagnose")
+VERBS = ("train", "diagnose", "evaluate")
 
 
 def train(argv: list[str]) -> None:
@@ -101,6 +101,25 @@ def diagnose(argv: list[str]) -> None:
     end(diagnosis.trainer)
 
 
+def evaluate(argv: list[str]) -> None:
+    """Evaluate checkpoints: `--model PATH --tasks NAME --output DIR`, and the options of `EvaluateArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2.
+    """
+    import torch
+
+    from .evaluation import EvaluateArguments
+    from .evaluation import evaluate as run
+    from .recipe import fail
+
+    try:
+        run(EvaluateArguments.read(argv))
+    except Exception as error:  # whatever fails is what the options say or point to, or one process's own
+        fail(error, anywhere=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -125,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    {"train": train, "diagnose": diagnose}[argv[0]](argv[1:])
+    {"train": train, "diagnose": diagnose, "evaluate": evaluate}[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":
