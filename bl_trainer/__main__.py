@@ -110,12 +110,13 @@ def evaluate(argv: list[str]) -> None:
 
     from .evaluation import EvaluateArguments
     from .evaluation import evaluate as run
+    from .parser import RecipeError
     from .recipe import fail
 
     try:
         run(EvaluateArguments.read(argv))
-    except Exception as error:  # whatever fails is what the options say or point to, or one process's own
-        fail(error, anywhere=True)
+    except Exception as error:  # a mistake is the same in all processes, anything else may be one's own
+        fail(error, anywhere=not isinstance(error, RecipeError))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

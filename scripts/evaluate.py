@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: `python scripts/evaluate.py --model PATH [PATH ...] --tasks NAME[,NAME] --output DIR [--option value ...]`."""
+"""Evaluate checkpoints: `python scripts/evaluate.py --model PATH [PATH ...] --tasks NAME[,NAME] --output DIR`."""
 
 import sys
 

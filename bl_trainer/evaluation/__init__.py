@@ -1,5 +1,6 @@
-"""The evaluate verb: checkpoints on the tasks of lm-evaluation-harness, on data of one's own, and compared item by item."""
+"""The evaluate verb: checkpoints on the tasks of lm-evaluation-harness and on data of one's own, compared item by item."""
 
+import os
 from typing import Any
 
 from ..parser import RecipeError
@@ -9,15 +10,17 @@ from .results import Results, paired_difference, read_items, table
 __all__ = ["EvaluateArguments", "evaluate", "paired_difference", "read_items"]
 
 
-def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
-    """Run every task on every checkpoint, but for what `output` holds already, and print the table.
+def evaluate(options: EvaluateArguments) -> dict[str, Any]:
+    """Run every task on every checkpoint, but for what `output` holds already; print a table, return what results.json holds.
 
-    Returns what results.json holds, in the first process alone. Raises RecipeError on what can't be evaluated.
+    Raises RecipeError on what can't be evaluated. Of several processes the first one alone has the results.
     """
     options.check()
     checkpoints = options.checkpoints()
     results = Results(options, checkpoints)
-    missing = [(checkpoint, [task for task in options.tasks if not results.has(checkpoint, task)]) for checkpoint in checkpoints]
+    missing = {
+        checkpoint.name: [task for task in options.tasks if not results.has(checkpoint, task)] for checkpoint in checkpoints
+    }
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -25,21 +28,16 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any] | None:
     from .harness import Tasks, load_model, run
 
     tasks = Tasks(options)
-    loaded = {name: tasks.load(name) for name in {name: None for _, names in missing for name in names}}
-    if not options.overwrite and not loaded:
-        print("All of it is there already.")
-    is_first = True
-    for checkpoint, names in missing:
-        lm = load_model(checkpoint, options) if names else None
-        for name in names:
-            found, chat = run(lm, loaded[name], tasks)
-            is_first = found is not None
-            if found is not None:
-                results.add(checkpoint, name, found, chat)
-                print(f"{checkpoint.name}, {name}: chat template {'applied' if chat else 'not applied'}.", flush=True)
-        del lm
-    if not is_first:
-        return None
-    results.write()
-    print(table(results))
-    return {"evaluations": results.entries, "differences": results.differences()}
+    loaded = {task: tasks.load(task) for task in options.tasks if any(task in names for names in missing.values())}
+    for checkpoint in checkpoints:
+        lm = load_model(checkpoint, options) if missing[checkpoint.name] else None
+        for task in missing[checkpoint.name]:
+            found, chat = run(lm, loaded[task], tasks)
+            if found is not None:  # None in all processes but the first
+                results.add(checkpoint, task, found, chat)
+                print(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.", flush=True)
+        del lm  # before the next one is loaded
+    if os.environ.get("RANK", "0") == "0":
+        results.write()
+        print(table(results))
+    return results.content()

@@ -1,5 +1,6 @@
 """The task `completion`: does the greedy continuation equal what the data say?"""
 
+import json
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from trl.data_utils import is_conversational
 
 from ..parser import RecipeError
 
+COLUMNS = [("prompt", "completion"), ("messages",), ("conversations",)]  # one of these is needed
 SPARE = 8  # new tokens beyond the longest gold answer, so that an answer that goes on is seen to
 
 
@@ -29,26 +31,24 @@ class Completion(ConfigurableTask):
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """Return the prompt as TRL renders it in training."""
-        prompt = _split(doc)[0]
+        prompt, options = _split(doc)[0], doc.get("chat_template_kwargs") or {}
         if isinstance(prompt, str):
             return prompt
-        tools = doc.get("tools")
-        return self.tokenizer.apply_chat_template(
-            prompt, tools=tools, tokenize=False, add_generation_prompt=True, **(doc.get("chat_template_kwargs") or {})
-        )
+        tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
+        return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
 
 
 def _split(doc: dict[str, Any]) -> tuple[Any, str]:
     """Return the prompt, a text or messages, and the gold answer."""
     if not is_conversational(doc) and "conversations" not in doc:
         return doc["prompt"], doc["completion"]
-    doc = maybe_convert_to_chatml({key: value for key, value in doc.items()})
+    doc = maybe_convert_to_chatml(dict(doc))
     messages = doc["prompt"] + doc["completion"] if "prompt" in doc else doc["messages"]
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages) - 1)
-    content = messages[last].get("content") if messages[last]["role"] == "assistant" else None
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    return messages[:last], content or ""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return messages, ""
+    content = messages[last].get("content") or ""
+    return messages[:last], content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def prompt_text(doc: dict[str, Any]) -> str:
@@ -71,6 +71,6 @@ def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def normalise(text: str) -> str:
-    """Return `text` without case, needless whitespace and punctuation, but for signs within numbers; never nothing of something."""
+    """Return `text` without case, punctuation and needless whitespace; signs within numbers stay, and so does a lone "?"."""
     bare = " ".join(re.sub(r"(?![-+.,/:]\d)[^\w\s]", " ", text.casefold()).split())
     return bare or text.strip()

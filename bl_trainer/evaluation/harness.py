@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import torch
 from accelerate import Accelerator
@@ -17,22 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..local_data import LOCAL_FORMATS, find_fault
 from ..objectives import _nearest
 from ..parser import RecipeError, sentence
-from .completion import Completion
+from .completion import COLUMNS, Completion
 from .options import Checkpoint, EvaluateArguments
 
 OWN = Path(__file__).parent / "tasks"
-
-# Columns of the data of `completion`
-COLUMNS = [("prompt", "completion"), ("messages",), ("conversations",)]
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant so, such as a model that is loaded already
 
 
 @dataclass
 class Loaded:
-    """A task as the user names it: one of the harness's, or a group of them; `tasks`: those with items, by name."""
+    """A task as the user names it; `specs`: what the harness runs, `tasks`: each of these that has items, by name."""
 
-    name: str
     specs: list[Any]
     tasks: dict[str, Any]
 
@@ -76,7 +73,7 @@ class Tasks:
         groups = [group for key, group in loaded.get("groups", {}).items() if key in (name, config.get("group"))]
         for task in loaded["tasks"].values():
             self._check(name, task, path)
-        return Loaded(config.get("task", name) if not groups else name, groups or [*loaded["tasks"].values()], loaded["tasks"])
+        return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
 
     def _refuse_unsafe(self, name: str, unsafe: Any) -> None:
         if unsafe and not self.options.confirm_run_unsafe_code:
@@ -91,7 +88,7 @@ class Tasks:
             raise RecipeError(f"`--num_fewshot {shots}`: the task {task.task_name!r} takes no examples. Leave it out.")
         if isinstance(task, Completion) and self.options.apply_chat_template is not None:
             if task.is_chat != self.options.apply_chat_template:
-                kind = "messages, which need" if task.is_chat else "plain text, which takes no"
+                kind = "messages, which need the" if task.is_chat else "plain text, which takes no"
                 raise RecipeError(f"The data of `completion` are {kind} chat template. Leave `--apply_chat_template` out.")
         for i, doc in enumerate(task.eval_docs if path else []):
             right = task.doc_to_target(doc)
@@ -107,8 +104,6 @@ def _is_plain(name: str) -> bool:
 
 def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     """Return the task's configuration with `path` in place of its data set."""
-    import datasets
-
     fault = find_fault([path], COLUMNS) if name == "completion" else None
     try:
         rows = datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")
@@ -121,7 +116,7 @@ def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
         raise RecipeError(f"`--data {name}={path}` is empty.")
     if name == "completion" and not any(set(wanted) <= columns for wanted in COLUMNS):
         raise RecipeError(
-            f"`--data {name}={path}` has the columns {', '.join(sorted(columns))}; needed are prompt and completion, or messages."
+            f"`--data {name}={path}` has the columns {', '.join(sorted(columns))}. Needed: prompt and completion, or messages."
         )
     if fault:
         raise RecipeError(f"`--data {name}=...`: {fault}.")
@@ -140,7 +135,7 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> HFLM:
     named = checkpoint.adapter and any(Path(checkpoint.adapter).glob("tokenizer*"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.adapter if named else checkpoint.model)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=options.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=options.dtype)
         _end_at_all_ends(model, tokenizer)
         if checkpoint.adapter:
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -163,12 +158,10 @@ def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
     config.eos_token_id = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
 
 
-def run(lm: HFLM, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:
-    """Run one task; return what the harness makes of it, in the first process alone, and whether the chat template was applied."""
-    options = tasks.options
-    chat = options.apply_chat_template
-    if chat is None:
-        chat = bool(lm.tokenizer.chat_template)
+def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:
+    """Run a task; return what the harness makes of it, None but in the first process, and whether the template was applied."""
+    options, limit = tasks.options, tasks.options.limit
+    chat = bool(lm.tokenizer.chat_template) if options.apply_chat_template is None else options.apply_chat_template
     if chat and not lm.tokenizer.chat_template:
         raise RecipeError("`--apply_chat_template true`: the tokenizer has no chat template.")
     for task in loaded.tasks.values():
@@ -176,7 +169,6 @@ def run(lm: HFLM, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, 
             task.prepare(lm.tokenizer, options.max_new_tokens)
             chat = task.is_chat
     lm.add_bos_token = False if chat else None  # as in training: a template brings its own special tokens
-    limit = options.limit
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
             lm,

@@ -52,17 +52,19 @@ class EvaluateArguments:
     )
     adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter, over the one --model."})
     tasks: list[str] = field(
-        default_factory=list, metadata={"help": "The harness's tasks, YAML files of further ones, or completion; commas between."}
+        default_factory=list,
+        metadata={"help": "Names of the harness, YAML files of further tasks, or completion; commas between."},
     )
     data: list[str] = field(
         default_factory=list, metadata={"help": "task=path.jsonl: a local file in place of that task's data set."}
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the results."})
-    overwrite: bool = field(default=False, metadata={"help": "Remove the results that are there, and begin anew."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results that are there."})
     limit: float | None = field(default=None, metadata={"help": "Only the first so many items of a task; below 1 a share."})
-    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt; the task's own number unless told."})
+    num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt, if not the task's own number."})
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "For completion: tokens to generate; a few more than the longest gold answer unless told."}
+        default=None,
+        metadata={"help": "Tokens to generate for completion, if not a few more than the longest gold answer has."},
     )
     apply_chat_template: bool | None = field(
         default=None, metadata={"help": "Whether to put prompts into the chat template; unless told, if the tokenizer has one."}
@@ -77,7 +79,8 @@ class EvaluateArguments:
     @classmethod
     def read(cls, argv: list[str]) -> "EvaluateArguments":
         """Read the command line. Raises RecipeError."""
-        parser = Parser((cls,), prog="bl_trainer evaluate", allow_abbrev=False)
+        classes: Any = [cls]
+        parser = Parser(classes, prog="bl_trainer evaluate", allow_abbrev=False)
         parser.kind = "option"
         parser.check({}, argv)
         return parser.parse({}, argv)[0]
@@ -137,13 +140,10 @@ class EvaluateArguments:
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
-        own = self.files().get(task)
         keys = ("limit", "num_fewshot", "max_new_tokens", "apply_chat_template", "dtype", "seed")
-        return {
-            **{key: getattr(self, key) for key in keys},
-            "data": str(own) if own else None,
-            "content": [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (own, Path(task)) if path and path.is_file()],
-        }
+        files = [path for path in (self.files().get(task), Path(task)) if path and path.is_file()]
+        digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+        return {**{key: getattr(self, key) for key in keys}, "files": digests}
 
 
 def is_adapter(folder: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,38 +39,35 @@ class Results:
         return RecipeError(f"`--output {self.folder}` holds {what}. Write another folder, or add `--overwrite`.")
 
     def _refuse_other(self, entry: dict[str, Any]) -> None:
-        asked = entry["asked"]
-        if asked in self.options.tasks:
-            for key, value in self.options.deciding(asked).items():
-                if entry["options"].get(key) != value:
-                    then, now = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (entry["options"].get(key), value))
-                    raise self._refusal(f"results of {asked} with other options (`{key}`: {then}, now {now})")
-        if self.prints.get(entry["checkpoint"], entry["fingerprint"]) != entry["fingerprint"]:
-            raise self._refusal(f"results of another model that was at {entry['checkpoint']}")
+        task, checkpoint, now = entry["task"], entry["checkpoint"], self.options.deciding(entry["task"])
+        for key, then in entry["options"].items() if task in self.options.tasks else ():
+            if then != now[key]:
+                raise self._refusal(f"results of {task} with other options (`{key}`: {then}, now {now[key]})")
+        if self.prints.get(checkpoint, entry["fingerprint"]) != entry["fingerprint"]:
+            raise self._refusal(f"results of another model that was at {checkpoint}")
 
-    def has(self, checkpoint: Checkpoint, asked: str) -> bool:
+    def has(self, checkpoint: Checkpoint, task: str) -> bool:
         """Whether a task of a checkpoint is done."""
-        return any(entry["checkpoint"] == checkpoint.name and entry["asked"] == asked for entry in self.entries)
+        return any((entry["checkpoint"], entry["task"]) == (checkpoint.name, task) for entry in self.entries)
 
-    def add(self, checkpoint: Checkpoint, asked: str, found: dict[str, Any], chat: bool) -> dict[str, Any]:
-        """Write what the harness found; return the new entry."""
+    def add(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], chat: bool) -> None:
+        """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
         scores = []
-        for task, samples in found["samples"].items():
-            path = Path("samples") / checkpoint.label / f"{task.replace('/', '__')}.jsonl"
-            rows = item_rows(samples)
-            _write(self.folder / path, "".join(json.dumps(row, ensure_ascii=False, default=_plain) + "\n" for row in rows))
-            scores += _scores(found, task, len(rows), str(path))
-        for group in found.get("groups", {}):
-            scores += _scores(found, group, found["results"][group].get("sample_count"), None)
+        for name, samples in found["samples"].items():
+            path, rows = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl", item_rows(samples)
+            _write(self.folder / path, "".join(_json(row) for row in rows))
+            scores += _scores(found["results"][name], name, len(rows), path, rows)
+        for name in found.get("groups", {}):
+            scores += _scores(found["results"][name], name, None, None)
         entry = {
             "checkpoint": checkpoint.name,
             "model": checkpoint.model,
             "adapter": checkpoint.adapter,
             "fingerprint": self.prints[checkpoint.name],
-            "asked": asked,
+            "task": task,
             "scores": scores,
             "chat_template": chat,
-            "options": self.options.deciding(asked),
+            "options": self.options.deciding(task),
             "batch_size": self.options.batch_size,
             "generation": {name: config.get("generation_kwargs") for name, config in found["configs"].items()},
             "num_fewshot": found["n-shot"],
@@ -78,37 +76,33 @@ class Results:
         }
         self.entries.append(entry)
         self.write()
-        return entry
 
     def write(self) -> None:
         """Write results.json."""
-        content = {"evaluations": self.entries, "differences": self.differences()}
-        _write(self.folder / RESULTS, json.dumps(content, indent=1, ensure_ascii=False, default=_plain) + "\n")
+        _write(self.folder / RESULTS, _json(self.content(), indent=1))
+
+    def content(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {"evaluations": self.entries, "differences": self.differences()}
+
+    def of(self, task: str) -> list[dict[str, Any]]:
+        """The entries of a task, in the command line's order of checkpoints."""
+        found = {entry["checkpoint"]: entry for entry in self.entries if entry["task"] == task}
+        return [found[name] for name in self.prints if name in found]
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return each checkpoint's paired difference from the first one of the command line, for each metric."""
-        return [
-            {"checkpoint": entry["checkpoint"], "baseline": first["checkpoint"], "task": score["task"], **difference}
-            for asked in self.options.tasks
-            for first, *others in [self.of(asked)] if others
-            for entry in others
-            for score in first["scores"]
-            if (difference := self._difference(score, entry, first))
-        ]
-
-    def of(self, asked: str) -> list[dict[str, Any]]:
-        """The entries of a task, as the command line has the checkpoints."""
-        found = {entry["checkpoint"]: entry for entry in self.entries if entry["asked"] == asked}
-        return [found[name] for name in self.prints if name in found] or [{}]
-
-    def _difference(self, score: dict[str, Any], entry: dict[str, Any], first: dict[str, Any]) -> dict[str, Any] | None:
-        theirs = [s for s in entry["scores"] if (s["task"], s["metric"]) == (score["task"], score["metric"])]
-        if not theirs or not score["samples"]:
-            return None
-        old, new = (read_items(self.folder / s["samples"], score["metric"]) for s in (score, theirs[0]))
-        if not old or not math.isclose(statistics.fmean(old.values()), score["value"], abs_tol=1e-9):
-            return None  # the metric isn't a mean over items
-        return {"metric": score["metric"], **paired_difference(new, old)}
+        """Return how each checkpoint differs from the first one of the command line, on the same items, for each metric."""
+        found = []
+        for entries in map(self.of, self.options.tasks):
+            for entry in entries[1:]:
+                pair = {"checkpoint": entry["checkpoint"], "baseline": entries[0]["checkpoint"]}
+                for old in entries[0]["scores"]:
+                    for new in entry["scores"]:
+                        key = {name: old[name] for name in ("task", "metric")}
+                        if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
+                            items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
+                            found.append({**pair, **key, **paired_difference(*items)})
+        return found
 
 
 def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,10 +134,9 @@ def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_items(path: Path, metric: str) -> dict[str, float]:
-    """Return the values of a metric, one for each item, from a file of items; none if they aren't numbers."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    values = {f"{row['id']} {row['hash']}": row["metrics"].get(metric) for row in rows}
-    return values if all(isinstance(value, (int, float)) for value in values.values()) else {}
+    """Return the value of a metric for each item in a file of items."""
+    with path.open(encoding="utf-8") as lines:
+        return {f"{row['id']} {row['hash']}": row["metrics"][metric] for row in map(json.loads, lines)}
 
 
 def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str, Any]:
@@ -163,25 +156,32 @@ def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str,
 
 def table(results: Results) -> str:
     """Return the scores, and the differences from the first checkpoint, as lines of text."""
-    scores = [
-        (score["task"], score["metric"], entry["checkpoint"], _figure(score["value"], score["stderr"]), str(score["items"] or ""))
-        for asked in results.options.tasks
-        for entry in results.of(asked)
-        for score in entry.get("scores", [])
-    ]
-    differences = [
-        (d["task"], d["metric"], d["checkpoint"], _figure(d["difference"], d["stderr"], "+"), str(d["items"]), _range(d["interval"]))
-        for d in results.differences()
-    ]
-    scores.sort(key=lambda row: row[:2])  # stable: checkpoints stay in their order
-    lines = _columns([("task", "metric", "checkpoint", "value ± standard error", "items"), *scores])
+    entries = [entry for task in results.options.tasks for entry in results.of(task)]
+    scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
+    scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
+    rows = [("task", "metric", "checkpoint", "value ± standard error", "items")]
+    rows += [(s["task"], s["metric"], s["checkpoint"], _figure(s["value"], s["stderr"]), str(s["items"] or "")) for s in scores]
+    lines, differences = _columns(rows), results.differences()
     if differences:
-        lines += ["", f"Differences from {next(iter(results.prints))} on the same items:"]
-        lines += _columns([("task", "metric", "checkpoint", "difference", "items", "95 % interval"), *differences])
+        lines += ["", f"Difference from {next(iter(results.prints))} on the same items:"]
+        lines += _columns(
+            [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
+            + [
+                (
+                    d["task"],
+                    d["metric"],
+                    d["checkpoint"],
+                    _figure(d["difference"], d["stderr"], "+"),
+                    _range(d),
+                    str(d["items"]),
+                )
+                for d in differences
+            ]
+        )
     return "\n".join(lines)
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -192,29 +192,35 @@ def _figure(value: Any, stderr: Any, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
-def _range(interval: list[float] | None) -> str:
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few items"
+def _range(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"] or (None, None)
+    return "too few items" if low is None else f"{low:+.4f} to {high:+.4f}"
 
 
 def _name(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric},{kind}"
 
 
-def _scores(found: dict[str, Any], task: str, items: int | None, path: str | None) -> list[dict[str, Any]]:
+def _scores(found: dict[str, Any], task: str, items: int | None, path: str | None, rows: Any = ()) -> list[dict[str, Any]]:
     scores = []
-    for key, value in found["results"][task].items():
+    for key, value in found.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr"):
-            stderr = found["results"][task].get(f"{metric}_stderr,{kind}")
+            name, stderr = _name(metric, kind), found.get(f"{metric}_stderr,{kind}")
             stderr = stderr if isinstance(stderr, float) else None  # "N/A"
-            scores.append(
-                {"task": task, "metric": _name(metric, kind), "value": value, "stderr": stderr, "items": items, "samples": path}
-            )
+            values = [row["metrics"].get(name) for row in rows]
+            is_mean = all(isinstance(v, (int, float)) for v in values) and bool(values)
+            is_mean = is_mean and math.isclose(statistics.fmean(values), value, abs_tol=1e-9)
+            score = {"task": task, "metric": name, "value": value, "stderr": stderr, "items": items}
+            scores.append({**score, "is_mean": is_mean, "samples": path})
     return scores
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)
+def _json(value: Any, **kwargs: Any) -> str:
+    def plain(each: Any) -> Any:
+        return each.item() if hasattr(each, "item") else str(each)
+
+    return json.dumps(value, ensure_ascii=False, default=plain, **kwargs) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
