@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import random
+import subprocess
 import sys
 
 import numpy as np
@@ -288,6 +289,39 @@ def test_broken_off_evaluation_goes_on(models, tmp_path, capital, monkeypatch):
         patch.setattr(harness, "load_model", lambda *args: pytest.fail("nothing is to be done"))
         assert run(models, tmp_path, "plain", "adapter", **options, batch_size="3") == whole
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_groups_have_their_own_scores(models, tmp_path, capital, monkeypatch):
+    task = (tmp_path / "capital.yaml").read_text()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(task.replace("capital", name))
+    (tmp_path / "capital.yaml").write_text(
+        "group: capital\ntask: [one, two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    monkeypatch.setattr(harness, "OWN", tmp_path)
+    monkeypatch.setattr(harness, "TaskManager", lambda **kwargs: MANAGER(**{**kwargs, "include_defaults": False}))
+    with pytest.raises(ValueError, match=r"capital.yaml` is a group of tasks. Give the files of these"):
+        run(models, tmp_path, "plain", tasks=[capital])
+    (entry,) = run(models, tmp_path, "plain", tasks=["capital"])["evaluations"]
+    one, two, group = entry["scores"]
+    assert [score["task"] for score in entry["scores"]] == ["one", "two", "capital"]
+    assert one["value"] == two["value"] == group["value"]
+    assert one["samples"] != two["samples"]
+
+
+def test_two_processes_do_what_one_does(models, tmp_path, capital):
+    data = write_rows(tmp_path / "test.jsonl", rows_of("plain", models, "plain")[:5])
+    argv = ["--model", str(models / "plain"), "--tasks", "completion", capital, "--data", f"completion={data}"]
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [*launcher.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *command, "-m", "bl_trainer", "evaluate", *argv, "--output", str(tmp_path / "two")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert found.count("value ± standard error") == 1
+    run(models, tmp_path, "plain", tasks=["completion", capital], data=[f"completion={data}"])
+    for path in (tmp_path / "out" / "samples").rglob("*.jsonl"):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "out")).read_text() == path.read_text()
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["evaluations"] for name in ("out", "two"))
+    assert [entry["scores"] for entry in one] == [entry["scores"] for entry in two]
 
 
 def test_local_data_stand_in_for_a_task_of_the_harness(models, tmp_path):

@@ -40,7 +40,7 @@ class Tasks:
     def __init__(self, options: EvaluateArguments):
         self.options = options
         self.manager = TaskManager(include_path=OWN, include_defaults=False)
-        if not all(name in self.manager.task_index or _is_plain(name) for name in options.tasks):
+        if not all(name in self.manager.task_index or _is_file(name) for name in options.tasks):
             self.manager = TaskManager(include_path=OWN)  # reads thousands of files
         for name in options.files():
             if name not in options.tasks:
@@ -49,12 +49,14 @@ class Tasks:
     def load(self, name: str) -> Loaded:
         """Load one of them, with its data."""
         known, path = self.manager.task_index, self.options.files().get(name)
-        if name not in known and not Path(name).is_file():
-            if name.endswith((".yaml", ".yml")):
-                raise RecipeError(f"`--tasks {name}` is not a file.")
+        if _is_file(name) and not Path(name).is_file():
+            raise RecipeError(f"`--tasks {name}` is not a file.")
+        if name not in known and not _is_file(name):
             raise RecipeError(f"Unknown task {name!r}.{_nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
         source = known[name].yaml_path if name in known else Path(name)
         config = load_yaml(source, resolve_func=False) if source else {}
+        if _is_file(name) and "group" in config:
+            raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
         self._refuse_unsafe(name, config.get("unsafe_code"))
         if name == "completion" and path is None:
             raise RecipeError("`--tasks completion` needs your data. Write `--data completion=path.jsonl`.")
@@ -70,7 +72,7 @@ class Tasks:
         except Exception as error:  # of the task's own code, or of the data sets' libraries
             given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
             raise RecipeError(f"{given}: {type(error).__name__}: {sentence(error)}") from error
-        groups = [group for key, group in loaded.get("groups", {}).items() if key in (name, config.get("group"))]
+        groups = [group for key, group in loaded.get("groups", {}).items() if key == name]
         for task in loaded["tasks"].values():
             self._check(name, task, path)
         return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
@@ -96,10 +98,8 @@ class Tasks:
                 raise RecipeError(f"`--data {name}={path}`: row {i + 1} has no gold answer.")
 
 
-def _is_plain(name: str) -> bool:
-    """Whether `name` is a YAML file that names no tasks of others."""
-    is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
-    return is_file and "group" not in load_yaml(name, resolve_func=False)
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
