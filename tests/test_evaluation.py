@@ -64,9 +64,11 @@ def speller(tokenizer):
 
 @pytest.fixture(scope="session")
 def models(speller, tmp_path_factory):
-    """Folders: a model, one that says nothing, an adapter over the first, and one that can't be read aloud."""
+    """Folders: a model whose own settings are for another way to generate, an adapter over it, a model that says nothing."""
     folder = tmp_path_factory.mktemp("models")
     model = make_llama(speller, max_position_embeddings=2048)
+    traps = {"eos_token_id": speller.unk_token_id, "do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
+    model.generation_config.update(**traps)
     model.save_pretrained(folder / "plain")
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "plain")
@@ -94,7 +96,7 @@ def greedy(model, tokenizer, prompt, count):
     begin = len(ids)
     while len(ids) < begin + count:
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id:
+        if ids[-1] in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
             break
     return tokenizer.decode(ids[begin:], skip_special_tokens=True)
 
@@ -174,6 +176,19 @@ def test_adapter_over_a_named_base_and_the_default_length(models, tmp_path):
     assert own["generation"]["completion"]["max_gen_toks"] == longest + 8
     assert [s["value"] for s in over["evaluations"][0]["scores"]] == [s["value"] for s in own["scores"]]
     assert over["evaluations"][0]["checkpoint"] == f"{models / 'plain'}+{models / 'adapter'}"
+
+
+def test_adapter_that_holds_a_head_larger_than_the_tokenizer(models, speller, tmp_path):
+    model = make_llama(speller, vocab_size=len(speller) + 7)
+    model.save_pretrained(tmp_path / "base")
+    speller.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    path = write_rows(tmp_path / "test.jsonl", GOOD)
+    found = run(tmp_path, tmp_path, "base", "adapter", data=[f"completion={path}"])
+    base, adapter = ((tmp_path / "out" / entry["scores"][0]["samples"]).read_text() for entry in found["evaluations"])
+    assert base == adapter  # which does nothing yet
 
 
 def test_empty_generations_are_wrong(models, tmp_path):
@@ -433,7 +448,10 @@ def files(folder, models):
             {"output": "TMP/foreign"},
             "`--output TMP/foreign` holds a results.json of something else. Write another folder, or add",
         ),
-        ({"output": "TMP/good.jsonl/out"}, "Can't write TMP/good.jsonl/out/"),
+        (
+            {"output": "TMP/good.jsonl/out"},
+            "`--output TMP/good.jsonl/out` can't be written: Not a directory. Write another folder.",
+        ),
     ],
     ids=str,
 )

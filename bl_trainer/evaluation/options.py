@@ -27,7 +27,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The name, as that of a folder."""
-        return self.name.strip("/").replace("/", "__")
+        return self.name.replace("/", "__").replace("..", "__")
 
     def fingerprint(self) -> str:
         """Return a hash of a sample of each of the checkpoint's files."""

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,12 @@ class Results:
         self.entries = [] if options.overwrite else self._read()
         for entry in self.entries:
             self._refuse_other(entry)
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise RecipeError(f"`--output {self.folder}` can't be written: {error.strerror}. Write another folder.") from error
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.folder / RESULTS
@@ -116,17 +123,9 @@ def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             answer = sample["arguments"][best][-1]
         else:
             answer = sample["resps"][0][0]
-        row = rows.setdefault(
-            sample["doc_id"],
-            {
-                "id": sample["doc_id"],
-                "hash": sample["doc_hash"],
-                "prompt": sample["arguments"][0][0],
-                "gold": sample["target"],
-                "answer": answer,
-                "metrics": {},
-            },
-        )
+        row = {"id": sample["doc_id"], "hash": sample["doc_hash"], "prompt": sample["arguments"][0][0]}
+        row |= {"gold": sample["target"], "answer": answer, "metrics": {}}
+        row = rows.setdefault(sample["doc_id"], row)
         if sample["filter"] != "none" and not is_choice:
             row.setdefault("extracted", {})[sample["filter"]] = first
         row["metrics"].update({_name(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]})
@@ -160,25 +159,17 @@ def table(results: Results) -> str:
     scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
     scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
     rows = [("task", "metric", "checkpoint", "value ± standard error", "items")]
-    rows += [(s["task"], s["metric"], s["checkpoint"], _figure(s["value"], s["stderr"]), str(s["items"] or "")) for s in scores]
+    rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or "")) for s in scores]
     lines, differences = _columns(rows), results.differences()
     if differences:
-        lines += ["", f"Difference from {next(iter(results.prints))} on the same items:"]
-        lines += _columns(
-            [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
-            + [
-                (
-                    d["task"],
-                    d["metric"],
-                    d["checkpoint"],
-                    _figure(d["difference"], d["stderr"], "+"),
-                    _range(d),
-                    str(d["items"]),
-                )
-                for d in differences
-            ]
-        )
+        wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
+        wide += [(*_names(d), _figure(d["difference"], d["stderr"], "+"), _range(d), str(d["items"])) for d in differences]
+        lines += ["", f"Difference from {next(iter(results.prints))} on the same items:", *_columns(wide)]
     return "\n".join(lines)
+
+
+def _names(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["metric"], row["checkpoint"]
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
