@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-VERBS = ("train", "diagnose", "sweep")
+VERBS = ("train", "diagnose", "sweep", "evaluate")
 
 
 def train(argv: list[str]) -> None:
@@ -114,11 +114,31 @@ def sweep(argv: list[str]) -> None:
     try:
         from .sweep.verb import sweep as run
     except ImportError as error:
-        fail(RecipeError(f"A sweep needs {error.name}. Run `pip install 'bl_trainer[sweep]'`."))
+        fail(RecipeError(f"A sweep needs {error.name}. Run `pip install '.[sweep]'`."))
     try:
         run(argv)
     except Exception as error:
         fail(error)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Evaluate checkpoints: `--model PATH --tasks NAME --output DIR`, and the options of `EvaluateArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2.
+    """
+    import torch
+
+    from .evaluation import EvaluateArguments
+    from .evaluation import evaluate as run
+    from .parser import RecipeError
+    from .recipe import fail
+
+    try:
+        run(EvaluateArguments.read(argv))
+    except Exception as error:  # a mistake is the same in all processes, anything else may be one's own
+        fail(error, anywhere=not isinstance(error, RecipeError))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def end(trainer: Any) -> None:
@@ -145,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    {"train": train, "diagnose": diagnose, "sweep": sweep}[argv[0]](argv[1:])
+    {"train": train, "diagnose": diagnose, "sweep": sweep, "evaluate": evaluate}[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

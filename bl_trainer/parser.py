@@ -80,6 +80,8 @@ REPLACED = {
 class Parser(TrlParser):
     """TRL's parser, made to reject what it would ignore and to end in one sentence."""
 
+    kind = "recipe key"
+
     def error(self, message: str) -> Any:
         raise RecipeError(message[:1].upper() + message[1:] + ".")
 
@@ -98,13 +100,13 @@ class Parser(TrlParser):
         known = self.known
         for key, value in config.items():
             if key not in known and key != "env":
-                raise RecipeError(_unknown(str(key), value, known, self.prog))
+                raise RecipeError(_unknown(str(key), value, known, self.prog, self.kind))
         options = self._option_string_actions
         for i, arg in enumerate(argv):
             option, _, value = arg.partition("=")
             if option.startswith("--") and option not in options:
                 value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog))
+                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog, self.kind))
         hints = {key: hint for each in self.dataclass_types for key, hint in get_type_hints(each).items()}
         for action in self._actions:
             if action.dest in config:
@@ -244,13 +246,13 @@ def without_secrets(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **hidden}
 
 
-def _unknown(key: str, value: Any, known: list[str], program: str) -> str:
+def _unknown(key: str, value: Any, known: list[str], program: str, kind: str) -> str:
     if key in REPLACED:
         line = REPLACED[key]
         value = str(value).lower() if isinstance(value, bool) else value
         what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
-        return f"`{key}` is not a recipe key any more. {what}"
-    return f"Unknown recipe key {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all keys."
+        return f"`{key}` is not a {kind} any more. {what}"
+    return f"Unknown {kind} {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all {kind.split()[-1]}s."
 
 
 def sentence(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class Recipe:
         script, training, model, mixture, *rest = parser.parse(config, argv)
         recipe = cls(script, training, model, mixture, *rest)
         for part in (script, training, model, mixture):
-            given |= {key: value for key, value in vars(part).items() if parser.is_given(key, argv)}
+            given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, argv)}
         recipe.given = without_secrets(given)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
         return recipe
@@ -428,6 +429,11 @@ class Recipe:
             refuse_lm_head_adapter(self.peft_config)
         except ValueError as error:
             raise RecipeError(sentence(error)) from error
+
+
+def _as_given(value: Any) -> Any:
+    """Return a value from the command line as a file would give it."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def _check_writable(folder: Path) -> None:

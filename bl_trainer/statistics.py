@@ -162,7 +162,7 @@ class Means:
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of `mean`, or None below 10 examples, where it would be a guess.
 
-        It is for the source that the examples were drawn from; Student's t in Cornish and Fisher's expansion.
+        It is for the source that the examples were drawn from.
         """
         m = self.num_examples
         if m < 10:
@@ -170,9 +170,8 @@ class Means:
         j, mean = 2 + self.names.index(name), self.mean(name)
         residual = self.gram[j, j] - 2 * mean * self.gram[1, j] + mean**2 * self.gram[1, 1]
         deviation = math.sqrt(max(0.0, m / (m - 1) * residual.item())) / self.gram[0, 1].item()
-        z, free = 1.959964, m - 1
-        t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-        return mean - t * deviation, mean + t * deviation
+        reach = t_quantile(m - 1) * deviation
+        return mean - reach, mean + reach
 
     def summary(self) -> dict[str, Any]:
         """Return counts, means and the interval of the first value."""
@@ -486,3 +485,9 @@ class Comparison:
         self.examples = sorted(gather_object(self.examples))
         for tensor in (self.total.gram, self.moved, *(calibration.sums for calibration in self.calibration.values())):
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
+
+
+def t_quantile(free: int) -> float:
+    """The 97.5 % quantile of Student's t with `free` degrees of freedom, 9 or more, in Cornish and Fisher's expansion."""
+    z = 1.959964
+    return z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)

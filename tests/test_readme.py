@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from bl_trainer import Objective, Threshold
 from bl_trainer.diagnosis import DiagnoseArguments
+from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
 from bl_trainer.parser import Parser
 from bl_trainer.recipe import DATACLASSES, Recipe
@@ -131,6 +132,10 @@ def test_table_of_diagnose_options():
     assert [row[0].strip("`-") for row in table("option")] == [f.name for f in fields(DiagnoseArguments)]
 
 
+def test_table_of_evaluate_options():
+    assert [row[0].strip("`-") for row in table("option of `evaluate`")] == [f.name for f in fields(EvaluateArguments)]
+
+
 def test_recipe_keys_in_the_text_exist():
     known = {*Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
     for key in re.findall(r"`(\w+): ", README):
@@ -146,7 +151,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 22
+    assert len(paths) == 23
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,0 +1,43 @@
+"""The evaluate verb: checkpoints on the tasks of lm-evaluation-harness and on data of one's own, compared item by item."""
+
+import os
+from typing import Any
+
+from ..parser import RecipeError
+from .options import EvaluateArguments
+from .results import Results, paired_difference, read_items, table
+
+__all__ = ["EvaluateArguments", "evaluate", "paired_difference", "read_items"]
+
+
+def evaluate(options: EvaluateArguments) -> dict[str, Any]:
+    """Run every task on every checkpoint, but for what `output` holds already; print a table, return what results.json holds.
+
+    Raises RecipeError on what can't be evaluated. Of several processes the first one alone has the results.
+    """
+    options.check()
+    checkpoints = options.checkpoints()
+    results = Results(options, checkpoints)
+    missing = {
+        checkpoint.name: [task for task in options.tasks if not results.has(checkpoint, task)] for checkpoint in checkpoints
+    }
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(f"Evaluation needs lm-evaluation-harness ({error}). Run `pip install '.[evaluation]'`.") from error
+    from .harness import Tasks, load_model, run
+
+    tasks = Tasks(options)
+    loaded = {task: tasks.load(task) for task in options.tasks if any(task in names for names in missing.values())}
+    for checkpoint in checkpoints:
+        lm = load_model(checkpoint, options) if missing[checkpoint.name] else None
+        for task in missing[checkpoint.name]:
+            found, chat = run(lm, loaded[task], tasks)
+            if found is not None:  # None in all processes but the first
+                results.add(checkpoint, task, found, chat)
+                print(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.", flush=True)
+        del lm  # before the next one is loaded
+    if os.environ.get("RANK", "0") == "0":
+        results.write()
+        print(table(results))
+    return results.content()

@@ -1,0 +1,76 @@
+"""The task `completion`: does the greedy continuation equal what the data say?"""
+
+import json
+import re
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+from trl import maybe_convert_to_chatml
+from trl.data_utils import is_conversational
+
+from ..parser import RecipeError
+
+COLUMNS = [("prompt", "completion"), ("messages",), ("conversations",)]  # one of these is needed
+SPARE = 8  # new tokens beyond the longest gold answer, so that an answer that goes on is seen to
+
+
+class Completion(ConfigurableTask):
+    """Rows as TRL trains on them: prompt and completion, or messages, of which the last of the assistant is the gold answer."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        self.is_chat = isinstance(_split(self.eval_docs[0])[0], list)
+
+    def prepare(self, tokenizer: Any, max_new_tokens: int | None) -> None:
+        """Take the tokenizer of the model that is evaluated next. Raises RecipeError if it can't render the prompts."""
+        if self.is_chat and not tokenizer.chat_template:
+            raise RecipeError("The data of `completion` are messages, but the tokenizer has no chat template.")
+        self.tokenizer = tokenizer
+        longest = max(len(tokenizer(gold(doc), add_special_tokens=False)["input_ids"]) for doc in self.eval_docs)
+        self.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or longest + SPARE}, update=True)
+
+    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        """Return the prompt as TRL renders it in training."""
+        prompt, options = _split(doc)[0], doc.get("chat_template_kwargs") or {}
+        if isinstance(prompt, str):
+            return prompt
+        tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
+        return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+
+
+def _split(doc: dict[str, Any]) -> tuple[Any, str]:
+    """Return the prompt, a text or messages, and the gold answer."""
+    if not is_conversational(doc) and "conversations" not in doc:
+        return doc["prompt"], doc["completion"]
+    doc = maybe_convert_to_chatml(dict(doc))
+    messages = doc["prompt"] + doc["completion"] if "prompt" in doc else doc["messages"]
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return messages, ""
+    content = messages[last].get("content") or ""
+    return messages[:last], content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def prompt_text(doc: dict[str, Any]) -> str:
+    """The prompt in words, for the harness's own check of the first row."""
+    return str(_split(doc)[0])
+
+
+def gold(doc: dict[str, Any]) -> str:
+    """The gold answer."""
+    return _split(doc)[1]
+
+
+def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Compare an answer with the gold one, whitespace at the ends apart."""
+    answer, right = results[0], gold(doc)
+    return {
+        "exact_match": float(answer.strip() == right.strip()),
+        "normalised_match": float(normalise(answer) == normalise(right)),
+    }
+
+
+def normalise(text: str) -> str:
+    """Return `text` without case, punctuation and needless whitespace; signs within numbers stay, and so does a lone "?"."""
+    bare = " ".join(re.sub(r"(?![-+.,/:]\d)[^\w\s]", " ", text.casefold()).split())
+    return bare or text.strip()

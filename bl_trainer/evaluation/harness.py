@@ -1,0 +1,186 @@
+"""What lm-evaluation-harness is asked to do: load tasks, wrap a model, run one on the other."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import torch
+from accelerate import Accelerator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..local_data import LOCAL_FORMATS, find_fault
+from ..objectives import _nearest
+from ..parser import RecipeError, sentence
+from .completion import COLUMNS, Completion
+from .options import Checkpoint, EvaluateArguments
+
+OWN = Path(__file__).parent / "tasks"
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant so, such as a model that is loaded already
+
+
+@dataclass
+class Loaded:
+    """A task as the user names it; `specs`: what the harness runs, `tasks`: each of these that has items, by name."""
+
+    specs: list[Any]
+    tasks: dict[str, Any]
+
+
+class Tasks:
+    """The tasks that the options name. Raises RecipeError on one that can't be run."""
+
+    def __init__(self, options: EvaluateArguments):
+        self.options = options
+        self.manager = TaskManager(include_path=OWN, include_defaults=False)
+        if not all(name in self.manager.task_index or _is_file(name) for name in options.tasks):
+            self.manager = TaskManager(include_path=OWN)  # reads thousands of files
+        for name in options.files():
+            if name not in options.tasks:
+                raise RecipeError(f"`--data {name}=...`: `--tasks` names no such task.{_nearest(name, options.tasks)}")
+
+    def load(self, name: str) -> Loaded:
+        """Load one of them, with its data."""
+        known, path = self.manager.task_index, self.options.files().get(name)
+        if _is_file(name) and not Path(name).is_file():
+            raise RecipeError(f"`--tasks {name}` is not a file.")
+        if name not in known and not _is_file(name):
+            raise RecipeError(f"Unknown task {name!r}.{_nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
+        source = known[name].yaml_path if name in known else Path(name)
+        config = load_yaml(source, resolve_func=False) if source else {}
+        if _is_file(name) and "group" in config:
+            raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
+        self._refuse_unsafe(name, config.get("unsafe_code"))
+        if name == "completion" and path is None:
+            raise RecipeError("`--tasks completion` needs your data. Write `--data completion=path.jsonl`.")
+        spec: Any = name
+        if path is not None:
+            if not source or "group" in config:
+                raise RecipeError(f"`--data {name}=...`: that is a group of tasks. Name one of them.")
+            spec = _with_data(load_yaml(source), name, path)
+        try:
+            loaded = self.manager.load([spec])
+        except RecipeError:
+            raise
+        except Exception as error:  # of the task's own code, or of the data sets' libraries
+            given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
+            raise RecipeError(f"{given}: {type(error).__name__}: {sentence(error)}") from error
+        groups = [group for key, group in loaded.get("groups", {}).items() if key == name]
+        for task in loaded["tasks"].values():
+            self._check(name, task, path)
+        return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
+
+    def _refuse_unsafe(self, name: str, unsafe: Any) -> None:
+        if unsafe and not self.options.confirm_run_unsafe_code:
+            raise RecipeError(
+                f"The task {name!r} runs code that the model writes. Add `--confirm_run_unsafe_code`, best in a container."
+            )
+
+    def _check(self, name: str, task: Any, path: Path | None) -> None:
+        self._refuse_unsafe(name, getattr(task, "UNSAFE_CODE", False))
+        shots = self.options.num_fewshot
+        if shots and task.get_config("num_fewshot") == 0:
+            raise RecipeError(f"`--num_fewshot {shots}`: the task {task.task_name!r} takes no examples. Leave it out.")
+        if isinstance(task, Completion) and self.options.apply_chat_template is not None:
+            if task.is_chat != self.options.apply_chat_template:
+                kind = "messages, which need the" if task.is_chat else "plain text, which takes no"
+                raise RecipeError(f"The data of `completion` are {kind} chat template. Leave `--apply_chat_template` out.")
+        for i, doc in enumerate(task.eval_docs if path else []):
+            right = task.doc_to_target(doc)
+            if right in (None, "", []) or (right == "None" and None in doc.values()):
+                raise RecipeError(f"`--data {name}={path}`: row {i + 1} has no gold answer.")
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return the task's configuration with `path` in place of its data set."""
+    fault = find_fault([path], COLUMNS[:2]) if name == "completion" else None
+    try:
+        rows = datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")
+        columns = set(rows.column_names) if len(rows) else None
+    except StopIteration:
+        columns = None
+    except Exception as error:  # the libraries raise many kinds for a broken file
+        raise RecipeError(f"`--data {name}={path}`: {fault or sentence(error)}") from error
+    if not columns:
+        raise RecipeError(f"`--data {name}={path}` is empty.")
+    if name == "completion" and not any(set(wanted) <= columns for wanted in COLUMNS):
+        raise RecipeError(
+            f"`--data {name}={path}` has the columns {', '.join(sorted(columns))}. Needed: prompt and completion, or messages."
+        )
+    if fault:
+        raise RecipeError(f"`--data {name}=...`: {fault}.")
+    config = {key: value for key, value in config.items() if key not in ("custom_dataset", "dataset_name", "include")}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
+    shots = dict(config.get("fewshot_config") or {})
+    if "samples" not in shots:  # else the task has its own examples
+        splits["fewshot_split"] = "test"  # the same as the items', or an item could be an example for itself
+        shots.pop("split", None)
+    data = {"dataset_path": LOCAL_FORMATS[path.suffix], "dataset_kwargs": {"data_files": {"test": str(path)}}}
+    return {**config, **data, **splits, "fewshot_config": shots or None}
+
+
+def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> HFLM:
+    """Load a checkpoint for the harness, one copy for each process."""
+    named = checkpoint.adapter and any(Path(checkpoint.adapter).glob("tokenizer*"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.adapter if named else checkpoint.model)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=options.dtype)
+        _end_at_all_ends(model, tokenizer)
+        if checkpoint.adapter:
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+            model = PeftModel.from_pretrained(model, checkpoint.adapter)
+    except Exception as error:  # it can be told in many ways that there is no such model
+        raise RecipeError(f"Can't load `--model {checkpoint.name}`: {sentence(error)}") from error
+    accelerator = Accelerator()
+    # loaded here, since the harness cuts the embeddings to the tokenizer's size under an adapter, which may hold them whole
+    lm = HFLM(pretrained=model.to(accelerator.device), tokenizer=tokenizer, batch_size=options.batch_size)
+    if accelerator.num_processes > 1:
+        lm.accelerator, lm._rank, lm._world_size = accelerator, accelerator.process_index, accelerator.num_processes
+    return lm
+
+
+def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
+    """Let each generation end at the tokenizer's end token too, which the harness sees only once all of a batch have ended."""
+    config = model.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
+
+
+def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:
+    """Run a task; return what the harness makes of it, None but in the first process, and whether the template was applied."""
+    options, limit = tasks.options, tasks.options.limit
+    chat = bool(lm.tokenizer.chat_template) if options.apply_chat_template is None else options.apply_chat_template
+    if chat and not lm.tokenizer.chat_template:
+        raise RecipeError("`--apply_chat_template true`: the tokenizer has no chat template.")
+    for task in loaded.tasks.values():
+        if isinstance(task, Completion):
+            task.prepare(lm.tokenizer, options.max_new_tokens)
+            chat = task.is_chat
+    lm.add_bos_token = False if chat else None  # as in training: a template brings its own special tokens
+    with torch.inference_mode():
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=loaded.specs,
+            task_manager=tasks.manager,
+            num_fewshot=options.num_fewshot,
+            limit=int(limit) if limit and limit >= 1 else limit,
+            apply_chat_template=chat,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )
+    return found, chat

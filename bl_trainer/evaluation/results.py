@@ -1,0 +1,224 @@
+"""What an evaluation leaves: results.json, the items of each checkpoint and task, and a table."""
+
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..parser import RecipeError
+from ..statistics import t_quantile
+from .options import Checkpoint, EvaluateArguments
+
+RESULTS = "results.json"
+PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
+
+
+class Results:
+    """The results in a folder, one entry for each checkpoint and task. Raises RecipeError if other ones are there."""
+
+    def __init__(self, options: EvaluateArguments, checkpoints: list[Checkpoint]):
+        self.options, self.folder = options, Path(options.output or ".")
+        self.prints = {checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints}
+        self.entries = [] if options.overwrite else self._read()
+        for entry in self.entries:
+            self._refuse_other(entry)
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise RecipeError(f"`--output {self.folder}` can't be written: {error.strerror}. Write another folder.") from error
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.folder / RESULTS
+        if not path.exists():
+            return []
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._refusal("a results.json of something else") from error
+
+    def _refusal(self, what: str) -> RecipeError:
+        return RecipeError(f"`--output {self.folder}` holds {what}. Write another folder, or add `--overwrite`.")
+
+    def _refuse_other(self, entry: dict[str, Any]) -> None:
+        task, checkpoint, now = entry["task"], entry["checkpoint"], self.options.deciding(entry["task"])
+        for key, then in entry["options"].items() if task in self.options.tasks else ():
+            if then != now[key]:
+                raise self._refusal(f"results of {task} with other options (`{key}`: {then}, now {now[key]})")
+        if self.prints.get(checkpoint, entry["fingerprint"]) != entry["fingerprint"]:
+            raise self._refusal(f"results of another model that was at {checkpoint}")
+
+    def has(self, checkpoint: Checkpoint, task: str) -> bool:
+        """Whether a task of a checkpoint is done."""
+        return any((entry["checkpoint"], entry["task"]) == (checkpoint.name, task) for entry in self.entries)
+
+    def add(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], chat: bool) -> None:
+        """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
+        scores = []
+        for name, samples in found["samples"].items():
+            path, rows = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl", item_rows(samples)
+            _write(self.folder / path, "".join(_json(row) for row in rows))
+            scores += _scores(found["results"][name], name, len(rows), path, rows)
+        for name in found.get("groups", {}):
+            scores += _scores(found["results"][name], name, None, None)
+        entry = {
+            "checkpoint": checkpoint.name,
+            "model": checkpoint.model,
+            "adapter": checkpoint.adapter,
+            "fingerprint": self.prints[checkpoint.name],
+            "task": task,
+            "scores": scores,
+            "chat_template": chat,
+            "options": self.options.deciding(task),
+            "batch_size": self.options.batch_size,
+            "generation": {name: config.get("generation_kwargs") for name, config in found["configs"].items()},
+            "num_fewshot": found["n-shot"],
+            "task_versions": found["versions"],
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        self.entries.append(entry)
+        self.write()
+
+    def write(self) -> None:
+        """Write results.json."""
+        _write(self.folder / RESULTS, _json(self.content(), indent=1))
+
+    def content(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {"evaluations": self.entries, "differences": self.differences()}
+
+    def of(self, task: str) -> list[dict[str, Any]]:
+        """The entries of a task, in the command line's order of checkpoints."""
+        found = {entry["checkpoint"]: entry for entry in self.entries if entry["task"] == task}
+        return [found[name] for name in self.prints if name in found]
+
+    def differences(self) -> list[dict[str, Any]]:
+        """Return how each checkpoint differs from the first one of the command line, on the same items, for each metric."""
+        found = []
+        for entries in map(self.of, self.options.tasks):
+            for entry in entries[1:]:
+                pair = {"checkpoint": entry["checkpoint"], "baseline": entries[0]["checkpoint"]}
+                for old in entries[0]["scores"]:
+                    for new in entry["scores"]:
+                        key = {name: old[name] for name in ("task", "metric")}
+                        if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
+                            items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
+                            found.append({**pair, **key, **paired_difference(*items)})
+        return found
+
+
+def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each item; the harness has one for each item and filter."""
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        first = sample["filtered_resps"][0]
+        is_choice = isinstance(first, (list, tuple)) and isinstance(first[0], float)
+        if is_choice:  # log-likelihoods of continuations
+            best = max(range(len(sample["filtered_resps"])), key=lambda i: sample["filtered_resps"][i][0])
+            answer = sample["arguments"][best][-1]
+        else:
+            answer = sample["resps"][0][0]
+        row = {"id": sample["doc_id"], "hash": sample["doc_hash"], "prompt": sample["arguments"][0][0]}
+        row |= {"gold": sample["target"], "answer": answer, "metrics": {}}
+        row = rows.setdefault(sample["doc_id"], row)
+        if sample["filter"] != "none" and not is_choice:
+            row.setdefault("extracted", {})[sample["filter"]] = first
+        row["metrics"].update({_name(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]})
+    return list(rows.values())
+
+
+def read_items(path: Path, metric: str) -> dict[str, float]:
+    """Return the value of a metric for each item in a file of items."""
+    with path.open(encoding="utf-8") as lines:
+        return {f"{row['id']} {row['hash']}": row["metrics"][metric] for row in map(json.loads, lines)}
+
+
+def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str, Any]:
+    """Return the mean of new - old over the items in both, its standard error, and its 95 % interval.
+
+    The interval is None below 10 items, where it would be a guess.
+    """
+    values = [new[item] - old[item] for item in old.keys() & new.keys()]
+    mean = statistics.fmean(values) if values else None
+    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    interval = None
+    if mean is not None and stderr is not None and len(values) >= 10:
+        reach = t_quantile(len(values) - 1) * stderr
+        interval = [mean - reach, mean + reach]
+    return {"difference": mean, "stderr": stderr, "interval": interval, "items": len(values)}
+
+
+def table(results: Results) -> str:
+    """Return the scores, and the differences from the first checkpoint, as lines of text."""
+    entries = [entry for task in results.options.tasks for entry in results.of(task)]
+    scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
+    scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
+    rows = [("task", "metric", "checkpoint", "value ± standard error", "items")]
+    rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or "")) for s in scores]
+    lines, differences = _columns(rows), results.differences()
+    if differences:
+        wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
+        wide += [(*_names(d), _figure(d["difference"], d["stderr"], "+"), _range(d), str(d["items"])) for d in differences]
+        lines += ["", f"Difference from {next(iter(results.prints))} on the same items:", *_columns(wide)]
+    return "\n".join(lines)
+
+
+def _names(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["metric"], row["checkpoint"]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _figure(value: Any, stderr: Any, sign: str = "") -> str:
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+
+
+def _range(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"] or (None, None)
+    return "too few items" if low is None else f"{low:+.4f} to {high:+.4f}"
+
+
+def _name(metric: str, kind: str) -> str:
+    return metric if kind == "none" else f"{metric},{kind}"
+
+
+def _scores(found: dict[str, Any], task: str, items: int | None, path: str | None, rows: Any = ()) -> list[dict[str, Any]]:
+    scores = []
+    for key, value in found.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            name, stderr = _name(metric, kind), found.get(f"{metric}_stderr,{kind}")
+            stderr = stderr if isinstance(stderr, float) else None  # "N/A"
+            values = [row["metrics"].get(name) for row in rows]
+            is_mean = all(isinstance(v, (int, float)) for v in values) and bool(values)
+            is_mean = is_mean and math.isclose(statistics.fmean(values), value, abs_tol=1e-9)
+            score = {"task": task, "metric": name, "value": value, "stderr": stderr, "items": items}
+            scores.append({**score, "is_mean": is_mean, "samples": path})
+    return scores
+
+
+def _json(value: Any, **kwargs: Any) -> str:
+    def plain(each: Any) -> Any:
+        return each.item() if hasattr(each, "item") else str(each)
+
+    return json.dumps(value, ensure_ascii=False, default=plain, **kwargs) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise RecipeError(f"Can't write {path}: {error.strerror}.") from error

@@ -1,0 +1,8 @@
+"""Evaluate checkpoints: `python scripts/evaluate.py --model PATH [PATH ...] --tasks NAME[,NAME] --output DIR`."""
+
+import sys
+
+from bl_trainer.__main__ import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

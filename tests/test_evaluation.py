@@ -1,0 +1,512 @@
+"""The evaluate verb: item by item what a plain greedy loop gives, resumed, compared, and every mistake in one sentence."""
+
+import copy
+import functools
+import importlib.metadata
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import LETTERS, make_llama, sentence
+from peft import LoraConfig, get_peft_model
+from tokenizers import decoders, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.data_utils import _tokenize
+
+from bl_trainer.__main__ import main
+from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
+from bl_trainer.evaluation.results import item_rows
+
+pytest.importorskip("lm_eval")
+from bl_trainer.evaluation import harness
+from bl_trainer.evaluation.completion import normalise, score
+
+GENERATION_PROMPT = "{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}"
+TASK = """
+task: capital
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+doc_to_choice: ["yes", "no"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The list of the harness's tasks is read once, and it doesn't ask the machine for its hardware."""
+    monkeypatch.setattr(harness, "TaskManager", MANAGER)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+
+
+MANAGER = functools.cache(harness.TaskManager)
+
+
+@pytest.fixture(scope="session")
+def speller(tokenizer):
+    """A tokenizer that decodes what it encoded, and puts a token before plain texts, which its chat template doesn't."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<begin>"})
+    made.backend_tokenizer.decoder = decoders.Fuse()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", made.bos_token_id)]
+    )
+    made.chat_template += GENERATION_PROMPT
+    return made
+
+
+@pytest.fixture(scope="session")
+def models(speller, tmp_path_factory):
+    """Folders: a model whose own settings are for another way to generate, an adapter over it, a model that says nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    model = make_llama(speller, max_position_embeddings=2048)
+    traps = {"eos_token_id": speller.unk_token_id, "do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5}
+    model.generation_config.update(**traps)
+    model.save_pretrained(folder / "plain")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "plain")
+    adapted.save_pretrained(folder / "adapter")
+    silent = make_llama(speller)
+    silent.lm_head.weight.data.zero_()
+    silent.save_pretrained(folder / "silent")
+    for name in ("plain", "silent"):
+        speller.save_pretrained(folder / name)
+    return folder
+
+
+def load(models, name):
+    model = AutoModelForCausalLM.from_pretrained(models / "plain" if name == "adapter" else models / name)
+    if name == "adapter":
+        model.load_adapter(models / name)
+    return model.eval(), AutoTokenizer.from_pretrained(models / "plain")
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt, count):
+    """A loop over whole forward passes, one prompt at a time, tokenised as TRL does."""
+    kwargs = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+    ids = list(_tokenize(tokenizer, prompt, **kwargs)["input_ids"])
+    begin = len(ids)
+    while len(ids) < begin + count:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+            break
+    return tokenizer.decode(ids[begin:], skip_special_tokens=True)
+
+
+def prompts(kind):
+    rng = random.Random(5)
+    texts = [sentence(rng, 3, 20) for _ in range(12)]
+    if kind == "plain":
+        return texts
+    return [
+        [
+            {"role": "system", "content": "be brief"},
+            *({"role": role, "content": sentence(rng, 2, 8)} for _ in range(i % 3) for role in ("user", "assistant")),
+            {"role": "user", "content": text},
+        ]
+        for i, text in enumerate(texts)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(kind, models, name):
+    """Rows whose gold answers are, in turn, what the model says, the same in other case and punctuation, and something else."""
+    model, tokenizer = load(models, name)
+    rows = []
+    for i, prompt in enumerate(prompts(kind)):
+        said = greedy(model, tokenizer, prompt, 20)
+        gold = [said or "a", f"  {said.upper()} !", "z" * 12][i % 3]
+        answer = [{"role": "assistant", "content": gold}]
+        if kind == "messages":
+            rows.append({"messages": prompt + answer})
+        else:
+            rows.append({"prompt": prompt, "completion": gold if kind == "plain" else answer})
+    return rows
+
+
+def run(models, tmp_path, *names, out="out", **others):
+    options = {"model": [str(models / name) for name in names], "tasks": ["completion"], "output": str(tmp_path / out)}
+    return evaluate(EvaluateArguments(**{**options, "batch_size": "5", **others}))
+
+
+@pytest.mark.parametrize("name", ["plain", "adapter"])
+@pytest.mark.parametrize("kind", ["plain", "chat", "messages"])
+def test_completion_is_the_plain_greedy_loop(kind, name, models, tmp_path, capsys):
+    rows = rows_of(kind, models, name)
+    path = write_rows(tmp_path / "test.jsonl", rows)
+    (entry,) = run(models, tmp_path, name, data=[f"completion={path}"], max_new_tokens=20)["evaluations"]
+    items = [json.loads(line) for line in (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()]
+    model, tokenizer = load(models, name)
+    assert [item["id"] for item in items] == list(range(12))
+    for item, row, prompt in zip(items, rows, prompts(kind), strict=True):
+        said = greedy(model, tokenizer, prompt, 20)
+        gold = row["completion"] if kind == "plain" else [*row.get("messages", []), *row.get("completion", [])][-1]["content"]
+        assert (item["answer"], item["gold"]) == (said, gold)
+        assert item["metrics"] == score(row, [said])
+        shown = prompt if kind == "plain" else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        assert item["prompt"] == shown
+    exact, normalised = entry["scores"]
+    values = [item["metrics"]["exact_match"] for item in items]
+    assert 0 < sum(values) < 12
+    assert (exact["value"], exact["items"]) == (pytest.approx(np.mean(values)), 12)
+    assert exact["stderr"] == pytest.approx(np.std(values, ddof=1) / 12**0.5)
+    assert normalised["value"] > exact["value"]
+    assert entry["chat_template"] == (kind != "plain")
+    assert f"chat template {'not ' if kind == 'plain' else ''}applied" in capsys.readouterr().out
+    assert entry["versions"]["lm_eval"] == importlib.metadata.version("lm_eval")
+
+
+def test_adapter_over_a_named_base_and_the_default_length(models, tmp_path):
+    path = write_rows(tmp_path / "test.jsonl", rows_of("plain", models, "adapter"))
+    own = run(models, tmp_path, "adapter", data=[f"completion={path}"])["evaluations"][0]
+    over = run(models, tmp_path, "plain", out="over", adapter=str(models / "adapter"), data=[f"completion={path}"])
+    longest = max(len(json.loads(line)["completion"]) for line in open(path))
+    assert own["generation"]["completion"]["max_gen_toks"] == longest + 8
+    assert [s["value"] for s in over["evaluations"][0]["scores"]] == [s["value"] for s in own["scores"]]
+    assert over["evaluations"][0]["checkpoint"] == f"{models / 'plain'}+{models / 'adapter'}"
+
+
+def test_adapter_that_holds_a_head_larger_than_the_tokenizer(models, speller, tmp_path):
+    model = make_llama(speller, vocab_size=len(speller) + 7)
+    model.save_pretrained(tmp_path / "base")
+    speller.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    path = write_rows(tmp_path / "test.jsonl", GOOD)
+    found = run(tmp_path, tmp_path, "base", "adapter", data=[f"completion={path}"])
+    base, adapter = ((tmp_path / "out" / entry["scores"][0]["samples"]).read_text() for entry in found["evaluations"])
+    assert base == adapter  # which does nothing yet
+
+
+def test_empty_generations_are_wrong(models, tmp_path):
+    path = write_rows(tmp_path / "test.jsonl", [{"prompt": "ab", "completion": "?"}, {"prompt": "b", "completion": "c"}])
+    (entry,) = run(models, tmp_path, "silent", data=[f"completion={path}"])["evaluations"]
+    items = (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()
+    assert [json.loads(item)["answer"] for item in items] == ["", ""]
+    assert [score["value"] for score in entry["scores"]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("Paris.", " paris", True),
+        ('{"age": 24}', "age 24", True),
+        ("a\n  b", "A B!", True),
+        ("-5", "5", False),
+        ("3.14", "314", False),
+        ("1/2", "12", False),
+        ("", "?!", False),
+        ("$5", "5", True),
+        ("Straße", "STRASSE", True),
+    ],
+)
+def test_normalised_answers(one, other, equal):
+    assert (normalise(one) == normalise(other)) == equal
+
+
+@pytest.fixture
+def capital(tmp_path):
+    """A task file, and rows for it."""
+    path = write_rows(
+        tmp_path / "rows.jsonl", [{"question": sentence(random.Random(i), 5, 9), "answer": i % 2} for i in range(12)]
+    )
+    task = tmp_path / "capital.yaml"
+    task.write_text(TASK.replace("FILE", path))
+    return str(task)
+
+
+def test_differences_are_those_computed_by_hand(models, tmp_path, capital, capsys):
+    data = write_rows(tmp_path / "test.jsonl", rows_of("plain", models, "plain"))
+    found = run(models, tmp_path, "adapter", "plain", tasks=["completion", capital], data=[f"completion={data}"])
+    items = {}
+    for entry in found["evaluations"]:
+        for s in entry["scores"]:
+            lines = [json.loads(line) for line in (tmp_path / "out" / s["samples"]).read_text().splitlines()]
+            items[entry["checkpoint"], s["task"], s["metric"]] = np.array([line["metrics"][s["metric"]] for line in lines])
+    assert {(d["task"], d["metric"]) for d in found["differences"]} == {
+        ("completion", "exact_match"),
+        ("completion", "normalised_match"),
+        ("capital", "acc"),
+    }
+    for d in found["differences"]:
+        new, old = (items[str(models / name), d["task"], d["metric"]] for name in ("plain", "adapter"))
+        assert (d["checkpoint"], d["baseline"], d["items"]) == (str(models / "plain"), str(models / "adapter"), 12)
+        stderr = np.std(new - old, ddof=1) / 12**0.5
+        assert d["difference"] == pytest.approx(np.mean(new - old))
+        assert d["stderr"] == pytest.approx(stderr)
+        half = 2.200985 * stderr  # of Student's t with 11 degrees of freedom
+        assert d["interval"] == pytest.approx([np.mean(new - old) - half, np.mean(new - old) + half], abs=1e-3)
+    out = capsys.readouterr().out
+    exact = found["differences"][0]
+    assert f"{exact['difference']:+.4f} ± {exact['stderr']:.4f}" in out
+    values = read_items(tmp_path / "out" / found["evaluations"][0]["scores"][0]["samples"], "exact_match")
+    assert list(values.values()) == items[str(models / "adapter"), "completion", "exact_match"].tolist()
+
+
+def test_pairs_are_of_the_same_items():
+    new, old = {"0 a": 1.0, "1 b": 1.0, "2 c": 1.0}, {"0 a": 0.0, "1 x": 0.0, "2 c": 1.0}
+    assert paired_difference(new, old) == {"difference": 0.5, "stderr": pytest.approx(0.5), "interval": None, "items": 2}
+    assert paired_difference({"0 a": 1.0}, {"1 b": 1.0})["difference"] is None
+
+
+def test_choices_and_filters_give_one_row_for_each_item():
+    common = {"doc_id": 0, "doc_hash": "h", "target": 1, "metrics": ["acc"], "acc": 1.0}
+    choice = {
+        **common,
+        "arguments": [("q", " yes"), ("q", " no")],
+        "resps": [],
+        "filter": "none",
+        "filtered_resps": [(-2.0, False), (-1.0, True)],
+    }
+    (row,) = item_rows([choice])
+    assert (row["answer"], row["metrics"], row["prompt"]) == (" no", {"acc": 1.0}, "q")
+    said = {**common, "arguments": [("q", {})], "resps": [["it is 5"]]}
+    (row,) = item_rows([{**said, "filter": name, "filtered_resps": [text]} for name, text in (("first", "it"), ("last", "5"))])
+    assert row["extracted"] == {"first": "it", "last": "5"}
+    assert (row["answer"], row["metrics"]) == ("it is 5", {"acc,first": 1.0, "acc,last": 1.0})
+
+
+def test_broken_off_evaluation_goes_on(models, tmp_path, capital, monkeypatch):
+    data = write_rows(tmp_path / "test.jsonl", rows_of("plain", models, "plain"))
+    options = {"tasks": [f"completion,{capital}"], "data": [f"completion={data}"]}
+    whole = run(models, tmp_path, "plain", "adapter", out="whole", **options)
+    plain, done = harness.run, []
+
+    def breaks(lm, loaded, tasks):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(loaded)
+        return plain(lm, loaded, tasks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            run(models, tmp_path, "plain", "adapter", **options)
+    (kept,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    samples = tmp_path / "out" / kept["scores"][0]["samples"]
+    written = samples.stat().st_mtime_ns
+    assert run(models, tmp_path, "plain", "adapter", **options) == whole
+    assert samples.stat().st_mtime_ns == written
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "load_model", lambda *args: pytest.fail("nothing is to be done"))
+        assert run(models, tmp_path, "plain", "adapter", **options, batch_size="3") == whole
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_groups_have_their_own_scores(models, tmp_path, capital, monkeypatch):
+    task = (tmp_path / "capital.yaml").read_text()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(task.replace("capital", name))
+    (tmp_path / "capital.yaml").write_text(
+        "group: capital\ntask: [one, two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    monkeypatch.setattr(harness, "OWN", tmp_path)
+    monkeypatch.setattr(harness, "TaskManager", lambda **kwargs: MANAGER(**{**kwargs, "include_defaults": False}))
+    with pytest.raises(ValueError, match=r"capital.yaml` is a group of tasks. Give the files of these"):
+        run(models, tmp_path, "plain", tasks=[capital])
+    (entry,) = run(models, tmp_path, "plain", tasks=["capital"])["evaluations"]
+    one, two, group = entry["scores"]
+    assert [score["task"] for score in entry["scores"]] == ["one", "two", "capital"]
+    assert one["value"] == two["value"] == group["value"]
+    assert one["samples"] != two["samples"]
+
+
+def test_two_processes_do_what_one_does(models, tmp_path, capital):
+    data = write_rows(tmp_path / "test.jsonl", rows_of("plain", models, "plain")[:5])
+    argv = ["--model", str(models / "plain"), "--tasks", "completion", capital, "--data", f"completion={data}"]
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [*launcher.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *command, "-m", "bl_trainer", "evaluate", *argv, "--output", str(tmp_path / "two")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert found.count("value ± standard error") == 1
+    run(models, tmp_path, "plain", tasks=["completion", capital], data=[f"completion={data}"])
+    for path in (tmp_path / "out" / "samples").rglob("*.jsonl"):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "out")).read_text() == path.read_text()
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["evaluations"] for name in ("out", "two"))
+    assert [entry["scores"] for entry in one] == [entry["scores"] for entry in two]
+
+
+def test_local_data_stand_in_for_a_task_of_the_harness(models, tmp_path):
+    rows = [{"question": f"what is {i} and {i}?", "answer": f"it is {2 * i}. #### {2 * i}"} for i in range(4)]
+    data = write_rows(tmp_path / "test.jsonl", rows)
+    options = {"tasks": ["gsm8k"], "data": [f"gsm8k={data}"], "num_fewshot": 3, "limit": 2}
+    (entry,) = run(models, tmp_path, "plain", **options)["evaluations"]
+    assert {(s["metric"], s["items"]) for s in entry["scores"]} == {
+        ("exact_match,strict-match", 2),
+        ("exact_match,flexible-extract", 2),
+    }
+    assert entry["chat_template"]
+    items = [json.loads(line) for line in (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()]
+    for item, row in zip(items, rows, strict=False):
+        assert row["question"] in item["prompt"]
+        assert row["answer"] not in item["prompt"]  # an item is no example for itself
+        assert item["prompt"].count("####") == 3
+
+
+GOOD = [{"prompt": "ab", "completion": "c"}, {"prompt": "b", "completion": "d"}]
+
+
+def files(folder, models):
+    """What the mistakes below point to."""
+    made = {
+        "good": GOOD,
+        "chat": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        "unanswered": [{"messages": [{"role": "user", "content": "a"}]}],
+        "promptonly": [{"prompt": "ab"}],
+        "holes": [*GOOD, {"prompt": "c"}],
+        "blank": [*GOOD, {"prompt": "c", "completion": ""}],
+        "questions": [{"question": "a"}],
+    }
+    for name, rows in made.items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    (folder / "unsafe.yaml").write_text(TASK.replace("FILE", str(folder / "good.jsonl")) + "unsafe_code: true\n")
+    (folder / "nobase").mkdir()
+    (folder / "nobase" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "lostbase").mkdir()
+    (folder / "lostbase" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "/nowhere/model"}'
+    )
+    (folder / "nothing").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "results.json").write_text("[]")
+    untold = AutoTokenizer.from_pretrained(models / "plain")
+    untold.chat_template = None
+    AutoModelForCausalLM.from_pretrained(models / "plain").save_pretrained(folder / "untold")
+    untold.save_pretrained(folder / "untold")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"modl": "x"},
+            "Unknown option 'modl'. Did you mean 'model'? See `python -m bl_trainer evaluate --help` for all options.",
+        ),
+        ({"model": None}, "`--model` is missing. Write e.g. `--model out/model`."),
+        ({"tasks": None}, "`--tasks` is missing. Write e.g. `--tasks gsm8k`."),
+        ({"output": None}, "`--output` is missing. Write e.g. `--output out/evaluation`."),
+        ({"model": "./gone"}, "`--model ./gone` is not a folder."),
+        ({"model": "TMP/nothing"}, "TMP/nothing` holds no model: there is no config.json."),
+        ({"model": "TMP/nobase"}, "names no base model. Write `--model BASE --adapter TMP/nobase`."),
+        ({"model": "TMP/lostbase"}, "/nowhere/model, the base of the adapter `--model TMP/lostbase`, is not a folder. Write"),
+        ({"adapter": "TMP/nothing"}, "`--adapter TMP/nothing` holds no adapter_config.json. Give an adapter's folder."),
+        ({"model": "TMP/nobase", "adapter": "TMP/nobase"}, "`--model TMP/nobase` is an adapter too. Write its base model"),
+        ({"model": ["a", "b"], "adapter": "c"}, "`--adapter` goes with one `--model`."),
+        ({"model": "gone/model"}, "Can't load `--model gone/model`: "),
+        (
+            {"tasks": "gsm8kk", "data": None},
+            "Unknown task 'gsm8kk'. Did you mean 'gsm8k'? `lm-eval ls tasks` lists the harness's.",
+        ),
+        ({"tasks": "gone.yaml", "data": None}, "`--tasks gone.yaml` is not a file."),
+        (
+            {"tasks": "TMP/unsafe.yaml", "data": None},
+            "runs code that the model writes. Add `--confirm_run_unsafe_code`, best in a container.",
+        ),
+        ({"tasks": "humaneval", "data": None}, "The task 'humaneval' runs code that the model writes."),
+        ({"tasks": "gsm8k", "data": None}, "The task 'gsm8k' can't be loaded: "),
+        ({"data": None}, "`--tasks completion` needs your data. Write `--data completion=path.jsonl`."),
+        ({"data": "test.jsonl"}, "`--data test.jsonl` must be task=path, of a .jsonl, .json, .parquet or .csv file."),
+        ({"data": "completion=gone.jsonl"}, "`--data completion=gone.jsonl`: there is no such file."),
+        ({"data": "compltion=TMP/good.jsonl"}, "`--tasks` names no such task. Did you mean 'completion'?"),
+        ({"data": "completion=TMP/empty.jsonl"}, "`--data completion=TMP/empty.jsonl` is empty."),
+        ({"data": "completion=TMP/broken.jsonl"}, "TMP/broken.jsonl, line 2: Expecting ':' delimiter"),
+        ({"data": "completion=TMP/promptonly.jsonl"}, "has the columns prompt. Needed: prompt and completion, or messages."),
+        ({"data": "completion=TMP/holes.jsonl"}, "TMP/holes.jsonl, line 3: it has no 'completion'."),
+        ({"data": "completion=TMP/blank.jsonl"}, "TMP/blank.jsonl`: row 3 has no gold answer."),
+        ({"data": "completion=TMP/unanswered.jsonl"}, "TMP/unanswered.jsonl`: row 1 has no gold answer."),
+        (
+            {"tasks": "gsm8k", "data": "gsm8k=TMP/questions.jsonl"},
+            "can't be read by the task: UndefinedError: 'answer' is undefined",
+        ),
+        ({"tasks": "mmlu", "data": "mmlu=TMP/good.jsonl"}, "`--data mmlu=...`: that is a group of tasks. Name one of them."),
+        ({"limit": "0"}, "`--limit 0` must be a number of items, or a share between 0 and 1."),
+        ({"limit": "1.5"}, "`--limit 1.5` must be a number of items, or a share between 0 and 1."),
+        ({"max_new_tokens": "0"}, "`--max_new_tokens 0` must be at least 1."),
+        ({"num_fewshot": "-1"}, "`--num_fewshot -1` must be at least 0."),
+        ({"num_fewshot": "3"}, "`--num_fewshot 3`: the task 'completion' takes no examples. Leave it out."),
+        ({"batch_size": "many"}, "`--batch_size many` must be a number above 0, or auto."),
+        ({"dtype": "fp8"}, "`--dtype fp8` is not allowed. Allowed: auto, float32, bfloat16, float16."),
+        ({"apply_chat_template": "true"}, "The data of `completion` are plain text, which takes no chat template."),
+        ({"apply_chat_template": "false", "data": "completion=TMP/chat.jsonl"}, "are messages, which need the chat template."),
+        ({"model": "TMP/untold", "data": "completion=TMP/chat.jsonl"}, "are messages, but the tokenizer has no chat template."),
+        (
+            {"output": "TMP/foreign"},
+            "`--output TMP/foreign` holds a results.json of something else. Write another folder, or add",
+        ),
+        (
+            {"output": "TMP/good.jsonl/out"},
+            "`--output TMP/good.jsonl/out` can't be written: Not a directory. Write another folder.",
+        ),
+    ],
+    ids=str,
+)
+def test_mistake_ends_in_one_sentence(changes, message, models, tmp_path, capsys):
+    files(tmp_path, models)
+    given = {
+        "model": str(models / "plain"),
+        "tasks": "completion",
+        "data": "completion=TMP/good.jsonl",
+        "output": "TMP/out",
+        **changes,
+    }
+    argv = []
+    for key, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        argv += [] if value is None else [f"--{key}", *(part.replace("TMP", str(tmp_path)) for part in values)]
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *argv])
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message.replace("TMP", str(tmp_path)) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_harness(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(models / "plain"), "--tasks", "gsm8k", "--output", str(tmp_path / "out")])
+    assert "Run `pip install '.[evaluation]'`." in capsys.readouterr().err
+
+
+def test_other_results_are_refused(models, speller, tmp_path, capsys):
+    data = write_rows(tmp_path / "test.jsonl", GOOD)
+    model = tmp_path / "model"
+    make_llama(speller, seed=1).save_pretrained(model)
+    speller.save_pretrained(model)
+    argv = ["evaluate", "--model", str(model), "--tasks", "completion", "--data", f"completion={data}"]
+    argv += ["--output", str(tmp_path / "out")]
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            main([*argv, *more])
+        return capsys.readouterr().err
+
+    main(argv)
+    assert "holds results of completion with other options (`limit`: None, now 1.0)" in refused("--limit", "1")
+    write_rows(tmp_path / "test.jsonl", [*GOOD, *GOOD])
+    assert "with other options (`files`: " in refused()
+    write_rows(tmp_path / "test.jsonl", GOOD)
+    make_llama(speller, seed=2).save_pretrained(model)
+    assert f"holds results of another model that was at {model}. Write another folder, or add `--overwrite`." in refused()
+    main([*argv, "--overwrite", "--limit", "1"])
+    (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
+    assert entry["scores"][0]["items"] == 1
+
+
+def test_letters_have_tokens(speller):
+    assert speller.decode(speller(LETTERS)["input_ids"], skip_special_tokens=True) == LETTERS
