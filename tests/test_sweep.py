@@ -82,6 +82,11 @@ MISTAKES = {
     "output_dir: [a, b]": "`output_dir` can't be swept",
     "rank_by: bleu": "`rank_by: bleu` is no ruler. Allowed: accuracy, nll",
     "rank_by: loss": "`rank_by: loss` is no ruler",
+    "{evaluate: {tasks: [completion]}, rank_by: other/exact_match}": "is no ruler.* Allowed: .*completion/METRIC",
+    "evaluate: [completion]": r"`evaluate: \['completion'\]` must be a mapping of options",
+    "evaluate: {task: [completion]}": "`evaluate` has no option 'task'. Did you mean 'tasks'",
+    "evaluate: {tasks: [completion], output: x}": "`evaluate` has no option 'output'",
+    "evaluate: {tasks: [completion], limit: -1}": "`--limit -1` must be a number of items",
     "learning_rate: {low: 1, high: 0}": "`learning_rate: .*` is no range",
     "learning_rate: {low: 1.0e-5, high: 1.0e-3}": "The sweep file has a range, but not how many or of what. Write `trials: 30`",
     "trials: 5": "The sweep file has `trials`, but not how many or of what",
@@ -332,8 +337,8 @@ def board_of(make, values, tokens=(1, 2, 3), **plan):
             "drift": 0.0,
         }
         arms[index] = {"setting": setting, "rulers": rulers, "base": rulers, "loss": 1.0, "tokens": 6, "examples": 3}
-        rows[index] = {row: {"tokens": n, "top1": hit} for row, (n, hit) in enumerate(zip(tokens, hits, strict=True))}
-    return rank(made, arms, rows, {})
+        rows[index] = {str(row): (n, hit) for row, (n, hit) in enumerate(zip(tokens, hits, strict=True))}
+    return rank(made, arms, rows.get, {})
 
 
 def test_a_group_stands_for_its_best_rate_and_is_paired_by_seed_and_row(make):
@@ -449,6 +454,8 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
     recipe = write_recipe(tmp_path, checkpoint, data_folder, stop_on_nan=True, learning_rate=1e-2, **options)
     arms = [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": "nll", "learning_rate": 1e30}]
     sweep = {"arms": arms, "learning_rate": [1e-2], "seed": [0], "probe": str(data_folder / "train.jsonl")}
+    sweep["evaluate"] = {"tasks": ["completion"], "data": [f"completion={data_folder / 'test.jsonl'}"], "max_new_tokens": 3}
+    sweep["rank_by"] = "completion/exact_match"
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
 
     def start():
@@ -494,6 +501,12 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
         last = [line["eval_nll"] for line in log if "eval_nll" in line][-1]
         assert last == pytest.approx(float(row["nll"]), rel=1e-5)  # the trainer's own evaluation of the same data
         assert float(row["loss"]) == pytest.approx(log[-1]["train_loss"])
+        tasks = report.parent / "tasks"
+        (samples,) = tasks.glob("samples/*/completion.jsonl")
+        hits = [json.loads(line)["metrics"]["exact_match"] for line in samples.read_text().splitlines()]
+        assert len(hits) == 8
+        assert float(row["completion/exact_match"]) == pytest.approx(sum(hits) / 8)
+    assert "| the base model |" in (tmp_path / "s" / "leaderboard.md").read_text()
     page = (tmp_path / "s" / "leaderboard.html").read_text()
     assert page.count("<picture>") == 3
     assert "<script" not in page

@@ -1,6 +1,7 @@
 """One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -21,9 +22,10 @@ import yaml
 from trl import ModelConfig
 
 from ..curves import Curve
+from ..evaluation import read_items
 from ..parser import RecipeError
 from . import guard
-from .plan import LOGGED, Plan
+from .plan import LOGGED, Plan, evaluate_argv
 from .study import POLL, ArmError
 
 RESULT_SCHEMA = 1
@@ -91,6 +93,8 @@ class Arm:
         measured = ["--report", str(self.folder / "held_out"), "--overwrite", "--max_tokens", "0", "--compare", str(self.model)]
         config = ["--config", str(self.folder / "held_out.yaml")]
         self._step("measure", [sys.executable, "-m", "bl_trainer", "diagnose", *config, *measured, *probe])
+        if self.plan.evaluate:
+            self._step("evaluate", evaluation(self.plan, self.model, self.folder / "tasks"))
         result = {"schema": RESULT_SCHEMA, "index": self.index, "setting": self.setting, **self._rulers()}
         part = self.folder / "result.json.part"
         part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -189,11 +193,14 @@ class Arm:
                 "calibration_error": part["calibration"]["base" if prefix else "tuned"]["error"],
                 "drift": 0.0 if prefix else compared.get("probe", part)["kl"],
             }
+        both["rulers"] |= task_rulers(self.folder / "tasks")
         losses = Curve(self.model).points("train_loss")
         return {**both, "loss": losses[-1][1] if losses else None, "tokens": compared["train"]["tokens"],
                 "examples": compared["train"]["examples"], "versions": report["versions"]}  # fmt: skip
 
 
+# Rulers that are means over target tokens, and their columns in compare.csv
+COLUMNS = {"accuracy": "top1", "nll": "nll", "target_prob": "prob", "drift": "kl"}
 # What an arm's model is loaded by
 MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16"}
 REMOVED = object()  # in place of a key's value: that the held-out recipe has no such key
@@ -217,15 +224,58 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def read_rows(folder: Path) -> dict[int, dict[str, float]]:
-    """Return what compare.csv says of each held-out row."""
-    with (folder / "held_out" / "compare.csv").open(encoding="utf-8", newline="") as file:
-        return {int(line["row"]): {key: float(value) for key, value in line.items()} for line in csv.DictReader(file)}
+def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
+    """Return the command that evaluates a checkpoint on a plan's tasks."""
+    options = evaluate_argv(plan.evaluate or {})
+    return [sys.executable, "-m", "bl_trainer", "evaluate", "--model", str(model), "--output", str(output), *options]
+
+
+def evaluate_base(plan: Plan, folder: Path) -> None:
+    """Evaluate the model that all arms start from, in `folder`/base, once for all workers. Raises RecipeError if that fails."""
+    base = folder / "base"
+    base.mkdir(exist_ok=True)
+    with (base / "evaluate.log").open("a+", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        start = log.seek(0, os.SEEK_END)
+        command = evaluation(plan, plan.base["model_name_or_path"], base / "tasks")
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+        log.seek(start)
+        if code:
+            raise RecipeError(f"The base model can't be evaluated: {_reason(log.read()) or f'exit code {code}'} ({log.name})")
+
+
+def task_rulers(output: Path) -> dict[str, float]:
+    """Return task/metric -> value of an evaluation's results, of which there may be none."""
+    path = output / "results.json"
+    if not path.exists():
+        return {}
+    return {f"{score['task']}/{score['metric']}": score["value"] for score in _scores(path)}
+
+
+def _scores(path: Path) -> list[dict[str, Any]]:
+    return [score for entry in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for score in entry["scores"]]
+
+
+def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | None:
+    """Return (weight, weighted value) by held-out item of a ruler that is a mean over them, else None."""
+    if ruler in COLUMNS:
+        name = "probe.csv" if ruler == "drift" and (folder / "held_out" / "probe.csv").exists() else "compare.csv"
+        with (folder / "held_out" / name).open(encoding="utf-8", newline="") as file:
+            return {line["row"]: (float(line["tokens"]), float(line[COLUMNS[ruler]])) for line in csv.DictReader(file)}
+    path = folder / "tasks" / "results.json"
+    for score in _scores(path) if path.exists() else ():
+        if f"{score['task']}/{score['metric']}" == ruler and score["is_mean"]:
+            return {item: (1.0, value) for item, value in read_items(path.parent / score["samples"], score["metric"]).items()}
+    return None
 
 
 def ruler_of(result: dict[str, Any], name: str) -> float:
     """Return an arm's value of a ruler."""
-    return math.exp(result["rulers"]["nll"]) if name == "perplexity" else result["rulers"][name]
+    if name == "perplexity":
+        return math.exp(result["rulers"]["nll"])
+    if name not in result["rulers"]:
+        raise RecipeError(f"`rank_by: {name}` is not among what was measured: {', '.join(result['rulers'])}.")
+    return result["rulers"][name]
 
 
 def _logged(line: dict[str, Any], ruler: str) -> float | None:

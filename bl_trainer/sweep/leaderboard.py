@@ -6,6 +6,7 @@ the mean over seeds of the ruler that the sweep ranks by.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .arm import arm_folder, read_result, read_rows, ruler_of
+from .arm import arm_folder, read_result, read_values, ruler_of, task_rulers
 from .plan import RULERS, Plan, describe
 
-ROW_VALUES = {"accuracy": "top1", "nll": "nll", "target_prob": "prob"}  # rulers that are means over target tokens
+Values = dict[str, tuple[float, float]]  # by held-out item: weight, and weighted value of a ruler
 LEVEL = 0.05
 
 
@@ -89,14 +90,19 @@ def judge(plan: Plan, folder: Path, failed: dict[int, tuple[dict[str, Any], str]
         result = read_result(arm_folder(folder, index))
         if result is not None:
             arms[index] = result
-    rows_of = {index: read_rows(arm_folder(folder, index)) for index in arms}
-    return rank(plan, arms, rows_of, failed)
+    board = rank(plan, arms, lambda index: read_values(arm_folder(folder, index), plan.rank_by), failed)
+    if board.base is not None:
+        board.base = {**board.base, **task_rulers(folder / "base" / "tasks")}
+    return board
 
 
 def rank(
-    plan: Plan, arms: dict[int, dict[str, Any]], rows_of: dict[int, Any], failed: dict[int, tuple[dict[str, Any], str]]
+    plan: Plan,
+    arms: dict[int, dict[str, Any]],
+    values_of: Callable[[int], Values | None],
+    failed: dict[int, tuple[dict[str, Any], str]],
 ) -> Leaderboard:
-    """Return the leaderboard of results by arm, and of the figures of each held-out row by arm."""
+    """Return the leaderboard of results by arm; `values_of(arm)` are those of the ruler by held-out item, if it has such."""
     groups: dict[str, dict[str, list[int]]] = {}
     for index, result in sorted(arms.items()):
         setting = result["setting"]
@@ -113,9 +119,9 @@ def rank(
     rows.sort(key=lambda row: -sign * row.values[plan.rank_by][0])
     compared = rows[1:]
     for row in compared:
-        row.behind = compare(plan.rank_by, arms, rows_of, rows[0].arms, row.arms)
+        row.behind = compare(plan.rank_by, arms, values_of, rows[0].arms, row.arms)
     _holm([row.behind for row in compared if row.behind is not None])
-    base = next((result["base"] for result in arms.values()), None) if not _differ(plan, "model_name_or_path") else None
+    base = None if _differ(plan, "model_name_or_path") else next((result["base"] for result in arms.values()), None)
     return Leaderboard(plan, rows, arms, failed, base)
 
 
@@ -136,7 +142,7 @@ def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indi
 
 
 def compare(
-    ruler: str, arms: dict[int, dict[str, Any]], rows_of: dict[int, Any], better: list[int], worse: list[int]
+    ruler: str, arms: dict[int, dict[str, Any]], values_of: Callable[[int], Values | None], better: list[int], worse: list[int]
 ) -> Difference:
     """Return by how much the arms `better` exceed the arms `worse` in a ruler; arms of the same seed are paired."""
     seeds = {arms[index]["setting"].get("seed"): index for index in worse}
@@ -145,8 +151,8 @@ def compare(
     if not pairs:
         return Difference(sign * (_mean(arms, better, ruler) - _mean(arms, worse, ruler)), None, None, ())
     by_seed = np.array([sign * (ruler_of(arms[a], ruler) - ruler_of(arms[b], ruler)) for a, b in pairs])
-    by_row = _by_row(ruler, rows_of, pairs, sign)
-    parts = [("seeds", by_seed)] + ([("examples", by_row)] if by_row is not None else [])
+    by_item = _by_item([(values_of(a), values_of(b)) for a, b in pairs], sign)
+    parts = [("seeds", by_seed)] + ([("examples", by_item)] if by_item is not None else [])
     return difference(float(by_seed.mean()), {name: each for name, each in parts if len(each) > 1})
 
 
@@ -165,20 +171,26 @@ def difference(mean: float, samples: dict[str, np.ndarray]) -> Difference:
     return Difference(mean, (mean - half, mean + half), p_value, over)
 
 
-def _by_row(ruler: str, rows_of: dict[int, Any], pairs: list[tuple[int, int]], sign: int) -> np.ndarray | None:
-    """Return for each held-out row its mean difference over seeds, so that the mean over rows is the difference of rulers.
+def _by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> np.ndarray | None:
+    """Return for each held-out item its mean difference over seeds, so that the mean over items is the difference of rulers.
 
-    A ruler is sum s_i / sum n_i over m rows; with equal n_i in both arms the difference D is sum d_i / sum n_i, and what is
-    returned m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised.
+    A ruler is sum s_i / sum n_i over m items of weight n_i; with equal n_i in both arms the difference D is sum d_i / sum n_i,
+    and what is returned m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised. None where weights differ.
     """
-    name = ROW_VALUES.get(ruler)
-    if name is None:
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(both) < len(pairs):
         return None
-    rows = sorted(set.intersection(*(set(rows_of[index]) for pair in pairs for index in pair)))
-    tokens = np.array([rows_of[pairs[0][0]][row]["tokens"] for row in rows])
-    sums = np.mean([[rows_of[a][row][name] - rows_of[b][row][name] for row in rows] for a, b in pairs], axis=0) * sign
-    mean = sums.sum() / tokens.sum()
-    return (sums - mean * tokens) * len(rows) / tokens.sum() + mean
+    items = sorted(both[0][0])
+    weights = np.array([both[0][0][item][0] for item in items])
+    if any(
+        each.keys() != both[0][0].keys() or any(each[i][0] != n for i, n in zip(items, weights, strict=True))
+        for p in both
+        for each in p
+    ):
+        return None
+    sums = np.mean([[a[item][1] - b[item][1] for item in items] for a, b in both], axis=0) * sign
+    mean = sums.sum() / weights.sum()
+    return (sums - mean * weights) * len(items) / weights.sum() + mean
 
 
 def _holm(differences: list[Difference]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import optuna
 import yaml
 
 from ..continuum import objective_name
+from ..evaluation import EvaluateArguments
 from ..objectives import Objective, Threshold, _nearest
 from ..parser import RecipeError, load_yaml, sentence
 from ..recipe import Recipe
@@ -25,7 +26,7 @@ RULERS = {  # name -> (which way is better, what it is)
     "drift": ("lower", "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one"),
 }
 LOGGED = ("nll", "perplexity", "target_prob")  # rulers that a run's own evaluations give while it trains
-OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "tasks", "sampler", "trials", "pruner")
+OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
 # Keys that a sweep sets for each arm, or that would make its arms incomparable
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
 SEEDS, RATE_FACTORS = (0, 1, 2), (1 / 3, 1, 3)
@@ -48,7 +49,7 @@ class Plan:
     rank_by: str = "accuracy"
     held_out: str | None = None
     probe: str | None = None
-    tasks: dict[str, Any] | None = None
+    evaluate: dict[str, Any] | None = None
     sampler: dict[str, Any] | None = None
     pruner: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
@@ -108,10 +109,11 @@ class Plan:
             self.notes.append(f"{len(self.seeds)} seed(s): what training itself varies by is not, or badly, known.")
 
     def _check(self, recipe: Recipe) -> None:
-        if self.rank_by not in RULERS and not (self.tasks and "/" in str(self.rank_by)):
+        tasks = self._check_evaluate() if self.evaluate is not None else []
+        if self.rank_by not in RULERS and str(self.rank_by).rpartition("/")[0] not in tasks:
             near = _nearest(str(self.rank_by), RULERS)
-            task = " or, with `tasks`, task/metric"
-            raise RecipeError(f"`rank_by: {self.rank_by}` is no ruler.{near} Allowed: {', '.join(RULERS)}{task}.")
+            allowed = [*RULERS, *(f"{task}/METRIC" for task in tasks)]
+            raise RecipeError(f"`rank_by: {self.rank_by}` is no ruler.{near} Allowed: {', '.join(allowed)}.")
         for key, module in (("sampler", optuna.samplers), ("pruner", optuna.pruners)):
             if getattr(self, key) is not None:
                 _build(key, module, getattr(self, key))
@@ -140,6 +142,23 @@ class Plan:
                 raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
             seen[name] = point
             check_arm(self.recipe_of({**point, "seed": self.seeds[0], **self._lowest()}))
+
+    def _check_evaluate(self) -> list[str]:
+        """Return the tasks that arms are evaluated on. Raises RecipeError on options that the evaluate verb would refuse."""
+        options, own = self.evaluate, [f.name for f in fields(EvaluateArguments)]
+        if not isinstance(options, dict):
+            raise RecipeError(
+                f"`evaluate: {options}` must be a mapping of options of the evaluate verb, e.g. {{tasks: [gsm8k]}}."
+            )
+        for key in options:
+            if key not in own or key in ("model", "adapter", "output", "overwrite"):
+                raise RecipeError(
+                    f"`evaluate` has no option {key!r}.{_nearest(str(key), own)} See `bl_trainer evaluate --help`."
+                )
+        argv = ["--model", str(self.base["model_name_or_path"]), "--output", "unused", *evaluate_argv(options)]
+        read = EvaluateArguments.read(argv)
+        read.check()
+        return read.tasks
 
     def _lowest(self) -> dict[str, Any]:
         return {key: value["low"] for key, value in self.ranges.items()}
@@ -176,7 +195,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Return a hash of all that decides what the arms are and how they are judged."""
         parts = [self.base, self.arms, self.grid, self.seeds, self.ranges, self.trials, self.rank_by, self.held_out, self.probe]
-        text = json.dumps([*parts, self.tasks, self.sampler, self.pruner], sort_keys=True, default=str)
+        text = json.dumps([*parts, self.evaluate, self.sampler, self.pruner], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -202,6 +221,15 @@ def _build(key: str, module: Any, spec: Any) -> Any:
         return kind(**spec)
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(f"`{key}: {name}` with {spec}: {sentence(error)}") from error
+
+
+def evaluate_argv(options: dict[str, Any]) -> list[str]:
+    """Return options of the evaluate verb as its command line."""
+    argv = []
+    for key, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{key}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return argv
 
 
 def sampler_of(plan: Plan) -> optuna.samplers.BaseSampler:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..local_data import load_dataset
 from ..parser import RecipeError
 from ..recipe import Recipe
-from .arm import REMOVED, Runner, arm_folder, read_result
+from .arm import REMOVED, Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
 from .page import summary, write_leaderboard
 from .plan import Plan, check_arm, describe
@@ -83,6 +83,8 @@ def sweep(argv: list[str]) -> None:
 
         try:
             study.run(run_arm, options.jobs, options.retry_failed)
+            if plan.evaluate and any(read_result(arm_folder(folder, index)) for index in range(plan.count)):
+                evaluate_base(plan, folder)
         finally:
             runner.close()
     board = judge(plan, folder, failures(study))
