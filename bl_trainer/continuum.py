@@ -305,7 +305,7 @@ def sweep_yaml(report: dict[str, Any]) -> str:
     head = [
         f"# {report['model']} on {report['data']}: mean p {report['total']['prob']:.3f}, "
         + " or ".join(report["placement"]["possible"]),
-        "# Each arm is to run at each learning rate and seed, as keys over the recipe.",
+        "# Each arm runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
     ]
     grid = {key: advice[key] for key in ("arms", "learning_rate", "seed")}
     lines = [" ".join(line.split()) for line in head]

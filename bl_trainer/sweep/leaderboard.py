@@ -66,8 +66,7 @@ class Leaderboard:
     @property
     def rulers(self) -> list[str]:
         """The rulers that there are figures of."""
-        first: dict[str, float] = next((result["rulers"] for result in self.arms.values()), {})
-        return [*(name for name in RULERS if first), *(name for name in first if name not in RULERS)]
+        return rulers_of(next(iter(self.arms.values()))) if self.arms else []
 
     def verdict(self) -> str:
         """Return in a sentence which group is best, and which can't be told from it."""
@@ -125,9 +124,15 @@ def rank(
     return Leaderboard(plan, rows, arms, failed, base)
 
 
+def rulers_of(result: dict[str, Any]) -> list[str]:
+    """Return the rulers of an arm's result, perplexity among them."""
+    measured = result["rulers"].keys() | ({"perplexity"} if "nll" in result["rulers"] else set())
+    return [*(name for name in RULERS if name in measured), *(name for name in result["rulers"] if name not in RULERS)]
+
+
 def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int]) -> Row:
     values = {}
-    for name in [*RULERS, *(name for name in arms[indices[0]]["rulers"] if name not in RULERS)]:
+    for name in rulers_of(arms[indices[0]]):
         each = [ruler_of(arms[index], name) for index in indices]
         values[name] = (float(np.mean(each)), _interval(each))
     losses = [arms[index]["loss"] for index in indices if arms[index]["loss"] is not None]

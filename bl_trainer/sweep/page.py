@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..curves import Curve
 from ..objectives import Objective, Threshold
 from ..pages import document, escape, picture, table
-from .arm import arm_folder
+from .arm import arm_folder, ruler_of
 from .leaderboard import LEVEL, Difference, Leaderboard, Row
 from .plan import RULERS, describe
 
@@ -52,7 +52,7 @@ def arms_csv(board: Leaderboard) -> str:
     lines.writerow(["arm", *keys, *board.rulers, "loss", "failed"])
     for index, setting in sorted(settings.items()):
         result = board.arms.get(index)
-        values = [_ruler(result, name) for name in board.rulers] if result else [None] * len(board.rulers)
+        values = [ruler_of(result, name) for name in board.rulers] if result else [None] * len(board.rulers)
         reason = "" if result else board.failed[index][1]
         lines.writerow([index, *(setting.get(key) for key in keys), *values, result and result["loss"], reason])
     return text.getvalue()
@@ -100,7 +100,7 @@ def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
         loss = "" if row.loss is None else f"{row.loss:.4g}"
         rows.append([row.name, _tuned(row), str(len(row.arms)), *values, _difference(row.behind), loss])
     if board.base is not None:
-        base = {**board.base, "perplexity": math.exp(board.base["nll"])}
+        base = {**board.base, "perplexity": math.exp(board.base["nll"])} if "nll" in board.base else board.base
         rows.append(["the base model", "", "", *(f"{base[name]:.4g}" if name in base else "" for name in names), "", ""])
     return header, rows
 
@@ -118,7 +118,8 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
     if len(alphas) > 2:
         drawn = picture(partial(_draw_alphas, alphas, board.plan.rank_by), (7.2, 2.9), "The ruler against alpha")
         sections.append(f"<section><h2>Along alpha</h2><p>nll is alpha 0, neg_p alpha 1.</p>{drawn}</section>")
-    sections.append(f"<section><h2>What it costs in drift</h2>{_picture('pareto', board)}</section>")
+    if "drift" in board.rulers:
+        sections.append(f"<section><h2>What it costs in drift</h2>{_picture('pareto', board)}</section>")
     for title, parts in (
         ("Beware", _warnings(board)),
         ("Without a result", _failed(board)),
@@ -189,10 +190,6 @@ def _value(mean: float, interval: tuple[float, float] | None) -> str:
     return f"{mean:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
 
 
-def _ruler(result: dict[str, Any], name: str) -> float:
-    return math.exp(result["rulers"]["nll"]) if name == "perplexity" else result["rulers"][name]
-
-
 def _paragraphs(lines: list[str]) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
@@ -215,7 +212,7 @@ def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:
             if interval:
                 axes.plot(interval, [place, place], "-", color=theme[3][0], lw=1.5)
             axes.plot([mean], [place], "o", color=theme[3][0], ms=4)
-        if board.base is not None:
+        if board.base is not None and name in board.base:
             axes.axvline(board.base[name], color=theme[1], lw=1, ls="--")
         axes.set(yticks=places, yticklabels=[row.name for row in board.rows], ylim=(-0.6, len(places) - 0.4))
         axes.set_xlabel(name.replace("_", " "), size=8)
