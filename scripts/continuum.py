@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +31,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "nll, p >= 0.2": {"objective": "nll", "threshold": {"above": 0.2}},
     "nll, p <= 0.2": {"objective": "nll", "threshold": {"below": 0.2}},
 }
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+ENDS = ("nll", "neg_p")  # the objectives that clean cells are trained with, unless --full asks for all
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # the best of nll and of neg_p lies within
+RULERS = ("greedy", "sampled")
 
 _MINE: dict[str, Any] = {}  # a worker process's Miniature
 
@@ -87,11 +90,12 @@ def table(arms: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for arm in arms:
         groups.setdefault((arm["cell"], arm["corruption"], name_of(arm), arm["learning_rate"]), []).append(arm)
-    for found, name in itertools.product(base, OBJECTIVES):
+    for found, name in itertools.product(base, ["base", *OBJECTIVES]):
         here = [groups.get((found["cell"], found["corruption"], name, rate), []) for rate in rates]
+        here = [[found]] * len(rates) if name == "base" else here
         if any(here):
-            scores = [[fmean(fmean(arm[ruler]) for arm in some) for ruler in ("greedy", "sampled")] for some in here if some]
-            cells = [f"{greedy:.2f} / {sampled:.2f}" for greedy, sampled in scores]
+            means = [[fmean(fmean(arm[ruler]) for arm in some) if some else nan for ruler in RULERS] for some in here]
+            cells = [f"{greedy:.2f} / {sampled:.2f}" for greedy, sampled in means]
             lines.append(f"| {found['cell']}, {found['corruption']:.0%} | {found['prob']:.3f} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("continuum"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="all objectives on clean targets too, not only nll and neg_p")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--corruptions", nargs="+", type=float, choices=CORRUPTIONS, default=list(CORRUPTIONS))
@@ -111,6 +116,7 @@ def main() -> None:
     quiet()
     prepare(folder)
     arms = grid(options.seeds, options.cells, options.corruptions, options.objectives, options.learning_rates)
+    arms = [arm for arm in arms if options.full or arm["corruption"] or name_of(arm) in ENDS]
     done = {key(arm): arm for arm in read(folder / "arms.jsonl")}
     settings = [{"cell": cell, "corruption": c} for cell, c in itertools.product(options.cells, options.corruptions)]
     workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), begin, (folder,))
@@ -123,7 +129,11 @@ def main() -> None:
             file.write(json.dumps(arm) + "\n")
             file.flush()
             print(f"\r{count} of {len(running)} arms", end="", flush=True)
-        base = [{**setting, **report.result()["total"]} for setting, report in zip(settings, reports, strict=True)]
+        untrained = [pool.submit(run, "evaluate", {"model": None, "cell": setting["cell"]}) for setting in settings]
+        base = [
+            {**setting, **report.result()["total"], **scores.result()}
+            for setting, report, scores in zip(settings, reports, untrained, strict=True)
+        ]
     print("\n\n" + table([done[key(arm)] for arm in arms], base))
 
 

@@ -292,11 +292,12 @@ class Miniature:
         return self.tokenized[cell, corruption]
 
     def evaluate(self, model: Any, cell: str, seed: int = 0) -> dict[str, list[Any]]:
-        """Measure a model on a cell's held-out examples, which are clean. Lists, a number per example:
+        """Measure a model, None for the pretrained one, on a cell's held-out examples, which are clean. A number per example:
 
         `greedy`, `sampled` (at temperature 1): 1 if the text generated is exactly right; sums over its target tokens, the end
         token among them: `nll` (nats), `prob`, `top1`. The expectation of `sampled` is exp(-`nll`).
         """
+        model = self.base if model is None else model
         prompts, targets = encode(read_rows(cell_folder(self.folder, cell, 0.0) / "test.jsonl"), self.tokenizer)
         logp, is_top1 = score(model, prompts, targets)
         answers = {"greedy": generate(model, prompts, targets.shape[1])}
