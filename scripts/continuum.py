@@ -131,7 +131,7 @@ def main() -> None:
             print(f"\r{count} of {len(running)} arms", end="", flush=True)
         untrained = [pool.submit(run, "evaluate", {"model": None, "cell": setting["cell"]}) for setting in settings]
         base = [
-            {**setting, **report.result()["total"], **scores.result()}
+            {**scores.result(), **setting, "prob": report.result()["total"]["prob"]}
             for setting, report, scores in zip(settings, reports, untrained, strict=True)
         ]
     print("\n\n" + table([done[key(arm)] for arm in arms], base))

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+import continuum
 import miniature
 from miniature import CELLS, CORRUPTIONS, LENGTH, Miniature, cell_folder, encode, example, generate, read_rows, score
 
@@ -171,3 +172,37 @@ def test_diagnosis_measures_the_cell(mini, monkeypatch):
     logp, _ = score(mini.base, *encode(rows, mini.tokenizer))
     assert report["total"]["tokens"] == logp.numel()
     assert report["total"]["prob"] == pytest.approx(logp.exp().mean().item(), rel=1e-5)
+
+
+def test_learnability_tells_knowledge_from_noise():
+    """Improbable targets of which a known share is learnt, the others no more than any other token."""
+    generator = torch.Generator().manual_seed(0)
+    count, vocabulary = 20_000, 30
+    targets = torch.randint(vocabulary, (count,), generator=generator)
+    before = torch.randn(count, vocabulary, generator=generator) - 8
+    after = before + torch.randn(count, vocabulary, generator=generator) + 3  # all improbable tokens rise
+    learnt = torch.rand(count, generator=generator) < 0.4
+    after[learnt, targets[learnt]] += 10
+    found = miniature.learnability(before, after, targets, 0.1, generator)
+    assert found["knowledge"] == pytest.approx(0.4, abs=0.02)
+    assert found["control"] == pytest.approx(3, abs=0.3)
+    assert found["rise"] == pytest.approx(3 + 0.4 * 10, abs=0.1)
+
+
+def test_probe_repeats(mini):
+    first, again = (mini.probe("weak", 0.3, seed=1, steps=3) for _ in range(2))
+    assert first == again
+    assert 0 < first["other"]["low"] <= 1
+    assert first["other"]["corrupted"] == pytest.approx(0.3, abs=0.1)
+
+
+def test_grid_and_table():
+    arms = continuum.grid(2, ["weak", "strong"], [0.3], ["nll", "nll, p >= 0.2"], [1e-3, 3e-3])
+    assert len(arms) == len({continuum.key(arm) for arm in arms}) == 16
+    done = [{**arm, "greedy": [arm["seed"], 1], "sampled": [0, 0]} for arm in arms if arm["learning_rate"] == 1e-3]
+    base = [{"cell": "weak", "corruption": 0.3, "prob": 0.15, "greedy": [0, 1], "sampled": [0, 0]}]
+    assert continuum.table(done, base).splitlines()[2:] == [
+        "| weak, 30% | 0.150 | base | 0.50 / 0.00 |",
+        "| weak, 30% | 0.150 | nll | 0.75 / 0.00 |",
+        "| weak, 30% | 0.150 | nll, p >= 0.2 | 0.75 / 0.00 |",
+    ]
