@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("continuum"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--pretraining_seed", type=int, default=0, help="of the model and the data that all arms share")
     parser.add_argument("--full", action="store_true", help="all objectives on clean targets too, not only nll and neg_p")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
@@ -114,7 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder
     quiet()
-    prepare(folder)
+    prepare(folder, options.pretraining_seed)
     arms = grid(options.seeds, options.cells, options.corruptions, options.objectives, options.learning_rates)
     arms = [arm for arm in arms if options.full or arm["corruption"] or name_of(arm) in ENDS]
     done = {key(arm): arm for arm in read(folder / "arms.jsonl")}
