@@ -11,7 +11,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
+.PHONY: quickstart continuum test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -22,10 +22,10 @@ define install
 endef
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart)
+	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart$(comma)sweep)
 
 $(VENV)/tests: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[qlora,deepspeed,evaluation,sweep,postgresql]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[qlora,deepspeed,evaluation,postgresql]" --constraint constraints.txt
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
@@ -41,6 +41,10 @@ quickstart: $(VENV)/weights
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) scripts/train.py --config configs/quickstart.yaml
 	$(BIN)/python scripts/quickstart.py compare
+
+# The paper's claim on four tasks and a model of 0.1M parameters, in continuum/
+continuum: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/continuum.py --jobs $(CORES)
 
 test: lint test-pinned test-lowest
 

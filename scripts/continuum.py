@@ -1,7 +1,8 @@
-"""The continuum in miniature: `python scripts/continuum.py [--folder continuum] [--jobs 2] [--seeds 5]`.
+"""The continuum in miniature: `python scripts/continuum.py [--folder continuum] [--jobs 2] [--seeds 5] [--full]`.
 
-Fine-tunes `miniature`'s four cells with each objective, learning rate and seed, and prints exact match on clean held-out
-examples, greedy / sampled at temperature 1. Arms done are kept in `folder`/arms.jsonl, and not run again.
+Sweeps each of `miniature`'s cells over objectives, learning rates and seeds, and judges by exact match on clean held-out
+examples, greedy and sampled at temperature 1. Leaves continuum.md and continuum.svg in `folder`; what is done is kept
+there, and the same command goes on.
 """
 
 import argparse
@@ -9,11 +10,11 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from math import nan
+import time
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,42 +22,30 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets
 import transformers
-from miniature import CELLS, CORRUPTIONS, Miniature, prepare
+import yaml
+from matplotlib.figure import Figure
+from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "nll": {"objective": "nll"},
-    "power 0.5": {"objective": {"name": "power", "alpha": 0.5}},
-    "neg_p": {"objective": "neg_p"},
-    "power 10": {"objective": {"name": "power", "alpha": 10}},
-    "nll, p >= 0.2": {"objective": "nll", "threshold": {"above": 0.2}},
-    "nll, p <= 0.2": {"objective": "nll", "threshold": {"below": 0.2}},
-}
-ENDS = ("nll", "neg_p")  # the objectives that clean cells are trained with, unless --full asks for all
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # the best of nll and of neg_p lies within
-RULERS = ("greedy", "sampled")
+from bl_trainer.pages import render
+from bl_trainer.recipe import Recipe
+from bl_trainer.sweep.arm import arm_folder, read_result
+from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
+from bl_trainer.sweep.plan import Plan
+from bl_trainer.sweep.study import Study
 
-_MINE: dict[str, Any] = {}  # a worker process's Miniature
+NLL, NEG_P = {"objective": "nll"}, {"objective": "neg_p"}
+ARMS: list[dict[str, Any]] = [
+    NLL,
+    {"objective": {"name": "power", "alpha": 0.5}},
+    NEG_P,
+    {"objective": {"name": "power", "alpha": 10}},
+    {"objective": "nll", "threshold": {"above": 0.2}},
+    {"objective": "nll", "threshold": {"below": 0.2}},
+]
+LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2]
+RULERS = {"greedy": "greedy", "sampled": "sampled at temperature 1"}
 
-
-def grid(
-    seeds: int, cells: Iterable[str], corruptions: Iterable[float], names: Iterable[str], rates: Iterable[float]
-) -> list[dict[str, Any]]:
-    """Return the arms, as keyword arguments of `Miniature.arm`; seed by seed, so that a part of them is a whole table."""
-    return [
-        {"cell": cell, "corruption": corruption, **OBJECTIVES[name], "learning_rate": rate, "seed": seed}
-        for seed, cell, corruption, name, rate in itertools.product(range(seeds), cells, corruptions, names, rates)
-    ]
-
-
-def key(arm: dict[str, Any]) -> str:
-    """Return what tells an arm from others."""
-    return json.dumps([arm.get(name) for name in ("cell", "corruption", "objective", "threshold", "learning_rate", "seed")])
-
-
-def name_of(arm: dict[str, Any]) -> str:
-    """Return the name of an arm's objective in OBJECTIVES."""
-    own = (arm["objective"], arm.get("threshold"))
-    return next(name for name, keys in OBJECTIVES.items() if (keys["objective"], keys.get("threshold")) == own)
+_MINE: dict[str, Miniature] = {}  # a worker process's
 
 
 def quiet() -> None:
@@ -72,70 +61,168 @@ def begin(folder: Path) -> None:
     _MINE["miniature"] = Miniature(folder)
 
 
-def run(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Call a method of the worker's Miniature."""
-    return getattr(_MINE["miniature"], method)(**arguments)
+def call(method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of the worker's miniature."""
+    return getattr(_MINE["miniature"], method)(*args, **kwargs)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read the arms that are done."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def means(items: dict[str, list[float]], targets: int) -> dict[str, float]:
+    """Return the rulers that sums by held-out example make; `targets`: target tokens of each."""
+    size = len(items["greedy"])
+    per_token = {"accuracy": "top1", "nll": "nll", "target_prob": "prob"}
+    found = {name: sum(items[key]) / (size * targets) for name, key in per_token.items()}
+    return {**found, **{name: sum(items[name]) / size for name in RULERS}}
 
 
-def table(arms: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """Return a Markdown table: mean exact match over items and seeds, greedy / sampled, by cell, objective and rate."""
-    rates = sorted({arm["learning_rate"] for arm in arms})
-    lines = ["| cell | base mean p | objective | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("|---" * (3 + len(rates)) + "|")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for arm in arms:
-        groups.setdefault((arm["cell"], arm["corruption"], name_of(arm), arm["learning_rate"]), []).append(arm)
-    for found, name in itertools.product(base, ["base", *OBJECTIVES]):
-        here = [groups.get((found["cell"], found["corruption"], name, rate), []) for rate in rates]
-        here = [[found]] * len(rates) if name == "base" else here
-        if any(here):
-            means = [[fmean(fmean(arm[ruler]) for arm in some) if some else nan for ruler in RULERS] for some in here]
-            cells = [f"{greedy:.2f} / {sampled:.2f}" for greedy, sampled in means]
-            lines.append(f"| {found['cell']}, {found['corruption']:.0%} | {found['prob']:.3f} | {name} | {' | '.join(cells)} |")
+def plan_of(folder: Path, cell: str, corruption: float, seeds: int, full: bool) -> Plan:
+    """Write the cell's sweep file, and return what is to be run of it; clean targets with NLL and neg_p alone unless `full`."""
+    home = cell_folder(folder, cell, corruption)
+    arms = ARMS if full or corruption else [NLL, NEG_P]
+    sweep = {"arms": arms, "learning_rate": LEARNING_RATES, "seed": list(range(seeds))}
+    (home / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    plan = Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(home / "sweep.yaml"))
+    return replace(plan, rank_by="greedy")
+
+
+def sweep(plan: Plan, home: Path, cell: str, corruption: float, pool: Executor, jobs: int) -> dict[str, Leaderboard]:
+    """Run what is left of a cell's arms, and return its leaderboard by each ruler."""
+    folder = home / "sweep"
+    begun = time.monotonic()
+
+    def run_arm(index: int, setting: dict[str, Any], trial: Any, job: int) -> float:
+        place = arm_folder(folder, index)
+        result = read_result(place)
+        if result is None:
+            items = pool.submit(call, "arm", cell, corruption, **setting).result()
+            place.mkdir(parents=True, exist_ok=True)
+            targets = items.pop("targets")
+            result = {"setting": setting, "rulers": means(items, targets), "base": {}, "loss": None}
+            result |= {"examples": len(items["greedy"]), "tokens": targets * len(items["greedy"]), "items": items}
+            part = place / "result.part"
+            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            part.replace(place / "result.json")
+        return result["rulers"][plan.rank_by]
+
+    Study(plan, folder).run(run_arm, jobs, False)
+    arms = {index: read_result(arm_folder(folder, index)) or {} for index in range(plan.count)}
+    print(f"{home.name}: {plan.count} arms, {time.monotonic() - begun:.0f} s", flush=True)
+    return {name: board_by(name, plan, arms) for name in RULERS}
+
+
+def board_by(ruler: str, plan: Plan, arms: dict[int, dict[str, Any]]) -> Leaderboard:
+    """Return the leaderboard of results by arm, for another ruler."""
+    return rank(replace(plan, rank_by=ruler), arms, lambda i: values_of(arms[i], ruler), {})
+
+
+def values_of(result: dict[str, Any], ruler: str) -> dict[str, tuple[float, float]]:
+    """Return (1, value) by held-out example."""
+    return {str(i): (1.0, value) for i, value in enumerate(result["items"][ruler])}
+
+
+def row_of(board: Leaderboard, group: dict[str, Any]) -> Row:
+    """Return the row of an objective."""
+    return next(row for row in board.rows if row.group == group)
+
+
+def nll_against_neg_p(board: Leaderboard) -> tuple[float, str]:
+    """Return how far neg_p exceeds NLL, both at their best rates, with the interval; and what that says."""
+    ruler, arms = board.plan.rank_by, board.arms
+    found = compare(ruler, arms, lambda i: values_of(arms[i], ruler), row_of(board, NEG_P).arms, row_of(board, NLL).arms)
+    low, high = found.interval or (found.mean, found.mean)
+    verdict = "neg_p" if low > 0 else "nll" if high < 0 else "neither"
+    return found.mean, f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}"
+
+
+def table(cells: list[dict[str, Any]], ruler: str) -> str:
+    """Return a Markdown table of a ruler: each objective at its best learning rate, mean over seeds with its interval."""
+    names = list(dict.fromkeys(row.name for cell in cells for row in sorted(cell["boards"][ruler].rows, key=_order)))
+    lines = ["| cell | noise | base mean p | base | " + " | ".join(names) + " | neg_p - nll |", "|---" * (len(names) + 5) + "|"]
+    for cell in cells:
+        board = cell["boards"][ruler]
+        rows = {row.name: row for row in board.rows}
+        shown = [_shown(rows[name], ruler) if name in rows else "" for name in names]
+        base = f"{cell['base'][ruler]:.3f}"
+        head = f"| {cell['cell']} | {cell['corruption']:.0%} | {cell['prob']:.3f} | {base} |"
+        lines.append(f"{head} {' | '.join(shown)} | {nll_against_neg_p(board)[1]} |")
     return "\n".join(lines)
 
 
+def _order(row: Row) -> int:
+    return ARMS.index(row.group)
+
+
+def _shown(row: Row, ruler: str) -> str:
+    mean, interval = row.values[ruler]
+    half = "" if interval is None else f" ± {(interval[1] - interval[0]) / 2:.3f}"
+    return f"{mean:.3f}{half} @ {row.best['learning_rate']:g}" + (" (edge)" if row.at_edge else "")
+
+
+def draw(cells: list[dict[str, Any]], figure: Figure, theme: Any) -> None:
+    """Draw each objective's exact match by cell, under noise and without."""
+    kinds = sorted({cell["corruption"] for cell in cells}, reverse=True)
+    for axes, (ruler, corruption) in zip(
+        figure.subplots(len(RULERS), len(kinds), sharey=True, squeeze=False).flat, itertools.product(RULERS, kinds), strict=True
+    ):
+        here = sorted((cell for cell in cells if cell["corruption"] == corruption), key=lambda cell: -cell["prob"])
+        for k, arm in enumerate(ARMS):
+            found = [(x, row) for x, cell in enumerate(here) for row in cell["boards"][ruler].rows if row.group == arm]
+            for x, row in found:
+                mean, interval = row.values[ruler]
+                place = x + (k - 2.5) * 0.11
+                label = row.name if x == 0 else None
+                axes.plot([place], [mean], "o", ms=3.5, color=theme[3][k], label=label)
+                axes.plot([place, place], interval or (mean, mean), "-", lw=1.2, color=theme[3][k])
+        axes.set(xticks=range(len(here)), ylim=(-0.03, 1.03), title=f"{RULERS[ruler]}, {corruption:.0%} noise")
+        axes.set_xticklabels([f"{cell['cell']}\n{cell['prob']:.2f}" for cell in here], size=7.5)
+        axes.title.set_size(8.5)
+    figure.axes[0].legend(fontsize=6.5)
+
+
+def report(cells: list[dict[str, Any]], options: argparse.Namespace, arms: int) -> str:
+    """Return continuum.md."""
+    command = f"python scripts/continuum.py --seeds {options.seeds}" + (" --full" if options.full else "")
+    if options.pretraining_seed:
+        command += f" --pretraining_seed {options.pretraining_seed}"
+    rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
+    parts = [
+        f"`{command}`, {arms} arms. Exact match on {cells[0]['examples']} clean held-out examples, each objective at the best "
+        f"of the learning rates {rates}: mean over {options.seeds} seeds ± half the 95 % interval over seeds, @ that rate. The "
+        "last column is paired by seed and example, with an interval that counts both.",
+    ]
+    for ruler, name in RULERS.items():
+        parts += [f"**{name[0].upper() + name[1:]}**", table(cells, ruler)]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
-    """Prepare, measure the base model, run the arms that are missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Prepare, diagnose each cell, sweep it, and write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("continuum"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pretraining_seed", type=int, default=0, help="of the model and the data that all arms share")
     parser.add_argument("--full", action="store_true", help="all objectives on clean targets too, not only nll and neg_p")
-    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
-    parser.add_argument("--corruptions", nargs="+", type=float, choices=CORRUPTIONS, default=list(CORRUPTIONS))
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=list(LEARNING_RATES))
     options = parser.parse_args()
-    folder = options.folder
     quiet()
-    prepare(folder, options.pretraining_seed)
-    arms = grid(options.seeds, options.cells, options.corruptions, options.objectives, options.learning_rates)
-    arms = [arm for arm in arms if options.full or arm["corruption"] or name_of(arm) in ENDS]
-    done = {key(arm): arm for arm in read(folder / "arms.jsonl")}
-    settings = [{"cell": cell, "corruption": c} for cell, c in itertools.product(options.cells, options.corruptions)]
-    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), begin, (folder,))
-    with workers as pool, (folder / "arms.jsonl").open("a") as file:
-        reports = [pool.submit(run, "diagnose", setting) for setting in settings]
-        running = [pool.submit(run, "arm", arm) for arm in arms if key(arm) not in done]
-        for count, future in enumerate(as_completed(running), 1):
-            arm = future.result()
-            done[key(arm)] = arm
-            file.write(json.dumps(arm) + "\n")
-            file.flush()
-            print(f"\r{count} of {len(running)} arms", end="", flush=True)
-        untrained = [pool.submit(run, "evaluate", {"model": None, "cell": setting["cell"]}) for setting in settings]
-        base = [
-            {**scores.result(), **setting, "prob": report.result()["total"]["prob"]}
-            for setting, report, scores in zip(settings, reports, untrained, strict=True)
-        ]
-    print("\n\n" + table([done[key(arm)] for arm in arms], base))
+    prepare(options.folder, options.pretraining_seed)
+    cells, arms = [], 0
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, begin, (options.folder,)) as pool:
+        for cell, corruption in itertools.product(options.cells, sorted(CORRUPTIONS, reverse=True)):
+            home = cell_folder(options.folder, cell, corruption)
+            diagnosis = pool.submit(call, "diagnose", cell, corruption)
+            base = pool.submit(call, "evaluate", None, cell)
+            plan = plan_of(options.folder, cell, corruption, options.seeds, options.full)
+            boards = sweep(plan, home, cell, corruption, pool, options.jobs)
+            items = base.result()
+            found = {"cell": cell, "corruption": corruption, "prob": diagnosis.result()["total"]["prob"], "boards": boards}
+            cells.append({**found, "base": means(items, items.pop("targets")), "examples": len(items["greedy"])})
+            arms += plan.count
+    text = report(cells, options, arms)
+    (options.folder / "continuum.md").write_text(text, encoding="utf-8")
+    (options.folder / "continuum.svg").write_bytes(render(partial(draw, cells), (7.2, 5.4), "light", "svg"))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import math
 import random
 import shutil
 import string
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -300,16 +299,14 @@ class Miniature:
         seed: int = 0,
         **keys: Any,
     ) -> dict[str, Any]:
-        """Fine-tune a copy of the model on a cell and return what was asked for, `evaluate`'s lists and seconds of training.
+        """Fine-tune a copy of the model on a cell, and return what `evaluate` says of it.
 
         `seed` chooses which examples of the cell are trained on, their order, and the samples. `keys`: further recipe keys.
         """
         given = {"objective": objective, "threshold": threshold, "learning_rate": learning_rate, "seed": seed, **keys}
-        dataset, begin = self.data(cell, corruption), time.perf_counter()
         model = copy.deepcopy(self.base).train()
-        train(model, dataset, **given)
-        seconds = time.perf_counter() - begin
-        return {"cell": cell, "corruption": corruption, **given, **self.evaluate(model, cell, seed), "seconds": seconds}
+        train(model, self.data(cell, corruption), **given)
+        return self.evaluate(model, cell, seed)
 
     def data(self, cell: str, corruption: float) -> Dataset:
         """Return a cell's training set, tokenised."""
@@ -318,11 +315,12 @@ class Miniature:
             self.tokenized[cell, corruption] = tokenize(rows, self.tokenizer)
         return self.tokenized[cell, corruption]
 
-    def evaluate(self, model: Any, cell: str, seed: int = 0) -> dict[str, list[Any]]:
+    def evaluate(self, model: Any, cell: str, seed: int = 0) -> dict[str, Any]:
         """Measure a model, None for the pretrained one, on a cell's held-out examples, which are clean. A number per example:
 
         `greedy`, `sampled` (at temperature 1): 1 if the text generated is exactly right; sums over its target tokens, the end
-        token among them: `nll` (nats), `prob`, `top1`. The expectation of `sampled` is exp(-`nll`).
+        token among them: `nll` (nats), `prob`, `top1`; and `targets`, how many those are. The expectation of `sampled` is
+        exp(-`nll`).
         """
         model = self.base if model is None else model
         prompts, targets = encode(read_rows(cell_folder(self.folder, cell, 0.0) / "test.jsonl"), self.tokenizer)
@@ -334,6 +332,7 @@ class Miniature:
             "nll": (-logp.double()).sum(1).tolist(),
             "prob": logp.double().exp().sum(1).tolist(),
             "top1": is_top1.sum(1).tolist(),
+            "targets": targets.shape[1],
         }
 
     def probe(

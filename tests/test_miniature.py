@@ -3,9 +3,11 @@
 import copy
 import json
 import random
+import re
 import string
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import miniature
 from miniature import CELLS, CORRUPTIONS, LENGTH, Miniature, cell_folder, encode, example, generate, read_rows, score
 
 from bl_trainer import BLConfig, BLTrainer
+from bl_trainer.sweep.plan import Plan
 
 RIGHT = {
     "copy": str,
@@ -157,12 +160,9 @@ def test_arms_repeat_and_leave_the_model_as_it_was(mini):
     before = {name: value.clone() for name, value in mini.base.state_dict().items()}
     keys = {"objective": {"name": "power", "alpha": 0.5}, "threshold": 0.01, "learning_rate": 3e-3, "max_steps": 5}
     first, again, other = (mini.arm("strong", 0.3, **keys, seed=seed) for seed in (0, 0, 1))
-    for arm in (first, again, other):
-        assert arm.pop("seconds") > 0
     assert first == again
     assert first["nll"] != other["nll"]
     assert json.loads(json.dumps(first)) == first
-    assert {name: first[name] for name in keys} == keys
     assert all(torch.equal(value, before[name]) for name, value in mini.base.state_dict().items())
 
 
@@ -196,13 +196,51 @@ def test_probe_repeats(mini):
     assert first["other"]["corrupted"] == pytest.approx(0.3, abs=0.1)
 
 
-def test_grid_and_table():
-    arms = continuum.grid(2, ["weak", "strong"], [0.3], ["nll", "nll, p >= 0.2"], [1e-3, 3e-3])
-    assert len(arms) == len({continuum.key(arm) for arm in arms}) == 16
-    done = [{**arm, "greedy": [arm["seed"], 1], "sampled": [0, 0]} for arm in arms if arm["learning_rate"] == 1e-3]
-    base = [{"cell": "weak", "corruption": 0.3, "prob": 0.15, "greedy": [0, 1], "sampled": [0, 0]}]
-    assert continuum.table(done, base).splitlines()[2:] == [
-        "| weak, 30% | 0.150 | base | 0.50 / 0.00 |",
-        "| weak, 30% | 0.150 | nll | 0.75 / 0.00 |",
-        "| weak, 30% | 0.150 | nll, p >= 0.2 | 0.75 / 0.00 |",
-    ]
+def test_a_cell_is_swept_and_goes_on(folder, mini, monkeypatch, tmp_path):
+    """The table's figures are those of the arms' files, and arms that are done are not run again."""
+    monkeypatch.setattr(continuum, "LEARNING_RATES", [1e-3, 3e-3])
+    monkeypatch.setattr(continuum, "ARMS", [continuum.NLL, continuum.NEG_P])
+    home, ran = cell_folder(folder[0], "weak", 0.3), []
+
+    class Here:
+        """An executor that runs in this process."""
+
+        def submit(self, function, method, *args, **kwargs):
+            ran.append(kwargs)
+            found = getattr(mini, method)(*args, **kwargs, max_steps=3)
+            return SimpleNamespace(result=lambda: found)
+
+    for _ in range(2):
+        plan = continuum.plan_of(folder[0], "weak", 0.3, 2, False)
+        boards = continuum.sweep(plan, home, "weak", 0.3, Here(), 1)
+    assert len(ran) == plan.count == 8
+    files = [json.loads(path.read_text()) for path in sorted(home.glob("sweep/arms/*/result.json"))]
+    assert [each["setting"] for each in files] == ran
+    for ruler in ("greedy", "sampled"):
+        row = continuum.row_of(boards[ruler], continuum.NLL)
+        mine = [each for each in files if each["setting"]["objective"] == "nll"]
+        by_rate = {
+            rate: sum(sum(each["items"][ruler]) for each in mine if each["setting"]["learning_rate"] == rate) / 80
+            for rate in (1e-3, 3e-3)
+        }
+        assert row.values[ruler][0] == pytest.approx(max(by_rate.values()))
+    base = mini.evaluate(None, "weak")
+    cell = {"cell": "weak", "corruption": 0.3, "prob": 0.15, "boards": boards, "base": continuum.means(base, 9)}
+    head, _, line = continuum.table([cell], "greedy").splitlines()
+    assert head.split(" | ")[4:] == ["nll", "neg_p", "neg_p - nll |"]
+    assert line.startswith("| weak | 30% | 0.150 | 0.000 | 0.000")
+    assert files[0]["rulers"]["nll"] == pytest.approx(sum(files[0]["items"]["nll"]) / (40 * 9))
+
+
+def test_neg_p_against_nll():
+    settings = [{"objective": o, "learning_rate": 1e-3, "seed": s} for o in ("nll", "neg_p") for s in (0, 1)]
+    values = [[1] * 3 + [0] * 37, [1] * 4 + [0] * 36, [1] * 30 + [0] * 10, [1] * 31 + [0] * 9]
+    rulers = [{"greedy": sum(each) / 40} for each in values]
+    arms = {
+        i: {"setting": s, "rulers": r, "base": {}, "loss": None, "items": {"greedy": v}}
+        for i, (s, r, v) in enumerate(zip(settings, rulers, values, strict=True))
+    }
+    plan = Plan({}, [continuum.NLL, continuum.NEG_P], {"learning_rate": [1e-3]}, [0, 1], rank_by="greedy")
+    mean, said = continuum.nll_against_neg_p(continuum.board_by("greedy", plan, arms))
+    assert mean == pytest.approx(27 / 40)
+    assert re.fullmatch(r"\+0\.675 \(\+0\.5\d+ to \+0\.8\d+\): neg_p", said)
