@@ -117,6 +117,9 @@ def sweep(argv: list[str]) -> None:
         fail(RecipeError(f"A sweep needs {error.name}. Run `pip install '.[sweep]'`."))
     try:
         run(argv)
+    except KeyboardInterrupt:
+        print("\nStopped, with its arms. The same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)
 

@@ -169,16 +169,17 @@ class Recipe:
         except Exception as error:  # the libraries raise many kinds for a broken file
             source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
             why = "a file is empty" if isinstance(error, StopIteration) else sentence(error)
-            fault = find_fault(self._files()) or self.data_fault()
+            fault = find_fault(self.local_files()) or self.data_fault()
             raise RecipeError(
                 f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
             ) from error
 
     def data_fault(self) -> str | None:
         """Return which line of the recipe's local files TRL can't make a training text of, and why; None if there is none."""
-        return find_fault(self._files(), [("prompt", "completion"), ("messages",), (self.training.dataset_text_field,)])
+        return find_fault(self.local_files(), [("prompt", "completion"), ("messages",), (self.training.dataset_text_field,)])
 
-    def _files(self) -> Iterator[Path]:
+    def local_files(self) -> Iterator[Path]:
+        """The recipe's local data files."""
         yield from local_files(self.script.dataset_name)
         for entry in self.mixture.datasets:
             yield from local_files(entry.data_files or entry.path)

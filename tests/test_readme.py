@@ -17,6 +17,8 @@ from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
 from bl_trainer.parser import Parser
 from bl_trainer.recipe import DATACLASSES, Recipe
+from bl_trainer.sweep.plan import OWN_KEYS, RULERS, Plan
+from bl_trainer.sweep.verb import SweepArguments
 from bl_trainer.trainer import METRICS, BLTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +94,7 @@ def test_map_of_the_papers_spellings():
 
 def test_yaml_snippets():
     known = Parser(DATACLASSES).known
-    for block in blocks("yaml"):
+    for block in (block for block in blocks("yaml") if not block.startswith("arms:")):
         for line in block.splitlines():
             ((key, value),) = yaml.safe_load(line).items()
             assert key in known, line
@@ -136,10 +138,27 @@ def test_table_of_evaluate_options():
     assert [row[0].strip("`-") for row in table("option of `evaluate`")] == [f.name for f in fields(EvaluateArguments)]
 
 
+def test_tables_of_sweeps():
+    assert [row[0].strip("`-") for row in table("option of `sweep`")] == [f.name for f in fields(SweepArguments)]
+    keys = [key for row in table("key of a sweep file") for key in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(keys) == sorted(OWN_KEYS)
+    (rulers,) = [row[1] for row in table("key of a sweep file") if row[0] == "`rank_by`"]
+    assert set(RULERS) <= set(re.findall(r"`(\w+)`", rulers))
+
+
+def test_sweep_file_is_read(tmp_path):
+    (given,) = [block for block in blocks("yaml") if block.startswith("arms:")]
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "sweep.yaml").write_text(given.replace("data/test.jsonl", str(tmp_path / "test.jsonl")))
+    keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
+    plan = Plan.read(Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"))
+    assert plan.count == 27
+
+
 def test_recipe_keys_in_the_text_exist():
     known = {*Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
     for key in re.findall(r"`(\w+): ", README):
-        assert key in known | {"normalize", "objective"}, key
+        assert key in known | {"normalize", "objective", *OWN_KEYS}, key
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -151,7 +170,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 23
+    assert len(paths) == 26
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -27,7 +27,7 @@ from bl_trainer.sweep import guard
 from bl_trainer.sweep.leaderboard import difference, rank
 from bl_trainer.sweep.page import markdown, page, summary
 from bl_trainer.sweep.plan import Plan
-from bl_trainer.sweep.study import Study
+from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import _devices
 
 SWEEPING = str(Path(__file__).with_name("sweeping.py"))
@@ -113,7 +113,7 @@ def test_mistakes_in_a_sweep_file(given, make):
 def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
     Study(make(GRID), tmp_path / "s")
     Study(make(GRID), tmp_path / "s")
-    with pytest.raises(RecipeError, match=r"The study 'sweep' in .*/s is of another recipe or sweep file"):
+    with pytest.raises(RecipeError, match=r"The study 'sweep' in .*/s is of another recipe, sweep file or data"):
         Study(make({**GRID, "seed": [0, 1, 2]}), tmp_path / "s")
     with pytest.raises(RecipeError, match="is of another recipe"):
         Study(make(GRID, max_length=32), tmp_path / "s")
@@ -125,15 +125,18 @@ def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
         Study(make(GRID), tmp_path / "u", "postgresql://me:secret@nowhere/x")
 
 
-def test_points_are_drawn_for_each_arm_and_the_best_run_at_all_seeds(make, tmp_path):
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_points_are_drawn_for_each_arm_and_the_best_run_at_all_seeds(make, tmp_path, jobs):
     plan = make({**GRID, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "trials": 8, "rank_by": "nll"})
     ran = []
 
     def run(index, setting, trial, job):
+        time.sleep(0.05 * (index % 3))
         ran.append((index, setting))
         return abs(math.log10(setting["learning_rate"]) + 2)
 
-    Study(plan, tmp_path / "s").run(run, 1, False)
+    Study(plan, tmp_path / "s").run(run, jobs, False)
+    ran.sort(key=lambda arm: arm[0])
     assert [index for index, _ in ran] == list(range(plan.count)) == list(range(10))
     drawn = [setting for _, setting in ran[:8]]
     assert all(1e-4 <= setting["learning_rate"] <= 1e-1 and setting["seed"] == 0 for setting in drawn)
@@ -142,6 +145,31 @@ def test_points_are_drawn_for_each_arm_and_the_best_run_at_all_seeds(make, tmp_p
         assert len(mine) == 4
         best = min(mine, key=lambda each: abs(math.log10(each["learning_rate"]) + 2))
         assert setting == {**best, "seed": 1}, index
+
+
+def test_an_arm_asked_for_twice_runs_once(make, tmp_path):
+    """Workers that find the same arm abandoned may both ask for it; failed arms are run again only when told to."""
+    plan, ran = make({**GRID, "seed": [0], "learning_rate": [1e-3]}), []
+
+    def run(index, setting, trial, job):
+        ran.append(index)
+        if index == 1 and len(ran) < 4:
+            raise ArmError("no luck")
+        return 0.5
+
+    study = Study(plan, tmp_path / "s")
+    study.run(run, 1, False)
+    assert ran == [0, 1]
+    for index in (0, 1):
+        study._ask_again(study.by_arm()[index][0], {})
+        study._ask_again(study.by_arm()[index][0], {})
+    study.run(run, 2, False)
+    assert ran == [0, 1, 1]  # asked for, as by `retry_failed`, and again no more
+    study.run(run, 2, True)
+    assert ran == [0, 1, 1, 1]
+    study.run(run, 2, True)
+    assert ran == [0, 1, 1, 1]
+    assert {index: trials[-1].state.name for index, trials in study.by_arm().items()} == {0: "COMPLETE", 1: "COMPLETE"}
 
 
 @pytest.fixture

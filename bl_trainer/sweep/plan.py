@@ -13,6 +13,7 @@ import yaml
 
 from ..continuum import objective_name
 from ..evaluation import EvaluateArguments
+from ..local_data import local_files
 from ..objectives import Objective, Threshold, _nearest
 from ..parser import RecipeError, load_yaml, sentence
 from ..recipe import Recipe
@@ -38,6 +39,7 @@ class Plan:
 
     `base`: the recipe's keys. `grid`: key -> values, `arms` being one list of mappings. `ranges`: key -> keyword arguments of
     an Optuna distribution, for `trials` points that `sampler` draws; of each arm the best point is then run with all seeds.
+    `files`: hashes of the local data.
     """
 
     base: dict[str, Any]
@@ -53,6 +55,7 @@ class Plan:
     sampler: dict[str, Any] | None = None
     pruner: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: Recipe, path: str) -> "Plan":
@@ -71,6 +74,9 @@ class Plan:
             if key in given:
                 setattr(plan, key, given[key])
         plan._check(recipe)
+        names = [*recipe.local_files(), *local_files(plan.held_out), *local_files(plan.probe)]
+        names += [Path(part.partition("=")[2]) for part in (plan.evaluate or {}).get("data", [])]
+        plan.files = {str(name): hashlib.sha256(name.read_bytes()).hexdigest()[:16] for name in names}
         return plan
 
     def _take(self, key: str, value: Any) -> None:
@@ -193,9 +199,9 @@ class Plan:
         return {key: value for key, value in setting.items() if key not in ("seed", "learning_rate", *self.ranges)}
 
     def fingerprint(self) -> str:
-        """Return a hash of all that decides what the arms are and how they are judged."""
+        """Return a hash of all that decides what the arms are and how they are judged, local data among it."""
         parts = [self.base, self.arms, self.grid, self.seeds, self.ranges, self.trials, self.rank_by, self.held_out, self.probe]
-        text = json.dumps([*parts, self.evaluate, self.sampler, self.pruner], sort_keys=True, default=str)
+        text = json.dumps([*parts, self.evaluate, self.sampler, self.pruner, self.files], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ out twice and none has to be written down beforehand. A trial whose worker is go
 import copy
 import fcntl
 import json
+import random
 import re
 import socket
 import threading
@@ -59,20 +60,31 @@ class Study:
         self.sampler = _Arms(sampler_of(plan))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            self.study = optuna.create_study(
-                study_name=name,
-                storage=self._storage(storage),
-                sampler=self.sampler,
-                pruner=pruner_of(plan),
-                direction="maximize" if RULERS.get(plan.rank_by, ("higher",))[0] == "higher" else "minimize",
-                load_if_exists=True,
-            )
+            self.study = self._open(storage)
             self._sign()
         except RecipeError:
             raise
         except Exception as error:  # of whatever database it is
             where = f"`--storage {_without_password(storage)}`" if storage else f"The study in {folder}"
             raise RecipeError(f"{where} can't be used: {sentence(error)}") from error
+
+    def _open(self, storage: str | None) -> optuna.Study:
+        best = RULERS.get(self.plan.rank_by, ("higher",))[0]
+        for attempt in range(3):
+            try:
+                return optuna.create_study(
+                    study_name=self.name,
+                    storage=self._storage(storage),
+                    sampler=self.sampler,
+                    pruner=pruner_of(self.plan),
+                    direction="maximize" if best == "higher" else "minimize",
+                    load_if_exists=True,
+                )
+            except Exception:  # two workers that set a new database up at the same time get in each other's way
+                if storage is None or attempt == 2:
+                    raise
+                time.sleep(attempt + random.random())
+        raise AssertionError
 
     def _storage(self, url: str | None) -> Any:
         if url is None:
@@ -102,8 +114,8 @@ class Study:
             )
         if found["fingerprint"] != own["fingerprint"]:
             raise RecipeError(
-                f"{what} is of another recipe or sweep file, whose arms can't be compared with these. {instead}; or go back to "
-                "what they were."
+                f"{what} is of another recipe, sweep file or data, whose arms can't be compared with these. {instead}; or go "
+                "back to what they were."
             )
 
     def index_of(self, trial: FrozenTrial) -> int:
@@ -113,7 +125,7 @@ class Study:
         return sum("failed_trial" not in other.system_attrs for other in trials[:first])
 
     def by_arm(self) -> dict[int, list[FrozenTrial]]:
-        """Return each arm's trials, in the order in which they were made."""
+        """Return each arm's trials, but for surplus ones, in the order in which they were made."""
         found: dict[int, list[FrozenTrial]] = {}
         fresh, index = 0, dict[int, int]()
         for trial in self.study.get_trials(deepcopy=False):
@@ -121,7 +133,7 @@ class Study:
                 index[trial.number] = index[trial.system_attrs["failed_trial"]]
             else:
                 index[trial.number], fresh = fresh, fresh + 1
-            if index[trial.number] < self.plan.count:
+            if index[trial.number] < self.plan.count and SURPLUS not in trial.user_attrs:
                 found.setdefault(index[trial.number], []).append(trial)
         return found
 
@@ -175,7 +187,7 @@ class Study:
     def _run(self, run_arm: Any, job: int, trial: optuna.Trial) -> float:
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
         index, arms = self.index_of(frozen), self.by_arm()
-        if index >= self.plan.count or any(_has_right(other, trial.number) for other in arms[index]):
+        if index >= self.plan.count or any(_has_right(other, frozen) for other in arms[index]):
             trial.set_user_attr(SURPLUS, True)
             raise optuna.TrialPruned
         trial.set_user_attr(WORKER, [self.worker, socket.gethostname()])
@@ -259,18 +271,19 @@ class Study:
 
 def _is_over(trials: list[FrozenTrial]) -> bool:
     """Whether an arm is done: by any of its trials, unless it was asked for again since it failed."""
-    if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and SURPLUS not in trial.user_attrs for trial in trials):
+    if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
         return True
     return trials[-1].state == TrialState.FAIL and trials[-1].user_attrs.get(REASON) is not None
 
 
-def _has_right(other: FrozenTrial, number: int) -> bool:
-    """Whether another trial of the same arm goes before the trial of this number."""
-    if SURPLUS in other.user_attrs or other.number == number:
+def _has_right(other: FrozenTrial, trial: FrozenTrial) -> bool:
+    """Whether another trial of the same arm goes before this one: it is done, or it was begun first."""
+    if other.number == trial.number:
         return False
-    return other.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
-        other.state == TrialState.RUNNING and other.number < number
-    )
+    if other.state == TrialState.FAIL:
+        return other.user_attrs.get(REASON) is not None and other.number not in trial.system_attrs.get("retry_history", [])
+    is_first = other.state == TrialState.RUNNING and other.number < trial.number
+    return is_first or other.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class _NotNow(Exception):
