@@ -92,24 +92,28 @@ def summary(board: Leaderboard, folder: Path) -> str:
 def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of groups, the base model last."""
     ruler = board.plan.rank_by
-    names = [ruler, *(name for name in board.rulers if name != ruler)]
-    header = ["", "with", "seeds", *names, f"behind by {ruler}", "own loss"]
+    others = [name for name in board.rulers if name != ruler]
+    header = ["", "with", "seeds", ruler, f"behind by {ruler}", *others, "own loss"]
     rows = []
     for row in board.rows:
-        values = [_value(*row.values[name]) for name in names]
+        values = [_value(*row.values[name]) for name in others]
         loss = "" if row.loss is None else f"{row.loss:.4g}"
-        rows.append([row.name, _tuned(row), str(len(row.arms)), *values, _difference(row.behind), loss])
+        first = [row.name, _tuned(row), str(len(row.arms)), _value(*row.values[ruler]), _difference(row.behind)]
+        rows.append([*first, *values, loss])
     if board.base is not None:
         base = {**board.base, "perplexity": math.exp(board.base["nll"])} if "nll" in board.base else board.base
-        rows.append(["the base model", "", "", *(f"{base[name]:.4g}" if name in base else "" for name in names), "", ""])
+        shown = {name: f"{base[name]:.4g}" for name in board.rulers if name in base}
+        rows.append(["the base model", "", "", shown.get(ruler, ""), "", *(shown.get(name, "") for name in others), ""])
     return header, rows
 
 
 def page(board: Leaderboard, folder: Path, command: str) -> str:
     """Return the HTML page."""
     header, rows = comparison(board)
-    sections = [f"<header><h1>{escape(board.verdict())}</h1>{_paragraphs(_explained(board))}</header>"]
-    sections.append(f"<section><h2>All by the same rulers</h2>{_picture('rulers', board)}{table(header, rows)}</section>")
+    explained = _explained(board)
+    sections = [f"<header><h1>{escape(board.verdict())}</h1>{_paragraphs(explained[:1])}</header>"]
+    judged = _picture("rulers", board) + table(header, rows) + _paragraphs(explained[1:])
+    sections.append(f"<section><h2>All by the same rulers</h2>{judged}</section>")
     curves = _curves(board, folder)
     if curves:
         drawn = picture(partial(_draw_curves, curves), (7.2, 2.9), "Held-out nll over the steps of training")
@@ -134,9 +138,9 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
 def _explained(board: Leaderboard) -> list[str]:
     data = next(iter(board.arms.values()), None)
     lines = [f"{name}: {RULERS[name][1]}; {RULERS[name][0]} is better." for name in RULERS if name in board.rulers]
-    first = [f"Measured on {data['examples']:,} held-out examples, {data['tokens']:,} target tokens."] if data else []
+    measured = f"Measured on {data['examples']:,} held-out examples, {data['tokens']:,} target tokens." if data else ""
     return [
-        *first,
+        f"{measured} Ranked by {board.plan.rank_by}.",
         "Each stands for its best setting, chosen by the mean over seeds on the same held-out data; in brackets 95 % intervals "
         "over seeds. What it is behind by is paired by seed and by held-out example, both of which the interval counts; p is "
         "Holm's.",
