@@ -80,7 +80,7 @@ def plan_of(folder: Path, cell: str, corruption: float, seeds: int, full: bool) 
     arms = ARMS if full or corruption else [NLL, NEG_P]
     sweep = {"arms": arms, "learning_rate": LEARNING_RATES, "seed": list(range(seeds))}
     (home / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
-    plan = Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(home / "sweep.yaml"))
+    plan = Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(home / "sweep.yaml"), home / "sweep")
     return replace(plan, rank_by="greedy")
 
 

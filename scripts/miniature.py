@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -79,6 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate(["<pad>", "<end>", *LETTERS, *TASKS.values(), ":"])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
 
 

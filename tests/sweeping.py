@@ -78,8 +78,8 @@ def sweep(folder, storage):
 
     Arm._step = quick
     recipe = Recipe.read(["--config", str(folder / "recipe.yaml")])
-    plan = Plan.read(recipe, str(folder / "sweep.yaml"))
     own = folder / "sweep"
+    plan = Plan.read(recipe, str(folder / "sweep.yaml"), own)
     own.mkdir(exist_ok=True)
     kept = study.Study(plan, own, storage)
     runner = Runner(plan, own, None, None, 2, lambda index, what: None)

@@ -116,6 +116,10 @@ def test_tokens_are_those_that_trl_makes_of_the_recipe(folder, mini, tmp_path):
     assert all(ids[-1] == mini.tokenizer.eos_token_id for ids in mine["input_ids"])
 
 
+def test_text_survives_the_tokenizer(mini):
+    assert mini.tokenizer.decode(mini.tokenizer("Sabc:cab")["input_ids"]) == "Sabc:cab"
+
+
 def test_generates_as_transformers_does(folder, mini):
     prompts, _ = encode(read_rows(cell_folder(folder[0], "strong", 0.0) / "test.jsonl"), mini.tokenizer)
     ours = generate(mini.base, prompts, 16)

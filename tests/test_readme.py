@@ -151,7 +151,9 @@ def test_sweep_file_is_read(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "sweep.yaml").write_text(given.replace("data/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
-    plan = Plan.read(Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"))
+    plan = Plan.read(
+        Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path / "out-sweep"
+    )
     assert plan.count == 27
 
 

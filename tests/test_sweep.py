@@ -42,7 +42,7 @@ def make(checkpoint, data_folder, tmp_path):
         write_recipe(tmp_path, checkpoint, data_folder, **changes)
         path = tmp_path / "sweep.yaml"
         path.write_text(given if isinstance(given, str) else yaml.safe_dump(given))
-        return Plan.read(Recipe.read(["--config", str(tmp_path / "recipe.yaml")]), str(path))
+        return Plan.read(Recipe.read(["--config", str(tmp_path / "recipe.yaml")]), str(path), tmp_path / "s")
 
     return make
 

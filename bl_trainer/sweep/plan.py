@@ -58,8 +58,8 @@ class Plan:
     files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, recipe: Recipe, path: str) -> "Plan":
-        """Return the plan that a sweep file makes of a recipe. Raises RecipeError."""
+    def read(cls, recipe: Recipe, path: str, folder: Path) -> "Plan":
+        """Return the plan that a sweep file makes of a recipe, to be run in `folder`. Raises RecipeError."""
         given = load_yaml([path], what="sweep file")
         keys = [key for key in given if key not in OWN_KEYS]
         for key in sorted({*keys, *itertools.chain(*_mappings(given.get("arms", [{}])))}):
@@ -76,6 +76,7 @@ class Plan:
         plan._check(recipe)
         names = [*recipe.local_files(), *local_files(plan.held_out), *local_files(plan.probe)]
         names += [Path(part.partition("=")[2]) for part in (plan.evaluate or {}).get("data", [])]
+        names = [name for name in names if folder.absolute() not in name.absolute().parents]
         plan.files = {str(name): hashlib.sha256(name.read_bytes()).hexdigest()[:16] for name in names}
         return plan
 

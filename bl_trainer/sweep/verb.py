@@ -56,9 +56,9 @@ def sweep(argv: list[str]) -> None:
         raise RecipeError(f"`--jobs {options.jobs}` must be at least 1.")
     if recipe.training.push_to_hub:
         raise RecipeError("`push_to_hub: true` would push every arm. Remove it, and push the winner.")
-    plan = Plan.read(recipe, options.sweep)
-    devices = _devices(options.jobs, recipe.training.use_cpu)
     folder = Path(options.sweep_dir or f"{recipe.training.output_dir}-sweep")
+    plan = Plan.read(recipe, options.sweep, folder)
+    devices = _devices(options.jobs, recipe.training.use_cpu)
     held_out = held_out_keys(plan, recipe)
     if options.dry_run:
         print(dry_run(plan, recipe, held_out))
