@@ -52,7 +52,7 @@ ADVICE = {
     "strong": "the model knows this well: in the paper prior-leaning objectives won here (Tab. 1)",
 }
 SWEPT: dict[str, list[dict[str, Any]]] = {
-    "weak": [{"objective": "nll"}],
+    "weak": [{"objective": "nll"}, {"objective": {"name": "power", "alpha": 0.5}}],
     "intermediate": [{"objective": "nll"}, {"objective": {"name": "power", "alpha": 0.5}}, {"objective": "neg_p"}],
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }

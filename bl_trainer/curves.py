@@ -41,10 +41,18 @@ class Curve:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self.place += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        return [line for line in map(_parsed, whole.splitlines()) if line is not None]
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """Return (step, value) wherever `key` was logged, from the beginning."""
         self.place = 0
         found = {line["step"]: line[key] for line in self.new() if key in line}
         return sorted(found.items())
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return a line's figures, or None if a run was killed while it wrote it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

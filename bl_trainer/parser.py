@@ -155,20 +155,20 @@ SECRETS = ("hub_token", "push_to_hub_token")
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
 
 
-def _kinds(hint: Any) -> set[Any]:
+def kinds_of(hint: Any) -> set[Any]:
     """The classes that a type hint allows; of an enumeration and of `Literal`, those of their values."""
     if get_origin(hint) in (list, dict):
         return {get_origin(hint)}
     if get_origin(hint) is Literal:
         return {type(value) for value in get_args(hint)}
     if get_args(hint):
-        return set().union(*map(_kinds, get_args(hint)))
+        return set().union(*map(kinds_of, get_args(hint)))
     return {str} if isinstance(hint, type) and issubclass(hint, Enum) else {hint}
 
 
 def _checked(action: Any, hint: Any, value: Any) -> Any:
     """Return a value from a file as it is to be used; raises RecipeError if it isn't what the key takes."""
-    key, kinds = action.dest, _kinds(hint) | {type(value) for value in (action.default, action.const)}
+    key, kinds = action.dest, kinds_of(hint) | {type(value) for value in (action.default, action.const)}
     if key in ("objective", "threshold", "resume_from_checkpoint"):  # their own readers check them
         return value
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else without_secrets({key: value})[key]

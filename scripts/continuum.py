@@ -28,7 +28,7 @@ from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare
 
 from bl_trainer.pages import render
 from bl_trainer.recipe import Recipe
-from bl_trainer.sweep.arm import arm_folder, read_result
+from bl_trainer.sweep.arm import RESULT_SCHEMA, arm_folder, read_result
 from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import Study
@@ -96,7 +96,7 @@ def sweep(plan: Plan, home: Path, cell: str, corruption: float, pool: Executor, 
             items = pool.submit(call, "arm", cell, corruption, **setting).result()
             place.mkdir(parents=True, exist_ok=True)
             targets = items.pop("targets")
-            result = {"setting": setting, "rulers": means(items, targets), "base": {}, "loss": None}
+            result = {"schema": RESULT_SCHEMA, "setting": setting, "rulers": means(items, targets), "base": {}, "loss": None}
             result |= {"examples": len(items["greedy"]), "tokens": targets * len(items["greedy"]), "items": items}
             part = place / "result.part"
             part.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.leaderboard import difference, rank
-from bl_trainer.sweep.page import markdown, page, summary
+from bl_trainer.sweep.page import arms_csv, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import ArmError, Study
-from bl_trainer.sweep.verb import _devices
+from bl_trainer.sweep.verb import _devices, failures
 
 SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
@@ -67,7 +68,7 @@ def test_rates_and_seeds_are_swept_unless_told_otherwise(make):
     plan = make({"arms": [{"objective": "nll"}], "learning_rate": [1e-3], "seed": [5]})
     assert plan.count == 1
     assert any("compares unlike things" in note for note in plan.notes)
-    assert any("1 seed(s)" in note for note in plan.notes)
+    assert any("Fewer than three seeds" in note for note in plan.notes)
 
 
 MISTAKES = {
@@ -90,8 +91,15 @@ MISTAKES = {
     "learning_rate: {low: 1, high: 0}": "`learning_rate: .*` is no range",
     "learning_rate: {low: 1.0e-5, high: 1.0e-3}": "The sweep file has a range, but not how many or of what. Write `trials: 30`",
     "trials: 5": "The sweep file has `trials`, but not how many or of what",
-    "{trials: 0, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "has a range, but not how many",
-    "{trials: few, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: few` must be a whole number above 0",
+    "{trials: 0, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: 0` must be a whole number, at least one for each of 1",
+    "{trials: true, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: True` must be a whole number",
+    "{arms: [{objective: nll}, {objective: neg_p}], trials: 1, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "of 2 arms",
+    "rankby: nll": "Unknown key 'rankby' in the sweep file. Did you mean 'rank_by'",
+    "learning_rates: [1]": "Unknown key 'learning_rates' in the sweep file. Did you mean 'learning_rate'",
+    "rank_by: [nll]": r"`rank_by: \['nll'\]` must be a text",
+    "probe: nofile.jsonl": "`probe: nofile.jsonl`: there is no such file",
+    "pruner: 5": "`pruner: 5` must be a name, or a mapping",
+    "arms: [{objective: nll, seed: 5}]": "`seed` in an arm: all arms run at the same seeds",
     "sampler: TPESampler": "`sampler` does nothing without a range",
     "sampler: Tpe": "`sampler: Tpe` is none of Optuna's.* Allowed: .*TPESampler",
     "pruner: {name: MedianPruner, steps: 3}": "`pruner: MedianPruner` with {'steps': 3}: .*unexpected keyword",
@@ -113,16 +121,76 @@ def test_mistakes_in_a_sweep_file(given, make):
 def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
     Study(make(GRID), tmp_path / "s")
     Study(make(GRID), tmp_path / "s")
-    with pytest.raises(RecipeError, match=r"The study 'sweep' in .*/s is of another recipe, sweep file or data"):
+    with pytest.raises(RecipeError, match=r"The sweep in .*/s had another seed, and its arms can't be compared with these"):
         Study(make({**GRID, "seed": [0, 1, 2]}), tmp_path / "s")
-    with pytest.raises(RecipeError, match="is of another recipe"):
+    with pytest.raises(RecipeError, match="had another recipe, and its arms"):
         Study(make(GRID, max_length=32), tmp_path / "s")
-    study = Study(make(GRID), tmp_path / "t")
-    study.study.set_user_attr("bl_trainer", {"schema": 0})
+    Study(make({**GRID, "rank_by": "nll"}), tmp_path / "s")  # which ranks anew
+    with open(make(GRID).base["dataset_name"] + "/test.jsonl", "a") as file:
+        place = file.tell()
+        file.write(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    with pytest.raises(RecipeError, match=r"had another .*/test\.jsonl, and its arms"):
+        Study(make(GRID), tmp_path / "s")
+    os.truncate(make(GRID).base["dataset_name"] + "/test.jsonl", place)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "sweep.json").write_text('{"schema": 0}')
     with pytest.raises(RecipeError, match=r"is of another version of bl_trainer \(schema 0, now 1\)"):
         Study(make(GRID), tmp_path / "t")
-    with pytest.raises(RecipeError, match=r"`--storage postgresql://me:...@nowhere/x` can't be used"):
-        Study(make(GRID), tmp_path / "u", "postgresql://me:secret@nowhere/x")
+    for url in ("postgresql://me:se@cret@nowhere/x", "postgresql://me@nowhere/x?password=se@cret"):
+        with pytest.raises(RecipeError, match=r"`--storage postgresql:\.\.\.` can't be used") as caught:
+            Study(make(GRID), tmp_path / "u", url)
+        assert "cret" not in str(caught.value).split("can't")[0]
+
+
+def test_values_as_yaml_gives_them(make):
+    """1e-5 is a text to YAML; the recipe's reader takes it for a number, and so does the sweep's."""
+    plan = make("arms: [{objective: nll}]\nlearning_rate: [1e-5, 3e-5, 1e-4]\n")
+    assert plan.grid["learning_rate"] == [1e-5, 3e-5, 1e-4]
+    plan = make("arms: [{objective: nll, learning_rate: 1e-2}, {objective: neg_p}]\n", learning_rate=3e-3)
+    assert [point["learning_rate"] for point in plan.points()] == [1e-2, 1e-3, 3e-3, 9e-3]
+    make("{arms: [{objective: nll}], run_name: [2024-01-01]}")
+
+
+def test_arms_that_raise_are_their_own(make, tmp_path):
+    """Whatever an arm raises, the others go on; an arm of which no point finished has a reason as well."""
+    ranged = {**GRID, "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "trials": 2}
+    plan, ran = make(ranged), []
+
+    def run(index, setting, trial, job):
+        ran.append(index)
+        if setting["objective"] == "neg_p":
+            raise ValueError("Out of range float values are not JSON compliant")
+        return 0.5
+
+    study = Study(plan, tmp_path / "s")
+    study.run(run, 2, False)
+    assert sorted(ran) == [0, 1, 2]
+    reasons = {index: trials[-1].user_attrs.get("reason") for index, trials in study.by_arm().items()}
+    assert reasons == {
+        0: None, 2: None, 1: "ValueError: Out of range float values are not JSON compliant",
+        3: "none of the points drawn for it finished",
+    }  # fmt: skip
+    assert "its results are gone" in failures(study)[0][1]
+
+
+def test_workers_and_restarts_draw_other_points(make, tmp_path):
+    ranged = {"arms": [{"objective": "nll"}], "learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}, "trials": 6}
+    plan, drawn = make({**ranged, "seed": [0]}), {}
+
+    def run(index, setting, trial, job):
+        if index == 3 and index not in drawn:
+            drawn[index] = None
+            raise RecipeError("stop")
+        drawn[index] = setting["learning_rate"]
+        return setting["learning_rate"]
+
+    with pytest.raises(RecipeError, match="stop"):
+        Study(plan, tmp_path / "s").run(run, 1, False)
+    Study(plan, tmp_path / "s").run(run, 1, False)
+    assert len(set(drawn.values())) == 6
+    broken_off, drawn = drawn, {3: None}
+    Study(plan, tmp_path / "whole").run(run, 1, False)
+    assert drawn == broken_off
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
@@ -252,6 +320,21 @@ def test_an_arm_dies_with_its_sweep(quick, tmp_path):
         time.sleep(0.05)
 
 
+def test_a_killed_guard_costs_nothing(quick, tmp_path):
+    worker, killed = quick(), 0
+    while killed < 2 and worker.poll() is None:
+        guards = [p for p in arms_of(tmp_path / "sweep") if any("guard.py" in part for part in p.cmdline())]
+        if guards:
+            guards[0].kill()
+            killed += 1
+        time.sleep(0.2)
+    finish(worker)
+    assert killed == 2
+    with (tmp_path / "sweep" / "leaderboard.csv").open() as file:
+        assert [row["failed"] for row in csv.DictReader(file)] == [""] * 8
+    assert not arms_of(tmp_path / "sweep")
+
+
 def shared(quick, tmp_path, *storage):
     """Run two workers on one study, kill one of them, and check that each arm was begun by one."""
     workers = [quick(*storage) for _ in range(2)]
@@ -340,6 +423,7 @@ def test_difference_is_the_paired_t_test_where_one_thing_was_sampled():
     expected = stats.ttest_rel(a, b)
     assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
     assert found.interval == pytest.approx(tuple(expected.confidence_interval()), rel=1e-9)
+    assert not found.is_significant or found.mean > 0
 
 
 def test_interval_covers_the_difference_over_new_seeds_and_examples():
@@ -400,7 +484,48 @@ def test_a_clear_winner_is_called_one(make):
         [8 + (i * 7 + k) % 2 for i in range(40)] for k in range(2)
     ]
     board = board_of(make, list(zip(settings, hits, strict=True)), tokens)
-    assert board.verdict() == "neg_p is best by accuracy; all others are worse by more than chance."
+    assert board.verdict() == "neg_p is ahead by accuracy; all others are worse by more than chance."
+
+
+def test_what_is_no_evidence_is_not_called_so(make, tmp_path):
+    def setting(objective, seed):
+        return {"objective": objective, "learning_rate": 1e-2, "seed": seed}
+
+    tokens = (10,) * 40
+    one = board_of(make, [(setting("nll", 0), [6] * 40), (setting("neg_p", 0), [5, 4] * 20)], tokens)
+    assert one.verdict() == "nll is ahead by accuracy; chance in training can't be told from that with fewer than two seeds."
+    assert "over examples alone" in markdown(one, tmp_path, "accelerate launch")
+    apart = board_of(make, [(setting("nll", 0), [6] * 40), (setting("neg_p", 1), [5] * 40)], tokens)
+    assert "no interval: nothing to pair by" in markdown(apart, tmp_path, "accelerate launch")
+    other = [(setting("nll", s), [h] * 40) for s, h in ((0, 9), (1, 5), (2, 5))]
+    other += [(setting("neg_p", s), [6] * 40) for s in (1, 2)]
+    board = board_of(make, other, tokens, seed=[0, 1, 2])
+    assert board.rows[0].name == "nll"
+    assert "no significant difference" in board.verdict()  # neg_p is better at each seed that both have
+    assert "2 of 3 seeds finished" in markdown(board, tmp_path, "accelerate launch")
+    both = [(setting(o, s), [h] * 40) for o, h in (("nll", 5), ("neg_p", 5), ("power", 2)) for s in (0, 1)]
+    for each, _ in both[4:]:
+        each["objective"] = {"name": "power", "alpha": 2}
+    assert board_of(make, both, tokens).verdict() == "nll; neg_p tie by accuracy; all others are worse by more than chance."
+    tie = board_of(make, [(setting(o, s), [5] * 40) for o in ("nll", "neg_p") for s in (0, 1)], tokens)
+    assert tie.verdict() == "All tie by accuracy, at 0.5: it tells nothing here. Rank by another ruler."
+    nothing = rank(tie.plan, {}, lambda index: None, {0: ({"objective": "nll"}, "no luck")})
+    assert nothing.verdict() == "No arm finished."
+    assert "no luck" in page(nothing, tmp_path, "accelerate launch")
+
+
+def test_odd_values(make, tmp_path):
+    settings = [{"objective": o, "learning_rate": 1e-2, "seed": s} for o in ("nll", "neg_p") for s in (0, 1)]
+    board = board_of(make, [(each, (1, 1, i % 3)) for i, each in enumerate(settings)])
+    for result in board.arms.values():
+        result["rulers"]["nll"] = 4e4 if result["setting"]["objective"] == "nll" else 1.0
+        result["rulers"]["wiki/word_perplexity"] = 10.0 if result["setting"]["objective"] == "nll" else 5000.0
+        result["lower_is_better"] = ["wiki/word_perplexity"]
+    again = rank(replace(board.plan, rank_by="wiki/word_perplexity"), board.arms, lambda index: None, {})
+    assert [row.name for row in again.rows] == ["nll", "neg_p"]
+    assert "inf" in arms_csv(again)
+    assert "inf" in markdown(again, tmp_path, "accelerate launch")
+    assert page(again, tmp_path, "accelerate launch")
 
 
 def test_text_from_data_is_escaped_and_odd_arms_are_named(make, tmp_path):
@@ -446,7 +571,9 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
         capsys, *both, "--dataset_test_split", "nope", "--eval_strategy", "no"
     )
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": str(tmp_path / "nope.jsonl")}))
-    assert "error: Can't load the held-out data" in verb(capsys, *both)
+    assert "nope.jsonl`: there is no such file" in verb(capsys, *both)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": "nobody/nothing"}))
+    assert "error: Can't load the held-out data nobody/nothing" in verb(capsys, *both)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "A sweep launches its arms itself" in verb(capsys, *both)
     assert not (tmp_path / "out-sweep").exists()

@@ -1,6 +1,7 @@
 """The task `completion`: does the greedy continuation equal what the data say?"""
 
 import json
+import logging
 import re
 from typing import Any
 
@@ -9,6 +10,8 @@ from trl import maybe_convert_to_chatml
 from trl.data_utils import is_conversational
 
 from ..parser import RecipeError
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = [("prompt", "completion"), ("messages",), ("conversations",)]  # one of these is needed
 SPARE = 8  # new tokens beyond the longest gold answer, so that an answer that goes on is seen to
@@ -26,7 +29,14 @@ class Completion(ConfigurableTask):
         if self.is_chat and not tokenizer.chat_template:
             raise RecipeError("The data of `completion` are messages, but the tokenizer has no chat template.")
         self.tokenizer = tokenizer
-        longest = max(len(tokenizer(gold(doc), add_special_tokens=False)["input_ids"]) for doc in self.eval_docs)
+        rights = [gold(doc) for doc in self.eval_docs]
+        lost = [right for right in rights if normalise(_round_trip(tokenizer, right)) != normalise(right)]
+        if lost:
+            logger.warning(
+                f"{len(lost)} of {len(rights)} gold answers can't be equalled, since the tokenizer doesn't give them back as "
+                f"they are: {lost[0]!r} becomes {_round_trip(tokenizer, lost[0])!r}."
+            )
+        longest = max(len(tokenizer(right, add_special_tokens=False)["input_ids"]) for right in rights)
         self.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or longest + SPARE}, update=True)
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
@@ -36,6 +46,10 @@ class Completion(ConfigurableTask):
             return prompt
         tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
         return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+
+
+def _round_trip(tokenizer: Any, text: str) -> str:
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
 
 
 def _split(doc: dict[str, Any]) -> tuple[Any, str]:

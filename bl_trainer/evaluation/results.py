@@ -63,7 +63,7 @@ class Results:
         for name, samples in found["samples"].items():
             path, rows = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl", item_rows(samples)
             _write(self.folder / path, "".join(_json(row) for row in rows))
-            scores += _scores(found["results"][name], name, len(rows), path, rows)
+            scores += _scores(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
         for name in found.get("groups", {}):
             scores += _scores(found["results"][name], name, None, None)
         entry = {
@@ -192,7 +192,9 @@ def _name(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric},{kind}"
 
 
-def _scores(found: dict[str, Any], task: str, items: int | None, path: str | None, rows: Any = ()) -> list[dict[str, Any]]:
+def _scores(
+    found: dict[str, Any], task: str, items: int | None, path: str | None, rows: Any = (), higher: Any = ()
+) -> list[dict[str, Any]]:
     scores = []
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
@@ -203,7 +205,8 @@ def _scores(found: dict[str, Any], task: str, items: int | None, path: str | Non
             is_mean = all(isinstance(v, (int, float)) for v in values) and bool(values)
             is_mean = is_mean and math.isclose(statistics.fmean(values), value, abs_tol=1e-9)
             score = {"task": task, "metric": name, "value": value, "stderr": stderr, "items": items}
-            scores.append({**score, "is_mean": is_mean, "samples": path})
+            better = dict(higher).get(metric)
+            scores.append({**score, "is_mean": is_mean, "higher_is_better": better, "samples": path})
     return scores
 
 

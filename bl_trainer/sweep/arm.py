@@ -13,19 +13,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
-from trl import ModelConfig
 
 from ..curves import Curve
 from ..evaluation import read_items
 from ..parser import RecipeError
 from . import guard
-from .plan import LOGGED, Plan, evaluate_argv
+from .plan import LOGGED, MODEL_KEYS, RULERS, Plan, evaluate_argv
 from .study import POLL, ArmError
 
 RESULT_SCHEMA = 1
@@ -40,7 +39,7 @@ class Runner:
 
     `launch`: options of `accelerate launch`, or None for its configured ones, or one process on a CPU. `devices`: for each
     job the GPUs that it may use, as CUDA_VISIBLE_DEVICES takes them; None on a CPU. `tell`: takes what is to be shown of
-    progress. `held_out`: the keys that make of an arm's recipe the one to be measured on held-out data.
+    progress. `held_out`: the recipe to measure by on held-out data, but for an arm's model.
     """
 
     plan: Plan
@@ -58,11 +57,14 @@ class Runner:
         arm = Arm(self, index, setting, job)
         found = read_result(arm.folder)
         if found is None:
-            guard.stop(str(arm.folder.absolute()))  # of a sweep that was killed
             found = arm.run(trial)
         elif found["setting"] != setting:
             raise RecipeError(f"{arm.folder} holds the results of {found['setting']}, not of {setting}. Remove the folder.")
-        return ruler_of(found, self.plan.rank_by)
+        value = ruler_of(found, self.plan.rank_by)
+        if not math.isfinite(value):
+            raise ArmError(f"{self.plan.rank_by} is {value}")
+        is_task = self.plan.rank_by not in RULERS  # whose study goes for the highest value
+        return -value if is_task and not is_higher_better(self.plan.rank_by, found) else value
 
     def close(self) -> None:
         """Stop all arms."""
@@ -96,6 +98,9 @@ class Arm:
         if self.plan.evaluate:
             self._step("evaluate", evaluation(self.plan, self.model, self.folder / "tasks"))
         result = {"schema": RESULT_SCHEMA, "index": self.index, "setting": self.setting, **self._rulers()}
+        for name, value in result["rulers"].items():
+            if not math.isfinite(value):
+                raise ArmError(f"measure: {name} is {value}")
         part = self.folder / "result.json.part"
         part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(self.folder / "result.json")
@@ -104,8 +109,7 @@ class Arm:
     def _held_out(self) -> dict[str, Any]:
         """Return the recipe to measure by: the sweep's own, so that all arms are measured alike, with this arm's model."""
         own = {key: value for key, value in self.setting.items() if key in MODEL_KEYS}
-        recipe = {**self.plan.base, **own, **self.runner.held_out, "output_dir": str(self.folder / "unused")}
-        return {key: value for key, value in recipe.items() if value is not REMOVED}
+        return {**self.runner.held_out, **own, "output_dir": str(self.folder / "unused")}
 
     def _launched(self, *command: str) -> list[str]:
         launch = self.runner.launch
@@ -132,6 +136,7 @@ class Arm:
             self.runner.tell(self.index, name)
             log = self.folder / f"{name}.log"
             start = log.stat().st_size if log.exists() else 0
+            guard.stop(str(self.folder.absolute()))  # of a guard, or a sweep, that was killed
             code = self._watch(name, command, log, trial)
             if code == 0:
                 return
@@ -139,7 +144,7 @@ class Arm:
                 file.seek(start)
                 said = file.read()
             reason = _reason(said)
-            if reason is not None or attempt == ATTEMPTS or not (code > 128 or KILLED.search(said)):
+            if reason is not None or attempt == ATTEMPTS or not (code > 128 or code < 0 or KILLED.search(said)):
                 killed = f"killed {attempt} times, perhaps for lack of memory" if attempt == ATTEMPTS else f"exit code {code}"
                 raise ArmError(f"{name}: {reason or killed} ({log})")
 
@@ -167,6 +172,7 @@ class Arm:
                     self.runner._pipes.remove(writing)
                     os.close(writing)
             process.wait()
+            guard.stop(folder)
 
     def _report(self, curve: Curve, trial: optuna.Trial) -> None:
         """Show how far training is, and let the pruner see the ruler."""
@@ -193,17 +199,17 @@ class Arm:
                 "calibration_error": part["calibration"]["base" if prefix else "tuned"]["error"],
                 "drift": 0.0 if prefix else compared.get("probe", part)["kl"],
             }
-        both["rulers"] |= task_rulers(self.folder / "tasks")
+        tasks = task_scores(self.folder / "tasks")
+        both["rulers"] |= {name: score["value"] for name, score in tasks.items()}
+        lower = [name for name, score in tasks.items() if score["higher_is_better"] is False]
         losses = Curve(self.model).points("train_loss")
-        return {**both, "loss": losses[-1][1] if losses else None, "tokens": compared["train"]["tokens"],
-                "examples": compared["train"]["examples"], "versions": report["versions"]}  # fmt: skip
+        loss = losses[-1][1] if losses else None
+        counts = {name: compared["train"][name] for name in ("examples", "tokens")}
+        return {**both, "lower_is_better": lower, "loss": loss, **counts, "versions": report["versions"]}
 
 
 # Rulers that are means over target tokens, and their columns in compare.csv
 COLUMNS = {"accuracy": "top1", "nll": "nll", "target_prob": "prob", "drift": "kl"}
-# What an arm's model is loaded by
-MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16"}
-REMOVED = object()  # in place of a key's value: that the held-out recipe has no such key
 
 
 def arm_folder(folder: Path, index: int) -> Path:
@@ -221,7 +227,12 @@ def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Return a finished arm's result, or None."""
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("schema") != RESULT_SCHEMA:
+        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
+    return result
 
 
 def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
@@ -231,7 +242,10 @@ def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
 
 
 def evaluate_base(plan: Plan, folder: Path) -> None:
-    """Evaluate the model that all arms start from, in `folder`/base, once for all workers. Raises RecipeError if that fails."""
+    """Evaluate the recipe's model in `folder`/base, once for all workers.
+
+    Raises RecipeError if that fails, or if the ruler is not among what it gives.
+    """
     base = folder / "base"
     base.mkdir(exist_ok=True)
     with (base / "evaluate.log").open("a+", encoding="utf-8") as log:
@@ -242,18 +256,23 @@ def evaluate_base(plan: Plan, folder: Path) -> None:
         log.seek(start)
         if code:
             raise RecipeError(f"The base model can't be evaluated: {_reason(log.read()) or f'exit code {code}'} ({log.name})")
+    scores = task_scores(base / "tasks")
+    if plan.rank_by not in RULERS and plan.rank_by not in scores:
+        raise RecipeError(f"`rank_by: {plan.rank_by}` is not among what is measured: {', '.join([*RULERS, *scores])}.")
 
 
-def task_rulers(output: Path) -> dict[str, float]:
-    """Return task/metric -> value of an evaluation's results, of which there may be none."""
+def task_scores(output: Path) -> dict[str, dict[str, Any]]:
+    """Return task/metric -> score of an evaluation's results, of which there may be none."""
     path = output / "results.json"
     if not path.exists():
         return {}
-    return {f"{score['task']}/{score['metric']}": score["value"] for score in _scores(path)}
+    scores = [score for entry in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for score in entry["scores"]]
+    return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
 
 
-def _scores(path: Path) -> list[dict[str, Any]]:
-    return [score for entry in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for score in entry["scores"]]
+def is_higher_better(ruler: str, result: dict[str, Any]) -> bool:
+    """Return which way a ruler is better; a task's, as its results say."""
+    return RULERS[ruler][0] == "higher" if ruler in RULERS else ruler not in result.get("lower_is_better", [])
 
 
 def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | None:
@@ -262,17 +281,17 @@ def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | No
         name = "probe.csv" if ruler == "drift" and (folder / "held_out" / "probe.csv").exists() else "compare.csv"
         with (folder / "held_out" / name).open(encoding="utf-8", newline="") as file:
             return {line["row"]: (float(line["tokens"]), float(line[COLUMNS[ruler]])) for line in csv.DictReader(file)}
-    path = folder / "tasks" / "results.json"
-    for score in _scores(path) if path.exists() else ():
-        if f"{score['task']}/{score['metric']}" == ruler and score["is_mean"]:
-            return {item: (1.0, value) for item, value in read_items(path.parent / score["samples"], score["metric"]).items()}
-    return None
+    score = task_scores(folder / "tasks").get(ruler)
+    if score is None or not score["is_mean"]:
+        return None
+    items = read_items(folder / "tasks" / score["samples"], score["metric"])
+    return {item: (1.0, value) for item, value in items.items()}
 
 
 def ruler_of(result: dict[str, Any], name: str) -> float:
     """Return an arm's value of a ruler."""
     if name == "perplexity":
-        return math.exp(result["rulers"]["nll"])
+        return math.exp(result["rulers"]["nll"]) if result["rulers"]["nll"] < 700 else math.inf
     if name not in result["rulers"]:
         raise RecipeError(f"`rank_by: {name}` is not among what was measured: {', '.join(result['rulers'])}.")
     return result["rulers"][name]
@@ -288,7 +307,8 @@ def _reason(said: str) -> str | None:
     own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if own:
         return own[0]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    plain = [re.sub(r"^\[\w+\]:\s*", "", line) for line in lines]  # [rank0]: of a launcher
+    raised = [line for line in plain if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     raised = [line for line in raised if "CalledProcessError" not in line and "ChildFailedError" not in line]
     return raised[-1] if raised else None
 

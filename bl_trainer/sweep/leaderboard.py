@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .arm import arm_folder, read_result, read_values, ruler_of, task_rulers
+from .arm import arm_folder, is_higher_better, read_result, read_values, ruler_of, task_scores
 from .plan import RULERS, Plan, describe
 
 Values = dict[str, tuple[float, float]]  # by held-out item: weight, and weighted value of a ruler
@@ -34,6 +34,11 @@ class Difference:
     interval: tuple[float, float] | None
     p_value: float | None
     over: tuple[str, ...]
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the better one is better by more than chance, that of training included."""
+        return "seeds" in self.over and self.mean > 0 and self.p_value is not None and self.p_value < LEVEL
 
 
 @dataclass
@@ -73,13 +78,19 @@ class Leaderboard:
         if not self.rows:
             return "No arm finished."
         first, rest = self.rows[0], self.rows[1:]
-        tied = [row.name for row in rest if row.behind is None or row.behind.p_value is None or row.behind.p_value >= LEVEL]
         ruler = self.plan.rank_by
         if not rest:
             return f"{first.name} is alone."
-        if not tied:
-            return f"{first.name} is best by {ruler}; all others are worse by more than chance."
-        return f"{first.name} is ahead by {ruler}, but with no significant difference from {'; '.join(tied)}."
+        if len({row.values[ruler][0] for row in self.rows}) == 1:
+            return f"All tie by {ruler}, at {first.values[ruler][0]:.4g}: it tells nothing here. Rank by another ruler."
+        equal = [row.name for row in rest if row.values[ruler][0] == first.values[ruler][0]]
+        tied = [row.name for row in rest if row.behind and not row.behind.is_significant and row.name not in equal]
+        best = f"{'; '.join([first.name, *equal])} tie by {ruler}" if equal else f"{first.name} is ahead by {ruler}"
+        if not any(row.behind and "seeds" in row.behind.over for row in rest):
+            return f"{best}; chance in training can't be told from that with fewer than two seeds."
+        if tied:
+            return f"{best}, but with no significant difference from {'; '.join(tied)}."
+        return f"{best}; all others are worse by more than chance."
 
 
 def judge(plan: Plan, folder: Path, failed: dict[int, tuple[dict[str, Any], str]]) -> Leaderboard:
@@ -91,7 +102,7 @@ def judge(plan: Plan, folder: Path, failed: dict[int, tuple[dict[str, Any], str]
             arms[index] = result
     board = rank(plan, arms, lambda index: read_values(arm_folder(folder, index), plan.rank_by), failed)
     if board.base is not None:
-        board.base = {**board.base, **task_rulers(folder / "base" / "tasks")}
+        board.base = {**board.base, **{name: each["value"] for name, each in task_scores(folder / "base" / "tasks").items()}}
     return board
 
 
@@ -107,15 +118,18 @@ def rank(
         setting = result["setting"]
         tuned = {key: value for key, value in setting.items() if key != "seed"}
         group = json.dumps(plan.group_of(setting), sort_keys=True)
-        groups.setdefault(group, {}).setdefault(json.dumps(tuned, sort_keys=True), []).append(index)
-    sign = 1 if _is_higher_better(plan.rank_by) else -1
+        same = groups.setdefault(group, {}).setdefault(json.dumps(tuned, sort_keys=True), [])
+        if all(arms[other]["setting"] != setting for other in same):  # a point drawn twice is one arm
+            same.append(index)
+    sign = _sign(plan.rank_by, arms)
     rows = []
     for settings in groups.values():
         most = max(map(len, settings.values()))  # a setting of which seeds failed doesn't stand for the group
         whole = {name: indices for name, indices in settings.items() if len(indices) == most}
-        best = max(whole, key=lambda name: sign * _mean(arms, whole[name], plan.rank_by))
-        rows.append(_row(plan, arms, json.loads(best), settings[best]))
-    rows.sort(key=lambda row: -sign * row.values[plan.rank_by][0])
+        best = max(whole, key=lambda name: _merit(arms, whole[name], plan.rank_by, sign))
+        rates = {json.loads(name).get("learning_rate") for name in settings} - {None}
+        rows.append(_row(plan, arms, json.loads(best), settings[best], sorted(rates)))
+    rows.sort(key=lambda row: _merit(arms, row.arms, plan.rank_by, sign), reverse=True)
     compared = rows[1:]
     for row in compared:
         row.behind = compare(plan.rank_by, arms, values_of, rows[0].arms, row.arms)
@@ -130,7 +144,7 @@ def rulers_of(result: dict[str, Any]) -> list[str]:
     return [*(name for name in RULERS if name in measured), *(name for name in result["rulers"] if name not in RULERS)]
 
 
-def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int]) -> Row:
+def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int], rates: list[float]) -> Row:
     values = {}
     for name in rulers_of(arms[indices[0]]):
         each = [ruler_of(arms[index], name) for index in indices]
@@ -152,7 +166,7 @@ def compare(
     """Return by how much the arms `better` exceed the arms `worse` in a ruler; arms of the same seed are paired."""
     seeds = {arms[index]["setting"].get("seed"): index for index in worse}
     pairs = [(index, seeds[seed]) for index in better if (seed := arms[index]["setting"].get("seed")) in seeds]
-    sign = 1 if _is_higher_better(ruler) else -1
+    sign = _sign(ruler, arms)
     if not pairs:
         return Difference(sign * (_mean(arms, better, ruler) - _mean(arms, worse, ruler)), None, None, ())
     by_seed = np.array([sign * (ruler_of(arms[a], ruler) - ruler_of(arms[b], ruler)) for a, b in pairs])
@@ -210,8 +224,10 @@ def _holm(differences: list[Difference]) -> None:
 def _interval(values: list[float]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
+    if not math.isfinite(mean):
+        return None
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -219,8 +235,14 @@ def _mean(arms: dict[int, dict[str, Any]], indices: list[int], ruler: str) -> fl
     return float(np.mean([ruler_of(arms[index], ruler) for index in indices]))
 
 
-def _is_higher_better(ruler: str) -> bool:
-    return RULERS.get(ruler, ("higher",))[0] == "higher"
+def _merit(arms: dict[int, dict[str, Any]], indices: list[int], ruler: str, sign: int) -> tuple[float, float]:
+    """Return what is to be highest: the ruler, and where that ties, accuracy."""
+    has_accuracy = "accuracy" in arms[indices[0]]["rulers"]
+    return sign * _mean(arms, indices, ruler), _mean(arms, indices, "accuracy") if has_accuracy else 0.0
+
+
+def _sign(ruler: str, arms: dict[int, dict[str, Any]]) -> int:
+    return 1 if is_higher_better(ruler, next(iter(arms.values()), {})) else -1
 
 
 def _differ(plan: Plan, key: str) -> bool:

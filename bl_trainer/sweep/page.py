@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..curves import Curve
 from ..objectives import Objective, Threshold
 from ..pages import document, escape, picture, table
 from .arm import arm_folder, ruler_of
-from .leaderboard import LEVEL, Difference, Leaderboard, Row
+from .leaderboard import Difference, Leaderboard, Row
 from .plan import RULERS, describe
 
 MAX_CURVES = 8
@@ -101,7 +100,9 @@ def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
         first = [row.name, _tuned(row), str(len(row.arms)), _value(*row.values[ruler]), _difference(row.behind)]
         rows.append([*first, *values, loss])
     if board.base is not None:
-        base = {**board.base, "perplexity": math.exp(board.base["nll"])} if "nll" in board.base else board.base
+        base = (
+            {**board.base, "perplexity": ruler_of({"rulers": board.base}, "perplexity")} if "nll" in board.base else board.base
+        )
         shown = {name: f"{base[name]:.4g}" for name in board.rulers if name in base}
         rows.append(["the base model", "", "", shown.get(ruler, ""), "", *(shown.get(name, "") for name in others), ""])
     return header, rows
@@ -112,7 +113,8 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
     header, rows = comparison(board)
     explained = _explained(board)
     sections = [f"<header><h1>{escape(board.verdict())}</h1>{_paragraphs(explained[:1])}</header>"]
-    judged = _picture("rulers", board) + table(header, rows) + _paragraphs(explained[1:])
+    drawn = _picture("rulers", board) if board.rows else ""
+    judged = drawn + table(header, rows) + _paragraphs(explained[1:])
     sections.append(f"<section><h2>All by the same rulers</h2>{judged}</section>")
     curves = _curves(board, folder)
     if curves:
@@ -122,7 +124,7 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
     if len(alphas) > 2:
         drawn = picture(partial(_draw_alphas, alphas, board.plan.rank_by), (7.2, 2.9), "The ruler against alpha")
         sections.append(f"<section><h2>Along alpha</h2><p>nll is alpha 0, neg_p alpha 1.</p>{drawn}</section>")
-    if "drift" in board.rulers:
+    if board.rows and "drift" in board.rulers:
         sections.append(f"<section><h2>What it costs in drift</h2>{_picture('pareto', board)}</section>")
     for title, parts in (
         ("Beware", _warnings(board)),
@@ -142,8 +144,8 @@ def _explained(board: Leaderboard) -> list[str]:
     return [
         f"{measured} Ranked by {board.plan.rank_by}.",
         "Each stands for its best setting, chosen by the mean over seeds on the same held-out data; in brackets 95 % intervals "
-        "over seeds. What it is behind by is paired by seed and by held-out example, both of which the interval counts; p is "
-        "Holm's.",
+        "over seeds. What it is behind by is paired by seed and by held-out example, where there are several of each, and the "
+        "interval counts both; p is Holm's, for all of these comparisons, the interval that of the one.",
         *lines,
     ]
 
@@ -152,7 +154,7 @@ def _warnings(board: Leaderboard) -> list[str]:
     warnings = [*board.plan.notes]
     for row in board.rows:
         warnings += [f"{row.name}: {each}; a wider range may do better." for each in row.at_edge]
-        if len(row.arms) < len(board.plan.seeds) and not board.plan.trials:
+        if len(row.arms) < len(board.plan.seeds):
             warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.seeds)} seeds finished.")
     if len({(result["examples"], result["tokens"]) for result in board.arms.values()}) > 1:
         warnings.append("Arms have other held-out tokens, as other tokenizers make them: their rulers can't be compared.")
@@ -170,7 +172,10 @@ def _commands(board: Leaderboard, folder: Path, command: str) -> list[str]:
     launched = [
         f"{command} -m bl_trainer train --config {shlex.quote(str(arm_folder(folder, i) / 'recipe.yaml'))}" for i in board.arms
     ]
-    return [f"{command} -m bl_trainer train --config {shlex.quote(str(folder / 'winner.yaml'))}   (the winner)", *launched]
+    if not board.rows:
+        return []
+    winner = f"{command} -m bl_trainer train --config {shlex.quote(str(folder / 'winner.yaml'))}"
+    return [f"{winner}   (to train the winner)", *(f"{each}   (as it was run)" for each in launched)]
 
 
 def _tuned(row: Row) -> str:
@@ -185,9 +190,12 @@ def _difference(behind: Difference | None) -> str:
     if behind is None:
         return ""
     if behind.interval is None:
-        return f"{behind.mean:.4g} (no interval)"
-    shown = f"{behind.mean:.4g} ({behind.interval[0]:.4g} to {behind.interval[1]:.4g}), p = {behind.p_value:.2g}"
-    return shown + ("" if (behind.p_value or 0) < LEVEL else ": no significant difference")
+        return f"{behind.mean:.4g} (no interval: {'nothing' if not behind.over else 'too little'} to pair by)"
+    shown = f"{behind.mean:.4g} ({behind.interval[0]:.4g} to {behind.interval[1]:.4g})"
+    if "seeds" not in behind.over:
+        return f"{shown} over examples alone"
+    shown += f", p = {behind.p_value:.2g}" + ("" if "examples" in behind.over else " over seeds alone")
+    return shown + ("" if behind.is_significant else ": no significant difference")
 
 
 def _value(mean: float, interval: tuple[float, float] | None) -> str:

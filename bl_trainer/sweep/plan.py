@@ -1,22 +1,26 @@
 """What a sweep is to run: the sweep file, read strictly, and the arms that it and a recipe make."""
 
 import hashlib
+import inspect
 import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import optuna
 import yaml
+from trl import ModelConfig
 
 from ..continuum import objective_name
 from ..evaluation import EvaluateArguments
-from ..local_data import local_files
+from ..evaluation.options import Checkpoint
+from ..local_data import is_path, local_files
 from ..objectives import Objective, Threshold, _nearest
-from ..parser import RecipeError, load_yaml, sentence
-from ..recipe import Recipe
+from ..parser import RecipeError, kinds_of, load_yaml, sentence
+from ..recipe import DATACLASSES, Recipe
+from ..trainer import BLConfig
 
 RULERS = {  # name -> (which way is better, what it is)
     "accuracy": ("higher", "share of held-out target tokens that are the model's most probable one"),
@@ -30,6 +34,16 @@ LOGGED = ("nll", "perplexity", "target_prob")  # rulers that a run's own evaluat
 OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
 # Keys that a sweep sets for each arm, or that would make its arms incomparable
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
+# What a model is loaded by, and what its target tokens are made by
+MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16", "use_cpu"}
+DATA_KEYS = {
+    "max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "dataset_config",
+    "completion_only_loss", "assistant_only_loss", "chat_template_path", "eos_token", "pad_token", "shuffle_dataset",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers", "trust_remote_code",
+    "pad_to_multiple_of", "remove_unused_columns", "disable_tqdm", "report_to",
+}  # fmt: skip
+# Keys whose values are numbers
+NUMBERS = {key for each in (BLConfig, ModelConfig) for key, hint in get_type_hints(each).items() if float in kinds_of(hint)}
 SEEDS, RATE_FACTORS = (0, 1, 2), (1 / 3, 1, 3)
 
 
@@ -39,7 +53,7 @@ class Plan:
 
     `base`: the recipe's keys. `grid`: key -> values, `arms` being one list of mappings. `ranges`: key -> keyword arguments of
     an Optuna distribution, for `trials` points that `sampler` draws; of each arm the best point is then run with all seeds.
-    `files`: hashes of the local data.
+    `files`: hashes of the local data and models. `launch`: how arms are launched, on which their global batch depends.
     """
 
     base: dict[str, Any]
@@ -56,6 +70,7 @@ class Plan:
     pruner: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    launch: str = ""
 
     @classmethod
     def read(cls, recipe: Recipe, path: str, folder: Path) -> "Plan":
@@ -65,19 +80,38 @@ class Plan:
         for key in sorted({*keys, *itertools.chain(*_mappings(given.get("arms", [{}])))}):
             if key in TAKEN:
                 raise RecipeError(f"`{key}` can't be swept: a sweep sets it for each arm, or needs it the same for all.")
+        if any("seed" in arm for arm in _mappings(given.get("arms", [{}]))):
+            raise RecipeError("`seed` in an arm: all arms run at the same seeds. Write `seed: [0, 1, 2]` beside `arms`.")
+        if recipe.given.get("test_split_size") is not None:
+            raise RecipeError(
+                "`test_split_size` splits by the seed, so that arms would hold out other rows. Split the data beforehand, and "
+                "write `held_out: test.jsonl` in the sweep file."
+            )
         base = {key: value for key, value in recipe.given.items() if key not in TAKEN}
-        plan = cls(base, _mappings(given.get("arms", [{}])), {}, list(SEEDS))
+        arms = [{key: _number(key, value) for key, value in arm.items()} for arm in _mappings(given.get("arms", [{}]))]
+        plan = cls(base, arms, {}, list(SEEDS))
+        allowed = [*OWN_KEYS, *(f.name for each in DATACLASSES for f in fields(each))]
         for key in keys:
-            plan._take(key, given[key])
+            if key not in allowed:
+                near = _nearest(str(key), allowed)
+                raise RecipeError(
+                    f"Unknown key {key!r} in the sweep file.{near} Allowed: {', '.join(OWN_KEYS)}, and recipe keys with a list."
+                )
+            value = given[key]
+            plan._take(key, [_number(key, each) for each in value] if isinstance(value, list) else value)
         plan._fill(recipe)
         for key in OWN_KEYS[1:]:
             if key in given:
                 setattr(plan, key, given[key])
         plan._check(recipe)
         names = [*recipe.local_files(), *local_files(plan.held_out), *local_files(plan.probe)]
-        names += [Path(part.partition("=")[2]) for part in (plan.evaluate or {}).get("data", [])]
+        for point in plan.points():
+            names += local_files(point.get("dataset_name"))
+        names += [Path(part.partition("=")[2]) for part in _as_list((plan.evaluate or {}).get("data", []))]
         names = [name for name in names if folder.absolute() not in name.absolute().parents]
         plan.files = {str(name): hashlib.sha256(name.read_bytes()).hexdigest()[:16] for name in names}
+        for model in {str(point.get("model_name_or_path", base["model_name_or_path"])) for point in plan.points()}:
+            plan.files[model] = Checkpoint(model, model, None).fingerprint()
         return plan
 
     def _take(self, key: str, value: Any) -> None:
@@ -102,8 +136,7 @@ class Plan:
 
     def _fill(self, recipe: Recipe) -> None:
         """Sweep the learning rate and the seed where the file says nothing of them."""
-        set_by_arms = set().union(*self.arms)
-        if "learning_rate" not in self.grid | self.ranges and "learning_rate" not in set_by_arms:
+        if "learning_rate" not in self.grid | self.ranges and not all("learning_rate" in arm for arm in self.arms):
             rate = recipe.training.learning_rate
             self.grid["learning_rate"] = [float(f"{rate * factor:.2g}") for factor in RATE_FACTORS]
             self.notes.append(f"Learning rates {self.grid['learning_rate']}: the sweep file gives none.")
@@ -113,9 +146,15 @@ class Plan:
                 "unlike things."
             )
         if len(self.seeds) < len(SEEDS):
-            self.notes.append(f"{len(self.seeds)} seed(s): what training itself varies by is not, or badly, known.")
+            self.notes.append("Fewer than three seeds: what training itself varies by is not, or badly, known.")
 
     def _check(self, recipe: Recipe) -> None:
+        for key in ("rank_by", "held_out", "probe"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                raise RecipeError(f"`{key}: {value}` must be a text.")
+            if key != "rank_by" and value is not None and is_path(value) and not list(local_files(value)):
+                raise RecipeError(f"`{key}: {value}`: there is no such file.")
         tasks = self._check_evaluate() if self.evaluate is not None else []
         if self.rank_by not in RULERS and str(self.rank_by).rpartition("/")[0] not in tasks:
             near = _nearest(str(self.rank_by), RULERS)
@@ -129,11 +168,18 @@ class Plan:
                 f"`pruner` judges by evaluations during training. Write `rank_by` as one of {', '.join(LOGGED)}, and "
                 "`eval_strategy: steps` in the recipe."
             )
-        if bool(self.ranges) != bool(self.trials):
+        if bool(self.ranges) != (self.trials is not None):
             given, other = ("a range", "trials: 30") if self.ranges else ("`trials`", "learning_rate: {low: ..., high: ...}")
             raise RecipeError(f"The sweep file has {given}, but not how many or of what. Write `{other}`.")
-        if self.trials is not None and (not isinstance(self.trials, int) or self.trials < 1):
-            raise RecipeError(f"`trials: {self.trials}` must be a whole number above 0.")
+        least = len(self.points())
+        if self.trials is not None and (type(self.trials) is not int or self.trials < least):
+            raise RecipeError(f"`trials: {self.trials}` must be a whole number, at least one for each of {least} arms.")
+        if self.trials is not None and self.trials < 3 * least:
+            self.notes.append("Fewer than three points for each arm: learning rates and the like are hardly searched.")
+        if self.trials is not None and self.trials % least:
+            self.notes.append(f"{self.trials} points for {least} arms in turn: some get one more than others.")
+        if self.sampler and least > 1 and _name(self.sampler) not in ("TPESampler", "RandomSampler"):
+            self.notes.append(f"{_name(self.sampler)} draws each range by itself, since every arm has ranges of its own.")
         if self.sampler and not self.ranges:
             raise RecipeError(
                 "`sampler` does nothing without a range. Write a range, or remove `sampler`: a grid is run whole."
@@ -144,7 +190,7 @@ class Plan:
             raise RecipeError("A mixture has no test split of its own. Write `held_out: test.jsonl` in the sweep file.")
         seen: dict[str, dict[str, Any]] = {}
         for point in self.points():
-            name = json.dumps(_plain(point), sort_keys=True)
+            name = json.dumps(_plain(point), sort_keys=True, default=str)
             if name in seen:
                 raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
             seen[name] = point
@@ -171,9 +217,13 @@ class Plan:
         return {key: value["low"] for key, value in self.ranges.items()}
 
     def points(self) -> list[dict[str, Any]]:
-        """Return the grid's points: each arm with each combination of the other keys, seeds and ranges apart."""
-        combinations = list(itertools.product(*self.grid.values()))
-        return [{**dict(zip(self.grid, values, strict=True)), **arm} for arm in self.arms for values in combinations]
+        """Return the grid's points: each arm with each combination of the keys that it doesn't set, seeds and ranges apart."""
+        points = []
+        for arm in self.arms:
+            free = [key for key in self.grid if key not in arm]
+            combinations = itertools.product(*(self.grid[key] for key in free))
+            points += [{**dict(zip(free, each, strict=True)), **arm} for each in combinations]
+        return points
 
     def listed(self) -> list[dict[str, Any]]:
         """Return the settings of all arms of a grid, in order."""
@@ -195,15 +245,30 @@ class Plan:
         """Return the recipe of an arm with these settings, which an `output_dir` makes complete."""
         return {**self.base, **setting}
 
+    def held_out_recipe(self, name: str, split: str) -> dict[str, Any]:
+        """Return the recipe by which all arms are measured, but for their models: on a split of a data set, row by row."""
+        own = {key: value for key, value in self.base.items() if key in MODEL_KEYS | DATA_KEYS}
+        if self.held_out:
+            own.pop("dataset_config", None)
+        return {**own, "dataset_name": name, "dataset_train_split": split, "seed": 0}
+
     def group_of(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Return what is compared with one another: an arm's settings without seed, learning rate and ranges."""
         return {key: value for key, value in setting.items() if key not in ("seed", "learning_rate", *self.ranges)}
 
-    def fingerprint(self) -> str:
-        """Return a hash of all that decides what the arms are and how they are judged, local data among it."""
-        parts = [self.base, self.arms, self.grid, self.seeds, self.ranges, self.trials, self.rank_by, self.held_out, self.probe]
-        text = json.dumps([*parts, self.evaluate, self.sampler, self.pruner, self.files], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def fingerprint(self) -> dict[str, str]:
+        """Return a hash of each thing that decides what the arms are and how they are measured.
+
+        The ruler alone is free to change, where no sampler or pruner goes by it.
+        """
+        parts: dict[str, Any] = {
+            "recipe": self.base, "arms": self.arms, **self.grid, "seed": self.seeds, **self.ranges, "trials": self.trials,
+            "held_out": self.held_out, "probe": self.probe, "evaluate": self.evaluate, "sampler": self.sampler,
+            "pruner": self.pruner, "rank_by": self.rank_by if self.trials or self.pruner else None, **self.files,
+            "launch": self.launch,
+        }  # fmt: skip
+        texts = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 
 def _mappings(arms: Any) -> list[dict[str, Any]]:
@@ -218,6 +283,8 @@ def are_whole(bounds: dict[str, Any]) -> bool:
 
 def _build(key: str, module: Any, spec: Any) -> Any:
     """Return Optuna's sampler or pruner that a name, or a mapping with `name` and its parameters, stands for."""
+    if not isinstance(spec, (str, dict)):
+        raise RecipeError(f"`{key}: {spec}` must be a name, or a mapping with `name` and its parameters.")
     spec = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(spec.pop("name", ""))
     kind = getattr(module, name, None)
@@ -239,9 +306,32 @@ def evaluate_argv(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def sampler_of(plan: Plan) -> optuna.samplers.BaseSampler:
-    """Return the sampler of a plan's ranges."""
-    return _build("sampler", optuna.samplers, plan.sampler or {"name": "TPESampler", "seed": 0})
+def sampler_of(plan: Plan, index: int = 0) -> optuna.samplers.BaseSampler:
+    """Return the sampler of a plan's ranges for an arm."""
+    given = plan.sampler or "TPESampler"
+    spec: dict[str, Any] = {"name": given} if isinstance(given, str) else dict(given)
+    kind = getattr(optuna.samplers, _name(given))
+    if "seed" in inspect.signature(kind).parameters:
+        spec["seed"] = spec.get("seed", 0) + 1000 * index
+    return _build("sampler", optuna.samplers, spec)
+
+
+def _name(spec: Any) -> str:
+    return spec if isinstance(spec, str) else str(spec.get("name", ""))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _number(key: str, value: Any) -> Any:
+    """Return a number that YAML takes for a text, such as 1e-5, as the number that the recipe's reader makes of it."""
+    if isinstance(value, str) and key in NUMBERS:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def pruner_of(plan: Plan) -> optuna.pruners.BasePruner:

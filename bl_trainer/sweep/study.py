@@ -6,9 +6,9 @@ out twice and none has to be written down beforehand. A trial whose worker is go
 
 import copy
 import fcntl
+import hashlib
 import json
 import random
-import re
 import socket
 import threading
 import time
@@ -50,22 +50,21 @@ class Study:
     RecipeError if the study is another sweep's.
     """
 
-    def __init__(self, plan: Plan, folder: Path, storage: str | None = None, name: str = "sweep"):
-        self.plan, self.folder, self.name = plan, folder, name
+    def __init__(self, plan: Plan, folder: Path, storage: str | None = None):
+        self.plan, self.folder = plan, folder
+        self.name = f"{folder.name}-{digest(plan)}" if storage else "sweep"  # of the many in a database
         (folder / "workers").mkdir(parents=True, exist_ok=True)
         self.worker = uuid.uuid4().hex
         self.is_local = storage is None
         self.lock = (folder / "workers" / f"{self.worker}.lock").open("w")  # held for as long as this process lives
         fcntl.flock(self.lock, fcntl.LOCK_EX)
-        self.sampler = _Arms(sampler_of(plan))
+        self.sampler = _Arms(self)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sign(plan, folder)
         try:
             self.study = self._open(storage)
-            self._sign()
-        except RecipeError:
-            raise
         except Exception as error:  # of whatever database it is
-            where = f"`--storage {_without_password(storage)}`" if storage else f"The study in {folder}"
+            where = f"`--storage {storage.partition(':')[0]}:...`" if storage else f"The study in {folder}"
             raise RecipeError(f"{where} can't be used: {sentence(error)}") from error
 
     def _open(self, storage: str | None) -> optuna.Study:
@@ -97,26 +96,6 @@ class Study:
             heartbeat_stale_trial_callback=retry,
             skip_table_creation=False,
         )
-
-    def _sign(self) -> None:
-        """Write into the study what sweep it is of, or raise RecipeError if it is another's."""
-        own = {"schema": SCHEMA, "fingerprint": self.plan.fingerprint()}
-        found = self.study.user_attrs.get("bl_trainer")
-        if found is None and self.study.get_trials(deepcopy=False):
-            found = {}
-        if found is None:
-            self.study.set_user_attr("bl_trainer", own)
-            found = self.study.user_attrs["bl_trainer"]
-        what, instead = f"The study {self.name!r} in {self.folder}", "Write another `--sweep_dir`, or remove that one"
-        if found.get("schema") != SCHEMA:
-            raise RecipeError(
-                f"{what} is of another version of bl_trainer (schema {found.get('schema')}, now {SCHEMA}). {instead}."
-            )
-        if found["fingerprint"] != own["fingerprint"]:
-            raise RecipeError(
-                f"{what} is of another recipe, sweep file or data, whose arms can't be compared with these. {instead}; or go "
-                "back to what they were."
-            )
 
     def index_of(self, trial: FrozenTrial) -> int:
         """Return which arm a trial is of: its place among the trials that were not asked for again."""
@@ -166,15 +145,18 @@ class Study:
                 if step == "wait":
                     time.sleep(POLL)
                 else:
-                    self.study.optimize(lambda trial: self._run(run_arm, job, trial), n_trials=1, catch=(ArmError, _NotNow))
+                    try:
+                        self.study.optimize(lambda trial: self._run(run_arm, job, trial), n_trials=1, catch=(ArmError, _NotNow))
+                    except optuna.exceptions.UpdateFinishedTrialError:  # another worker took this one for dead
+                        continue
         except BaseException as error:
             errors.append(error)
 
     def _next(self) -> str:
         """Say whether there is an arm to run now, whether one may come to be, or whether all are done."""
         arms = self.by_arm()
-        waiting = any(trial.state == TrialState.WAITING for trials in arms.values() for trial in trials)
         known = self.plan.trials if self.plan.trials and self._is_searching(arms) else self.plan.count
+        waiting = any(arms[index][-1].state == TrialState.WAITING for index in arms if index < known)
         if waiting or len(arms) < known:
             return "run"
         return "wait" if len(arms) < self.plan.count or not all(map(_is_over, arms.values())) else "done"
@@ -194,14 +176,17 @@ class Study:
         if self.plan.trials and index >= self.plan.trials and self._is_searching(arms):
             self._ask_again(frozen, {})
             raise _NotNow
-        setting = self._setting(index, trial, arms)
         trial.set_user_attr(ARM, index)
-        trial.set_user_attr(SETTING, setting)
         try:
+            setting = self._setting(index, trial, arms)
+            trial.set_user_attr(SETTING, setting)
             return run_arm(index, setting, trial, job)
-        except ArmError as error:
-            trial.set_user_attr(REASON, str(error))
+        except (RecipeError, optuna.TrialPruned, optuna.exceptions.UpdateFinishedTrialError):
             raise
+        except Exception as error:  # whatever an arm comes to is its own; the others go on
+            reason = str(error) if isinstance(error, ArmError) else f"{type(error).__name__}: {sentence(error)}"
+            trial.set_user_attr(REASON, reason)
+            raise ArmError(reason) from error
 
     def _setting(self, index: int, trial: optuna.Trial, arms: dict[int, list[FrozenTrial]]) -> dict[str, Any]:
         """Return an arm's settings, and have the study know them."""
@@ -220,16 +205,17 @@ class Study:
                     raise ArmError("none of the points drawn for it finished")
                 sign = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
                 best = min(done, key=lambda each: (sign * each.values[0], each.number))
-                fixed |= {key: best.user_attrs[SETTING][key] for key in plan.ranges}
+                fixed = {**{key: best.user_attrs[SETTING][key] for key in plan.ranges}, **fixed}
         self.sampler.fixed[trial.number] = fixed
-        for key in fixed:
+        for key in list(fixed):
             if key not in plan.ranges:
                 choices = [json.dumps(each) for each in plan.values_of(key)]
                 trial.suggest_categorical(key, choices)
         if plan.trials and again < 0:
             for key, bounds in plan.ranges.items():  # under a name of its own for each point: each is searched for by itself
-                suggest = trial.suggest_int if are_whole(bounds) else trial.suggest_float
-                fixed[key] = suggest(f"{key} of arm {which}", **bounds)
+                if key not in fixed:
+                    suggest = trial.suggest_int if are_whole(bounds) else trial.suggest_float
+                    fixed[key] = suggest(f"{key} of arm {which}", **bounds)
         return fixed
 
     def _reclaim(self) -> None:
@@ -251,15 +237,15 @@ class Study:
         worker, host = trial.user_attrs.get(WORKER, (None, None))
         if worker is None:
             age = (datetime.now() - trial.datetime_start).total_seconds() if trial.datetime_start else GRACE
-            return self.is_local and age > GRACE / 4
+            return age > (GRACE / 4 if self.is_local else 2 * GRACE)
         if worker == self.worker or not (self.is_local or host == socket.gethostname()):
             return False
         try:
-            with (self.folder / "workers" / f"{worker}.lock").open("r") as lock:
+            with (self.folder / "workers" / f"{worker}.lock").open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return True
-        except OSError:
+        except BlockingIOError:
             return False
         return True
 
@@ -267,6 +253,39 @@ class Study:
         again = copy.copy(trial)
         again.user_attrs = {key: value for key, value in user_attrs.items() if key not in (WORKER, REASON)}
         RetryHeartbeatStaleTrialCallback()(self.study, again)
+
+
+def digest(plan: Plan) -> str:
+    """Return a hash of a plan."""
+    return hashlib.sha256(json.dumps(plan.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sign(plan: Plan, folder: Path, write: bool = True) -> None:
+    """Write into a sweep's folder what it is of, or raise RecipeError if it is another's."""
+    path = folder / "sweep.json"
+    if not write and not path.exists():
+        return
+    own = {"schema": SCHEMA, "parts": plan.fingerprint()}
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if not text:
+            file.write(json.dumps(own, indent=1) + "\n")
+            return
+    found = json.loads(text)
+    what, instead = f"The sweep in {folder}", "Write another `--sweep_dir`, or remove that one"
+    if found.get("schema") != SCHEMA:
+        raise RecipeError(
+            f"{what} is of another version of bl_trainer (schema {found.get('schema')}, now {SCHEMA}). {instead}."
+        )
+    then, now = found["parts"], plan.fingerprint()
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if changed:
+        raise RecipeError(
+            f"{what} had another {', another '.join(changed)}, and its arms can't be compared with these. {instead}; or go "
+            "back to what it was."
+        )
 
 
 def _is_over(trials: list[FrozenTrial]) -> bool:
@@ -291,34 +310,36 @@ class _NotNow(Exception):
 
 
 class _Arms(optuna.samplers.BaseSampler):
-    """Gives the settings of an arm as they are, and lets another sampler draw the rest."""
+    """Gives the settings of an arm as they are, and lets a sampler of the arm's own draw the rest.
 
-    def __init__(self, inner: optuna.samplers.BaseSampler):
-        self.inner = inner
+    Seeded by the arm, so that workers and restarts draw different points, and the same ones for the same arm and history.
+    """
+
+    def __init__(self, study: Study):
+        self.study = study
         self.fixed: dict[int, dict[str, Any]] = {}  # by number of the trial
+        self.inner: dict[int, optuna.samplers.BaseSampler] = {}
+
+    def _own(self, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
+        if trial.number not in self.inner:
+            self.inner[trial.number] = sampler_of(self.study.plan, self.study.index_of(trial))
+        return self.inner[trial.number]
 
     def infer_relative_search_space(self, study, trial):
-        space = self.inner.infer_relative_search_space(study, trial)
+        space = self._own(trial).infer_relative_search_space(study, trial)
         return {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
 
     def sample_relative(self, study, trial, search_space):
-        return self.inner.sample_relative(study, trial, search_space)
+        return self._own(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(self, study, trial, param_name, param_distribution):
         fixed = self.fixed.get(trial.number, {})
         if isinstance(param_distribution, CategoricalDistribution) and param_name in fixed:
             return json.dumps(fixed[param_name])
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+        return self._own(trial).sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study, trial):
-        self.inner.before_trial(study, trial)
+        self._own(trial).before_trial(study, trial)
 
     def after_trial(self, study, trial, state, values):
-        self.inner.after_trial(study, trial, state, values)
-
-    def reseed_rng(self) -> None:
-        self.inner.reseed_rng()
-
-
-def _without_password(url: str | None) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", url or "")
+        self._own(trial).after_trial(study, trial, state, values)

@@ -1,25 +1,29 @@
 """The sweep verb: reads recipe and sweep file, runs what is left of the arms, and writes the leaderboard."""
 
+import json
 import math
 import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from ..local_data import load_dataset
 from ..parser import RecipeError
 from ..recipe import Recipe
-from .arm import REMOVED, Runner, arm_folder, evaluate_base, read_result
+from .arm import Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
 from .page import summary, write_leaderboard
 from .plan import Plan, check_arm, describe
-from .study import REASON, ArmError, Study
+from .study import REASON, SETTING, ArmError, Study, sign
 
 COST_ROWS = 1000  # rows that the number of tokens is estimated from
 
@@ -59,14 +63,20 @@ def sweep(argv: list[str]) -> None:
     folder = Path(options.sweep_dir or f"{recipe.training.output_dir}-sweep")
     plan = Plan.read(recipe, options.sweep, folder)
     devices = _devices(options.jobs, recipe.training.use_cpu)
-    held_out = held_out_keys(plan, recipe)
+    plan.launch = f"{options.launch or ''} {[share.count(',') + 1 for share in devices] if devices else 'cpu'}".strip()
+    held_out = held_out_recipe(plan, recipe)
     if options.dry_run:
-        print(dry_run(plan, recipe, held_out))
+        if folder.is_dir():
+            sign(plan, folder, write=False)
+        print(dry_run(plan) + f"\nThey go to {folder}/arms.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(plan, folder, options.storage, folder.name)
+    study = Study(plan, folder, options.storage)
     for note in plan.notes:
         print(note)
+    if plan.evaluate:
+        print("Evaluating the base model.")
+        evaluate_base(plan, folder)  # before any arm, so that what is wrong with tasks shows now
     with Progress(plan) as progress:
         runner = Runner(plan, folder, options.launch, devices, options.jobs, progress.tell, held_out)
 
@@ -83,8 +93,6 @@ def sweep(argv: list[str]) -> None:
 
         try:
             study.run(run_arm, options.jobs, options.retry_failed)
-            if plan.evaluate and any(read_result(arm_folder(folder, index)) for index in range(plan.count)):
-                evaluate_base(plan, folder)
         finally:
             runner.close()
     board = judge(plan, folder, failures(study))
@@ -93,27 +101,19 @@ def sweep(argv: list[str]) -> None:
 
 
 def failures(study: Study) -> dict[int, tuple[dict[str, Any], str]]:
-    """Return arm -> (settings, reason) of the arms that failed or were pruned."""
+    """Return arm -> (settings, reason) of the arms that failed, were pruned, or whose results are gone."""
     found = {}
     for index, trials in study.by_arm().items():
-        reason = trials[-1].user_attrs.get(REASON)
-        if reason is not None and read_result(arm_folder(study.folder, index)) is None:
-            found[index] = (trials[-1].user_attrs.get("setting", {}), reason)
+        last = trials[-1].user_attrs
+        if read_result(arm_folder(study.folder, index)) is None:
+            gone = f"its results are gone from {arm_folder(study.folder, index)}: is the folder shared by all workers?"
+            found[index] = (last.get(SETTING, {}), last.get(REASON) or gone)
     return found
 
 
-def held_out_keys(plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """Return the keys that make of an arm's recipe one for its held-out data. Raises RecipeError if there are none."""
-    name = plan.held_out or recipe.script.dataset_name
-    script = recipe.script
-    keys: dict[str, Any] = dict.fromkeys(
-        ("datasets", "test_split_size", "streaming", "dataset_streaming", "dataset_test_split", "packing", "packing_strategy",
-         "eval_packing", "eval_strategy", "eval_steps", "metric_for_best_model", "load_best_model_at_end", "eval_on_start",
-         "greater_is_better", "max_steps", "resume_from_checkpoint", "report_to", "run_name", "objective", "threshold"),
-        REMOVED,
-    )  # fmt: skip
-    if plan.held_out:
-        keys["dataset_config"] = REMOVED
+def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe that arms are measured by. Raises RecipeError if there are no data to hold out."""
+    name, script = plan.held_out or recipe.script.dataset_name, recipe.script
     split = script.dataset_test_split
     try:
         loaded = load_dataset(type(script)(dataset_name=name, dataset_config=None if plan.held_out else script.dataset_config))
@@ -127,10 +127,12 @@ def held_out_keys(plan: Plan, recipe: Recipe) -> dict[str, Any]:
             "in the recipe, or `held_out: test.jsonl` in the sweep file."
         )
     recipe.check_columns(split, loaded[split])
-    return {**keys, "dataset_name": str(name), "dataset_train_split": split, "seed": 0}
+    made = plan.held_out_recipe(str(name), split)
+    check_arm(made)
+    return made
 
 
-def dry_run(plan: Plan, recipe: Recipe, held_out: dict[str, Any]) -> str:
+def dry_run(plan: Plan) -> str:
     """Return the arms, their number, and what they cost in tokens."""
     points, seeds = plan.points(), plan.seeds
     lines = [*plan.notes]
@@ -140,19 +142,29 @@ def dry_run(plan: Plan, recipe: Recipe, held_out: dict[str, Any]) -> str:
     else:
         lines.append(f"{plan.count} arms: {len(points)} settings at seeds {', '.join(map(str, seeds))}:")
     lines += [f"  {describe(point)}" for point in points]
-    tokens, rows = _tokens(check_arm(plan.recipe_of({**points[0], "seed": seeds[0]})))
-    if tokens is None:
+    costs = [_tokens(json.dumps(recipe_of_cost(plan, point), sort_keys=True, default=str)) for point in points]
+    if any(tokens is None for tokens, _ in costs):
         lines.append("The data are streamed or can't be counted beforehand, so the cost isn't known.")
-    else:
-        lines.append(f"Each trains on about {tokens:,} tokens ({rows}); all of them on about {tokens * plan.count:,}.")
+        return "\n".join(lines)
+    total = sum(tokens or 0 for tokens, _ in costs) * plan.count // len(points)
+    each = {f"about {tokens:,} tokens ({how})": None for tokens, how in costs}
+    lines.append(f"Each trains on {' or '.join(each)}; all of them on about {total:,}.")
     return "\n".join(lines)
 
 
-def _tokens(recipe: Recipe) -> tuple[int | None, str]:
-    """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
+def recipe_of_cost(plan: Plan, point: dict[str, Any]) -> dict[str, Any]:
+    """Return an arm's recipe without what costs no tokens."""
+    recipe = plan.recipe_of({**{key: bounds["low"] for key, bounds in plan.ranges.items()}, **point})
+    return {key: value for key, value in recipe.items() if key not in ("objective", "threshold", "learning_rate", "seed")}
 
+
+@cache
+def _tokens(text: str) -> tuple[int | None, str]:
+    """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned.
+
+    `text`: its recipe as JSON.
+    """
+    recipe = check_arm(json.loads(text))
     dataset, _ = recipe.load_datasets()
     if not isinstance(dataset, Dataset):
         return None, ""
@@ -190,6 +202,8 @@ def _devices(jobs: int, use_cpu: bool) -> list[str] | None:
     if jobs > len(names):
         raise RecipeError(f"`--jobs {jobs}`: there are {len(names)} GPUs. Write at most so many jobs.")
     size = len(names) // jobs
+    if len(names) % jobs:
+        print(f"{len(names) % jobs} of {len(names)} GPUs stay idle: they can't be shared out evenly among {jobs} jobs.")
     return [",".join(names[i * size : (i + 1) * size]) for i in range(jobs)]
 
 
