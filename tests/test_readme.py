@@ -191,3 +191,21 @@ def test_figure_is_the_scripts(tmp_path):
     script = runpy.run_path(str(ROOT / "scripts" / "plot_weights.py"))
     script["main"](str(tmp_path / "weights.svg"))
     assert (tmp_path / "weights.svg").read_bytes() == (ROOT / "docs" / "weights.svg").read_bytes()
+
+
+def test_the_worked_example_is_read(tmp_path):
+    text = (ROOT / "docs" / "choosing-an-objective.md").read_text()
+    (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "sweep.yaml").write_text(sweep.replace("continuum/mid-fact-30/test.jsonl", str(tmp_path / "test.jsonl")))
+    keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
+    plan = Plan.read(Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path)
+    assert f"{plan.count} arms: {len(plan.points())} settings" in text
+    for script in re.findall(r"scripts/\w+\.py", text):
+        assert (ROOT / script).exists()
+
+
+def test_links_within_the_project():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
