@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ..curves import Curve
 from ..objectives import Objective, Threshold
@@ -18,6 +21,7 @@ from .leaderboard import Difference, Leaderboard, Row
 from .plan import RULERS, describe
 
 MAX_CURVES = 8
+ACROSS = 4  # rulers in a row
 
 
 def write_leaderboard(board: Leaderboard, folder: Path, command: str) -> None:
@@ -215,10 +219,18 @@ def _picture(name: str, board: Leaderboard) -> str:
     return picture(partial(_draw_pareto, board), (7.2, 2.9), "The ruler against drift from the base model")
 
 
+def _drawn(board: Leaderboard) -> list[str]:
+    return [name for name in board.rulers if name != "perplexity"]
+
+
 def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:
-    names = [name for name in board.rulers if name != "perplexity"]
+    names = _drawn(board)
     places = list(range(len(board.rows)))[::-1]
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+    every = figure.subplots(math.ceil(len(names) / ACROSS), min(len(names), ACROSS), sharey=True, squeeze=False).flat
+    for axes, name in itertools.zip_longest(every, names):
+        if name is None:
+            axes.set_visible(False)
+            continue
         for place, row in zip(places, board.rows, strict=True):
             mean, interval = row.values[name]
             if interval:
@@ -227,7 +239,7 @@ def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:
         if board.base is not None and name in board.base:
             axes.axvline(board.base[name], color=theme[1], lw=1, ls="--")
         axes.set(yticks=places, yticklabels=[row.name for row in board.rows], ylim=(-0.6, len(places) - 0.4))
-        axes.set_xlabel(name.replace("_", " "), size=8)
+        axes.set_xlabel(name.replace("_", " "), size=7.5)
         axes.tick_params(labelsize=7)
         axes.locator_params(axis="x", nbins=3)
 
@@ -248,7 +260,8 @@ def _draw_alphas(alphas: dict[float, tuple[float, Any]], ruler: str, figure: Fig
         if alphas[alpha][1]:
             axes.plot([alpha, alpha], alphas[alpha][1], "-", color=theme[3][0], lw=1)
     axes.set_xscale("symlog", linthresh=0.1)
-    axes.set(xlabel="alpha", ylabel=ruler)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="alpha", ylabel=ruler, xticks=places, xticklabels=[f"{alpha:g}" for alpha in places])
 
 
 def _draw_pareto(board: Leaderboard, figure: Figure, theme: Any) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -190,7 +191,7 @@ class Plan:
             raise RecipeError("A mixture has no test split of its own. Write `held_out: test.jsonl` in the sweep file.")
         seen: dict[str, dict[str, Any]] = {}
         for point in self.points():
-            name = json.dumps(_plain(point), sort_keys=True, default=str)
+            name = json.dumps(_plain(point), sort_keys=True)
             if name in seen:
                 raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
             seen[name] = point
@@ -325,7 +326,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _number(key: str, value: Any) -> Any:
-    """Return a number that YAML takes for a text, such as 1e-5, as the number that the recipe's reader makes of it."""
+    """Return a value as the recipe's reader takes it: a number that YAML takes for a text, such as 1e-5; a date as a text."""
+    if isinstance(value, date):
+        return str(value)
     if isinstance(value, str) and key in NUMBERS:
         try:
             return float(value)

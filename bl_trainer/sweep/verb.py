@@ -77,7 +77,7 @@ def sweep(argv: list[str]) -> None:
     if plan.evaluate:
         print("Evaluating the base model.")
         evaluate_base(plan, folder)  # before any arm, so that what is wrong with tasks shows now
-    with Progress(plan) as progress:
+    with Progress(plan, folder) as progress:
         runner = Runner(plan, folder, options.launch, devices, options.jobs, progress.tell, held_out)
 
         def run_arm(index: int, setting: dict[str, Any], trial: Any, job: int) -> float:
@@ -210,9 +210,11 @@ def _devices(jobs: int, use_cpu: bool) -> list[str] | None:
 class Progress:
     """Shows how far the sweep is: a bar, beside it what each arm does, and a line for each arm that is done."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, folder: Path):
         self.now: dict[int, str] = {}
-        self.bar = tqdm(total=plan.count, desc="Arms", disable=not sys.stderr.isatty())
+        self.done = sum(read_result(arm_folder(folder, index)) is not None for index in range(plan.count))
+        self.count = plan.count
+        self.bar = tqdm(total=plan.count, initial=self.done, desc="Arms", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
         return self
@@ -233,5 +235,6 @@ class Progress:
     def end(self, index: int, how: str) -> None:
         """An arm ends, whichever way."""
         self.now.pop(index, None)
-        tqdm.write(f"arm {index:03d}: {how}")
+        self.done += 1
+        tqdm.write(f"arm {index:03d}, {self.done} of {self.count}: {how}")
         self.bar.update()
