@@ -142,6 +142,13 @@ def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
         assert "cret" not in str(caught.value).split("can't")[0]
 
 
+def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):
+    with pytest.raises(RecipeError, match="In an arm of the sweep: `save_only_model: true` leaves out of the checkpoints"):
+        make(GRID, save_only_model=True)
+    assert make(GRID).recipe_of({})["save_total_limit"] == 1
+    assert make(GRID, save_total_limit=3).recipe_of({})["save_total_limit"] == 3
+
+
 def test_values_as_yaml_gives_them(make):
     """1e-5 is a text to YAML; the recipe's reader takes it for a number, and so does the sweep's."""
     plan = make("arms: [{objective: nll}]\nlearning_rate: [1e-5, 3e-5, 1e-4]\n")

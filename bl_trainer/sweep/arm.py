@@ -84,8 +84,7 @@ class Arm:
 
     def run(self, trial: optuna.Trial) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = {"output_dir": str(self.model), "resume_from_checkpoint": True}
-        recipe = {"save_total_limit": 1, **self.plan.recipe_of(self.setting), **own}
+        recipe = {**self.plan.recipe_of(self.setting), "output_dir": str(self.model)}
         if recipe.get("report_to") not in (None, "none", [], ["none"]):
             recipe["run_name"] = f"{self.runner.folder.name}-{self.index:03d}"
         write_yaml(self.folder / "recipe.yaml", recipe)

@@ -78,10 +78,11 @@ class Plan:
         """Return the plan that a sweep file makes of a recipe, to be run in `folder`. Raises RecipeError."""
         given = load_yaml([path], what="sweep file")
         keys = [key for key in given if key not in OWN_KEYS]
-        for key in sorted({*keys, *itertools.chain(*_mappings(given.get("arms", [{}])))}):
+        arms = [{key: _number(key, value) for key, value in arm.items()} for arm in _mappings(given.get("arms", [{}]))]
+        for key in sorted({*keys, *itertools.chain(*arms)}):
             if key in TAKEN:
                 raise RecipeError(f"`{key}` can't be swept: a sweep sets it for each arm, or needs it the same for all.")
-        if any("seed" in arm for arm in _mappings(given.get("arms", [{}]))):
+        if any("seed" in arm for arm in arms):
             raise RecipeError("`seed` in an arm: all arms run at the same seeds. Write `seed: [0, 1, 2]` beside `arms`.")
         if recipe.given.get("test_split_size") is not None:
             raise RecipeError(
@@ -89,7 +90,6 @@ class Plan:
                 "write `held_out: test.jsonl` in the sweep file."
             )
         base = {key: value for key, value in recipe.given.items() if key not in TAKEN}
-        arms = [{key: _number(key, value) for key, value in arm.items()} for arm in _mappings(given.get("arms", [{}]))]
         plan = cls(base, arms, {}, list(SEEDS))
         allowed = [*OWN_KEYS, *(f.name for each in DATACLASSES for f in fields(each))]
         for key in keys:
@@ -243,8 +243,11 @@ class Plan:
         return len(self.points()) * len(self.seeds)
 
     def recipe_of(self, setting: dict[str, Any]) -> dict[str, Any]:
-        """Return the recipe of an arm with these settings, which an `output_dir` makes complete."""
-        return {**self.base, **setting}
+        """Return the recipe of an arm with these settings, which an `output_dir` makes complete.
+
+        It goes on from its last checkpoint, and keeps no more than that unless the sweep's recipe says so.
+        """
+        return {"save_total_limit": 1, **self.base, **setting, "resume_from_checkpoint": True}
 
     def held_out_recipe(self, name: str, split: str) -> dict[str, Any]:
         """Return the recipe by which all arms are measured, but for their models: on a split of a data set, row by row."""
