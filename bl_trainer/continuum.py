@@ -56,6 +56,9 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "intermediate": [{"objective": "nll"}, {"objective": {"name": "power", "alpha": 0.5}}, {"objective": "neg_p"}],
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
+# From this share of all target tokens on, what is improbable and can be learnt is too much to forgo. The cells of the miniature
+# continuum on which NLL beats neg_p have 0.29 and more, the others 0.12 and less (docs/continuum.md)
+LEARNABLE = 0.2
 SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
 SHIFTED = 0.05  # difference between mean p with and without tokens that aren't content, from which it is said
 RARE = 0.1  # mean p below which a kind of token is called unlearnt
@@ -109,8 +112,10 @@ def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, thresho
     }
 
 
-def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]) -> dict[str, Any]:
-    """Return the report of a measurement, all but the examples; a mapping fit for JSON."""
+def summarise(
+    measurement: Measurement, recipe: Recipe, percentiles: list[float], learnability: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the report of a measurement, all but the examples; a mapping fit for JSON. `learnability`: the probe's."""
     total, histogram = measurement.total, measurement.histogram
     mean, interval = total.mean("prob"), total.interval("prob")
     ranks = sorted({*map(float, range(1, 100)), *percentiles})
@@ -152,6 +157,8 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
         "groups_cut": OTHER in measurement.groups,
         "has_prompts": bool(measurement.responses[1] > measurement.responses[0] / 2),
     }
+    if learnability is not None:
+        report["learnability"] = {**learnability, "verdict": judge(learnability)}
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
     report["recommendation"] = recommend(report, cut)
@@ -197,13 +204,61 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
 
 
+def judge(learnability: dict[str, Any]) -> str:
+    """Return what the probe says of a data set's improbable targets: `knowledge`, `noise`, or `undecided`.
+
+    Undecided where the interval of the learnable share crosses `LEARNABLE`, or where that share lies below and has risen since
+    half-way by more than the interval's half width, so that more steps might take it across.
+    """
+    interval, half_way = learnability["learnable_interval"], learnability["half_way"]
+    if interval is None or interval[0] < LEARNABLE < interval[1]:
+        return "undecided"
+    if interval[0] >= LEARNABLE:
+        return "knowledge"
+    if half_way is None:
+        return "undecided"
+    rise = learnability["learnable"] - half_way["learnable"]
+    is_rising = rise > (interval[1] - interval[0]) / 2 and learnability["learnable"] + rise >= LEARNABLE
+    return "undecided" if is_rising else "noise"
+
+
+def _regions(report: dict[str, Any]) -> list[str]:
+    """Return the regions whose objectives are worth sweeping: those of mean p, unless the probe says otherwise.
+
+    Where the improbable targets are knowledge, only what learns them; where they are noise, only what leaves them.
+    """
+    possible, verdict = report["placement"]["possible"], report.get("learnability", {}).get("verdict")
+    if verdict == "knowledge":
+        return ["weak"]
+    if verdict == "noise":
+        return [region for region in possible if region != "weak"] or ["intermediate"]
+    return possible
+
+
+def _learnability_reasons(learnability: dict[str, Any]) -> list[str]:
+    low, learnable, interval = (learnability[key] for key in ("low", "learnable", "learnable_interval"))
+    shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+    found = (
+        f"Of all targets {low:.3f} are improbable (p < {learnability['below']:g}), and {learnable:.3f}{shown} could be "
+        f"foretold after {learnability['steps']} steps on other examples"
+    )
+    verdict = {
+        "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens: nll, or power 0.5 if "
+        "there is noise as well",
+        "noise": "little to learn, so the rest is noise to this model: prior-leaning objectives lose little by leaving it",
+        "undecided": f"undecided (the cut is {LEARNABLE:g}, and the share may still rise): give more `--probe_steps`, or sweep",
+    }[learnability["verdict"]]
+    return [f"{found}: {verdict}."]
+
+
 def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     """Say what to sweep and why, and what to beware of, from the figures of a report."""
     placement, total, kinds = report["placement"], report["total"], report["kinds"]
+    regions = _regions(report)
     arms: list[dict[str, Any]] = []
-    for region in placement["possible"]:
+    for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
-    if placement["possible"] != ["weak"]:
+    if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
     recipe = report["recipe"]
     if recipe["threshold"] is not None:  # which an arm would inherit
@@ -217,6 +272,8 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     if not placement["decided"]:
         why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
         reasons = [f"Undecided, {' or '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
+    if "learnability" in report:
+        reasons = _learnability_reasons(report["learnability"]) + reasons
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
         "gives none itself. Two sets of equal mean p can want different objectives: read the examples, and sweep."

@@ -22,6 +22,7 @@ from trl import pack_dataset
 from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
+from .learnability import Probe, halves, probe_adapter
 from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
 from .parser import RecipeError
@@ -53,6 +54,10 @@ class DiagnoseArguments:
     probe: str | None = field(
         default=None, metadata={"help": "Data set that was not trained on, for --compare to show forgetting."}
     )
+    probe_steps: int = field(
+        default=0,
+        metadata={"help": "Steps of a LoRA adapter on half of the data, to tell knowledge from noise by the other half."},
+    )
 
     def check(self) -> None:
         """Raise RecipeError on a wrong value or a report folder that can't be written to."""
@@ -67,6 +72,10 @@ class DiagnoseArguments:
             raise RecipeError(f"`--compare {self.compare}` is not a folder. Give a checkpoint's or an adapter's.")
         if self.probe and not self.compare:
             raise RecipeError("`--probe` does nothing without `--compare`. Give a checkpoint or an adapter to compare.")
+        if self.probe_steps < 0:
+            raise RecipeError(f"`--probe_steps {self.probe_steps}` must not be negative; 0 leaves the learnability probe out.")
+        if self.probe_steps and self.compare:
+            raise RecipeError("`--probe_steps` asks about the recipe's own model. Run it without `--compare`.")
         folder = Path(self.report)
         present = [name for name in REPORT_FILES if (folder / name).exists()]
         if present and not self.overwrite:
@@ -166,7 +175,7 @@ class Diagnosis:
             args=args,
             train_dataset=_deal(dataset, args),
             quantization_config=recipe.quantization_config,
-            peft_config=recipe.peft_config if recipe.quantization_config else None,  # an adapter that does nothing yet
+            peft_config=self._adapter(),
         )
         if self.trainer._is_vision_dataset:
             raise RecipeError("Diagnosis reads text; this data set has images.")
@@ -179,6 +188,7 @@ class Diagnosis:
         self.loader, self.is_cut = self._load(prepared), self.trainer.is_cut
         self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
+        self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
         args.threshold = threshold
 
     def run(self) -> dict[str, Any]:
@@ -205,7 +215,11 @@ class Diagnosis:
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
         measurement.reduce(accelerator)
-        report = summarise(measurement, self.recipe, self.options.percentiles)
+        learnability = None
+        if self.learnability is not None:
+            accelerator.print(self.learnability.cost())
+            learnability = self.learnability.run()
+        report = summarise(measurement, self.recipe, self.options.percentiles, learnability)
         report["sampled"], report["streamed"] = is_sample, self.num_rows is None
         if is_sample and self.num_rows is None:
             report["recommendation"]["warnings"].insert(
@@ -220,6 +234,24 @@ class Diagnosis:
         if self.probe is not None:
             report["compare"]["probe"], report["rows"]["probe"] = self._run_probe(*self.probe, limit)
         return report
+
+    def _adapter(self) -> PeftConfig | None:
+        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
+        recipe = self.recipe
+        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
+
+    def _make_learnability(self, dataset: Any, steps: int) -> Probe:
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        first, second = halves(dataset, args.seed, steps * size)
+        shared = trainer.processing_class, args, False, None
+        train_dataset = BLTrainer._prepare_dataset(trainer, first, *shared, "train")
+        packs, trainer.packs, trainer.by = trainer.packs, False, None
+        loader = self._load(trainer._prepare_dataset(_deal(second, args), *shared, "probe"))
+        trainer.packs, trainer.by = packs, self.options.by
+        return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
 
     def _stop(self, limit: int | None) -> int | None:
         """What packed data are to stop at: nothing, since they are a sample by themselves."""

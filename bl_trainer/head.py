@@ -86,6 +86,18 @@ def score(hidden: Tensor, head: Head, target: Tensor) -> TokenScores:
     return TokenScores.join(parts)
 
 
+@torch.compiler.disable
+def log_probs(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """Return log p of each of `tokens`, (N, K) int64, after `hidden`, (N, hidden size); (N, K). Without gradient."""
+    blocks = Blocks(hidden, head)
+    buffer, parts = blocks.empty(blocks.rows), []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in blocks:
+            logits = blocks.logits(rows, buffer)
+            parts.append(logits.gather(1, tokens[rows]) - logits.logsumexp(dim=1, keepdim=True))
+    return torch.cat(parts)
+
+
 @dataclass
 class TokenDivergences:
     """How far a tuned model's next-token distribution q is from the base model's p, at each of N target tokens; all (N,).

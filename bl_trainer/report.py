@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .continuum import ANCHORS, BUCKETS, SWEPT_PERCENTILE, objective_name, sweep_yaml
+from .continuum import ANCHORS, BUCKETS, LEARNABLE, SWEPT_PERCENTILE, objective_name, sweep_yaml
 from .objectives import Objective, Threshold
 from .pages import document, escape, finite, picture, render, table, to_json
 from .statistics import Comparison
@@ -76,7 +76,7 @@ def terminal_summary(report: dict[str, Any], folder: str | None) -> str:
                     f"  against {_short(report['compare']['checkpoint'])} on {name}: mean p {part['base_prob']:.3f} -> "
                     f"{part['prob']:.3f}, nll {part['base_nll']:.3f} -> {part['nll']:.3f}, KL {part['kl']:.4f}"
                 )
-    lines += [f"  {_clip(reason)}" for reason in advice["reasons"][:2]]
+    lines += [f"  {_clip(reason)}" for reason in advice["reasons"][: 3 if "learnability" in report else 2]]
     lines += [f"  ! {_clip(warning)}" for warning in advice["warnings"][:6]]
     lines.append("Try: " + "; ".join(_arm(arm) for arm in advice["arms"]))
     lines.append(f"Report: {Path(folder or '.') / 'report.html'}   arms: {Path(folder or '.') / 'sweep.yaml'}")
@@ -233,6 +233,8 @@ def page(report: dict[str, Any]) -> str:
         f"{report['calibration']['error']:.3f}.</p>" + _figure("reliability", report) + "</section>",
         "<section><h2>From example to example</h2>" + _figure("examples", report) + _groups(report) + "</section>",
     ]  # fmt: skip
+    if "learnability" in report:
+        sections.insert(1, "<section><h2>Knowledge or noise</h2>" + _learnability(report["learnability"]) + "</section>")
     if "compare" in report:
         sections.insert(
             2, "<section><h2>Against the base model</h2>" + _comparison(report) + _figure("moved", report) + "</section>"
@@ -243,6 +245,28 @@ def page(report: dict[str, Any]) -> str:
         f"{report['model']}: {_placement(placement)}",
         sections,
         f'<script type="application/json" id="data">{data}</script><script>{script}</script>',
+    )
+
+
+def _learnability(found: dict[str, Any]) -> str:
+    parts = {f"after {found['steps']} steps": found}
+    if found["half_way"] is not None:
+        parts = {f"after {found['steps'] // 2} steps": found["half_way"], **parts}
+    header = ["", "improbable", "of them foretold", "not foretold"]
+    rows = [
+        [
+            name,
+            f"{part['low']:.4f}",
+            _interval(part["learnable"], part["learnable_interval"]),
+            f"{part['low'] - part['learnable']:.4f}",
+        ]
+        for name, part in parts.items()
+    ]
+    return (
+        f"<p>An adapter trained by nll on {found['trained']['examples']:,} examples of one half of the data was asked about "
+        f"{found['tokens']:,} target tokens of {found['examples']:,} examples of the other. What it foretells there is knowledge "
+        "that the model lacks, the rest is noise, or takes more steps. Shares of all target tokens; improbable: p &lt; "
+        f"{found['below']:g}; from {LEARNABLE:g} on what is foretold is too much to forgo.</p>" + table(header, rows)
     )
 
 

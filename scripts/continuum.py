@@ -136,13 +136,14 @@ def nll_against_neg_p(board: Leaderboard) -> tuple[float, str]:
 def table(cells: list[dict[str, Any]], ruler: str) -> str:
     """Return a Markdown table of a ruler: each objective at its best learning rate, mean over seeds with its interval."""
     names = list(dict.fromkeys(row.name for cell in cells for row in sorted(cell["boards"][ruler].rows, key=_order)))
-    lines = ["| cell | noise | base mean p | base | " + " | ".join(names) + " | neg_p - nll |", "|---" * (len(names) + 5) + "|"]
+    lines = ["| cell | noise | base mean p | learnable | base | " + " | ".join(names)]
+    lines = [lines[0] + " | neg_p - nll |", "|---" * (len(names) + 6) + "|"]
     for cell in cells:
         board = cell["boards"][ruler]
         rows = {row.name: row for row in board.rows}
         shown = [_shown(rows[name], ruler) if name in rows else "" for name in names]
         base = f"{cell['base'][ruler]:.3f}"
-        head = f"| {cell['cell']} | {cell['corruption']:.0%} | {cell['prob']:.3f} | {base} |"
+        head = f"| {cell['cell']} | {cell['corruption']:.0%} | {cell['prob']:.3f} | {cell['learnable']:.3f} | {base} |"
         lines.append(f"{head} {' | '.join(shown)} | {nll_against_neg_p(board)[1]} |")
     return "\n".join(lines)
 
@@ -216,7 +217,9 @@ def main() -> None:
             plan = plan_of(options.folder, cell, corruption, options.seeds, options.full)
             boards = sweep(plan, home, cell, corruption, pool, options.jobs)
             items = base.result()
-            found = {"cell": cell, "corruption": corruption, "prob": diagnosis.result()["total"]["prob"], "boards": boards}
+            measured = diagnosis.result()
+            base_figures = {"prob": measured["total"]["prob"], "learnable": measured["learnability"]["learnable"]}
+            found = {"cell": cell, "corruption": corruption, **base_figures, "boards": boards}
             cells.append({**found, "base": means(items, items.pop("targets")), "examples": len(items["greedy"])})
             arms += plan.count
     text = report(cells, options, arms)

@@ -14,7 +14,6 @@ completion such as `abcdefgh`, of equal length everywhere; TRL adds the end toke
 import copy
 import io
 import json
-import math
 import random
 import shutil
 import string
@@ -41,6 +40,7 @@ CORRUPTIONS = (0.0, 0.3)
 
 POOL, HELD_OUT = 8192, 256  # examples of a cell; an arm trains on STEPS * BATCH of the pool, chosen by its seed
 DIAGNOSED = 20_000  # target tokens
+PROBE_STEPS, PROBE_RATE = 40, 1e-3  # of the learnability probe, which takes 10 times the rate for its adapter
 STEPS, BATCH = 100, 32
 
 # Shares of the tasks in pretraining: without reversal, then with it until the mean p of its target tokens reaches HALF_WAY,
@@ -244,27 +244,6 @@ def score(model: Any, prompts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return logp.gather(-1, targets[..., None])[..., 0], logp.argmax(-1) == targets
 
 
-def learnability(before: Tensor, after: Tensor, targets: Tensor, below: float, generator: torch.Generator) -> dict[str, float]:
-    """Say how much of the improbable targets (N,) is knowledge, from log p (N, V) before and after training on other data.
-
-    `rise`: mean change of log p; `above_0.2`: share with p > 0.2 afterwards; `control`: mean change of controls. A target's
-    control is the target of another place, taken at random, as improbable here. `beats`: share of targets whose log p rises by
-    more than their control's. What training can't tell from any other token, noise, does so half the time, so that
-    `knowledge` = 2 `beats` - 1 estimates the share of targets that training can foretell.
-    """
-    other = targets[torch.randperm(len(targets), generator=generator)]
-    fair = (other != targets) & (before.gather(-1, other[:, None])[:, 0] < math.log(below))
-    rise, control = ((after - before).gather(-1, token[:, None])[:, 0] for token in (targets, other))
-    beats = (rise > control)[fair].double().mean().item()
-    return {
-        "rise": rise.double().mean().item(),
-        "control": control[fair].double().mean().item(),
-        "above_0.2": (after.gather(-1, targets[:, None])[:, 0] > math.log(0.2)).double().mean().item(),
-        "beats": beats,
-        "knowledge": 2 * beats - 1,
-    }
-
-
 @torch.no_grad()
 def generate(model: Any, prompts: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
     """Return `length` new tokens for each of (N, L) prompts, padded after the end token: greedily, or, with a `generator`,
@@ -336,32 +315,11 @@ class Miniature:
             "targets": targets.shape[1],
         }
 
-    def probe(
-        self, cell: str, corruption: float, seed: int = 0, learning_rate: float = 1e-3, steps: int = 40, below: float = 0.1
-    ) -> dict[str, Any]:
-        """Train by NLL for some steps on one part of a cell's training set, and return what `learnability` finds for that part
-        (`trained`) and for one of equal size (`other`); with the share of improbable targets that are corrupted."""
-        rows, clean = (
-            read_rows(cell_folder(self.folder, cell, share) / "train.jsonl") for share in (corruption, CORRUPTIONS[0])
-        )
-        order = random.Random(seed).sample(range(len(rows)), 2 * steps * BATCH)
-        parts = {"trained": order[::2], "other": order[1::2]}
-        model = copy.deepcopy(self.base).train()
-        dataset = tokenize([rows[i] for i in parts["trained"]], self.tokenizer)
-        train(model, dataset, seed=seed, learning_rate=learning_rate, max_steps=steps)
-        found: dict[str, Any] = {"cell": cell, "corruption": corruption, "seed": seed}
-        for name, chosen in parts.items():
-            prompts, targets = encode([rows[i] for i in chosen], self.tokenizer)
-            _, right = encode([clean[i] for i in chosen], self.tokenizer)
-            before, after = (distribution(each, prompts, targets) for each in (self.base, model))
-            low = before.gather(-1, targets[..., None])[..., 0] < math.log(below)
-            found[name] = learnability(before[low], after[low], targets[low], below, torch.Generator().manual_seed(seed))
-            found[name] |= {"low": low.double().mean().item(), "corrupted": (targets != right)[low].double().mean().item()}
-        return found
-
     def diagnose(self, cell: str, corruption: float) -> dict[str, Any]:
-        """Return the package's diagnosis of the cell's recipe, on a sample of DIAGNOSED tokens; a mapping as in report.json."""
+        """Return the package's diagnosis of the cell's recipe, on a sample of DIAGNOSED tokens and with the learnability probe;
+        a mapping as in report.json."""
         argv = ["--config", str(cell_folder(self.folder, cell, corruption) / "recipe.yaml")]
         argv += ["--report", "unused", "--max_tokens", str(DIAGNOSED), "--disable_tqdm", "true"]
+        argv += ["--probe_steps", str(PROBE_STEPS), "--learning_rate", str(PROBE_RATE)]
         with redirect_stdout(io.StringIO()):
             return Diagnosis(Recipe.read(argv, "diagnose", DiagnoseArguments)).run()

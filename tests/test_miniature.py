@@ -178,28 +178,6 @@ def test_diagnosis_measures_the_cell(mini, monkeypatch):
     assert report["total"]["prob"] == pytest.approx(logp.exp().mean().item(), rel=1e-5)
 
 
-def test_learnability_tells_knowledge_from_noise():
-    """Improbable targets of which a known share is learnt, the others no more than any other token."""
-    generator = torch.Generator().manual_seed(0)
-    count, vocabulary = 20_000, 30
-    targets = torch.randint(vocabulary, (count,), generator=generator)
-    before = torch.randn(count, vocabulary, generator=generator) - 8
-    after = before + torch.randn(count, vocabulary, generator=generator) + 3  # all improbable tokens rise
-    learnt = torch.rand(count, generator=generator) < 0.4
-    after[learnt, targets[learnt]] += 10
-    found = miniature.learnability(before, after, targets, 0.1, generator)
-    assert found["knowledge"] == pytest.approx(0.4, abs=0.02)
-    assert found["control"] == pytest.approx(3, abs=0.3)
-    assert found["rise"] == pytest.approx(3 + 0.4 * 10, abs=0.1)
-
-
-def test_probe_repeats(mini):
-    first, again = (mini.probe("weak", 0.3, seed=1, steps=3) for _ in range(2))
-    assert first == again
-    assert 0 < first["other"]["low"] <= 1
-    assert first["other"]["corrupted"] == pytest.approx(0.3, abs=0.1)
-
-
 def test_a_cell_is_swept_and_goes_on(folder, mini, monkeypatch, tmp_path):
     """The table's figures are those of the arms' files, and arms that are done are not run again."""
     monkeypatch.setattr(continuum, "LEARNING_RATES", [1e-3, 3e-3])
