@@ -264,9 +264,9 @@ def _learnability(found: dict[str, Any]) -> str:
     ]
     return (
         f"<p>An adapter trained by nll on {found['trained']['examples']:,} examples of one half of the data was asked about "
-        f"{found['tokens']:,} target tokens of {found['examples']:,} examples of the other. What it foretells there is knowledge "
-        "that the model lacks, the rest is noise, or takes more steps. Shares of all target tokens; improbable: p &lt; "
-        f"{found['below']:g}; from {LEARNABLE:g} on what is foretold is too much to forgo.</p>" + table(header, rows)
+        f"{found['tokens']:,} target tokens of {found['examples']:,} examples of the other. What it foretells there is "
+        "knowledge that the model lacks, the rest is noise, or takes more steps. Shares of all target tokens; improbable: p "
+        f"&lt; {found['below']:g}; from {LEARNABLE:g} on what is foretold is too much to forgo.</p>" + table(header, rows)
     )
 
 

@@ -233,14 +233,9 @@ def train(model: Any, dataset: Dataset, callbacks: list[TrainerCallback] | None 
 
 
 @torch.no_grad()
-def distribution(model: Any, prompts: Tensor, targets: Tensor) -> Tensor:
-    """Return log p of all tokens of the vocabulary at each place of (N, T) `targets`; (N, T, V)."""
-    return model.eval()(torch.cat([prompts, targets], dim=1)).logits[:, prompts.shape[1] - 1 : -1].log_softmax(-1)
-
-
 def score(model: Any, prompts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p of the target tokens, and whether they are the most probable; both of the shape of `targets`."""
-    logp = distribution(model, prompts, targets)
+    logp = model.eval()(torch.cat([prompts, targets], dim=1)).logits[:, prompts.shape[1] - 1 : -1].log_softmax(-1)
     return logp.gather(-1, targets[..., None])[..., 0], logp.argmax(-1) == targets
 
 
