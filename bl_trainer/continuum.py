@@ -57,7 +57,7 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
 # From this share of all target tokens on, what is improbable and can be learnt is too much to forgo. The cells of the miniature
-# continuum on which NLL beats neg_p have 0.29 and more, the others 0.12 and less (docs/continuum.md)
+# continuum on which NLL beats neg_p have 0.28 and more, the others 0.14 and less (docs/continuum.md)
 LEARNABLE = 0.2
 SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
 SHIFTED = 0.05  # difference between mean p with and without tokens that aren't content, from which it is said
@@ -207,8 +207,8 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
 def judge(learnability: dict[str, Any]) -> str:
     """Return what the probe says of a data set's improbable targets: `knowledge`, `noise`, or `undecided`.
 
-    Undecided where the interval of the learnable share crosses `LEARNABLE`, or where that share lies below and has risen since
-    half-way by more than the interval's half width, so that more steps might take it across.
+    Undecided where the interval of the learnable share crosses `LEARNABLE`, and where the share lies below, but has risen since
+    half-way, by more than half the interval's width, so that it would cross if it grew once more by that factor.
     """
     interval, half_way = learnability["learnable_interval"], learnability["half_way"]
     if interval is None or interval[0] < LEARNABLE < interval[1]:
@@ -217,9 +217,9 @@ def judge(learnability: dict[str, Any]) -> str:
         return "knowledge"
     if half_way is None:
         return "undecided"
-    rise = learnability["learnable"] - half_way["learnable"]
-    is_rising = rise > (interval[1] - interval[0]) / 2 and learnability["learnable"] + rise >= LEARNABLE
-    return "undecided" if is_rising else "noise"
+    now, before = learnability["learnable"], half_way["learnable"]
+    is_rising = now - before > (interval[1] - interval[0]) / 2
+    return "undecided" if is_rising and now**2 >= LEARNABLE * before else "noise"
 
 
 def _regions(report: dict[str, Any]) -> list[str]:

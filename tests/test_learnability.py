@@ -182,6 +182,9 @@ VERDICTS = [
     (figures(LEARNABLE / 2, None), "undecided"),
     (figures(LEARNABLE * 0.6, LEARNABLE * 0.1), "undecided"),
     (figures(LEARNABLE * 0.6, LEARNABLE * 0.5), "noise"),
+    (figures(0.052, 0.009, 0.012), "undecided"),
+    (figures(0.052, -0.009, 0.012), "undecided"),
+    (figures(0.052, 0.045, 0.012), "noise"),
 ]
 
 
