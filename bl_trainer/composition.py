@@ -63,8 +63,10 @@ class Schedule:
             )
         shape = spec.get("shape", "linear")
         if shape not in SHAPES:
-            raise ValueError(f"`shape` in the schedule of `{key}` must be one of {', '.join(SHAPES)}, got {shape!r}. {example}.")
-        return cls(*ends, (float(over[0]), float(over[1])), shape)
+            raise ValueError(
+                f"`shape` in the schedule of `{key}` must be one of {', '.join(SHAPES)}, got {shape!r}. {example}."
+            )
+        return cls(ends[0], ends[1], (float(over[0]), float(over[1])), shape)
 
     def at(self, progress: float) -> float:
         """Return the value at this share of training."""

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .composition import spell
 from .objectives import Objective, Threshold
 from .recipe import Recipe
 from .statistics import (
@@ -155,10 +156,13 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
     report["recommendation"] = recommend(report, cut)
-    if own[0].statistics:
+    if not _depends_on_p_alone(own[0]):
+        others = [name for name in own[0].statistics if name not in ("progress", "is_special")]
+        others += ["which tokens are special"] if "is_special" in own[0].statistics else []
+        others += ["training progress"] if "progress" in own[0].statistics else []
         report["recommendation"]["warnings"].append(
-            f"Where the gradient of {own[0].name} comes from is not shown: it depends on more than p "
-            f"({', '.join(own[0].statistics)})."
+            f"Where the gradient of {spell(own[0].to_dict())} comes from is not shown: it depends on more than p "
+            f"({', '.join(others)})."
         )
     if measurement.unmarked:
         report["recommendation"]["warnings"].append(
@@ -192,9 +196,16 @@ def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Th
 def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold], cut: Threshold) -> list[dict[str, Any]]:
     specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
     candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
-    if own not in candidates and not own[0].statistics:
-        candidates.append(own)
+    if _depends_on_p_alone(own[0]):  # a scheduled one is shown as it begins and as it ends
+        for progress in (0, 1) if own[0].schedules else (0,):
+            mine = own[0].at(progress), own[1]
+            candidates += [mine] if mine not in candidates else []
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
+
+
+def _depends_on_p_alone(objective: Objective) -> bool:
+    """Whether a token's weight at a given time depends on nothing but its p."""
+    return not objective.at(0).statistics
 
 
 def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
@@ -289,14 +300,11 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
 
 def objective_name(item: dict[str, Any]) -> str:
     """Return an objective with its parameters and threshold, for people."""
-    parameters = [
-        f"{value:g}" if isinstance(value, float) else str(value) for key, value in item["objective"].items() if key != "name"
-    ]
     limit = Threshold(**item["threshold"])
     kept = f", p >= {limit.above:.3g}" if limit.above else ""
     kept += "" if limit.resolved else f", above percentile {limit.above_percentile:g}"
     kept += f", p <= {limit.below:.3g}" if limit.below < 1 else ""
-    return " ".join([item["objective"]["name"], *parameters]) + kept
+    return spell(item["objective"]) + kept
 
 
 def sweep_yaml(report: dict[str, Any]) -> str:

@@ -134,8 +134,10 @@ class Objective:
         """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
 
         A mapping may also have `floor: 0.1`, `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`,
-        `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number. Raises ValueError on an unknown name, a missing or surplus parameter, or a function that doesn't keep the contract
-        above, which is tried on a few tokens, from impossible to certain.
+        `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
+
+        Raises ValueError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
+        that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
         """
         if isinstance(spec, Objective):
             return spec
@@ -295,8 +297,8 @@ class Objective:
             default = own[key].default if key in own else None
             if default not in (None, inspect.Parameter.empty) and not _is_number(default):
                 raise ValueError(
-                    f"`{key}` of objective {self.name!r} can't be scheduled: it is no number, its default is {default!r}. Give it "
-                    "one value."
+                    f"`{key}` of objective {self.name!r} can't be scheduled: it is no number, its default is {default!r}. "
+                    "Give it one value."
                 )
 
     def _check_contract(self) -> None:
