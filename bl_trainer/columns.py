@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from trl.data_utils import get_dataset_column_names, is_conversational
+from trl.data_utils import is_conversational
 
 from .annotation import template_mask
 from .interruption import ROW
@@ -25,7 +25,7 @@ FILLS = {WEIGHT: 1.0, TEMPLATE: 0}
 
 def columns_of(dataset: Any) -> list[str]:
     """Return the names of a data set's columns, also of a stream's."""
-    return list(get_dataset_column_names(dataset)) if dataset is not None else []
+    return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def check_weights(dataset: Any, name: str) -> Any:

@@ -71,7 +71,11 @@ class Schedule:
     def at(self, progress: float) -> float:
         """Return the value at this share of training."""
         begin, finish = self.over
-        share = 1.0 if progress >= finish else max(0.0, (progress - begin) / (finish - begin))
+        if progress >= finish:
+            return self.end
+        if progress <= begin:
+            return self.start
+        share = (progress - begin) / (finish - begin)
         if self.shape == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
         return (1 - share) * self.start + share * self.end

@@ -288,7 +288,7 @@ class Objective:
             problems += [f"{key!r} is missing" for key in missing]
             example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
-            near = "".join(_nearest(key, own) for key in surplus)
+            near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
             raise ValueError(
                 f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}.{near} Write "
                 f"`objective: {'{' + example + '}' if own else self.name}`.{offer}"
@@ -551,10 +551,10 @@ def _floor(key: str, value: Any) -> Any:
 
 def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
     example = "Write `mix: {nll: 0.1}`, or with parameters `mix: [{name: power, alpha: 10, weight: 0.1}]`."
+    if not isinstance(spec, (Mapping, list, tuple)) or not spec:
+        raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
     if isinstance(spec, Mapping):
         spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
-    if not isinstance(spec, (list, tuple)) or not spec:
-        raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
     for other in spec:
         if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
             raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}. {example}")

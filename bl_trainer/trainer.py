@@ -138,8 +138,8 @@ class BLConfig(SFTConfig):
         if metric.endswith("loss") and objective.schedules:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
-                f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: eval_nll`, "
-                "or another metric."
+                f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: "
+                "eval_nll`, or another metric."
             )
         refuse_bypass(self)
 
@@ -253,9 +253,7 @@ class BLTrainer(SFTTrainer):
         numbers = getattr(args, "stop_on_nan", False) and dataset_name == "train"
         marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
         present = columns_of(dataset)
-        check_columns(
-            dataset, dataset_name, marks, "`formatting_func` renders the examples" if formatting_func and marks else None
-        )
+        check_columns(dataset, dataset_name, marks)
         columns = [key for key, holds in ((ROW, numbers), (WEIGHT, WEIGHT in present), (TEMPLATE, marks)) if holds]
         if not columns:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -291,6 +289,8 @@ class BLTrainer(SFTTrainer):
         collator, obstacle = given.get("data_collator"), None
         if collator is not None and type(collator) is not DataCollatorForLanguageModeling:
             obstacle = "the `data_collator` is your own"
+        if marks and given.get("formatting_func") is not None:
+            obstacle = "`formatting_func` renders the examples"
         if args is not None and is_context_parallel(args):
             obstacle = "context parallelism cuts sequences up"
         evaluated = given.get("eval_dataset")
