@@ -266,7 +266,8 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
         if kind in kinds and is_new and kinds[kind]["prob"] < RARE:
             warnings.append(
                 f"{name} are improbable (mean p {kinds[kind]['prob']:.3g}): they get {nll[kind]:.1%} of the gradient under "
-                f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them."
+                f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them, "
+                "unless by `special_tokens: nll`."
             )
     if total["conflicts"] >= NOISY:
         warnings.append(
