@@ -89,7 +89,7 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
         pad_token="<pad>",
         eos_token="<eos>",
     )
-    data = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
+    data = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]], "bl_template": [[0, 0]]})
     num_items = torch.tensor(ids[:, 1:].numel(), device=options.device)
     trainers = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -124,18 +124,18 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
     return {name: {"seconds": times[name], "megabytes": peaks[name]} for name in trainers}
 
 
-def main() -> None:
-    """Run the benchmark."""
+def main(name: str = "step", base: str = "TRL nll") -> None:
+    """Run the benchmark of `ARMS`, the arm `base` being what the others are compared with."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, all of them targets")
     parser.add_argument("--rounds", type=int, default=7)
-    add_options(parser, "step")
+    add_options(parser, name)
     options = parser.parse_args()
     set_up(options)
     results = {mode: measure(options.shape, mode == "LoRA", options) for mode in ("full", "LoRA")}
-    report("step", results, "TRL nll", "TRL nll", 3, options)
+    report(name, results, base, base, 3, options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .composition import spell
 from .objectives import Objective, Threshold
 from .recipe import Recipe
 from .statistics import (
@@ -162,10 +163,13 @@ def summarise(
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
     report["recommendation"] = recommend(report, cut)
-    if own[0].statistics:
+    if not _depends_on_p_alone(own[0]):
+        others = [name for name in own[0].statistics if name not in ("progress", "is_special")]
+        others += ["which tokens are special"] if "is_special" in own[0].statistics else []
+        others += ["training progress"] if "progress" in own[0].statistics else []
         report["recommendation"]["warnings"].append(
-            f"Where the gradient of {own[0].name} comes from is not shown: it depends on more than p "
-            f"({', '.join(own[0].statistics)})."
+            f"Where the gradient of {spell(own[0].to_dict())} comes from is not shown: it depends on more than p "
+            f"({', '.join(others)})."
         )
     if measurement.unmarked:
         report["recommendation"]["warnings"].append(
@@ -199,8 +203,10 @@ def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Th
 def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold], cut: Threshold) -> list[dict[str, Any]]:
     specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
     candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
-    if own not in candidates and not own[0].statistics:
-        candidates.append(own)
+    if _depends_on_p_alone(own[0]):  # a scheduled one is shown as it begins and as it ends
+        for progress in (0, 1) if own[0].schedules else (0,):
+            mine = own[0].at(progress), own[1]
+            candidates += [mine] if mine not in candidates else []
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
 
 
@@ -249,6 +255,11 @@ def _learnability_reasons(learnability: dict[str, Any]) -> list[str]:
         "undecided": f"undecided (the cut is {LEARNABLE:g}, and the share may still rise): give more `--probe_steps`, or sweep",
     }[learnability["verdict"]]
     return [f"{found}: {verdict}."]
+
+
+def _depends_on_p_alone(objective: Objective) -> bool:
+    """Whether a token's weight at a given time depends on nothing but its p."""
+    return not objective.at(0).statistics
 
 
 def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
@@ -312,7 +323,8 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
         if kind in kinds and is_new and kinds[kind]["prob"] < RARE:
             warnings.append(
                 f"{name} are improbable (mean p {kinds[kind]['prob']:.3g}): they get {nll[kind]:.1%} of the gradient under "
-                f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them."
+                f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them, "
+                "unless by `special_tokens: nll`."
             )
     if total["conflicts"] >= NOISY:
         warnings.append(
@@ -346,14 +358,11 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
 
 def objective_name(item: dict[str, Any]) -> str:
     """Return an objective with its parameters and threshold, for people."""
-    parameters = [
-        f"{value:g}" if isinstance(value, float) else str(value) for key, value in item["objective"].items() if key != "name"
-    ]
     limit = Threshold(**item["threshold"])
     kept = f", p >= {limit.above:.3g}" if limit.above else ""
     kept += "" if limit.resolved else f", above percentile {limit.above_percentile:g}"
     kept += f", p <= {limit.below:.3g}" if limit.below < 1 else ""
-    return " ".join([item["objective"]["name"], *parameters]) + kept
+    return spell(item["objective"]) + kept
 
 
 def sweep_yaml(report: dict[str, Any]) -> str:

@@ -167,6 +167,7 @@ class Diagnosis:
         args.load_best_model_at_end, args.output_dir = False, self.scratch.name
         args.stop_on_nan = False
         threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
+        objective, args.objective = args.objective, "nll"  # whose columns it would add
         args.model_init_kwargs = recipe.model_init_kwargs()
         self.trainer = _Diagnoser(
             options.by,
@@ -189,7 +190,7 @@ class Diagnosis:
         self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
-        args.threshold = threshold
+        args.threshold, args.objective = threshold, objective
 
     def run(self) -> dict[str, Any]:
         """Measure, and return the report: a mapping fit for JSON, the same in every process."""

@@ -6,7 +6,7 @@ A batch's logits are never held: they are formed a block of rows at a time, used
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,12 +142,18 @@ def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) ->
 
 @torch.compiler.disable
 def objective_head(
-    hidden: Tensor, head: Head, target: Tensor, price: Callable[[dict[str, Tensor]], Price], extras: tuple[str, ...] = ()
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    price: Callable[[dict[str, Tensor]], Price],
+    extras: tuple[str, ...] = (),
+    columns: Mapping[str, Tensor] | None = None,
 ) -> TokenCosts:
     """Return the cost of each target token, with its gradient in `hidden`, `head.weight` and `head.bias` already formed.
 
     `hidden`: (N, hidden size). `target`: (N,) int64. `price(statistics)` makes the costs of a block of tokens,
-    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, and `log_sum_sq_probs` where `extras` names it.
+    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, `log_sum_sq_probs` where `extras` names it, and `columns`,
+    (N,) each: what else is known of the tokens.
 
     The gradient of the sum of costs in the logits is w (softmax - onehot), w being `Price.weight`, so a block of logits is
     formed once, by one product, and rows with w = 0 stay out of the two products that make the gradients. Products are in
@@ -167,7 +173,8 @@ def objective_head(
             names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
             label = target[rows]
             hits.append(block.scores.top1 == label)
-            prices.append(price({**names, "label": label, "is_top1": hits[-1]}))
+            known = {name: column[rows] for name, column in (columns or {}).items()}
+            prices.append(price({**names, **known, "label": label, "is_top1": hits[-1]}))
             parts.append(block.scores)
             if any(needs):
                 gradients.add(rows, block, prices[-1])

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
-NOT_FOR_THE_MODEL = (ROW, "example_lengths")  # what our collators add to a batch
+NOT_FOR_THE_MODEL = (ROW, "example_lengths", "objective_weight", "bl_template")  # what our collators add to a batch
 
 
 class LossError(ValueError):
@@ -76,11 +76,6 @@ def number_rows(dataset: Any) -> Any:
         return dataset.map(lambda example, row: {ROW: row}, with_indices=True)
     assert isinstance(dataset, Dataset)
     return dataset.add_column(ROW, list(range(len(dataset))))
-
-
-def number_tokens(example: dict[str, Any]) -> dict[str, Any]:
-    """Turn an example's row into one of each token, which packing cuts and joins as it does the tokens."""
-    return {ROW: [example[ROW]] * len(example["input_ids"])}
 
 
 class RowCollator:

@@ -5,14 +5,13 @@ of `logp` = log p that returns one cost per token; it never masks and never redu
 its parameters filled in, `Threshold` says which target tokens train.
 """
 
-import difflib
 import importlib
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -20,17 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .composition import KEYS, Schedule, chosen, floored, hidden, value_at
+from .specs import is_number as _is_number
+from .specs import nearest as _nearest
+from .specs import to_exponent as _to_exponent
+from .specs import to_number as _to_number
+
 # What the trainer can hand to an objective besides `logp`; see `Objective`.
 STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "label", "progress")
-
-# Where a token has no say, functions see a fair coin: every sensible f and its slope are finite there.
-COIN_FLIP = {
-    "logp": -math.log(2),
-    "entropy": math.log(2),
-    "log_sum_sq_probs": -math.log(2),
-    "is_top1": True,
-    "label": 0,
-}
 
 
 def nll(logp: Tensor) -> Tensor:
@@ -111,7 +107,7 @@ def _widen(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective function with its parameters filled in.
+    """An objective function with its parameters filled in, and what it is composed with.
 
     The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
     exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
@@ -119,18 +115,29 @@ class Objective:
     to 1 over training. Its other parameters come from the recipe. It returns one cost per token, and the cost of a token
     must not depend on other tokens, or the gradient would depend on how a batch is cut up.
 
-    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`.
+    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`. Any number among
+    the parameters, `floor` and the weights of `mix` may be a `Schedule`, whose value then depends on `progress`.
+
+    `mix`: objectives whose costs are added, each times its weight >= 0; f itself counts once. `floor`, 0 to 1: the smallest
+    weight of a token on the NLL gradient, f and `mix` together. `special_tokens`: the objective of end, special and
+    chat-template tokens, which keep it alone, and train whatever the threshold. See `bl_trainer.composition`.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    floor: "float | Schedule | None" = None
+    mix: "tuple[tuple[Objective, float | Schedule], ...]" = ()
+    special_tokens: "Objective | None" = None
 
     @classmethod
     def parse(cls, spec: "str | Mapping[str, Any] | Objective") -> "Objective":
         """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
 
-        Raises ValueError on an unknown name, a missing or surplus parameter, or a function that doesn't keep the contract
-        above, which is tried on a few tokens, from impossible to certain.
+        A mapping may also have `floor: 0.1`, `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`,
+        `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
+
+        Raises ValueError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
+        that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
         """
         if isinstance(spec, Objective):
             return spec
@@ -141,10 +148,10 @@ class Objective:
                 "a notebook `__main__:function`, so that checkpoints can record it."
             )
         if isinstance(spec, Mapping):
-            parameters = {key: _to_exponent(value) for key, value in spec.items() if key != "name"}
-            name = spec.get("name")
+            parameters = {key: _setting(key, value) for key, value in spec.items() if key not in ("name", *KEYS)}
+            name, composition = spec.get("name"), {key: spec[key] for key in KEYS if key in spec}
         else:
-            name, parameters = spec, {}
+            name, parameters, composition = spec, {}, {}
         if not isinstance(name, str) or not name:
             raise ValueError(
                 f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, or "
@@ -153,12 +160,58 @@ class Objective:
         objective = cls(name, parameters)
         objective._check_parameters()
         objective._check_contract()
-        return objective
+        read = {"floor": _floor, "mix": _mix, "special_tokens": _part}
+        return replace(objective, **{key: read[key](key, value) for key, value in composition.items()})
 
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
-        """Return f, elementwise. `logp`: float tensor of any shape; `statistics`: those of `STATISTICS` that f names."""
-        asked = {name: value for name, value in statistics.items() if name in self.statistics}
-        return self.function(logp, **asked, **self.parameters)
+        """Return f, elementwise, composed as it is.
+
+        `logp`: float tensor of any shape; `statistics`: at least those that `self.statistics` names, of which `is_special`
+        may be missing: no token is special then.
+        """
+        progress = statistics.get("progress")
+
+        def summed(logp: Tensor, **statistics: Any) -> Tensor:
+            asked = {name: statistics[name] for name in self._own_statistics if name in statistics}
+            cost = self.function(logp, **asked, **{key: value_at(value, progress) for key, value in self.parameters.items()})
+            for other, weight in self.mix:
+                cost = cost + value_at(weight, progress) * other(logp, **statistics)
+            return cost
+
+        def ordinary(logp: Tensor, **statistics: Any) -> Tensor:
+            if self.floor is None:
+                return summed(logp, **statistics)
+            return floored(lambda leaf: summed(leaf, **statistics), logp, value_at(self.floor, progress))
+
+        if self.special_tokens is None or "is_special" not in statistics:
+            return ordinary(logp, **statistics)
+        return chosen(statistics["is_special"], self.special_tokens, ordinary, {"logp": logp, **statistics})
+
+    def at(self, progress: float) -> "Objective":
+        """Return the objective that this one is at this share of training, 0 to 1, with no schedule left."""
+        return replace(
+            self,
+            parameters={key: value_at(value, progress) for key, value in self.parameters.items()},
+            floor=value_at(self.floor, progress),
+            mix=tuple((other.at(progress), value_at(weight, progress)) for other, weight in self.mix),
+            special_tokens=self.special_tokens and self.special_tokens.at(progress),
+        )
+
+    @cached_property
+    def schedules(self) -> dict[str, Schedule]:
+        """Its schedules by name: a parameter's, `floor`, `mix_nll` for a weight, `special_tokens_alpha`, `mix_power_alpha`."""
+        return {key: value for key, value in self._settings() if isinstance(value, Schedule)}
+
+    def _settings(self) -> Iterator[tuple[str, Any]]:
+        yield from self.parameters.items()
+        yield "floor", self.floor
+        names = [re.split(r"[:.]", other.name)[-1] for other, _ in self.mix]
+        for i, (other, weight) in enumerate(self.mix):
+            name = f"mix_{names[i]}" if names.count(names[i]) == 1 else f"mix_{names[i]}_{i + 1}"
+            yield name, weight
+            yield from ((f"{name}_{key}", value) for key, value in other._settings())
+        if self.special_tokens is not None:
+            yield from ((f"special_tokens_{key}", value) for key, value in self.special_tokens._settings())
 
     def gradient_weight(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient."""
@@ -183,12 +236,27 @@ class Objective:
 
     @cached_property
     def statistics(self) -> tuple[str, ...]:
-        """The names in `STATISTICS` that the function asks for."""
+        """What the cost of a token depends on besides `logp`: names in `STATISTICS`, and `is_special` (bool)."""
+        parts = [other for other, _ in self.mix] + ([self.special_tokens] if self.special_tokens else [])
+        names = {*self._own_statistics, *(name for part in parts for name in part.statistics)}
+        names |= {"progress"} if self.schedules else set()
+        names |= {"is_special"} if self.special_tokens else set()
+        return tuple(name for name in (*STATISTICS, "is_special") if name in names)
+
+    @cached_property
+    def _own_statistics(self) -> tuple[str, ...]:
         return tuple(name for name in inspect.signature(self.function).parameters if name in STATISTICS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `parse` reads."""
-        return {"name": self.name, **self.parameters}
+        spec = {"name": self.name, **{key: _plain(value) for key, value in self.parameters.items()}}
+        if self.mix:
+            spec["mix"] = [{**other.to_dict(), "weight": _plain(weight)} for other, weight in self.mix]
+        if self.floor is not None:
+            spec["floor"] = _plain(self.floor)
+        if self.special_tokens is not None:
+            spec["special_tokens"] = self.special_tokens.to_dict()
+        return spec
 
     def _check_parameters(self) -> None:
         function = self.function
@@ -203,6 +271,12 @@ class Objective:
             raise ValueError(f"The first parameter of objective {self.name!r} must be `logp`, got {first.name!r}.")
         takes_any = any(p.kind is p.VAR_KEYWORD for p in others)
         own = {p.name: p for p in others if p.name not in STATISTICS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        for key in KEYS:
+            if key in own:
+                raise ValueError(
+                    f"Objective {self.name!r} has a parameter {key!r}, which in a recipe means the same for every objective: "
+                    "see `bl_trainer.composition`. Give the parameter another name."
+                )
         supplied = [key for key in self.parameters if key in STATISTICS]
         surplus = [key for key in self.parameters if key not in own and not takes_any]
         missing = [key for key, p in own.items() if p.default is p.empty and key not in self.parameters]
@@ -214,14 +288,25 @@ class Objective:
             problems += [f"{key!r} is missing" for key in missing]
             example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
-            near = "".join(_nearest(key, own) for key in surplus)
+            near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
             raise ValueError(
                 f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}.{near} Write "
                 f"`objective: {'{' + example + '}' if own else self.name}`.{offer}"
             )
+        for key in self.schedules:
+            default = own[key].default if key in own else None
+            if default not in (None, inspect.Parameter.empty) and not _is_number(default):
+                raise ValueError(
+                    f"`{key}` of objective {self.name!r} can't be scheduled: it is no number, its default is {default!r}. "
+                    "Give it one value."
+                )
 
     def _check_contract(self) -> None:
         """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
+        if self.schedules:
+            for progress in (0.0, 0.5, 1.0):
+                self.at(progress)._check_contract()
+            return
         what, shape = f"Objective {self.name!r}", (2, 6)
         tokens = _probe([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape)
         others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape)
@@ -376,22 +461,32 @@ class Threshold:
         return {**resolved, "above_percentile": self.above_percentile, "below": self.below, "normalize": self.normalize}
 
 
-def masked_cost(objective: Objective, kept: Tensor, logp: Tensor, **statistics: Any) -> tuple[Tensor, Tensor]:
+def trains(threshold: Threshold, logp: Tensor, is_special: Tensor | None = None) -> Tensor:
+    """Return which tokens train: those that the threshold keeps, and special ones, whose objective is `special_tokens`."""
+    kept = threshold.keep(logp)
+    return kept if is_special is None else kept | is_special
+
+
+def masked_cost(
+    objective: Objective, kept: Tensor, logp: Tensor, scale: Tensor | None = None, **statistics: Any
+) -> tuple[Tensor, Tensor]:
     """Return (f, weight on the NLL gradient) per token, both exactly zero, also in the gradient, where not `kept`.
 
     `kept`: bool tensor; `logp` and the tensors in `statistics`: its shape; both results: its shape, `logp`'s dtype. The
-    weight has no gradient. f may be infinite or NaN on tokens that are not kept, since it never sees them.
+    weight has no gradient. f may be infinite or NaN on tokens that are not kept, since it never sees them. `scale`, of the
+    same shape, >= 0, multiplies both: `objective_weight`.
     """
+    if scale is not None:
+        kept = kept & (scale != 0)
     # Its graph is gone through twice, which activation offloading can't
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        seen = {
-            name: torch.where(kept, value, value.new_full((), COIN_FLIP[name])) if isinstance(value, Tensor) else value
-            for name, value in {"logp": logp, **statistics}.items()
-        }
+        seen = hidden(~kept, {"logp": logp, **statistics})
         leaf = seen.pop("logp")
         if not leaf.requires_grad:
             leaf.requires_grad_()
         cost = objective(leaf, **seen)
+        if scale is not None:
+            cost = cost * scale.to(cost.dtype)
         slope = None
         if cost.requires_grad:  # a function of the entropy alone has no gradient in evaluation
             (slope,) = torch.autograd.grad(cost.sum(), leaf, retain_graph=True, allow_unused=True)
@@ -419,17 +514,68 @@ class Price(NamedTuple):
 
 
 def price(objective: Objective, threshold: Threshold, statistics: Mapping[str, Any]) -> Price:
-    """Price tokens by their `statistics`: `logp`, (N,), and at least those the objective names."""
+    """Price tokens by their `statistics`: `logp`, (N,), at least those the objective names, and maybe `objective_weight`."""
     logp, slope = statistics["logp"].detach(), None
     given = {name: statistics[name] for name in objective.statistics}
-    kept = threshold.keep(logp)
+    kept = trains(threshold, logp, given.get("is_special"))
     with torch.enable_grad():
         if "entropy" in given:
             given["entropy"] = given["entropy"].detach().requires_grad_()
-        cost, weight = masked_cost(objective, kept, logp, **given)
+        cost, weight = masked_cost(objective, kept, logp, statistics.get("objective_weight"), **given)
         if "entropy" in given and cost.requires_grad:
             (slope,) = torch.autograd.grad(cost.sum(), given["entropy"], allow_unused=True)
     return Price(cost.detach(), weight, kept, slope)
+
+
+def _setting(key: str, value: Any) -> Any:
+    return Schedule.parse(key, value) if Schedule.is_meant(value) else _to_exponent(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, Schedule) else value
+
+
+def _bounded(what: str, value: Any, most: float, advice: str) -> Any:
+    """Read a number from 0 to `most`, or a schedule of such."""
+    setting = _setting(what, value)
+    for end in (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,):
+        if not _is_number(end) or not 0 <= end <= most:
+            limits = "0 or above" if most == math.inf else f"between 0 and {most:g}"
+            raise ValueError(f"`{what}` must be a number {limits}, or a schedule of such, got {value!r}. {advice}")
+    return setting
+
+
+def _floor(key: str, value: Any) -> Any:
+    return _bounded(key, value, 1, "It is the smallest weight of a token on the NLL gradient, e.g. `floor: 0.1`.")
+
+
+def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
+    example = "Write `mix: {nll: 0.1}`, or with parameters `mix: [{name: power, alpha: 10, weight: 0.1}]`."
+    if not isinstance(spec, (Mapping, list, tuple)) or not spec:
+        raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
+    if isinstance(spec, Mapping):
+        spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
+    for other in spec:
+        if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
+            raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}. {example}")
+    return tuple(
+        (
+            _part(key, {name: value for name, value in other.items() if name != "weight"}),
+            _bounded(f"weight of {other['name']} in mix", other["weight"], math.inf, example),
+        )
+        for other in spec
+    )
+
+
+def _part(key: str, spec: Any) -> Objective:
+    """Read an objective within another."""
+    try:
+        part = Objective.parse(spec)
+    except ValueError as error:
+        raise ValueError(f"In `{key}` of the objective: {error}") from error
+    if part.special_tokens is not None:
+        raise ValueError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")
+    return part
 
 
 def _import(path: str) -> Callable[..., Tensor]:
@@ -448,11 +594,6 @@ def _import(path: str) -> Callable[..., Tensor]:
     return function
 
 
-def _nearest(name: str, allowed: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(name), list(allowed), n=1)
-    return f" Did you mean {match[0]!r}?" if match else ""
-
-
 def _from_json(key: str, value: Any, example: str) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
@@ -460,28 +601,6 @@ def _from_json(key: str, value: Any, example: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
-
-
-def _to_exponent(value: Any) -> Any:
-    """Read `1e-3`, which YAML takes for text; other text may be meant as such. torch has no whole numbers beyond 64 bits."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return float(value) if abs(value) < 10**300 else math.copysign(math.inf, value)
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if is_number else value
-
-
-def _to_number(value: Any) -> Any:
-    """Read a number that reaches us as text, from the command line or as `1e-3` from YAML."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_number(objective: str, name: str, value: Any) -> None:

@@ -36,9 +36,10 @@ from .checkpoint import (
     refuse_other_recipe,
     why_broken,
 )
+from .columns import check_columns
 from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
-from .objectives import _nearest
+from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .refusals import refuse_lm_head_adapter
 from .statistics import MeasurementError
@@ -215,6 +216,10 @@ class Recipe:
                 f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
                 f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
             )
+        try:
+            check_columns(dataset, split, Objective.parse(self.training.objective or "nll").special_tokens is not None)
+        except ValueError as error:
+            raise RecipeError(sentence(error)) from error
         first = next(iter(dataset))
         for column in (text, "prompt", "completion"):
             if first.get(column) is not None and not isinstance(first[column], (str, list)):

@@ -45,14 +45,7 @@ def refuse_launcher(args: TrainingArguments) -> None:
             "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
             "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
         )
-    parallelism = getattr(args, "parallelism_config", None)
-    if parallelism is not None:
-        cp_size, size, backend = parallelism.cp_size, parallelism.sp_size, parallelism.sp_backend
-    elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        cp_size, size = (int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP"))
-        backend = os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
-    else:
-        return
+    cp_size, size, backend = _parallelism(args)
     if size > 1 and backend == "deepspeed":
         raise ValueError(
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
@@ -64,6 +57,22 @@ def refuse_launcher(args: TrainingArguments) -> None:
             f"Context parallelism (cp_size = {cp_size}) cuts sequences into {2 * cp_size} pieces of one length. Write "
             f"`pad_to_multiple_of: {2 * cp_size}` in the recipe."
         )
+
+
+def is_context_parallel(args: Any) -> bool:
+    """Whether `args`, or the launcher, would cut sequences up over devices."""
+    return _parallelism(args)[0] > 1
+
+
+def _parallelism(args: Any) -> tuple[int, int, str]:
+    """Return the sizes of context and sequence parallelism, and the latter's backend."""
+    parallelism = getattr(args, "parallelism_config", None)
+    if parallelism is not None:
+        return parallelism.cp_size, parallelism.sp_size, parallelism.sp_backend
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return 1, 1, "deepspeed"
+    cp_size, size = (int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP"))
+    return cp_size, size, os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")
 
 
 def _fsdp_version(args: TrainingArguments) -> int | None:

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from .annotation import end_ids, special_ids, tokenizer_of
 from .checkpoint import (
     RECORD_FILE,
     CheckpointError,
@@ -40,12 +41,23 @@ from .checkpoint import (
     why_broken,
     writing,
 )
+from .columns import (
+    TEMPLATE,
+    WEIGHT,
+    TemplateMark,
+    TokenColumns,
+    check_columns,
+    check_weights,
+    columns_of,
+    for_each_token,
+    lay_out,
+)
 from .head import Head, TokenCosts, add_scoring, objective_head
-from .interruption import ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
+from .interruption import ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
 from .measurement import resolve_percentile
-from .objectives import Objective, Price, Threshold, masked_cost, price
+from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
-from .refusals import refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
+from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
 logger = get_logger(__name__)
@@ -63,7 +75,8 @@ class BLConfig(SFTConfig):
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
             The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
-            a function of your own by its import path, `"my_package.losses:my_objective"`. See [`Objective`].
+            a function of your own by its import path, `"my_package.losses:my_objective"`; composed with schedules, `floor`,
+            `mix` and `special_tokens` as [`Objective`] says.
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
@@ -122,6 +135,12 @@ class BLConfig(SFTConfig):
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
                 "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
             )
+        if metric.endswith("loss") and objective.schedules:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
+                f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: "
+                "eval_nll`, or another metric."
+            )
         refuse_bypass(self)
 
 
@@ -143,7 +162,12 @@ class BLTrainer(SFTTrainer):
     It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
     `nll` (nats), `target_prob` (p), `kept_fraction` (share of tokens within the threshold), `gradient_weight` (-f'(p) p, the
     weight on the NLL gradient; 1 under NLL, 0 for a dropped token), TRL's `entropy` and `mean_token_accuracy`, and in
-    evaluation `perplexity` and `loss`, the mean of f.
+    evaluation `perplexity` and `loss`, the mean of f. What the objective's schedules have come to is reported beside them, as
+    `objective_alpha`; evaluation goes by the values of the moment.
+
+    A column `objective_weight` of a data set, a number >= 0 for each example, multiplies the costs of its tokens; the sum is
+    divided by all target tokens as without it. Wrong weights, and data that can't tell what `special_tokens` needs to know, are
+    a `ValueError` before the model loads; in a stream when the row is read.
     """
 
     model: Any  # transformers' declaration leaves out what TRL has made of it
@@ -183,6 +207,7 @@ class BLTrainer(SFTTrainer):
         peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
+        self._refuse_columns(given)
         previous = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
         self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
@@ -195,8 +220,9 @@ class BLTrainer(SFTTrainer):
         refuse_other_logits(base, self.reference_head)
         self._observe: Callable[..., None] | None = None
         self.add_callback(_ResolveThreshold(self))
-        if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
-            self.data_collator = _FlatCollator(**vars(self.data_collator))
+        if type(self.data_collator) is DataCollatorForLanguageModeling:
+            self.data_collator = _Collator(**vars(self.data_collator))
+        self._special_ids = self._find_special_ids()
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
         if self.stops_on_nan:
             self.data_collator = RowCollator(self.data_collator)
@@ -224,26 +250,60 @@ class BLTrainer(SFTTrainer):
         return self.state.global_step > self._first_step
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        if not getattr(args, "stop_on_nan", False) or dataset_name != "train":
+        numbers = getattr(args, "stop_on_nan", False) and dataset_name == "train"
+        marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
+        present = columns_of(dataset)
+        check_columns(dataset, dataset_name, marks)
+        columns = [key for key, holds in ((ROW, numbers), (WEIGHT, WEIGHT in present), (TEMPLATE, marks)) if holds]
+        if not columns:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        dataset, length = number_rows(dataset), args.max_length
-        if not packing:
-            return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        args.max_length = None  # packing cuts to length by itself
+        if WEIGHT in columns:
+            dataset = check_weights(dataset, dataset_name)
+        if (numbers or marks) and ROW not in present:
+            dataset = number_rows(dataset)
+        length = args.max_length
+        args.max_length = None if packing else length  # packing cuts to length by itself
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
         how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
         with PartialState().local_main_process_first():
-            prepared = prepared.map(number_tokens, **how).select_columns(["input_ids", "labels", ROW])
+            if marks and TEMPLATE not in present:
+                mark = TemplateMark(tokenizer_of(processing_class), self.chat_template, dataset_name)
+                prepared = prepared.map(mark, **how)
+            if not packing:
+                return prepared
+            prepared = prepared.map(for_each_token(columns), **how).select_columns(["input_ids", "labels", *columns])
             packed = pack_dataset(prepared, length, args.packing_strategy, how)
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if ROW not in self._signature_columns:
-            self._signature_columns.append(ROW)
+        self._signature_columns += [key for key in (ROW, WEIGHT, TEMPLATE) if key not in self._signature_columns]
+
+    def _refuse_columns(self, given: dict[str, Any]) -> None:
+        """Raise ValueError, before the model loads, on columns that are wrong, or that would be lost on their way."""
+        args = given.get("args")
+        marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
+        collator, obstacle = given.get("data_collator"), None
+        if collator is not None and type(collator) is not DataCollatorForLanguageModeling:
+            obstacle = "the `data_collator` is your own"
+        if marks and given.get("formatting_func") is not None:
+            obstacle = "`formatting_func` renders the examples"
+        if args is not None and is_context_parallel(args):
+            obstacle = "context parallelism cuts sequences up"
+        evaluated = given.get("eval_dataset")
+        evaluated = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+        for name, dataset in {"train": given.get("train_dataset"), **evaluated}.items():
+            if dataset is not None and not isinstance(dataset, str):
+                check_columns(dataset, name, marks, obstacle)
+
+    def _find_special_ids(self) -> Tensor | None:
+        """Return the ids of end and special tokens, where the objective has `special_tokens`."""
+        if self.objective.special_tokens is None:
+            return None
+        return torch.tensor(sorted(end_ids(self) | special_ids(tokenizer_of(self.processing_class))))
 
     def _why_reference_head(self, base: Any) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
@@ -295,12 +355,15 @@ class BLTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
+        columns = TokenColumns(inputs, self._special_ids)
 
         def forward(**kwargs):
             if not kwargs.get("fused_lm_head"):
                 return model(**kwargs)
             outputs, cost, weight, kept = (
-                self._own_head(model, kwargs) if self.reference_head is None else self._trl_head(model, kwargs)
+                self._own_head(model, kwargs, columns)
+                if self.reference_head is None
+                else self._trl_head(model, kwargs, columns)
             )
             with torch.no_grad():
                 logp = outputs.log_probs
@@ -317,25 +380,38 @@ class BLTrainer(SFTTrainer):
             refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
         return result
 
-    def _trl_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+    def _trl_head(
+        self, model, inputs: dict[str, Any], columns: TokenColumns
+    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
         outputs = model(**inputs)
         logp, is_target = outputs.log_probs, outputs.label_mask
-        kept = is_target & self.threshold.keep(logp)
+        known = columns.at(_labels_of(logp, inputs), lambda column, fill: _beside(logp, column, fill))
+        kept = is_target & trains(self.threshold, logp, known.get("is_special"))
         available = {
             "entropy": lambda: outputs.entropy,
             "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
             "is_top1": lambda: outputs.is_top1,
             "label": lambda: _labels_of(logp, inputs),
             "progress": self._progress,
+            "is_special": lambda: known["is_special"],
         }
         statistics = {name: available[name]() for name in self.objective.statistics}
-        return outputs, *masked_cost(self.objective, kept, logp, **statistics), kept
+        return outputs, *masked_cost(self.objective, kept, logp, known.get(WEIGHT), **statistics), kept
 
-    def _own_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+    def _own_head(
+        self, model, inputs: dict[str, Any], columns: TokenColumns
+    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """The same from `objective_head`, which forms the gradient as it goes."""
         inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
-        costs, is_target = model(**inputs, use=self._cost)
+        extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
+
+        def cost(hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
+            is_target = inputs["labels"][:, 1:] != -100
+            known = columns.at(target, lambda column, fill: column[:, 1:][is_target].to(target.device))
+            return objective_head(hidden, head, target, self._price, extras, known)
+
+        costs, is_target = model(**inputs, use=cost)
         scores = costs.scores
 
         def laid_out(values: Tensor) -> Tensor:
@@ -351,15 +427,16 @@ class BLTrainer(SFTTrainer):
         )
         return outputs, laid_out(costs.cost), laid_out(costs.weight), laid_out(costs.kept)
 
-    def _cost(self, hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
-        extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
-        return objective_head(hidden, head, target, self._price, extras)
-
     def _price(self, statistics: dict[str, Tensor]) -> Price:
         return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})
 
     def _progress(self) -> float:
         return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    def _scheduled(self) -> dict[str, float]:
+        """Return what the objective's schedules have come to after the steps done, as it is logged."""
+        progress = self._progress()
+        return {f"objective_{name}": schedule.at(progress) for name, schedule in self.objective.schedules.items()}
 
     def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
@@ -424,6 +501,7 @@ class BLTrainer(SFTTrainer):
                     self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
                     logs[name] = means[name]
             self._warn(means, logs.get("grad_norm"))
+            logs.update(self._scheduled())
         super().log(logs, start_time)
 
     def _warn(self, means: dict[str, float], grad_norm: float | None = None) -> None:
@@ -465,6 +543,7 @@ class BLTrainer(SFTTrainer):
             if self.threshold.normalize == "kept":
                 loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
             means["loss"] = loss + (self.router_aux_loss_coef * aux_loss if self.aux_loss_enabled else 0.0)
+            means |= self._scheduled()
             means["perplexity"] = torch.tensor(means["nll"], dtype=torch.float64).exp().item()
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -597,18 +676,25 @@ class _ResolveThreshold(TrainerCallback):
         self.trainer.resolve_threshold()
 
 
-class _FlatCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which in padding-free mode flattens a batch into one row; says where one example ends there."""
+class _Collator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also lays columns out, and says where one example ends in the one row of padding-free mode."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        return {**super().torch_call(examples), "example_lengths": lengths}
+        batch = super().torch_call(examples)
+        lay_out(examples, batch)
+        if self.padding_free:
+            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return batch
 
 
 def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Return the token ids that `logp` is about, -100 where there is none; same shape as `logp`."""
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"].to(logp.device)
-    labels = inputs["labels"].to(logp.device)
-    virtual_tokens = logp.shape[1] + 1 - labels.shape[1]  # that prompt-learning PEFT puts in front
-    return torch.nn.functional.pad(labels, (virtual_tokens, 0), value=-100)[:, 1:]
+    return _beside(logp, inputs["labels"], -100)
+
+
+def _beside(logp: Tensor, column: Tensor, fill: float) -> Tensor:
+    """Return the values of a (batch, length) column that `logp` is about, `fill` where it has none; same shape as `logp`."""
+    virtual_tokens = logp.shape[1] + 1 - column.shape[1]  # that prompt-learning PEFT puts in front
+    return torch.nn.functional.pad(column.to(logp.device), (virtual_tokens, 0), value=fill)[:, 1:]

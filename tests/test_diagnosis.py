@@ -558,6 +558,26 @@ def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
     assert any("depends on more than p (entropy)" in warning for warning in own["recommendation"]["warnings"])
 
 
+def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_path):
+    rows = [{**row, "objective_weight": 0.5} for row in rows_of("chat")]  # which count as one each
+    data = save(rows, tmp_path / "data")
+    plain = diagnosis(tmp_path, checkpoint, data).run()
+    spec = {"name": "power", "alpha": {"from": 0.25, "to": 2}, "floor": 0.1}
+    found = diagnosis(tmp_path, checkpoint, data, objective=spec)
+    report = found.run()
+    assert report["total"] == plain["total"]
+    assert [objective_name(item) for item in report["objectives"][5:]] == ["power 0.25, floor 0.1", "power 2, floor 0.1"]
+    for item, alpha in zip(report["objectives"][5:], (0.25, 2), strict=True):
+        assert item["objective"] == {"name": "power", "alpha": alpha, "floor": 0.1}
+        assert item["gradient_weight"] > 0.1
+    assert yaml.safe_load(sweep_yaml(report))["arms"][-1] == {"objective": spec}
+    assert found.recipe.training.objective == spec
+    special = diagnosis(tmp_path, checkpoint, data, objective={**spec, "special_tokens": "nll"}).run()
+    warning = "of power 0.25 to 2, floor 0.1, special tokens nll comes from is not shown: it depends on more than p ("
+    assert any(warning in said for said in special["recommendation"]["warnings"])
+    assert len(special["objectives"]) == 5
+
+
 def test_warnings_say_what_the_figures_show(checkpoint, tmp_path):
     report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs"), tmp_path / "data")).run()
     said = lambda: " ".join(recommend(report, Threshold(above=0.1))["warnings"])  # noqa: E731

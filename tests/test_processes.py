@@ -57,6 +57,10 @@ def most_probable_first(model, tokenizer, data):
     return [data[i] for i in order], [peaks[i] for i in order]
 
 
+COMPOSED = {
+    "name": "power", "alpha": {"from": 0, "to": 2}, "floor": 0.1, "mix": {"test_trainer:pushes_entropy": 0.5},
+    "special_tokens": "nll",
+}  # fmt: skip
 CASES = {
     "padded": {"objective": {"name": "power", "alpha": 0.5}},
     "padding_free": {"objective": "neg_p", "padding_free": True},
@@ -64,6 +68,7 @@ CASES = {
     "nll": {},
     "kept": {"objective": "neg_p"},
     "streamed_evaluation": {"objective": "neg_p", "accelerator_config": {"dispatch_batches": False}},
+    "composed": {"objective": COMPOSED, "padding_free": True},
     "nothing_for_one_process": {"objective": "neg_p", "completion_only_loss": True},
 }
 
@@ -85,7 +90,10 @@ def examples(name, tokenizer, text_data):
     assert peaks[-2] < threshold < peaks[5]
     # 13 is no multiple of 2 x 3; where the length is unknown, so are the examples repeated to make it one
     evaluation = text_data.select(range(12 if name == "streamed_evaluation" else 13))
-    return ordered[:2] + ordered[-2:] + ordered[2:14], list(evaluation), threshold
+    train = ordered[:2] + ordered[-2:] + ordered[2:14]
+    if name == "composed":
+        train = [{**row, "objective_weight": i % 3} for i, row in enumerate(train)]
+    return train, list(evaluation), threshold
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -26,8 +27,8 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.leaderboard import difference, rank
-from bl_trainer.sweep.page import arms_csv, markdown, page, summary
-from bl_trainer.sweep.plan import Plan
+from bl_trainer.sweep.page import _alphas, arms_csv, markdown, page, summary
+from bl_trainer.sweep.plan import Plan, describe
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import _devices, failures
 
@@ -675,3 +676,11 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
     winner = yaml.safe_load((tmp_path / "s" / "winner.yaml").read_text())
     assert winner["learning_rate"] == 1e-2
     assert Recipe.read(["--config", str(tmp_path / "s" / "winner.yaml")]).training.objective in ("nll", "neg_p")
+
+
+def test_composed_arms_have_names_and_are_no_points_of_the_family():
+    setting = {"objective": {"name": "power", "alpha": {"from": 0, "to": 2}, "mix": {"nll": 0.1}}, "learning_rate": 1e-5}
+    assert describe(setting) == "power 0 to 2 + 0.1 nll, learning_rate 1e-05"
+    groups = [{"name": "power", "alpha": 3}, "neg_p", setting["objective"], {"name": "neg_p", "floor": 0.1}]
+    rows = [SimpleNamespace(group={"objective": group}, values={"nll": i}) for i, group in enumerate(groups)]
+    assert _alphas(SimpleNamespace(rows=rows, plan=SimpleNamespace(rank_by="nll"))) == {3.0: 0, 1.0: 1}

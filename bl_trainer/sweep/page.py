@@ -293,10 +293,9 @@ def _alphas(board: Leaderboard) -> dict[float, tuple[float, Any]]:
     found: dict[float, tuple[float, Any]] = {}
     for row in board.rows:
         objective = Objective.parse(row.group.get("objective") or "nll").to_dict()
-        alpha = {"nll": 0.0, "neg_p": 1.0}.get(
-            objective["name"], objective.get("alpha") if objective["name"] == "power" else None
-        )
+        name, alpha = objective.pop("name"), objective.pop("alpha", None)
+        alpha = {"nll": 0.0, "neg_p": 1.0}.get(name, alpha if name == "power" and not isinstance(alpha, dict) else None)
         plain = Threshold.parse(row.group.get("threshold")) == Threshold() and row.group.keys() <= {"objective", "threshold"}
-        if alpha is not None and plain:
+        if alpha is not None and plain and not objective:  # a composed one is no point of the family
             found[float(alpha)] = row.values[board.plan.rank_by]
     return found

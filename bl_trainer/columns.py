@@ -1,0 +1,139 @@
+"""What a data set says of each token besides its label, on its way to the objective: weights, and the chat template's tokens.
+
+A column has a value for each token of a row, or one for all of them; packing cuts and joins it as it does the tokens, and it
+is collated as the labels are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from trl.data_utils import is_conversational
+
+from .annotation import template_mask
+from .interruption import ROW
+from .specs import is_number
+
+WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
+TEMPLATE = "bl_template"  # 1 for a token that the chat template made
+FILLS = {WEIGHT: 1.0, TEMPLATE: 0}
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Return the names of a data set's columns, also of a stream's."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def check_weights(dataset: Any, name: str) -> Any:
+    """Return the data set, its `objective_weight` checked; a stream's is checked as it is read.
+
+    Raises ValueError with the number of the first row whose weight isn't a number >= 0.
+    """
+    if isinstance(dataset, Dataset):
+        for row, value in enumerate(dataset.select_columns([WEIGHT])[:][WEIGHT]):
+            _check_weight(value, row, name)
+        return dataset
+
+    def check(example: dict[str, Any], row: int) -> dict[str, Any]:
+        _check_weight(example[WEIGHT], row, name)
+        return {}
+
+    return dataset.map(check, with_indices=True)
+
+
+def _check_weight(value: Any, row: int, name: str) -> None:
+    for each in value if isinstance(value, list) and value else [value]:  # a list: of each token
+        if not is_number(each) or each < 0:
+            got = "is missing" if each is None else f"is {each!r}"
+            raise ValueError(
+                f"`{WEIGHT}` of row {row} of the {name} set, counted from 0, {got}: it must be a number, 0 or above. Give "
+                "every row one, 1 where nothing is to change, or rename the column."
+            )
+
+
+def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = None) -> None:
+    """Raise ValueError if a data set's weights are wrong, or it can't tell what `special_tokens` needs to know.
+
+    `marks`: whether the objective has `special_tokens`. `obstacle`: what would leave the columns out, if anything.
+    """
+    present = columns_of(dataset)
+    weighs = WEIGHT in present
+    obstacle = "the data set has images" if {"image", "images"} & {*present} else obstacle
+    if obstacle and (weighs or marks):
+        raise ValueError(
+            f"`{WEIGHT if weighs else 'special_tokens'}` needs to follow tokens through the collator and the loss, which it "
+            f"can't here: {obstacle}. Remove {'the column' if weighs else 'it'}."
+        )
+    if weighs:
+        check_weights(dataset, name)
+    if marks and "input_ids" in present and TEMPLATE not in present:
+        raise ValueError(
+            f"`special_tokens` needs to know which tokens the chat template made, and the {name} set can't tell: it holds "
+            "token ids already (`input_ids`). Give messages, prompts and completions, or texts."
+        )
+
+
+class TemplateMark:
+    """Adds `TEMPLATE` to a tokenised example. Raises ValueError where the template's tokens can't be told from content."""
+
+    def __init__(self, tokenizer: Any, chat_template: str | None, name: str):
+        self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
+
+    def __call__(self, example: Any) -> dict[str, Any]:
+        ids = example["input_ids"]
+        if not is_conversational(example):
+            return {TEMPLATE: [0] * len(ids)}
+        mask = template_mask(self.tokenizer, self.chat_template, example, ids)
+        if -1 in mask:
+            raise ValueError(
+                f"`special_tokens` can't tell the chat template's tokens from content in row {example[ROW]} of the {self.name} "
+                "set, counted from 0: its messages hold more than text (tool calls, reasoning), the template changes them, or "
+                "the tokenizer is a slow one. Give messages of plain text, or remove `special_tokens`."
+            )
+        return {TEMPLATE: mask}
+
+
+def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what turns an example's columns into ones of each token, which packing cuts and joins as it does the tokens."""
+
+    def spread(example: dict[str, Any]) -> dict[str, Any]:
+        size = len(example["input_ids"])
+        return {key: example[key] if isinstance(example[key], list) else [example[key]] * size for key in columns}
+
+    return spread
+
+
+def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    """Add to a collated batch the columns that its examples have: (batch, length) tensors, right-padded, as the labels are."""
+    height, width = batch["labels"].shape
+    for key, fill in FILLS.items():
+        if key in features[0]:
+            rows = [torch.tensor(each[key], dtype=torch.float32).expand(len(each["input_ids"])) for each in features]
+            rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
+            laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
+            batch[key] = pad(laid_out, (0, width - laid_out.shape[1]), value=fill)
+
+
+class TokenColumns:
+    """`objective_weight` and `is_special` of a batch's tokens, where the data or the objective have them.
+
+    Takes the columns out of `inputs`. `special_ids`: (number,) ids of the tokens that are special wherever they stand, None if
+    the objective has no `special_tokens`.
+    """
+
+    def __init__(self, inputs: dict[str, Any], special_ids: Tensor | None):
+        self.columns = {key: inputs.pop(key) for key in FILLS if key in inputs}
+        self.special_ids = special_ids
+
+    def at(self, labels: Tensor, align: Callable[[Tensor, float], Tensor]) -> dict[str, Tensor]:
+        """Return both at tokens with these `labels`; `align(column, fill)` takes a column's values there."""
+        aligned = {key: align(value, FILLS[key]) for key, value in self.columns.items()}
+        found = {WEIGHT: aligned[WEIGHT]} if WEIGHT in aligned else {}
+        if self.special_ids is not None:
+            special = torch.isin(labels, self.special_ids.to(labels.device))
+            found["is_special"] = special | (aligned[TEMPLATE] == 1) if TEMPLATE in aligned else special
+        return found

@@ -1,0 +1,36 @@
+"""Reading what a recipe gives: numbers that reach us as text, and names that are nearly right."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+def nearest(name: Any, allowed: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing."""
+    match = difflib.get_close_matches(str(name), list(allowed), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def to_exponent(value: Any) -> Any:
+    """Read `1e-3`, which YAML takes for text; other text may be meant as such. torch has no whole numbers beyond 64 bits."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return float(value) if abs(value) < 10**300 else math.copysign(math.inf, value)
+    is_exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_exponent else value
+
+
+def to_number(value: Any) -> Any:
+    """Read a number that reaches us as text, from the command line or as `1e-3` from YAML."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
