@@ -20,8 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .pointwise import _is_number, _Pointwise, _require_number, _widen
+from .published import PUBLISHED
+
 # What the trainer can hand to an objective besides `logp`; see `Objective`.
-STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "label", "progress")
+STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "ref_logp", "label", "progress")
 
 # Where a token has no say, functions see a fair coin: every sensible f and its slope are finite there.
 COIN_FLIP = {
@@ -29,6 +32,7 @@ COIN_FLIP = {
     "entropy": math.log(2),
     "log_sum_sq_probs": -math.log(2),
     "is_top1": True,
+    "ref_logp": -math.log(2),
     "label": 0,
 }
 
@@ -88,25 +92,8 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "neg_p": neg_p,
     "power": power,
     "log_one_minus_p": log_one_minus_p,
+    **PUBLISHED,
 }
-
-
-class _Pointwise(torch.autograd.Function):
-    """`value` with the slope in log p given in closed form: autograd's own for expm1 is expm1 + 1, which loses small p."""
-
-    @staticmethod
-    def forward(ctx: Any, logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return grads[0] * slope, None, None
-
-
-def _widen(logp: Tensor) -> Tensor:
-    return logp if logp.device.type == "mps" else logp.double()  # MPS has no float64
 
 
 @dataclass(frozen=True)
@@ -115,11 +102,12 @@ class Objective:
 
     The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
     exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
-    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `label` (token ids), and the float `progress`, from 0
-    to 1 over training. Its other parameters come from the recipe. It returns one cost per token, and the cost of a token
-    must not depend on other tokens, or the gradient would depend on how a batch is cut up.
+    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `ref_logp` (log p under a reference model, without
+    gradient), `label` (token ids), and the float `progress`, from 0 to 1 over training. Its other parameters come from the
+    recipe. It returns one cost per token, and the cost of a token must not depend on other tokens, or the gradient would
+    depend on how a batch is cut up.
 
-    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`.
+    `name` is a key of `OBJECTIVES` or an import path `package.module:function`.
     """
 
     name: str
@@ -286,6 +274,7 @@ def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
         "entropy": uncertainty,
         "log_sum_sq_probs": -uncertainty,
         "is_top1": values > -0.69,
+        "ref_logp": values / 2 - 0.1,
         "label": torch.zeros(shape, dtype=torch.long),
         "progress": 0.5,
     }
@@ -478,12 +467,3 @@ def _to_number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_number(objective: str, name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.")
