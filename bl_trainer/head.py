@@ -6,8 +6,9 @@ A batch's logits are never held: they are formed a block of rows at a time, used
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -74,15 +75,15 @@ class TokenCosts(NamedTuple):
 
 
 @torch.compiler.disable
-def score(hidden: Tensor, head: Head, target: Tensor) -> TokenScores:
-    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size), with their ranks. Without gradient.
+def score(hidden: Tensor, head: Head, target: Tensor, extras: tuple[str, ...] = ("rank",)) -> TokenScores:
+    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size), with `extras`. Without gradient.
 
     Probabilities near 1 keep their distance from 1: log p = -log1p(sum of the others' odds), formed without cancellation.
     """
     blocks = Blocks(hidden, head)
     buffer = blocks.empty(blocks.rows)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        parts = [blocks.block(rows, buffer, target, ("rank",)).scores for rows in blocks]
+        parts = [blocks.block(rows, buffer, target, extras).scores for rows in blocks]
     return TokenScores.join(parts)
 
 
@@ -130,12 +131,18 @@ def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) ->
 
 @torch.compiler.disable
 def objective_head(
-    hidden: Tensor, head: Head, target: Tensor, price: Callable[[dict[str, Tensor]], Price], extras: tuple[str, ...] = ()
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    price: Callable[[dict[str, Tensor]], Price],
+    extras: tuple[str, ...] = (),
+    given: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> TokenCosts:
     """Return the cost of each target token, with its gradient in `hidden`, `head.weight` and `head.bias` already formed.
 
     `hidden`: (N, hidden size). `target`: (N,) int64. `price(statistics)` makes the costs of a block of tokens,
-    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, and `log_sum_sq_probs` where `extras` names it.
+    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, `log_sum_sq_probs` where `extras` names it, and what is
+    `given`: further statistics of the tokens, (N,) each, which take no gradient.
 
     The gradient of the sum of costs in the logits is w (softmax - onehot), w being `Price.weight`, so a block of logits is
     formed once, by one product, and rows with w = 0 stay out of the two products that make the gradients. Products are in
@@ -155,7 +162,8 @@ def objective_head(
             names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
             label = target[rows]
             hits.append(block.scores.top1 == label)
-            prices.append(price({**names, "label": label, "is_top1": hits[-1]}))
+            known = {name: values[rows] for name, values in given.items()}
+            prices.append(price({**names, **known, "label": label, "is_top1": hits[-1]}))
             parts.append(block.scores)
             if any(needs):
                 gradients.add(rows, block, prices[-1])

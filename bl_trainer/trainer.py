@@ -1,5 +1,6 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
+import functools
 import inspect
 import json
 import math
@@ -26,6 +27,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
@@ -40,11 +42,21 @@ from .checkpoint import (
     why_broken,
     writing,
 )
-from .head import Head, TokenCosts, add_scoring, objective_head
-from .interruption import ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, number_tokens, refuse_nonfinite
+from .head import Head, TokenCosts, add_scoring, objective_head, score
+from .interruption import (
+    REFERENCE,
+    ROW,
+    RefuseNonfinite,
+    RowCollator,
+    StopOnSigterm,
+    number_rows,
+    number_tokens,
+    refuse_nonfinite,
+)
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
 from .parser import SECRETS
+from .reference import ReferenceCollator, base_of, check_reference, has_target, reference_source, truncated
 from .refusals import refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
@@ -183,9 +195,10 @@ class BLTrainer(SFTTrainer):
         peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
+        self.objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
+        self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
-        self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if "log_sum_sq_probs" in self.objective.statistics:
@@ -197,6 +210,13 @@ class BLTrainer(SFTTrainer):
         self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling and self.data_collator.padding_free:
             self.data_collator = _FlatCollator(**vars(self.data_collator))
+        if self.reference == "column":
+            if not isinstance(self.data_collator, DataCollatorForLanguageModeling) or self._is_shared_out("cp", "sp"):
+                raise ValueError(
+                    f"The column `{REFERENCE}` goes with text, and with whole sequences on each device: not with images, nor "
+                    "with context parallelism. Train an adapter without it: its base model is the reference then."
+                )
+            self.data_collator = ReferenceCollator(self.data_collator)
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
         if self.stops_on_nan:
             self.data_collator = RowCollator(self.data_collator)
@@ -224,39 +244,60 @@ class BLTrainer(SFTTrainer):
         return self.state.global_step > self._first_step
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        if not getattr(args, "stop_on_nan", False) or dataset_name != "train":
+        numbered = getattr(args, "stop_on_nan", False) and dataset_name == "train"
+        refers = self.reference == "column" and REFERENCE in get_dataset_column_names(dataset)
+        if not (numbered or refers):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         dataset, length = number_rows(dataset), args.max_length
-        if not packing:
+        if not (packing or refers):
             return super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        args.max_length = None  # packing cuts to length by itself
+        args.max_length = None  # what is per token is cut to length together, here
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
         how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
+        columns = ["input_ids", "labels", *([REFERENCE] if refers else []), *([ROW] if numbered else [])]
         with PartialState().local_main_process_first():
-            prepared = prepared.map(number_tokens, **how).select_columns(["input_ids", "labels", ROW])
-            packed = pack_dataset(prepared, length, args.packing_strategy, how)
-        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+            if refers:
+                prepared = prepared.map(check_reference, **how)
+            if packing:
+                prepared = prepared.map(number_tokens, **how) if numbered else prepared
+                prepared = pack_dataset(prepared.select_columns(columns), length, args.packing_strategy, how)
+                return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
+            prepared = prepared.select_columns(columns)
+            if length is not None:
+                kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
+                prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
+        return prepared
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if ROW not in self._signature_columns:
-            self._signature_columns.append(ROW)
+        self._signature_columns += [name for name in (ROW, REFERENCE) if name not in self._signature_columns]
 
     def _why_reference_head(self, base: Any) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
-        config, parallelism = base.config, self.accelerator.parallelism_config
-        sizes = [getattr(parallelism, f"{kind}_size", 1) for kind in ("cp", "sp", "tp")]
+        config = base.config
         reasons = {
             "BL_HEAD=trl asks for it": os.environ.get("BL_HEAD") == "trl",
             "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
             "the model is multimodal": config.get_text_config() is not config,
-            "the sequence or the head is shared out over devices": max(sizes) > 1,
+            "the sequence or the head is shared out over devices": self._is_shared_out("cp", "sp", "tp"),
             "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _find_reference(self, given: dict[str, Any], peft_config: Any) -> str | None:
+        """Return where `ref_logp` comes from, or None if the objective doesn't ask for it."""
+        if "ref_logp" not in self.objective.statistics:
+            return None
+        evaluated = given.get("eval_dataset")
+        sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
+        columns = {name: get_dataset_column_names(each) for name, each in sets.items() if each is not None}
+        return reference_source(self.objective.name, peft_config, columns, given.get("data_collator") is not None)
+
+    def _is_shared_out(self, *kinds: str) -> bool:
+        return any(getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1 for kind in kinds)
 
     def resolve_threshold(self) -> None:
         """Measure the probability that `threshold.above_percentile` stands for, unless it is known.
@@ -294,14 +335,15 @@ class BLTrainer(SFTTrainer):
         return None, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
+        example_lengths, rows, ref_logp = (inputs.pop(name, None) for name in ("example_lengths", ROW, REFERENCE))
+        if self.reference == "column" and ref_logp is None:
+            raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
 
         def forward(**kwargs):
             if not kwargs.get("fused_lm_head"):
                 return model(**kwargs)
-            outputs, cost, weight, kept = (
-                self._own_head(model, kwargs) if self.reference_head is None else self._trl_head(model, kwargs)
-            )
+            head = self._own_head if self.reference_head is None else self._trl_head
+            outputs, cost, weight, kept = head(model, kwargs, ref_logp)
             with torch.no_grad():
                 logp = outputs.log_probs
                 per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
@@ -317,8 +359,18 @@ class BLTrainer(SFTTrainer):
             refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
         return result
 
-    def _trl_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
-        """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
+    def _trl_head(
+        self, model, inputs: dict[str, Any], ref_logp: Tensor | None
+    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+        """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train.
+
+        `ref_logp`: of the shape of the labels, if it is a column of the data set.
+        """
+        if self.reference == "adapter":
+            with base_of(model, self.model):
+                ref_logp = model(**inputs).log_probs
+        elif ref_logp is not None:
+            ref_logp = ref_logp[:, 1:]
         outputs = model(**inputs)
         logp, is_target = outputs.log_probs, outputs.label_mask
         kept = is_target & self.threshold.keep(logp)
@@ -326,16 +378,24 @@ class BLTrainer(SFTTrainer):
             "entropy": lambda: outputs.entropy,
             "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
             "is_top1": lambda: outputs.is_top1,
+            "ref_logp": lambda: torch.as_tensor(ref_logp, device=logp.device),
             "label": lambda: _labels_of(logp, inputs),
             "progress": self._progress,
         }
         statistics = {name: available[name]() for name in self.objective.statistics}
         return outputs, *masked_cost(self.objective, kept, logp, **statistics), kept
 
-    def _own_head(self, model, inputs: dict[str, Any]) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
+    def _own_head(
+        self, model, inputs: dict[str, Any], ref_logp: Tensor | None
+    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """The same from `objective_head`, which forms the gradient as it goes."""
         inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
-        costs, is_target = model(**inputs, use=self._cost)
+        if self.reference == "adapter":
+            with base_of(model, self.model):
+                ref_logp = model(**inputs, use=functools.partial(score, extras=()))[0].logp
+        elif ref_logp is not None:
+            ref_logp = ref_logp[:, 1:][inputs["labels"][:, 1:] != -100]
+        costs, is_target = model(**inputs, use=functools.partial(self._cost, ref_logp=ref_logp))
         scores = costs.scores
 
         def laid_out(values: Tensor) -> Tensor:
@@ -351,9 +411,10 @@ class BLTrainer(SFTTrainer):
         )
         return outputs, laid_out(costs.cost), laid_out(costs.weight), laid_out(costs.kept)
 
-    def _cost(self, hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
+    def _cost(self, hidden: Tensor, head: Head, target: Tensor, ref_logp: Tensor | None) -> TokenCosts:
         extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
-        return objective_head(hidden, head, target, self._price, extras)
+        given = {} if ref_logp is None else {"ref_logp": ref_logp.to(hidden.device)}
+        return objective_head(hidden, head, target, self._price, extras, given)
 
     def _price(self, statistics: dict[str, Tensor]) -> Price:
         return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})
@@ -484,6 +545,9 @@ class BLTrainer(SFTTrainer):
                     return self._finish(resume_from_checkpoint, state)
             whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
             self.accelerator.print(f"Loss head: {whose}.")
+            if self.reference is not None:
+                what = f"the column `{REFERENCE}`" if self.reference == "column" else "the model without its adapter"
+                self.accelerator.print(f"Reference: {what}.")
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _take_up(self, checkpoint: str) -> TrainerState:
