@@ -38,7 +38,11 @@ COIN_FLIP = {
 
 
 def nll(logp: Tensor) -> Tensor:
-    """f(p) = -log p, weight on its own gradient 1. Standard SFT (paper, Eq. 1).
+    """f(p) = -log p, weight on the NLL gradient 1.
+
+    Standard SFT, and the default: for a model that knows little of the task (model-weak), or while you don't know.
+
+    Source: https://arxiv.org/abs/2510.00526, Eq. 1.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype.
     """
@@ -46,7 +50,12 @@ def nll(logp: Tensor) -> Tensor:
 
 
 def neg_p(logp: Tensor) -> Tensor:
-    """f(p) = 1 - p, weight on the NLL gradient p. The paper's -p; the gradient of DFT (https://arxiv.org/abs/2508.05629).
+    """f(p) = 1 - p, weight on the NLL gradient p.
+
+    The paper's -p, and the gradient of `dft`: for a model that knows the task well (model-strong), where improbable targets are
+    mostly noise.
+
+    Source: https://arxiv.org/abs/2510.00526, section 3.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype.
     """
@@ -54,10 +63,13 @@ def neg_p(logp: Tensor) -> Tensor:
 
 
 def power(logp: Tensor, alpha: float) -> Tensor:
-    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha (paper, Eq. 3).
+    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha.
 
-    alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more prior-averse than `nll`. There
-    p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly in log p.
+    Between the two and beyond: alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more
+    prior-averse than `nll`. There p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly
+    in log p.
+
+    Source: https://arxiv.org/abs/2510.00526, Eq. 3.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless alpha is a finite number.
     """
@@ -73,7 +85,11 @@ def power(logp: Tensor, alpha: float) -> Tensor:
 
 
 def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon). The paper's Fig. 5.
+    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon).
+
+    To repeat the paper's figure: nearly all weight is on what is already probable.
+
+    Source: https://arxiv.org/abs/2510.00526, Fig. 5; epsilon from its code.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless epsilon > 0, without
     which f has no slope at p = 1.

@@ -210,6 +210,9 @@ PUBLISHED = {
     for function in (dft, talr, trsft, profit, infosft, chord_phi, focal, eaft, mile, deft, deft_cayley, asft, psft)
 }
 
+# A low f says nothing of these: it is low also where tokens are improbable, or where the model is sure
+NO_RULER = ("dft", "talr", "profit", "infosft", "chord_phi", "eaft", "mile", "deft", "deft_cayley", "asft")
+
 
 def _weighted(logp: Tensor, weight: Tensor) -> Tensor:
     """Return -sg(weight) log p; a token that weighs nothing costs nothing, also at p = 0."""

@@ -56,6 +56,7 @@ from .interruption import (
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price
 from .parser import SECRETS
+from .published import NO_RULER
 from .reference import ReferenceCollator, base_of, check_reference, has_target, reference_source, truncated
 from .refusals import refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
@@ -133,6 +134,12 @@ class BLConfig(SFTConfig):
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
                 "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
+            )
+        if metric.endswith("loss") and objective.name in NO_RULER:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
+                f"tell the better model under objective {objective.name!r}, whose weights change with the model. Write "
+                "`metric_for_best_model: eval_nll`, or another metric."
             )
         refuse_bypass(self)
 

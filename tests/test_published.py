@@ -10,10 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from ways import Gradients, Ordered, build, relative_difference, train
 
-from bl_trainer import BLTrainer, Objective, Threshold
+from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import OBJECTIVES, price
-from bl_trainer.published import PUBLISHED
+from bl_trainer.published import NO_RULER, PUBLISHED
 
 GRID = torch.cat([-torch.logspace(math.log10(50), -7, 2000), torch.zeros(1)])  # log p from -50 to 0, float32
 GENERATOR = torch.Generator().manual_seed(0)
@@ -169,6 +169,21 @@ def test_identity(name):
     actual, expected = IDENTITIES[name]
     tolerance = 1e-3 if "half" in name else 1e-12
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_loss_that_tells_nothing_chooses_no_checkpoint(name, tmp_path):
+    """Refused are those whose f is low at p = 0 or where the model is sure; the others fall in p, whatever else holds."""
+    spec = {"name": name, **dict.fromkeys({"talr": ["tau"], "profit": ["tau"], "deft_cayley": ["mean_p"]}.get(name, []), 0.5)}
+    options = {"output_dir": str(tmp_path), "objective": spec, "use_cpu": True, "bf16": False, "eval_strategy": "steps"}
+    objective = Objective.parse(spec)
+    if name in NO_RULER:
+        with pytest.raises(ValueError, match=f"doesn't tell the better model under objective '{name}'.* eval_nll"):
+            BLConfig(load_best_model_at_end=True, **options)
+    else:
+        BLConfig(load_best_model_at_end=True, **options)
+        assert (objective(GRID, **given(objective, ref_logp=0 * GRID - 1)).diff() <= 0).all()
+    BLConfig(load_best_model_at_end=True, metric_for_best_model="eval_nll", **options)
 
 
 def test_infosft_peaks_where_its_authors_say():
@@ -499,8 +514,6 @@ def test_refusals_before_the_model_loads(tokenizer, text_data, tmp_path):
 
 
 def build_args(tmp_path):
-    from bl_trainer import BLConfig
-
     return BLConfig(output_dir=str(tmp_path), objective="asft", use_cpu=True, bf16=False)
 
 
