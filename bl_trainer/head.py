@@ -8,7 +8,6 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -136,13 +135,13 @@ def objective_head(
     target: Tensor,
     price: Callable[[dict[str, Tensor]], Price],
     extras: tuple[str, ...] = (),
-    given: Mapping[str, Tensor] = MappingProxyType({}),
+    columns: Mapping[str, Tensor] | None = None,
 ) -> TokenCosts:
     """Return the cost of each target token, with its gradient in `hidden`, `head.weight` and `head.bias` already formed.
 
     `hidden`: (N, hidden size). `target`: (N,) int64. `price(statistics)` makes the costs of a block of tokens,
-    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, `log_sum_sq_probs` where `extras` names it, and what is
-    `given`: further statistics of the tokens, (N,) each, which take no gradient.
+    elementwise, from their `logp`, `entropy`, `is_top1`, `label`, `log_sum_sq_probs` where `extras` names it, and `columns`,
+    (N,) each: what else is known of the tokens.
 
     The gradient of the sum of costs in the logits is w (softmax - onehot), w being `Price.weight`, so a block of logits is
     formed once, by one product, and rows with w = 0 stay out of the two products that make the gradients. Products are in
@@ -162,7 +161,7 @@ def objective_head(
             names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
             label = target[rows]
             hits.append(block.scores.top1 == label)
-            known = {name: values[rows] for name, values in given.items()}
+            known = {name: column[rows] for name, column in (columns or {}).items()}
             prices.append(price({**names, **known, "label": label, "is_top1": hits[-1]}))
             parts.append(block.scores)
             if any(needs):

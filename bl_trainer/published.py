@@ -15,30 +15,30 @@ from .pointwise import _Pointwise, _require_number, _widen
 ANCHOR_REACH = 10.0  # SkyRL's `asft_kl_clamp`
 
 
-def dft(logp: Tensor, floor: float = 0.0) -> Tensor:
-    """f(p) = -sg(max(p, floor)) log p, weight on the NLL gradient max(p, floor).
+def dft(logp: Tensor, min_weight: float = 0.0) -> Tensor:
+    """f(p) = -sg(max(p, min_weight)) log p, weight on the NLL gradient max(p, min_weight).
 
-    Dynamic Fine-Tuning. Use it where the model knows the task; without a floor its gradient is that of `neg_p`. A floor
-    keeps improbable tokens learning.
+    Dynamic Fine-Tuning. Use it where the model knows the task; without min_weight its gradient is that of `neg_p`, with it
+    improbable tokens go on learning.
 
-    Source: https://arxiv.org/abs/2508.05629; the floor, 0.1 there, is from the authors' code.
+    Source: https://arxiv.org/abs/2508.05629; min_weight, 0.1 there, is from the authors' code.
     """
-    _require("dft", "floor", floor, 0, 1)
-    return _weighted(logp, _widen(logp).exp().clamp(min=floor))
+    _require("dft", "min_weight", min_weight, 0, 1)
+    return _weighted(logp, _widen(logp).exp().clamp(min=min_weight))
 
 
-def talr(logp: Tensor, tau: float, floor: float = 0.01) -> Tensor:
-    """f(p) = -sg(max(p^(1/tau), floor)) log p, weight on the NLL gradient max(p^(1/tau), floor).
+def talr(logp: Tensor, tau: float, min_weight: float = 0.01) -> Tensor:
+    """f(p) = -sg(max(p^(1/tau), min_weight)) log p, weight on the NLL gradient max(p^(1/tau), min_weight).
 
-    Token-adaptive loss reweighting. Above the floor it is `power` with alpha = 1/tau. In the paper tau is the median over
+    Token-adaptive loss reweighting. Above min_weight it is `power` with alpha = 1/tau. In the paper tau is the median over
     the batch of the mean NLL of each sequence, so a token's weight depends on the rest of the batch; here tau is fixed. The
     `nll` that diagnose reports is a value to begin with.
 
-    Source: https://arxiv.org/abs/2509.20758; formula and floor from a third party's code, the rule for tau second-hand.
+    Source: https://arxiv.org/abs/2509.20758; formula and min_weight from a third party's code, the rule for tau second-hand.
     """
     _require("talr", "tau", tau, 0, above=True)
-    _require("talr", "floor", floor, 0, 1)
-    return _weighted(logp, (_widen(logp) / tau).exp().clamp(min=floor))
+    _require("talr", "min_weight", min_weight, 0, 1)
+    return _weighted(logp, (_widen(logp) / tau).exp().clamp(min=min_weight))
 
 
 def trsft(logp: Tensor, a: float = 0.1) -> Tensor:
@@ -136,7 +136,7 @@ def mile(logp: Tensor, entropy: Tensor, gamma: float = 1.0) -> Tensor:
     weights by their mean over the batch; that is left out, since a token's weight would depend on other tokens: the
     gradient is larger by that factor, for which Adam makes up, gradient clipping doesn't.
 
-    Source: https://arxiv.org/abs/2310.19531 and its code.
+    Source: https://arxiv.org/abs/2310.19531 and its code; gamma from a third party's.
     """
     _require("mile", "gamma", gamma, 0)
     return _weighted(logp, (1 + _widen(entropy.detach()).clamp(min=0)) ** gamma)

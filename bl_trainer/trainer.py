@@ -420,8 +420,8 @@ class BLTrainer(SFTTrainer):
 
     def _cost(self, hidden: Tensor, head: Head, target: Tensor, ref_logp: Tensor | None) -> TokenCosts:
         extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
-        given = {} if ref_logp is None else {"ref_logp": ref_logp.to(hidden.device)}
-        return objective_head(hidden, head, target, self._price, extras, given)
+        columns = {} if ref_logp is None else {"ref_logp": ref_logp.to(hidden.device)}
+        return objective_head(hidden, head, target, self._price, extras, columns)
 
     def _price(self, statistics: dict[str, Tensor]) -> Price:
         return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})

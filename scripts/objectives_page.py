@@ -21,7 +21,7 @@ P = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
 # What each panel shows: label, parameters, and statistics of every token
 CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "power": [(f"alpha {alpha:g}", {"alpha": alpha}, {}) for alpha in (-0.25, 0.5, 10)],
-    "dft": [(f"floor {floor:g}", {"floor": floor}, {}) for floor in (0, 0.1)],
+    "dft": [(f"min_weight {least:g}", {"min_weight": least}, {}) for least in (0, 0.1)],
     "talr": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.5, 1, 4)],
     "profit": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.3,)],
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],

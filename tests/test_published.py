@@ -44,7 +44,7 @@ def clipped(logp, ref, low, high):
 # Spec, f(log p, statistics) as the paper or its code writes it
 FORMULAS = [
     ("dft", lambda x, s: -x.exp().detach() * x),
-    ({"name": "dft", "floor": 0.1}, lambda x, s: -x.exp().clamp(min=0.1).detach() * x),
+    ({"name": "dft", "min_weight": 0.1}, lambda x, s: -x.exp().clamp(min=0.1).detach() * x),
     ({"name": "talr", "tau": 2.5}, lambda x, s: -(x.exp() ** 0.4).clamp(min=0.01).detach() * x),
     ("trsft", lambda x, s: torch.where(x.exp() >= 0.1, -x, (0.1 - x.exp()) / 0.1 - math.log(0.1))),
     ({"name": "profit", "tau": 0.3}, lambda x, s: -(x.exp() > 0.3).double() * x),
@@ -133,11 +133,11 @@ P = GRID.double().exp()
 IDENTITIES = {
     "dft has the gradient of neg_p": (weight("dft"), weight("neg_p")),
     "talr is power above its floor": (
-        weight({"name": "talr", "tau": 4, "floor": 0}),
+        weight({"name": "talr", "tau": 4, "min_weight": 0}),
         weight({"name": "power", "alpha": 0.25}),
     ),
     "talr never weighs less than its floor": (weight({"name": "talr", "tau": 1}), P.clamp(min=0.01)),
-    "talr of tau 1 is dft with a floor": (weight({"name": "talr", "tau": 1}), weight({"name": "dft", "floor": 0.01})),
+    "talr of tau 1 is dft with a floor": (weight({"name": "talr", "tau": 1}), weight({"name": "dft", "min_weight": 0.01})),
     "trsft": (weight({"name": "trsft", "a": 0.2}), (P / 0.2).clamp(max=1)),
     "trsft of a 1 is neg_p": (weight({"name": "trsft", "a": 1}), weight("neg_p")),
     "profit of tau 0 is nll": (weight({"name": "profit", "tau": 0}), weight("nll")),
@@ -210,11 +210,11 @@ def test_eaft_is_near_the_papers_by_the_bound_that_it_gives(scale):
 
 
 BAD = [
-    ({"name": "dft", "floor": 1.5}, "`floor` of objective 'dft' must be at least 0 and at most 1, got 1.5"),
-    ({"name": "dft", "floor": "x"}, "`floor` of objective 'dft' must be a finite number, got 'x'"),
-    ("talr", "Objective 'talr' takes tau, floor: 'tau' is missing"),
+    ({"name": "dft", "min_weight": 1.5}, "`min_weight` of objective 'dft' must be at least 0 and at most 1, got 1.5"),
+    ({"name": "dft", "min_weight": "x"}, "`min_weight` of objective 'dft' must be a finite number, got 'x'"),
+    ("talr", "Objective 'talr' takes tau, min_weight: 'tau' is missing"),
     ({"name": "talr", "tau": 0}, "`tau` of objective 'talr' must be above 0, got 0"),
-    ({"name": "talr", "tau": 1, "floor": -1}, "`floor` of objective 'talr' must be at least 0"),
+    ({"name": "talr", "tau": 1, "min_weight": -1}, "`min_weight` of objective 'talr' must be at least 0"),
     ({"name": "trsft", "a": 0}, "`a` of objective 'trsft' must be above 0 and at most 1, got 0"),
     ({"name": "profit", "tau": 2}, "`tau` of objective 'profit' must be at least 0 and at most 1"),
     ({"name": "infosft", "P": 0.5}, "`P` of objective 'infosft' must be above 0.5 and below 1, got 0.5"),
