@@ -86,6 +86,7 @@ bench-head: $(VENV)/weights
 
 figures: $(VENV)/installed
 	$(BIN)/python scripts/plot_weights.py
+	$(BIN)/python scripts/objectives_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST)

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.data_utils import is_conversational
 
 from .annotation import template_mask
-from .interruption import ROW
+from .interruption import REFERENCE, ROW
 from .specs import is_number
 
 WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
 TEMPLATE = "bl_template"  # 1 for a token that the chat template made
-FILLS = {WEIGHT: 1.0, TEMPLATE: 0}
+FILLS = {WEIGHT: 1.0, TEMPLATE: 0, REFERENCE: 0.0}
 
 
 def columns_of(dataset: Any) -> list[str]:
@@ -112,6 +112,11 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
     height, width = batch["labels"].shape
     for key, fill in FILLS.items():
         if key in features[0]:
+            for each in features:
+                if isinstance(each[key], list) and len(each[key]) != len(each["input_ids"]):  # of a set that is not prepared
+                    raise ValueError(
+                        f"`{key}` has {len(each[key])} numbers for {len(each['input_ids'])} tokens. Give one for each."
+                    )
             rows = [torch.tensor(each[key], dtype=torch.float32).expand(len(each["input_ids"])) for each in features]
             rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
             laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
@@ -132,7 +137,8 @@ class TokenColumns:
     def at(self, labels: Tensor, align: Callable[[Tensor, float], Tensor]) -> dict[str, Tensor]:
         """Return both at tokens with these `labels`; `align(column, fill)` takes a column's values there."""
         aligned = {key: align(value, FILLS[key]) for key, value in self.columns.items()}
-        found = {WEIGHT: aligned[WEIGHT]} if WEIGHT in aligned else {}
+        names = {WEIGHT: WEIGHT, REFERENCE: "ref_logp"}
+        found = {names[key]: value for key, value in aligned.items() if key in names}
         if self.special_ids is not None:
             special = torch.isin(labels, self.special_ids.to(labels.device))
             found["is_special"] = special | (aligned[TEMPLATE] == 1) if TEMPLATE in aligned else special

@@ -123,6 +123,7 @@ COIN_FLIP = {
     "entropy": math.log(2),
     "log_sum_sq_probs": -math.log(2),
     "is_top1": True,
+    "ref_logp": -math.log(2),
     "label": 0,
     "is_special": False,
 }

@@ -107,6 +107,9 @@ class _Diagnoser(BLTrainer):
         self.by, self.limit, self.is_cut, self.packs = by, limit, False, False
         super().__init__(**kwargs)
 
+    def _find_reference(self, given: dict[str, Any], peft_config: Any) -> None:
+        return None  # no cost is computed
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         length, self.packs, by = args.max_length, packing, self.by
         if by is not None:  # before TRL adds an end token to texts

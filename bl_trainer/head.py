@@ -74,15 +74,15 @@ class TokenCosts(NamedTuple):
 
 
 @torch.compiler.disable
-def score(hidden: Tensor, head: Head, target: Tensor) -> TokenScores:
-    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size), with their ranks. Without gradient.
+def score(hidden: Tensor, head: Head, target: Tensor, extras: tuple[str, ...] = ("rank",)) -> TokenScores:
+    """Score the tokens `target`, (N,) int64, that follow `hidden`, (N, hidden size), with `extras`. Without gradient.
 
     Probabilities near 1 keep their distance from 1: log p = -log1p(sum of the others' odds), formed without cancellation.
     """
     blocks = Blocks(hidden, head)
     buffer = blocks.empty(blocks.rows)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        parts = [blocks.block(rows, buffer, target, ("rank",)).scores for rows in blocks]
+        parts = [blocks.block(rows, buffer, target, extras).scores for rows in blocks]
     return TokenScores.join(parts)
 
 

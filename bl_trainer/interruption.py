@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
-NOT_FOR_THE_MODEL = (ROW, "example_lengths", "objective_weight", "bl_template")  # what our collators add to a batch
+REFERENCE = "ref_logprobs"  # log p of each token under a reference model
+NOT_FOR_THE_MODEL = (ROW, REFERENCE, "example_lengths", "objective_weight", "bl_template")  # what our collators add to a batch
 
 
 class LossError(ValueError):

@@ -20,17 +20,23 @@ import torch
 from torch import Tensor
 
 from .composition import KEYS, Schedule, chosen, floored, hidden, value_at
+from .pointwise import _Pointwise, _require_number, _widen
+from .published import PUBLISHED
 from .specs import is_number as _is_number
 from .specs import nearest as _nearest
 from .specs import to_exponent as _to_exponent
 from .specs import to_number as _to_number
 
 # What the trainer can hand to an objective besides `logp`; see `Objective`.
-STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "label", "progress")
+STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "ref_logp", "label", "progress")
 
 
 def nll(logp: Tensor) -> Tensor:
-    """f(p) = -log p, weight on its own gradient 1. Standard SFT (paper, Eq. 1).
+    """f(p) = -log p, weight on the NLL gradient 1.
+
+    Standard SFT, and the default: for a model that knows little of the task (model-weak), or while you don't know.
+
+    Source: https://arxiv.org/abs/2510.00526, Eq. 1.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype.
     """
@@ -38,7 +44,12 @@ def nll(logp: Tensor) -> Tensor:
 
 
 def neg_p(logp: Tensor) -> Tensor:
-    """f(p) = 1 - p, weight on the NLL gradient p. The paper's -p; the gradient of DFT (https://arxiv.org/abs/2508.05629).
+    """f(p) = 1 - p, weight on the NLL gradient p.
+
+    The paper's -p, and the gradient of `dft`: for a model that knows the task well (model-strong), where improbable targets are
+    mostly noise.
+
+    Source: https://arxiv.org/abs/2510.00526, section 3.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype.
     """
@@ -46,10 +57,13 @@ def neg_p(logp: Tensor) -> Tensor:
 
 
 def power(logp: Tensor, alpha: float) -> Tensor:
-    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha (paper, Eq. 3).
+    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha.
 
-    alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more prior-averse than `nll`. There
-    p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly in log p.
+    Between the two and beyond: alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more
+    prior-averse than `nll`. There p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly
+    in log p.
+
+    Source: https://arxiv.org/abs/2510.00526, Eq. 3.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless alpha is a finite number.
     """
@@ -65,7 +79,11 @@ def power(logp: Tensor, alpha: float) -> Tensor:
 
 
 def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon). The paper's Fig. 5.
+    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon).
+
+    To repeat the paper's figure: nearly all weight is on what is already probable.
+
+    Source: https://arxiv.org/abs/2510.00526, Fig. 5; epsilon from its code.
 
     `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless epsilon > 0, without
     which f has no slope at p = 1.
@@ -84,25 +102,8 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "neg_p": neg_p,
     "power": power,
     "log_one_minus_p": log_one_minus_p,
+    **PUBLISHED,
 }
-
-
-class _Pointwise(torch.autograd.Function):
-    """`value` with the slope in log p given in closed form: autograd's own for expm1 is expm1 + 1, which loses small p."""
-
-    @staticmethod
-    def forward(ctx: Any, logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return grads[0] * slope, None, None
-
-
-def _widen(logp: Tensor) -> Tensor:
-    return logp if logp.device.type == "mps" else logp.double()  # MPS has no float64
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ class Objective:
 
     The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
     exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
-    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `label` (token ids), and the float `progress`, from 0
-    to 1 over training. Its other parameters come from the recipe. It returns one cost per token, and the cost of a token
-    must not depend on other tokens, or the gradient would depend on how a batch is cut up.
+    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `ref_logp` (log p under a reference model, without
+    gradient), `label` (token ids), and the float `progress`, from 0 to 1 over training. Its other parameters come from the
+    recipe. It returns one cost per token, and the cost of a token must not depend on other tokens, or the gradient would
+    depend on how a batch is cut up.
 
-    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`. Any number among
+    `name` is a key of `OBJECTIVES` or an import path `package.module:function`. Any number among
     the parameters, `floor` and the weights of `mix` may be a `Schedule`, whose value then depends on `progress`.
 
     `mix`: objectives whose costs are added, each times its weight >= 0; f itself counts once. `floor`, 0 to 1: the smallest
@@ -371,6 +373,7 @@ def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
         "entropy": uncertainty,
         "log_sum_sq_probs": -uncertainty,
         "is_top1": values > -0.69,
+        "ref_logp": values / 2 - 0.1,
         "label": torch.zeros(shape, dtype=torch.long),
         "progress": 0.5,
     }
@@ -601,8 +604,3 @@ def _from_json(key: str, value: Any, example: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
-
-
-def _require_number(objective: str, name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.")

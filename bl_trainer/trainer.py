@@ -1,5 +1,6 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
+import functools
 import inspect
 import json
 import math
@@ -52,11 +53,13 @@ from .columns import (
     for_each_token,
     lay_out,
 )
-from .head import Head, TokenCosts, add_scoring, objective_head
-from .interruption import ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
+from .head import Head, TokenCosts, add_scoring, objective_head, score
+from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
+from .published import NO_RULER
+from .reference import base_of, check_reference, has_target, reference_source, truncated
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
@@ -141,6 +144,12 @@ class BLConfig(SFTConfig):
                 f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: "
                 "eval_nll`, or another metric."
             )
+        if metric.endswith("loss") and objective.name in NO_RULER:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
+                f"tell the better model under objective {objective.name!r}, whose weights change with the model. Write "
+                "`metric_for_best_model: eval_nll`, or another metric."
+            )
         refuse_bypass(self)
 
 
@@ -208,9 +217,10 @@ class BLTrainer(SFTTrainer):
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
         self._refuse_columns(given)
+        self.objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
+        self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
-        self.objective = Objective.parse(getattr(self.args, "objective", "nll"))
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if "log_sum_sq_probs" in self.objective.statistics:
@@ -222,6 +232,11 @@ class BLTrainer(SFTTrainer):
         self.add_callback(_ResolveThreshold(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = _Collator(**vars(self.data_collator))
+        if self.reference == "column" and (not isinstance(self.data_collator, _Collator) or self._is_shared_out("cp", "sp")):
+            raise ValueError(
+                f"The column `{REFERENCE}` goes with text, and with whole sequences on each device: not with images, nor "
+                "with context parallelism. Train an adapter without it: its base model is the reference then."
+            )
         self._special_ids = self._find_special_ids()
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
         if self.stops_on_nan:
@@ -254,21 +269,28 @@ class BLTrainer(SFTTrainer):
         marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
         present = columns_of(dataset)
         check_columns(dataset, dataset_name, marks)
-        columns = [key for key, holds in ((ROW, numbers), (WEIGHT, WEIGHT in present), (TEMPLATE, marks)) if holds]
+        refers = self.reference == "column" and REFERENCE in present
+        asked = {ROW: numbers, WEIGHT: WEIGHT in present, TEMPLATE: marks, REFERENCE: refers}
+        columns = [key for key, holds in asked.items() if holds]
         if not columns:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if WEIGHT in columns:
             dataset = check_weights(dataset, dataset_name)
-        if (numbers or marks) and ROW not in present:
+        if (numbers or marks or refers) and ROW not in present:
             dataset = number_rows(dataset)
         length = args.max_length
-        args.max_length = None if packing else length  # packing cuts to length by itself
+        args.max_length = None if packing or refers else length  # what is per token is cut with the tokens
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
             args.max_length = length
         how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
         with PartialState().local_main_process_first():
+            if refers:
+                prepared = prepared.map(check_reference, **how)
+            if refers and not packing and length is not None:
+                kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
+                prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
             if marks and TEMPLATE not in present:
                 mark = TemplateMark(tokenizer_of(processing_class), self.chat_template, dataset_name)
                 prepared = prepared.map(mark, **how)
@@ -280,7 +302,7 @@ class BLTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [key for key in (ROW, WEIGHT, TEMPLATE) if key not in self._signature_columns]
+        self._signature_columns += [key for key in (ROW, WEIGHT, TEMPLATE, REFERENCE) if key not in self._signature_columns]
 
     def _refuse_columns(self, given: dict[str, Any]) -> None:
         """Raise ValueError, before the model loads, on columns that are wrong, or that would be lost on their way."""
@@ -307,16 +329,27 @@ class BLTrainer(SFTTrainer):
 
     def _why_reference_head(self, base: Any) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
-        config, parallelism = base.config, self.accelerator.parallelism_config
-        sizes = [getattr(parallelism, f"{kind}_size", 1) for kind in ("cp", "sp", "tp")]
+        config = base.config
         reasons = {
             "BL_HEAD=trl asks for it": os.environ.get("BL_HEAD") == "trl",
             "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
             "the model is multimodal": config.get_text_config() is not config,
-            "the sequence or the head is shared out over devices": max(sizes) > 1,
+            "the sequence or the head is shared out over devices": self._is_shared_out("cp", "sp", "tp"),
             "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _find_reference(self, given: dict[str, Any], peft_config: Any) -> str | None:
+        """Return where `ref_logp` comes from, or None if the objective doesn't ask for it."""
+        if "ref_logp" not in self.objective.statistics:
+            return None
+        evaluated = given.get("eval_dataset")
+        sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
+        columns = {name: columns_of(each) for name, each in sets.items() if each is not None}
+        return reference_source(self.objective.name, peft_config, columns, given.get("data_collator") is not None)
+
+    def _is_shared_out(self, *kinds: str) -> bool:
+        return any(getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1 for kind in kinds)
 
     def resolve_threshold(self) -> None:
         """Measure the probability that `threshold.above_percentile` stands for, unless it is known.
@@ -355,6 +388,8 @@ class BLTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
+        if self.reference == "column" and REFERENCE not in inputs:
+            raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
         columns = TokenColumns(inputs, self._special_ids)
 
         def forward(**kwargs):
@@ -384,6 +419,10 @@ class BLTrainer(SFTTrainer):
         self, model, inputs: dict[str, Any], columns: TokenColumns
     ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
+        ref_logp = None
+        if self.reference == "adapter":
+            with base_of(model, self.model):
+                ref_logp = model(**inputs).log_probs
         outputs = model(**inputs)
         logp, is_target = outputs.log_probs, outputs.label_mask
         known = columns.at(_labels_of(logp, inputs), lambda column, fill: _beside(logp, column, fill))
@@ -392,6 +431,7 @@ class BLTrainer(SFTTrainer):
             "entropy": lambda: outputs.entropy,
             "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
             "is_top1": lambda: outputs.is_top1,
+            "ref_logp": lambda: known["ref_logp"] if ref_logp is None else ref_logp,
             "label": lambda: _labels_of(logp, inputs),
             "progress": self._progress,
             "is_special": lambda: known["is_special"],
@@ -404,12 +444,15 @@ class BLTrainer(SFTTrainer):
     ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """The same from `objective_head`, which forms the gradient as it goes."""
         inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
-        extras = tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
+        extras, ref_logp = tuple({"log_sum_sq_probs"} & set(self.objective.statistics)), {}
+        if self.reference == "adapter":
+            with base_of(model, self.model):
+                ref_logp = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
 
         def cost(hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
             is_target = inputs["labels"][:, 1:] != -100
             known = columns.at(target, lambda column, fill: column[:, 1:][is_target].to(target.device))
-            return objective_head(hidden, head, target, self._price, extras, known)
+            return objective_head(hidden, head, target, self._price, extras, {**known, **ref_logp})
 
         costs, is_target = model(**inputs, use=cost)
         scores = costs.scores
@@ -563,6 +606,9 @@ class BLTrainer(SFTTrainer):
                     return self._finish(resume_from_checkpoint, state)
             whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
             self.accelerator.print(f"Loss head: {whose}.")
+            if self.reference is not None:
+                what = f"the column `{REFERENCE}`" if self.reference == "column" else "the model without its adapter"
+                self.accelerator.print(f"Reference: {what}.")
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _take_up(self, checkpoint: str) -> TrainerState:

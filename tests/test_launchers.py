@@ -32,7 +32,7 @@ TRIED = {
     "single_gpu": [1], "ddp": [2, 4], "two_nodes": [4], "fsdp2": [2], "zero2": [2], "zero3": [2], "context_parallel": [4],
 }  # fmt: skip
 METRICS = ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
+LORA = {"objective": "asft", "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 
 
 def start(config, processes, *command, dies_at=-1, cwd=None, **options):

@@ -68,6 +68,7 @@ CASES = {
     "nll": {},
     "kept": {"objective": "neg_p"},
     "streamed_evaluation": {"objective": "neg_p", "accelerator_config": {"dispatch_batches": False}},
+    "reference": {"objective": "asft"},
     "composed": {"objective": COMPOSED, "padding_free": True},
     "nothing_for_one_process": {"objective": "neg_p", "completion_only_loss": True},
 }

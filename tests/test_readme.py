@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
-from transformers import TrainingArguments
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
 from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
 from bl_trainer.parser import Parser
+from bl_trainer.published import PUBLISHED
 from bl_trainer.recipe import DATACLASSES, Recipe
 from bl_trainer.sweep.plan import OWN_KEYS, RULERS, Plan
 from bl_trainer.sweep.verb import SweepArguments
@@ -47,7 +48,7 @@ def evaluate(formula, **values):
 
 def test_table_of_objectives():
     rows = table("objective")
-    assert [re.match(r"`(\w+)`", row[0])[1] for row in rows] == list(OBJECTIVES)
+    assert [re.match(r"`(\w+)`", row[0])[1] for row in rows] == [name for name in OBJECTIVES if name not in PUBLISHED]
     for cells in rows:
         name = re.match(r"`(\w+)`", cells[0])[1]
         parameters = {"power": {"alpha": 0.7}, "log_one_minus_p": {"epsilon": 1e-3}}.get(name, {})
@@ -172,7 +173,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 29
+    assert len(paths) == 32
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -191,6 +192,28 @@ def test_figure_is_the_scripts(tmp_path):
     script = runpy.run_path(str(ROOT / "scripts" / "plot_weights.py"))
     script["main"](str(tmp_path / "weights.svg"))
     assert (tmp_path / "weights.svg").read_bytes() == (ROOT / "docs" / "weights.svg").read_bytes()
+
+
+def test_page_of_objectives(tmp_path, checkpoint):
+    script = runpy.run_path(str(ROOT / "scripts" / "objectives_page.py"))
+    script["main"](str(tmp_path))
+    for name in ("objectives.md", "objectives.svg"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes(), f"{name}: run `make figures`"
+    page = (ROOT / "docs" / "objectives.md").read_text()
+    specs = [yaml.safe_load(block)["objective"] for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert [spec if isinstance(spec, str) else spec["name"] for spec in specs] == list(OBJECTIVES)
+    for spec in specs:
+        required = {key: 0.5 for key, value in spec.items() if value == "..."} if isinstance(spec, dict) else {}
+        Objective.parse({**spec, **required} if isinstance(spec, dict) else spec)
+    for name in PUBLISHED:
+        assert re.search(rf"### {name}\n.*?Source: https://arxiv.org/abs/\d{{4}}\.\d{{5}}", page, re.DOTALL), name
+        assert f"`{name}`" in README
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    known = {"torch": torch, "reference": AutoModelForCausalLM.from_pretrained(checkpoint)}
+    known["dataset"] = Dataset.from_list([{"input_ids": [4, 5, 6]}, {"input_ids": [7, 8]}])
+    exec(snippet, known)
+    assert [len(row["ref_logprobs"]) for row in known["dataset"]] == [3, 2]
+    assert all(value < 0 for row in known["dataset"] for value in row["ref_logprobs"][1:])
 
 
 def test_the_worked_example_is_read(tmp_path):

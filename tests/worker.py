@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from conftest import make_llama
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 from ways import Gradients, Ordered
 
@@ -27,8 +28,11 @@ def run(case, tokenizer, output):
     evaluation = Dataset.from_list(case["eval"])
     if case["name"] == "streamed_evaluation":
         evaluation = evaluation.to_iterable_dataset()
+    model = make_llama(tokenizer)
+    if case["name"] == "reference":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     trainer = Ordered(
-        model=make_llama(tokenizer), args=args, processing_class=tokenizer, callbacks=[seen],
+        model=model, args=args, processing_class=tokenizer, callbacks=[seen],
         train_dataset=Dataset.from_list(case["train"]), eval_dataset=evaluation,
     )  # fmt: skip
     trainer.train()
