@@ -271,8 +271,8 @@ def _front_matter(content: dict[str, Any]) -> str:
 def _card(record: dict[str, Any], counts: dict[str, Counter[str]], options: PrepareArguments) -> str:
     """Return the data set's card: source, revision, rows, filters, seed, format, checksums, departures from the paper."""
     settings, chosen = record["settings"], SETS[options.name]
-    files = [{"split": split, "path": f"{split}-*"} for split in counts]
-    front = _front_matter({"configs": [{"config_name": "default", "data_files": files}], KEY: record})
+    # No `configs`: with these the datasets library takes its cache for the folder's last content, whatever is in it now
+    front = _front_matter({KEY: record})
     lines = [f"# {options.name}", "", "Prepared by bl_trainer's `prepare-data` for supervised fine-tuning.", ""]
     if options.source:
         sources = ", ".join(f"{name} (sha256 {digest})" for name, digest in settings["source"].items())
