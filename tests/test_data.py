@@ -416,6 +416,7 @@ def test_goes_on_where_it_was_interrupted(math, tmp_path, monkeypatch, capsys):
     assert [path.name for path in part.glob("*.parquet")] == [kept.name]
     written = kept.stat().st_mtime_ns
     assert "with other options that was interrupted" in fails(capsys, "math", "--output", out, "--source", math, "--limit", 11)
+    assert "is no finished data set" in fails(capsys, "math", "--output", part, "--source", math)
     made = run("math", out, "--source", math)
     assert made == whole
     assert (out / kept.name).stat().st_mtime_ns == written
@@ -464,7 +465,7 @@ def test_what_is_there_is_kept(math, tmp_path, capsys):
 
 @pytest.mark.parametrize("card", [None, "# mine\n", "---\nbl_trainer: [\n---\n"])
 def test_folders_of_others_are_left(card, math, tmp_path, capsys):
-    for folder, message in (("out", "which prepare-data didn't write"), ("new.part", "holds what prepare-data didn't write")):
+    for folder, message in (("out", "is no finished data set"), ("new.part", "holds what prepare-data didn't write")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "README.md" if card else tmp_path / folder / "mine").write_text(card or "")
         output = tmp_path / folder.removesuffix(".part")

@@ -111,8 +111,8 @@ def _is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if not found:
         return False
     made = _read_card(output / CARD)
-    if made is None:
-        raise RecipeError(f"`--output {output}` holds {min(found)}, which prepare-data didn't write. Write another folder.")
+    if made is None or "files" not in made:
+        raise RecipeError(f"`--output {output}` holds {min(found)}, and is no finished data set. Write another folder.")
     if overwrite:
         foreign = found - {CARD, *made["files"]}
         if foreign:
@@ -132,7 +132,7 @@ def _is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 def _read_card(path: Path) -> dict[str, Any] | None:
     """Return what this module has noted in a card, None if it is not one of its cards."""
-    parts = path.read_text(encoding="utf-8").split("---\n", 2) if path.is_file() else []
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2) if path.is_file() else []
     try:
         noted = yaml.safe_load(parts[1]) if len(parts) == 3 else None
     except yaml.YAMLError:
