@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart$(comma)sweep)
 
 $(VENV)/tests: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[qlora,deepspeed,evaluation,postgresql]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[data,qlora,deepspeed,evaluation,postgresql]" --constraint constraints.txt
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
@@ -61,7 +61,7 @@ test-lowest: $(LOWEST)/installed
 # The newest of everything that there is today, with nothing pinned
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test,qlora,deepspeed,evaluation,sweep,postgresql]"
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test,data,qlora,deepspeed,evaluation,sweep,postgresql]"
 	$(NEWEST)/bin/python -m pytest
 
 lint: $(VENV)/installed

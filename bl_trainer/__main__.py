@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-VERBS = ("train", "diagnose", "sweep", "evaluate")
+VERBS = ("train", "diagnose", "sweep", "evaluate", "prepare-data")
 
 
 def train(argv: list[str]) -> None:
@@ -144,6 +144,23 @@ def evaluate(argv: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def prepare_data(argv: list[str]) -> None:
+    """Prepare a data set of the paper: `NAME --output DIR`, and the options of `PrepareArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, with nothing that looks finished.
+    """
+    from .data import PrepareArguments, prepare
+    from .recipe import fail
+
+    try:
+        prepare(PrepareArguments.read(argv))
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on after the files that are finished.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        fail(error)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -168,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    {"train": train, "diagnose": diagnose, "sweep": sweep, "evaluate": evaluate}[argv[0]](argv[1:])
+    verbs = {"train": train, "diagnose": diagnose, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
+    verbs[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
+from bl_trainer.data import PrepareArguments
+from bl_trainer.data.sources import SETS
 from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
@@ -139,6 +141,13 @@ def test_table_of_evaluate_options():
     assert [row[0].strip("`-") for row in table("option of `evaluate`")] == [f.name for f in fields(EvaluateArguments)]
 
 
+def test_tables_of_data():
+    assert [row[0].strip("`-") for row in table("option of `prepare-data`")] == [f.name for f in fields(PrepareArguments)[1:]]
+    assert [row[0].strip("`") for row in table("name")] == list(SETS)
+    for name, what, *_ in table("name"):
+        assert all(part.hub in what for part in SETS[name.strip("`")].parts)
+
+
 def test_tables_of_sweeps():
     assert [row[0].strip("`-") for row in table("option of `sweep`")] == [f.name for f in fields(SweepArguments)]
     keys = [key for row in table("key of a sweep file") for key in re.findall(r"`(\w+)`", row[0])]
@@ -173,7 +182,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 32
+    assert len(paths) == 34
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,0 +1,95 @@
+"""How examples are written for a model: as messages, or as text where it has no chat template."""
+
+import hashlib
+from typing import Any
+
+import pyarrow as pa
+from transformers import AutoTokenizer
+
+from ..parser import RecipeError, sentence
+from .sources import Example
+
+DATE = "26 Jul 2024"  # what Llama's templates say where they can't tell the day
+
+
+class Format:
+    """Messages, to which TRL applies the model's template in training and the evaluator in evaluation; without one
+
+        SYSTEM
+
+        User: USER
+
+        Assistant: COMPLETION
+
+    as text, of which "SYSTEM" and the empty line after it may be missing. TRL adds the beginning and end tokens to text. No
+    prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text.
+
+    `model`: whose tokenizer it is, None for messages of which no length is known. Raises RecipeError if it can't be had.
+    """
+
+    def __init__(self, model: str | None):
+        self.tokenizer: Any = None
+        if model is not None:
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(model)
+            except Exception as error:  # it can be told in many ways that there is no such model
+                raise RecipeError(f"`--model {model}` has no tokenizer that can be loaded: {sentence(error)}") from error
+        self.template = getattr(self.tokenizer, "chat_template", None)
+        self.is_chat = self.tokenizer is None or bool(self.template)
+        self.has_system = not self.template or self._takes_system()
+        # A template that writes today's date would train and evaluate with different ones
+        self.options = {"date_string": DATE} if "strftime_now" in str(self.template) else {}
+
+    def _takes_system(self) -> bool:
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+        try:
+            return "S" in self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # the template's own, of any kind
+            return False
+
+    def schema(self) -> list[tuple[str, pa.DataType]]:
+        """The columns that `write` makes, but for those kept along."""
+        text = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])) if self.is_chat else pa.string()
+        options = pa.struct([(name, pa.string()) for name in self.options])
+        return [("prompt", text), ("completion", text), *([("chat_template_kwargs", options)] if self.options else [])]
+
+    def describe(self) -> dict[str, Any]:
+        """What the rows depend on."""
+        kind = "messages" if self.is_chat else "text"
+        digest = hashlib.sha256(str(self.template).encode()).hexdigest()[:16] if self.template else None
+        return {"format": kind, "chat_template": digest}
+
+    def write(self, example: Example) -> dict[str, Any] | None:
+        """Return prompt, completion and the other columns, or None if one of the two would be empty. Raises TypeError."""
+        for text in (example.user, example.completion):
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"{text!r} stands where a text should")
+        system, user, completion = ((text or "").strip() for text in (example.system, example.user, example.completion))
+        if not user or not completion:
+            return None
+        user = f"{user}\n{example.suffix}" if example.suffix else user
+        if not self.is_chat:
+            prompt = f"User: {user}\n\nAssistant:"
+            prompt = f"{system}\n\n{prompt}" if system else prompt
+            return {"prompt": prompt, "completion": f" {completion}", **example.others}
+        if system and not self.has_system:
+            system, user = "", f"{system}\n\n{user}"
+        messages = [{"role": "system", "content": system}] if system else []
+        row = {
+            "prompt": [*messages, {"role": "user", "content": user}],
+            "completion": [{"role": "assistant", "content": completion}],
+            **example.others,
+        }
+        return {**row, "chat_template_kwargs": self.options} if self.options else row
+
+    def lengths(self, row: dict[str, Any]) -> tuple[int, int]:
+        """Return the tokens of the prompt, and of prompt and completion, as TRL counts them."""
+        if self.is_chat:
+            prompt, whole = (
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True, **self.options)
+                for messages, asks in ((row["prompt"], True), (row["prompt"] + row["completion"], False))
+            )
+        else:
+            end = self.tokenizer.eos_token or ""
+            prompt, whole = self.tokenizer(row["prompt"]), self.tokenizer(row["prompt"] + row["completion"] + end)
+        return len(prompt["input_ids"]), len(whole["input_ids"])
