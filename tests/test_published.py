@@ -188,7 +188,7 @@ def test_loss_that_tells_nothing_chooses_no_checkpoint(name, tmp_path):
 
 @pytest.mark.parametrize("spec", [{"name": "neg_p", "mix": {"eaft": 0.1}}, {"name": "neg_p", "special_tokens": "dft"}])
 def test_nor_does_the_loss_of_a_part(spec, tmp_path):
-    with pytest.raises(ValueError, match="doesn't tell the better model under objective '(eaft|dft)'"):
+    with pytest.raises(ValueError, match=r"doesn't tell the better model under objective '(eaft|dft)'"):
         BLConfig(output_dir=str(tmp_path), objective=spec, use_cpu=True, metric_for_best_model="eval_loss")
 
 
