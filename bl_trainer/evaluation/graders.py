@@ -140,7 +140,8 @@ def letter(text: str, choices: list[str]) -> str | None:
 
     The first of these that is there: the last \boxed{}, if it is a letter or an option; the letter after the last "answer",
     "option" or "choice" that has one; the only line that is a letter alone or begins with one; the only option whose words
-    are in the text. A letter after "not" is none, "B or C" is no answer, and nothing is guessed: neither a letter in prose nor the nearest option.
+    are in the text. A letter after "not" is none, "B or C" is no answer, and nothing is guessed: neither a letter in prose
+    nor the nearest option.
     """
     letters = ascii_uppercase[: len(choices) or 10]
     texts = {_words(choice): name for name, choice in zip(letters, choices, strict=False)}

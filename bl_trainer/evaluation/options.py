@@ -119,9 +119,7 @@ class EvaluateArguments:
         if self.backend not in BACKENDS:
             raise RecipeError(f"`--backend {self.backend}` is not allowed. Allowed: {', '.join(BACKENDS)}.")
         if self.backend == "vllm" and not find_spec("vllm"):
-            raise RecipeError(
-                "`--backend vllm` needs vLLM, which isn't installed. Run `pip install '.[vllm]'`, or leave it."
-            )
+            raise RecipeError("`--backend vllm` needs vLLM, which isn't installed. Run `pip install '.[vllm]'`, or write `hf`.")
         if self.batch_size != "auto" and (not self.batch_size.isdigit() or int(self.batch_size) < 1):
             raise RecipeError(f"`--batch_size {self.batch_size}` must be a number above 0, or auto.")
         if self.dtype not in DTYPES:
