@@ -195,12 +195,15 @@ def test_adapter_that_holds_a_head_larger_than_the_tokenizer(models, speller, tm
     assert base == adapter  # which does nothing yet
 
 
-def test_empty_generations_are_wrong(models, tmp_path):
+def test_empty_generations_are_wrong(models, tmp_path, capsys):
     path = write_rows(tmp_path / "test.jsonl", [{"prompt": "ab", "completion": "?"}, {"prompt": "b", "completion": "c"}])
     (entry,) = run(models, tmp_path, "silent", data=[f"completion={path}"])["evaluations"]
     items = (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()
     assert [json.loads(item)["answer"] for item in items] == ["", ""]
     assert [score["value"] for score in entry["scores"]] == [0, 0]
+    table = capsys.readouterr().out
+    assert "items  empty answers" in table
+    assert table.count("2      2 of 2") == 2
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,7 @@ def test_differences_are_those_computed_by_hand(models, tmp_path, capital, capsy
     out = capsys.readouterr().out
     exact = found["differences"][0]
     assert f"{exact['difference']:+.4f} ± {exact['stderr']:.4f}" in out
+    assert "empty answers" not in out
     values = read_items(tmp_path / "out" / found["evaluations"][0]["scores"][0]["samples"], "exact_match")
     assert list(values.values()) == items[str(models / "adapter"), "completion", "exact_match"].tolist()
 

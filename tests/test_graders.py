@@ -149,6 +149,10 @@ CHOICES = ["aspirin", "beta blocker", "vitamin C", "hepatitis B vaccine"]
         ("\\boxed{\\text{(b)}}", "B"),
         ("\\boxed{B. beta blocker}", "B"),
         ("\\boxed{aspirin}", "A"),
+        ("\\boxed{A, B}", None),
+        ("\\boxed{A or C}", None),
+        ("\\boxed{A drug}", None),
+        ("The answer is A, B.", None),
         ("First \\boxed{A}, but no: \\boxed{C}", "C"),
         ("Final answer: $\\boxed{C}$ (not B)", "C"),
         ("The answer is A, so \\boxed{none of these}", None),
@@ -167,6 +171,12 @@ CHOICES = ["aspirin", "beta blocker", "vitamin C", "hepatitis B vaccine"]
 def test_letters(text, expected):
     assert letter(text, CHOICES) == expected
     assert grade_letter({"choices": CHOICES, "gold": "C"}, [text]) == {"accuracy": float(expected == "C")}
+
+
+def test_letters_of_ten():
+    choices = [f"option {i}" for i in range(10)]
+    for text, expected in (("The answer is A, I think", "A"), ("Answer: I", "I"), ("I think so.", None), ("\\boxed{J}", "J")):
+        assert letter(text, choices) == expected
 
 
 @pytest.mark.parametrize("options", [dict(zip("ABCD", CHOICES, strict=True)), CHOICES, None], ids=["mapping", "list", "none"])

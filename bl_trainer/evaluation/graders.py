@@ -148,13 +148,14 @@ def letter(text: str, choices: list[str]) -> str | None:
     one = rf"[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$]|$))"
     boxed = re.findall(r"\\boxed\s*\{", text) and final_answer(text)
     if boxed:
-        found = re.match(rf"{LEAD}({one})", boxed)
+        found = re.fullmatch(rf"{LEAD}({one})(?:\W*|\W*[.):-]\s.*)", boxed, re.DOTALL)
         return found[1].upper() if found else texts.get(_words(boxed))
     text = re.sub(rf"\b(?:not|isn't|neither|nor|than|instead of|eliminate)\b{LEAD}(?:{one})", " ", text)
     for anchor in (r"\banswer\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)", r"\b(?:answer|option|choice|choose|pick|select)\b"):
-        found = re.findall(rf"(?i:{anchor})(?i:{LEAD})({one})(\W*(?:or|and|,|/|&)\W*(?:{one}))?", text)
-        if found:
-            return None if found[-1][1] else found[-1][0].upper()  # two letters are no answer
+        second = rf"\W*(?:or|and|/|&)\W*(?:{one})|,\s*(?:{one})(?!\s+[a-z])"  # but "A, I think" is one letter
+        picked = re.findall(rf"(?i:{anchor})(?i:{LEAD})({one})({second})?", text)
+        if picked:
+            return None if picked[-1][1] else picked[-1][0].upper()  # two letters are no answer
     lines = {match[1].upper() for match in re.finditer(rf"^[\s*_`(\[]*({one})(?=\s*(?:[.):\]*_`]|$))", text, re.MULTILINE)}
     alone = re.fullmatch(rf"[\s*_`(\[]*([{letters}{letters.lower()}])[\s*_`)\].:]*", text.strip().split("\n")[-1])
     if alone:

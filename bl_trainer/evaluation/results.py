@@ -197,8 +197,10 @@ def table(results: Results) -> str:
     entries = [entry for task in results.options.tasks for entry in results.of(task)]
     scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
     scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
-    rows = [("task", "metric", "checkpoint", "value ± standard error", "items", "empty answers")]
+    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", "empty answers")]
     rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), _empty(s)) for s in scores]
+    if not any(score.get("empty") for score in scores):
+        rows = [row[:-1] for row in rows]
     lines, differences = _columns(rows), results.differences()
     if differences:
         wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
