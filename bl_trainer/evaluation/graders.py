@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -84,8 +85,18 @@ def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
         return False
     if is_bare and _plain(gold) == _plain(answer):
         return True
-    target = _parsed(answer) if is_bare else _math_verify().parse(answer)
-    return bool(_math_verify().verify(_parsed(gold), target))
+    right, target = _parsed(gold), _parsed(answer) if is_bare else _math_verify().parse(answer)
+    if not _math_verify().verify(right, target):
+        return False
+    one, other = _number(right), _number(target)
+    # math-verify rounds to 6 decimals, so that it takes 1e-27 for 1e-19
+    return one is None or other is None or max(abs(one), abs(other)) > 1 or math.isclose(one, other, rel_tol=1e-5)
+
+
+def _number(parsed: list[Any]) -> float | None:
+    value = parsed[0] if parsed else None
+    is_real = getattr(value, "is_number", False) and getattr(value, "is_real", False)
+    return float(value) if is_real else None
 
 
 def _plain(text: str) -> str:
