@@ -94,7 +94,7 @@ def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
 
 
 def _number(parsed: list[Any]) -> float | None:
-    value = parsed[0] if parsed else None
+    value: Any = parsed[0] if parsed else None
     is_real = getattr(value, "is_number", False) and getattr(value, "is_real", False)
     return float(value) if is_real else None
 
