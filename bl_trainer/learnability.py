@@ -181,8 +181,10 @@ class Probe:
             "max_steps": self.steps,
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "constant_with_warmup",
+            "lr_scheduler_kwargs": None,
             "warmup_steps": min(5, self.steps // 4),
             "logging_strategy": "no",
+            "eval_on_start": False,
         }
         recipe = {key: getattr(args, key) for key in own}  # which the report names
         vars(args).update(own)

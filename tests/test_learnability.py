@@ -136,6 +136,24 @@ def test_repeats(checkpoint, tmp_path):
     assert first["learnability"] == again["learnability"]
 
 
+def test_whatever_else_the_recipe_trains_with(checkpoint, tmp_path):
+    """The probe neither evaluates nor saves nor logs, and has its own schedule."""
+    data = save(rows_of("pairs", 80), tmp_path / "data")
+    save(rows_of("pairs", 10, seed=4), tmp_path / "data", "test")
+    keys = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_nll", "lr_scheduler_type": "cosine_with_min_lr", "logging_steps": 1,
+            "lr_scheduler_kwargs": {"min_lr": 0.0001}, "warmup_steps": 0.2, "stop_on_nan": True, "gradient_checkpointing": True,
+            "neftune_noise_alpha": 5, "gradient_accumulation_steps": 2, "enable_jit_checkpoint": True,
+            "threshold": 0.2,
+            "objective": {"name": "power", "alpha": {"from": 0, "to": 2}, "special_tokens": "nll"}}  # fmt: skip
+    probe = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", **QUICK, **keys)
+    report = probe.run()
+    assert report["learnability"]["trained"]["examples"] > 30
+    assert report["recipe"]["learning_rate"] == 1e-3
+    assert not (tmp_path / "out").exists()
+    assert [entry for entry in probe.trainer.state.log_history if "eval_nll" in entry] == []
+
+
 def test_stream(checkpoint, tmp_path):
     data = save(rows_of("pairs", 80), tmp_path / "data")
     found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", dataset_streaming=True, max_steps=1, **QUICK).run()[
