@@ -57,9 +57,11 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "intermediate": [{"objective": "nll"}, {"objective": {"name": "power", "alpha": 0.5}}, {"objective": "neg_p"}],
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
-# From this share of all target tokens on, what is improbable and can be learnt is too much to forgo. The cells of the miniature
-# continuum on which NLL beats neg_p have 0.28 and more, the others 0.14 and less (docs/continuum.md)
-LEARNABLE = 0.2
+# From these shares of the content's tokens on, what is improbable and can be foretold is too much to forgo, and what can't be
+# too much to learn: the middles of the gaps between the miniature's cells (docs/continuum.md)
+LEARNABLE, NOISE = 0.2, 0.1
+RISING = LEARNABLE / 10  # growth of the former over the probe's second half, from which it is not done
+MOVED = 0.01  # mean rise of log p, in nats, below which the probe's training has done nothing
 SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
 SHIFTED = 0.05  # difference between mean p with and without tokens that aren't content, from which it is said
 RARE = 0.1  # mean p below which a kind of token is called unlearnt
@@ -159,7 +161,8 @@ def summarise(
         "has_prompts": bool(measurement.responses[1] > measurement.responses[0] / 2),
     }
     if learnability is not None:
-        report["learnability"] = {**learnability, "verdict": judge(learnability)}
+        verdict, why = judge(learnability)
+        report["learnability"] = {**learnability, "verdict": verdict, "why": why}
     cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
     report["recommendation"] = recommend(report, cut)
@@ -210,22 +213,28 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
 
 
-def judge(learnability: dict[str, Any]) -> str:
-    """Return what the probe says of a data set's improbable targets: `knowledge`, `noise`, or `undecided`.
+def judge(found: dict[str, Any]) -> tuple[str, str]:
+    """Return what the probe says of a data set's improbable targets, and, if it can't tell, why.
 
-    Undecided where the interval of the learnable share crosses `LEARNABLE`, and where the share lies below, but has risen since
-    half-way, by more than half the interval's width, so that it would cross if it grew once more by that factor.
+    `knowledge`: the foretold share reaches `LEARNABLE`; `noise`: the rest reaches `NOISE`; `both`, and `little` of either.
+    `undecided` where an interval crosses its cut, or the foretold share may still rise across it.
     """
-    interval, half_way = learnability["learnable_interval"], learnability["half_way"]
-    if interval is None or interval[0] < LEARNABLE < interval[1]:
-        return "undecided"
-    if interval[0] >= LEARNABLE:
-        return "knowledge"
-    if half_way is None:
-        return "undecided"
-    now, before = learnability["learnable"], half_way["learnable"]
-    is_rising = now - before > (interval[1] - interval[0]) / 2
-    return "undecided" if is_rising and now**2 >= LEARNABLE * before else "noise"
+    intervals, half_way = (found["learnable_interval"], found["noise_interval"]), found["half_way"]
+    if None in intervals:
+        return "undecided", "there are too few examples for an interval: measure more"
+    (low, high), (low_noise, high_noise) = intervals
+    rise = math.inf if half_way is None else found["learnable"] - half_way["learnable"]
+    is_rising = rise > max(RISING, (high - low) / 2)
+    if low < LEARNABLE and abs(found["gain"]) < MOVED:
+        return "undecided", "training has hardly moved the model: give more `--probe_steps`, or a higher `--learning_rate`"
+    if low < LEARNABLE and is_rising and found["low"] >= LEARNABLE:
+        return "undecided", "the foretold share was still rising: give more `--probe_steps`"
+    if low < LEARNABLE < high or (low_noise < NOISE < high_noise and not is_rising):
+        return "undecided", "an interval crosses its cut: measure more tokens by `--max_tokens`, or sweep"
+    is_noisy = low_noise >= NOISE and not (low >= LEARNABLE and is_rising)  # the rest may yet be learnt
+    if low >= LEARNABLE:
+        return ("both" if is_noisy else "knowledge"), ""
+    return ("noise" if is_noisy else "little"), ""
 
 
 def _regions(report: dict[str, Any]) -> list[str]:
@@ -234,27 +243,29 @@ def _regions(report: dict[str, Any]) -> list[str]:
     Where the improbable targets are knowledge, only what learns them; where they are noise, only what leaves them.
     """
     possible, verdict = report["placement"]["possible"], report.get("learnability", {}).get("verdict")
-    if verdict == "knowledge":
+    if verdict in ("knowledge", "both"):
         return ["weak"]
     if verdict == "noise":
         return [region for region in possible if region != "weak"] or ["intermediate"]
     return possible
 
 
-def _learnability_reasons(learnability: dict[str, Any]) -> list[str]:
-    low, learnable, interval = (learnability[key] for key in ("low", "learnable", "learnable_interval"))
+VERDICTS = {
+    "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
+    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 learns the one and lets go of the other",
+    "noise": "noise to this model. Prior-leaning objectives let go of it, and there is little else to learn",
+    "little": "little to learn and little noise, so that objectives will differ little",
+}
+
+
+def _learnability_reason(found: dict[str, Any]) -> str:
+    interval = found["learnable_interval"]
     shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
-    found = (
-        f"Of all targets {low:.3f} are improbable (p < {learnability['below']:g}), and {learnable:.3f}{shown} could be "
-        f"foretold after {learnability['steps']} steps on other examples"
+    said = VERDICTS.get(found["verdict"], f"undecided, since {found['why']}")
+    return (
+        f"Of the content {found['low']:.3f} is improbable (p < {found['below']:g}). After {found['steps']} steps on other "
+        f"examples {found['learnable']:.3f}{shown} can be foretold, {found['noise']:.3f} can't: {said}."
     )
-    verdict = {
-        "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens: nll, or power 0.5 if "
-        "there is noise as well",
-        "noise": "little to learn, so the rest is noise to this model: prior-leaning objectives lose little by leaving it",
-        "undecided": f"undecided (the cut is {LEARNABLE:g}, and the share may still rise): give more `--probe_steps`, or sweep",
-    }[learnability["verdict"]]
-    return [f"{found}: {verdict}."]
 
 
 def _depends_on_p_alone(objective: Objective) -> bool:
@@ -284,7 +295,9 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
         why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
         reasons = [f"Undecided, {' or '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
     if "learnability" in report:
-        reasons = _learnability_reasons(report["learnability"]) + reasons
+        if regions != placement["possible"]:  # the probe overrules what mean p advises
+            reasons = [f"Mean p is {total['prob']:.3f}, model-{' or model-'.join(placement['possible'])}."]
+        reasons.insert(0, _learnability_reason(report["learnability"]))
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
         "gives none itself. Two sets of equal mean p can want different objectives: read the examples, and sweep."
@@ -370,7 +383,8 @@ def sweep_yaml(report: dict[str, Any]) -> str:
     advice = report["recommendation"]
     head = [
         f"# {report['model']} on {report['data']}: mean p {report['total']['prob']:.3f}, "
-        + " or ".join(report["placement"]["possible"]),
+        + " or ".join(report["placement"]["possible"])
+        + (f"; improbable tokens: {report['learnability']['verdict']}" if "learnability" in report else ""),
         "# Each arm runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
     ]
     grid = {key: advice[key] for key in ("arms", "learning_rate", "seed")}

@@ -20,8 +20,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
 from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
+from .columns import WEIGHT, columns_of
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
+from .interruption import REFERENCE
 from .learnability import Probe, halves, probe_adapter
 from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
@@ -248,12 +250,22 @@ class Diagnosis:
         trainer, args = self.trainer, self.trainer.args
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        first, second = halves(dataset, args.seed, steps * size)
-        shared = trainer.processing_class, args, False, None
-        train_dataset = BLTrainer._prepare_dataset(trainer, first, *shared, "train")
+        present = [name for name in (WEIGHT, REFERENCE) if name in columns_of(dataset)]
+        dataset = dataset.remove_columns(present) if present else dataset  # the probe asks how plain NLL learns
+        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+        def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
+            first, second = halves(dataset, args.seed, count, args.dataset_text_field)
+            shared = trainer.processing_class, args, packing, None
+            return BLTrainer._prepare_dataset(trainer, first, *shared, "train"), second
+
+        train_dataset, second = make(rows, False)
+        if args.packing and len(train_dataset):
+            length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+            train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
         packs, trainer.packs, trainer.by = trainer.packs, False, None
-        loader = self._load(trainer._prepare_dataset(_deal(second, args), *shared, "probe"))
+        prepared = trainer._prepare_dataset(_deal(second, args), trainer.processing_class, args, False, None, "probe")
+        loader = self._load(prepared)
         trainer.packs, trainer.by = packs, self.options.by
         return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
 

@@ -87,15 +87,17 @@ def score(hidden: Tensor, head: Head, target: Tensor, extras: tuple[str, ...] = 
 
 
 @torch.compiler.disable
-def log_probs(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """Return log p of each of `tokens`, (N, K) int64, after `hidden`, (N, hidden size); (N, K). Without gradient."""
+def log_probs(hidden: Tensor, head: Head, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p of `tokens` (M,) after the rows `rows` (M,) of `hidden`, (N, hidden size); (M,). Without gradient."""
     blocks = Blocks(hidden, head)
-    buffer, parts = blocks.empty(blocks.rows), []
+    buffer = blocks.empty(blocks.rows)
+    found = buffer.new_empty(len(rows))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows in blocks:
-            logits = blocks.logits(rows, buffer)
-            parts.append(logits.gather(1, tokens[rows]) - logits.logsumexp(dim=1, keepdim=True))
-    return torch.cat(parts)
+        for block in blocks:
+            here = ((rows >= block.start) & (rows < block.stop)).nonzero().flatten()
+            logits, own = blocks.logits(block, buffer), rows[here] - block.start
+            found[here] = logits[own, tokens[here]] - logits.logsumexp(dim=1)[own]
+    return found
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The learnability probe: are the improbable target tokens of a data set knowledge that the model lacks, or noise?
 
 A LoRA adapter is trained by NLL for a few steps on one half of the data, and both models are asked about the improbable
-targets of the other half. Those that have gained more than other tokens which were as improbable there can be foretold from
-the first half, as knowledge can and noise can't.
+targets of the other half. A target that has gained more in log p where it stands than the same token has elsewhere is
+foretold by its context, as knowledge is and noise isn't.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +20,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .annotation import token_batch
+from .annotation import end_ids, special_ids, token_batch, tokenizer_of
 from .head import Head, log_probs, score
 from .measurement import count_targets, score_batch
 from .objectives import Objective
 from .parser import RecipeError
 from .recipe import Recipe
-from .statistics import ExampleKey, ExampleSums, Means, MeasurementError, TokenBatch
+from .statistics import Means, MeasurementError
 from .trainer import BLTrainer
 
 BELOW = 0.1  # p under the base model below which a target is improbable
-CANDIDATES = 64  # of which a control is the best match
+CANDIDATES = 64  # places of which a control is the best match
 PROBE_TOKENS = 20_000  # target tokens of the second half that are asked about
 PROBE_EXAMPLES = 4096  # the most examples that they are taken from
 LORA_FACTOR = 10  # LoRA's best learning rate relative to full fine-tuning's (https://thinkingmachines.ai/blog/lora)
@@ -47,17 +46,18 @@ def probe_learning_rate(recipe: Recipe) -> float:
     return recipe.training.learning_rate * (1 if recipe.peft_config else LORA_FACTOR)
 
 
-def halves(dataset: Any, seed: int, num_train: int) -> tuple[Dataset, Dataset]:
+def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") -> tuple[Dataset, Dataset]:
     """Return up to `num_train` examples of one half of the data set, and up to `PROBE_EXAMPLES` of the other.
 
-    Taken in random order; of a stream, from its beginning. Examples of the same prompt, or without prompts equal ones, are in
-    the same half. Raises RecipeError if either has fewer than 10.
+    Taken in random order; of a stream, from its beginning. Examples that begin alike, with the same prompt, the same messages
+    up to the first answer, or the same text, are in the same half, whatever their other columns. Raises RecipeError if
+    either half has fewer than 10.
     """
     parts: tuple[list[Any], list[Any]] = [], []
     most = num_train, PROBE_EXAMPLES
     shuffled = dataset.shuffle(seed=seed) if isinstance(dataset, Dataset) else dataset.shuffle(seed=seed, buffer_size=1000)
     for example in shuffled:
-        text = json.dumps(example.get("prompt", example), sort_keys=True, default=str)
+        text = json.dumps(_beginning(example, text_field), sort_keys=True, default=str)
         half = hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2
         if len(parts[half]) < most[half]:
             parts[half].append(example)
@@ -66,110 +66,110 @@ def halves(dataset: Any, seed: int, num_train: int) -> tuple[Dataset, Dataset]:
     if min(map(len, parts)) < 10:
         raise RecipeError(
             f"`--probe_steps` needs at least 10 examples in each half of the data, there are {len(parts[0])} and "
-            f"{len(parts[1])} (those of one prompt stay together). Leave it out, or add data."
+            f"{len(parts[1])} (those that begin alike stay together). Leave it out, or add data."
         )
     first, second = (Dataset.from_list(part, features=dataset.features) for part in parts)
     return first, second
 
 
-@dataclass
-class _Asked:
-    """A batch of the second half: what goes into the model, its target tokens, and which are improbable.
-
-    Of the n improbable ones: `pairs` (n, 2), ids of target and control; `before` (n, 2), their log p under the base model;
-    `is_fair` (n,), whether there is a control.
-    """
-
-    inputs: dict[str, Any]
-    tokens: TokenBatch
-    is_low: Tensor
-    pairs: Tensor
-    before: Tensor
-    is_fair: Tensor
-
-
-class Learnability:
-    """Means over the second half's target tokens, after some steps on the first.
-
-    A target is improbable if p < `BELOW` under the base model. Its control is another improbable target of the data that is
-    improbable at this place too: of `CANDIDATES` taken at random, the nearest to it in log p. With s the sign of the target's
-    gain in log p less its control's, training that says nothing about this place gives s = 1 as often as s = -1.
-
-    `learnable`: mean of s, 0 on targets that are not improbable. `low`: share of improbable targets. `learnable`/`low` is the
-    share of improbable targets that training foretells, if it foretells those for sure and knows nothing of the rest.
-    """
-
-    VALUES = ("learnable", "low")
-
-    def __init__(self, asked: Iterable[tuple[_Asked, Tensor]], accelerator: Any):
-        self.total = Means(self.VALUES)
-        sums = ExampleSums(self._count)
-        for batch, after in asked:
-            rise = after - batch.before
-            learnable = torch.zeros(len(batch.is_low), dtype=torch.float64)
-            learnable[batch.is_low] = torch.where(batch.is_fair, (rise[:, 0] - rise[:, 1]).sign(), 0).double()
-            sums.add(batch.tokens, torch.stack([learnable, batch.is_low.double()]))
-        self.total.gram.copy_(accelerator.reduce(self.total.gram.to(accelerator.device), reduction="sum").cpu())
-
-    def _count(self, keys: list[ExampleKey], num_tokens: Tensor, sums: Tensor) -> None:
-        self.total.add(num_tokens, sums)
+def _beginning(example: dict[str, Any], text_field: str) -> Any:
+    """Return what two examples must share to be of the same half."""
+    messages = example.get("messages") or example.get("conversations")
+    if example.get("prompt") is not None:
+        return example["prompt"]
+    if messages:
+        answers = [i for i, turn in enumerate(messages) if (turn.get("role") or turn.get("from")) in ("assistant", "gpt")]
+        return messages[: max(1, answers[0])] if answers else messages
+    return next((example[key] for key in (text_field, "input_ids") if example.get(key) is not None), example)
 
 
 class Probe:
     """Trains the adapter of `trainer`, which does nothing yet, and measures. Nothing else can be measured with it afterwards.
 
+    A target is improbable if p < `BELOW` under the base model; end tokens, special ones and the chat template's own are left
+    out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
+    taken at random, that at which its log p is nearest. With s the sign of the token's gain in log p at its own place less its
+    gain at the other, training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
+    the token is.
+
+    Found are means over the second half's content, `VALUES`: `learnable`, the mean of s on improbable targets, 0 on others;
+    `low`, the share of improbable targets; `noise` = low - learnable; `gain`, the mean rise of log p, in nats. `learnable` is
+    the share of targets that are improbable and foretold, if training foretells those for sure and knows nothing of the rest.
+
     `first`: tokenised examples to train on. `batches`: of the second half, as diagnosis collates them; this process's. `most`:
     target tokens of all processes to ask about, at most `PROBE_TOKENS`; 0 for those. Raises MeasurementError if there are none.
     """
 
+    VALUES = ("learnable", "noise", "low", "gain")
+
     def __init__(
         self, trainer: BLTrainer, recipe: Recipe, first: Dataset, batches: Iterable[dict[str, Any]], steps: int, most: int
     ):
+        if not len(first):
+            raise MeasurementError("No example of the probe's first half has a target token. Raise `max_length`.")
         self.trainer, self.first, self.steps = trainer, first, steps
         self.learning_rate = probe_learning_rate(recipe)
-        self.batches: list[tuple[dict[str, Any], TokenBatch]] = []
-        tokens, limit = 0, math.ceil(min(most or PROBE_TOKENS, PROBE_TOKENS) / trainer.accelerator.num_processes)
+        unlike = torch.tensor(sorted(end_ids(trainer) | special_ids(tokenizer_of(trainer.processing_class))))
+        self.batches: list[dict[str, Any]] = []
+        columns: list[tuple[Tensor, ...]] = []
+        tokens, examples = 0, 0
         for batch in batches:
             tokens += int(count_targets(batch))
             own = token_batch(batch)
-            self.batches.append((batch, own))
-            if tokens >= limit:
+            rows = torch.arange(len(own.token))
+            is_content = ~own.is_template & ~torch.isin(own.token, unlike)
+            columns.append((torch.full_like(rows, len(self.batches)), rows, own.token, own.example + examples, is_content))
+            self.batches.append(batch)
+            examples += len(own.examples)
+            if tokens >= math.ceil(min(most or PROBE_TOKENS, PROBE_TOKENS) / trainer.accelerator.num_processes):
                 break
+        self.batch, self.row, self.token, self.example, is_content = (torch.cat(c) for c in zip(*columns, strict=True))
+        self.content = is_content.nonzero().flatten()
         args = trainer.args
-        examples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.train_examples = min(steps * examples, len(first))
-        self.train_tokens = steps * examples * sum(map(len, first["input_ids"])) // len(first)
-        self.tokens = sum(gather_object([tokens]))
-        self.examples = sum(gather_object([sum(len(own.examples) for _, own in self.batches)]))
-        if not self.tokens:
-            raise MeasurementError("No example of the probe's second half has a target token.")
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.train_examples = min(steps * size, len(first))
+        self.train_tokens = steps * size * sum(map(len, first["input_ids"])) // len(first)
+        self.tokens, self.examples, content = (
+            sum(each) for each in zip(*gather_object([(tokens, examples, len(self.content))]), strict=True)
+        )
+        if not content:
+            raise MeasurementError("No target token of the probe's second half is content: all are end or template tokens.")
 
     def cost(self) -> str:
         """Say what `run` will do."""
         return (
             f"Learnability probe: {self.steps} steps of an adapter by nll at learning rate {self.learning_rate:.2g} on "
-            f"{self.train_examples:,} examples, {self.train_tokens:,} tokens forward and backward; then {self.tokens:,} target "
-            f"tokens of {self.examples:,} other examples, four times forward. The recipe's model stays as it is."
+            f"{self.train_examples:,} rows of half of the data, {self.train_tokens:,} tokens forward and backward; then "
+            f"{self.tokens:,} target tokens of {self.examples:,} other examples, four times forward. The recipe's model stays "
+            "as it is."
         )
 
     def run(self) -> dict[str, Any]:
-        """Train and measure, half-way too; return what is found, a mapping fit for JSON, the same in every process."""
-        asked = self._ask()
-        found: list[Learnability] = []
+        """Train and measure, half-way too; return what is found, a mapping fit for JSON, the same in every process.
+
+        Raises MeasurementError if training makes no step, or ends in NaN.
+        """
+        base = self._base()
+        low = self.content[base < math.log(BELOW)]
+        places, before = self._controls(low)
+        found: list[Means] = []
+
+        def measure() -> None:
+            found.append(self._measure(base, low, places, before))
 
         class HalfWay(TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):
                 if state.global_step == self.steps // 2:
-                    found.append(self._measure(asked))
+                    measure()
 
         self._train(HalfWay())
-        found.append(self._measure(asked))
-        parts = [each.total.summary() for each in found]
+        measure()
+        parts = [{**each.summary(), "noise_interval": each.interval("noise")} for each in found]
         return {
             "steps": self.steps,
             "learning_rate": self.learning_rate,
             "below": BELOW,
-            "trained": {"examples": self.train_examples, "tokens": self.train_tokens},
+            "trained": {"rows": self.train_examples, "tokens": self.train_tokens},
             **parts[-1],
             "half_way": parts[0] if len(parts) > 1 else None,
         }
@@ -185,7 +185,10 @@ class Probe:
             "warmup_steps": min(5, self.steps // 4),
             "logging_strategy": "no",
             "eval_on_start": False,
+            "enable_jit_checkpoint": False,  # SIGTERM ends the probe, which has nothing to save
+            "dataloader_drop_last": False,
         }
+        own = {key: value for key, value in own.items() if hasattr(args, key)}
         recipe = {key: getattr(args, key) for key in own}  # which the report names
         vars(args).update(own)
         trainer.add_callback(callback)
@@ -195,53 +198,64 @@ class Probe:
             vars(args).update(recipe)
 
     def _each(self, name: str, use: Callable[..., Any], adapted: bool = False) -> Iterable[Any]:
-        """Yield `use(hidden, head, target)` of each batch, of the base model or the adapted one."""
+        """Yield `use(i, hidden, head, target)` of each batch, of the base model or the adapted one."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
         hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-        for i, (inputs, _) in enumerate(tqdm(self.batches, desc=name, disable=hidden)):
+        for i, inputs in enumerate(tqdm(self.batches, desc=name, disable=hidden)):
             with trainer.accelerator.autocast(), nullcontext() if adapted else model.disable_adapter():
                 yield score_batch(trainer, model, inputs, lambda *args, i=i: use(i, *args))
 
-    def _ask(self) -> list[_Asked]:
-        """Find the improbable targets, and their controls, with the base model."""
-        low: list[Tensor] = []
+    def _base(self) -> Tensor:
+        """Return log p of the content's targets under the base model."""
+        parts = self._each("Base model", lambda i, hidden, head, target: score(hidden, head, target).logp.cpu())
+        return torch.cat(list(parts))[self.content]
 
-        def find(i: int, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
-            logp = score(hidden, head, target).logp
-            low.append((logp < math.log(BELOW)).cpu())
-            return target[low[-1].to(target.device)].cpu()
+    def _ask(self, name: str, places: Tensor, tokens: Tensor, adapted: bool) -> Tensor:
+        """Return log p of `tokens` (N,) at `places` (N,), numbers of targets."""
+        batch, found = self.batch[places], torch.empty(len(places))
 
-        own = [token for tokens in self._each("Base model", find) for token in tokens.tolist()]
-        pool = torch.tensor(sorted(gather_object(own)), dtype=torch.int64)
+        def ask(i: int, hidden: Tensor, head: Head, target: Tensor) -> None:
+            here = (batch == i).nonzero().flatten()
+            rows = self.row[places[here]].to(target.device)
+            found[here] = log_probs(hidden, head, rows, tokens[here].to(target.device)).float().cpu()
 
-        def match(i: int, hidden: Tensor, head: Head, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            is_low = low[i].to(target.device)
-            target = target[is_low, None]
-            candidates = pool[self._draw(self.batches[i][1], low[i], len(pool))].to(target.device)
-            logp = log_probs(hidden[is_low], head, torch.cat([target, candidates], dim=1))
-            gap = (logp[:, 1:] - logp[:, :1]).abs()
-            gap[(candidates == target) | (logp[:, 1:] >= math.log(BELOW))] = math.inf
-            best = gap.argmin(dim=1, keepdim=True)
-            pairs = torch.cat([target, candidates.gather(1, best)], dim=1)
-            before = torch.cat([logp[:, :1], logp[:, 1:].gather(1, best)], dim=1)
-            return pairs.cpu(), before.cpu(), gap.gather(1, best)[:, 0].isfinite().cpu()
+        for _ in self._each(name, ask, adapted):
+            pass
+        return found
 
-        matched = self._each("Controls", match)
-        return [_Asked(*batch, is_low, *each) for batch, is_low, each in zip(self.batches, low, matched, strict=True)]
+    def _controls(self, low: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each improbable target its control's place, and the token's log p there under the base model.
 
-    def _draw(self, tokens: TokenBatch, is_low: Tensor, size: int) -> Tensor:
-        """Return `CANDIDATES` random numbers below `size` for each improbable token, whichever process and batch has it."""
-        owners, counts = tokens.example[is_low].unique_consecutive(return_counts=True)
-        drawn = [torch.empty(0, CANDIDATES, dtype=torch.int64)]
-        for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
-            generator = torch.Generator().manual_seed((self.trainer.args.seed + tokens.examples[owner]["row"]) % 2**63)
-            drawn.append(torch.randint(size, (count, CANDIDATES), generator=generator))
-        return torch.cat(drawn)
+        NaN where none of the places will do.
+        """
+        args, token = self.trainer.args, self.token[low]
+        generator = torch.Generator().manual_seed(args.seed + args.process_index)
+        drawn = self.content[torch.randint(len(self.content), (len(low), CANDIDATES), generator=generator)]
+        places = torch.cat([low[:, None], drawn], dim=1)
+        logp = self._ask("Controls", places.flatten(), token.repeat_interleave(CANDIDATES + 1), False).view(places.shape)
+        gap = (logp[:, 1:] - logp[:, :1]).abs()
+        gap[(self.token[drawn] == token[:, None]) | (logp[:, 1:] >= math.log(BELOW))] = math.inf
+        nearest, best = gap.min(dim=1, keepdim=True)
+        found = logp[:, 1:].gather(1, best).masked_fill(nearest.isinf(), math.nan)
+        return drawn.gather(1, best)[:, 0], found[:, 0]
 
-    def _measure(self, asked: list[_Asked]) -> Learnability:
-        def compare(i: int, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
-            return log_probs(hidden[asked[i].is_low.to(hidden.device)], head, asked[i].pairs.to(hidden.device)).cpu()
-
-        after = self._each("Adapted model", compare, adapted=True)
-        return Learnability(zip(asked, after, strict=True), self.trainer.accelerator)
+    def _measure(self, base: Tensor, low: Tensor, controls: Tensor, before: Tensor) -> Means:
+        tokens = torch.cat([self.token[self.content], self.token[low]])
+        after = self._ask("Adapted model", torch.cat([self.content, controls]), tokens, adapted=True)
+        if not all(gather_object([bool(after.isfinite().all())])):
+            raise MeasurementError(
+                "The learnability probe's training diverged: probabilities are NaN or infinite. Lower `--learning_rate`."
+            )
+        gain, control = (after[: len(base)] - base).double(), (after[len(base) :] - before).double()
+        is_low = base < math.log(BELOW)
+        learnable = torch.zeros_like(gain)
+        learnable[is_low] = (gain[is_low] - control).sign().nan_to_num()
+        values = torch.stack([learnable, is_low.double() - learnable, is_low.double(), gain])
+        owner, size = self.example[self.content], int(self.example.max()) + 1 if len(self.example) else 0
+        sums = torch.zeros(len(values), size, dtype=torch.float64).index_add_(1, owner, values)
+        means = Means(self.VALUES)
+        means.add(torch.bincount(owner, minlength=size), sums)
+        accelerator = self.trainer.accelerator
+        means.gram.copy_(accelerator.reduce(means.gram.to(accelerator.device), reduction="sum").cpu())
+        return means

@@ -174,7 +174,7 @@ class Objective:
         progress = statistics.get("progress")
 
         def summed(logp: Tensor, **statistics: Any) -> Tensor:
-            asked = {name: statistics[name] for name in self._own_statistics if name in statistics}
+            asked = {name: statistics[name] for name in self.own_statistics if name in statistics}
             cost = self.function(logp, **asked, **{key: value_at(value, progress) for key, value in self.parameters.items()})
             for other, weight in self.mix:
                 cost = cost + value_at(weight, progress) * other(logp, **statistics)
@@ -244,13 +244,14 @@ class Objective:
     @cached_property
     def statistics(self) -> tuple[str, ...]:
         """What the cost of a token depends on besides `logp`: names in `STATISTICS`, and `is_special` (bool)."""
-        names = {*self._own_statistics, *(name for part in self.parts for name in part.statistics)}
+        names = {*self.own_statistics, *(name for part in self.parts for name in part.statistics)}
         names |= {"progress"} if self.schedules else set()
         names |= {"is_special"} if self.special_tokens else set()
         return tuple(name for name in (*STATISTICS, "is_special") if name in names)
 
     @cached_property
-    def _own_statistics(self) -> tuple[str, ...]:
+    def own_statistics(self) -> tuple[str, ...]:
+        """The names in `STATISTICS` that its function asks for."""
         return tuple(name for name in inspect.signature(self.function).parameters if name in STATISTICS)
 
     def to_dict(self) -> dict[str, Any]:

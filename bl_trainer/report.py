@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .continuum import ANCHORS, BUCKETS, LEARNABLE, SWEPT_PERCENTILE, objective_name, sweep_yaml
+from .continuum import ANCHORS, BUCKETS, LEARNABLE, NOISE, SWEPT_PERCENTILE, objective_name, sweep_yaml
 from .objectives import Objective, Threshold
 from .pages import document, escape, finite, picture, render, table, to_json
 from .statistics import Comparison
@@ -252,22 +252,18 @@ def _learnability(found: dict[str, Any]) -> str:
     parts = {f"after {found['steps']} steps": found}
     if found["half_way"] is not None:
         parts = {f"after {found['steps'] // 2} steps": found["half_way"], **parts}
-    header = ["", "improbable", "of them foretold", "not foretold"]
+    header = ["share of the content", "improbable", "foretold", "not foretold", "mean rise of log p"]
     rows = [
-        [
-            name,
-            f"{part['low']:.4f}",
-            _interval(part["learnable"], part["learnable_interval"]),
-            f"{part['low'] - part['learnable']:.4f}",
-        ]
+        [name, f"{part['low']:.4f}", _interval(part["learnable"], part["learnable_interval"]),
+         _interval(part["noise"], part["noise_interval"]), f"{part['gain']:+.3f}"]
         for name, part in parts.items()
-    ]
+    ]  # fmt: skip
     return (
-        f"<p>An adapter trained by nll on {found['trained']['examples']:,} examples of one half of the data was asked about "
-        f"{found['tokens']:,} target tokens of {found['examples']:,} examples of the other. What it foretells there is "
-        "knowledge that the model lacks, the rest is noise, or takes more steps. Shares of all target tokens; improbable: p "
-        f"&lt; {found['below']:g}; from {LEARNABLE:g} on what is foretold is too much to forgo.</p>" + table(header, rows)
-    )
+        f"<p>An adapter trained by nll on {found['trained']['rows']:,} rows of one half of the data was asked about "
+        f"{found['tokens']:,} tokens of content of {found['examples']:,} examples of the other. Improbable: p &lt; "
+        f"{found['below']:g}. Foretold: the token has gained more there than at other places. From {LEARNABLE:g} on that is "
+        f"too much to forgo; from {NOISE:g} on the rest, noise or what takes more steps, is too much to learn.</p>"
+    ) + table(header, rows)
 
 
 def _numbers(report: dict[str, Any]) -> str:

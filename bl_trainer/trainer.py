@@ -271,6 +271,8 @@ class BLTrainer(SFTTrainer):
         present = columns_of(dataset)
         check_columns(dataset, dataset_name, marks)
         refers = self.reference == "column" and REFERENCE in present
+        if REFERENCE in present and not refers:
+            dataset = dataset.remove_columns(REFERENCE)  # which nothing would cut along with the tokens
         asked = {ROW: numbers, WEIGHT: WEIGHT in present, TEMPLATE: marks, REFERENCE: refers}
         columns = [key for key, holds in asked.items() if holds]
         if not columns:
@@ -347,7 +349,8 @@ class BLTrainer(SFTTrainer):
         evaluated = given.get("eval_dataset")
         sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
         columns = {name: columns_of(each) for name, each in sets.items() if each is not None}
-        return reference_source(self.objective.name, peft_config, columns, given.get("data_collator") is not None)
+        asking = next(part.name for part in (self.objective, *self.objective.parts) if "ref_logp" in part.own_statistics)
+        return reference_source(asking, peft_config, columns, given.get("data_collator") is not None)
 
     def _is_shared_out(self, *kinds: str) -> bool:
         return any(getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1 for kind in kinds)

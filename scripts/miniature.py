@@ -40,7 +40,7 @@ CORRUPTIONS = (0.0, 0.3)
 
 POOL, HELD_OUT = 8192, 256  # examples of a cell; an arm trains on STEPS * BATCH of the pool, chosen by its seed
 DIAGNOSED = 20_000  # target tokens
-PROBE_STEPS, PROBE_RATE = 40, 1e-3  # of the learnability probe, which takes 10 times the rate for its adapter
+PROBE_STEPS, PROBE_RATE = 80, 1e-3  # of the learnability probe, which takes 10 times the rate for its adapter
 STEPS, BATCH = 100, 32
 
 # Shares of the tasks in pretraining: without reversal, then with it until the mean p of its target tokens reaches HALF_WAY,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,109 +14,117 @@ from datasets import Dataset
 from test_diagnosis import SCRIPT, diagnosis, rows_of, save, write_recipe
 from test_processes import launch
 
-from bl_trainer import learnability
 from bl_trainer.__main__ import main
-from bl_trainer.continuum import LEARNABLE, SWEPT, judge, recommend
+from bl_trainer.annotation import end_ids, special_ids
+from bl_trainer.continuum import LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
 from bl_trainer.learnability import BELOW, PROBE_EXAMPLES, halves
 from bl_trainer.objectives import Threshold
+from bl_trainer.statistics import MeasurementError
 
 QUICK = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
 LETTERS = "abcdefghijklmnop"
+SKEWED = [1 / (i + 1) for i in range(len(LETTERS))]
 
 
-def mapping_rows(noise, count=1500):
-    """Completions map the prompt's last letter by a fixed permutation, or with probability `noise` at random."""
+def mapping_rows(noise, count=1500, weights=None):
+    """Completions map the prompt's last letter by a fixed permutation, or with probability `noise` at random by `weights`."""
     table = dict(zip(LETTERS, random.Random(5).sample(LETTERS, len(LETTERS)), strict=True))
     rng = random.Random(0)
     rows = []
     for _ in range(count):
-        first = rng.choice(LETTERS)
-        answer = rng.choice(LETTERS) if rng.random() < noise else table[first]
-        rows.append({"prompt": sentence(rng, 2, 4) + first, "completion": answer})
+        last = rng.choice(LETTERS)
+        answer = rng.choices(LETTERS, weights)[0] if rng.random() < noise else table[last]
+        rows.append({"prompt": sentence(rng, 3, 6) + last, "completion": answer})
     return rows
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """What the probe's figures are made of: (asked, log p after), half-way and at the end."""
-    found = []
-
-    class Spy(learnability.Learnability):
-        def __init__(self, asked, accelerator):
-            found.append(list(asked))
-            super().__init__(found[-1], accelerator)
-
-    monkeypatch.setattr(learnability, "Learnability", Spy)
-    return found
+@pytest.mark.parametrize("weights", [None, SKEWED, [20, *[1] * (len(LETTERS) - 1)]], ids=["even", "zipf", "one"])
+def test_noise_is_not_foretold(weights, checkpoint, tmp_path):
+    """Answers at random, evenly or of some letters mostly, which training learns, and the end token, which it learns too."""
+    data = save(mapping_rows(1.0, 2500, weights), tmp_path / "data")
+    found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "60", **QUICK).run()["learnability"]
+    low, high = found["learnable_interval"]
+    assert found["low"] > 0.2
+    assert found["gain"] > 0.2
+    assert low < 0 < high
+    assert found["verdict"] == "noise"
 
 
-def signs(part):
-    """Return the targets of improbable places with controls, and whether they gained more than those."""
-    pairs, rises = zip(*((a.pairs[a.is_fair], (after - a.before)[a.is_fair]) for a, after in part), strict=True)
-    rise = torch.cat(rises)
-    return torch.cat(pairs)[:, 0], (rise[:, 0] - rise[:, 1]).sign().double()
-
-
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_tells_knowledge_from_noise(noise, seen, tokenizer, checkpoint, tmp_path):
-    """Of the letters, what the mapping gives is foretold and what is random is not; the end of a completion always is."""
-    data = save(mapping_rows(noise), tmp_path / "data")
-    found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "80", **QUICK).run()["learnability"]
-    targets, sign = signs(seen[-1])
-    letters = sign[targets != tokenizer.eos_token_id]
-    assert len(letters) > 400
-    if noise:
-        assert abs(letters.mean()) < 4 / math.sqrt(len(letters))
-    else:
-        assert letters.mean() > 0.8
-    assert sign[targets == tokenizer.eos_token_id].mean() > 0.9
-    assert found["learnable"] == pytest.approx(sign.sum().item() / found["tokens"])
+def test_knowledge_is_foretold(checkpoint, tmp_path):
+    data = save(mapping_rows(0.0), tmp_path / "data")
+    found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "100", **QUICK).run()["learnability"]
+    assert found["learnable"] > 0.8 * found["low"] > 0.4
+    assert found["verdict"] in ("knowledge", "both")
+    half_way = found["half_way"]
+    assert half_way["tokens"] == found["tokens"]
+    assert half_way["learnable"] <= found["learnable"] + 0.05
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"packing": True, "max_length": 64}, {"padding_free": True, "unlimited": True}, {"use_peft": True}]
 )
-def test_figures_are_those_of_plain_forward_passes(changes, seen, checkpoint, tmp_path):
+def test_figures_are_those_of_plain_forward_passes(changes, checkpoint, tmp_path):
     data = save(rows_of("pairs", 80), tmp_path / "data")
     changes = {**QUICK, "learning_rate": 1e-2, **changes}
-    probe = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **changes)
-    found = probe.run()["learnability"]
-    assert [len(part) for part in seen] == [len(probe.learnability.batches)] * 2
-    model = probe.trainer.model.eval()
-    gain = tokens = low = 0
-    for asked, after in seen[-1]:
-        inputs = {key: value for key, value in asked.inputs.items() if key in ("input_ids", "attention_mask", "position_ids")}
-        with torch.no_grad():
-            tuned = model(**inputs).logits.log_softmax(-1)[:, :-1]
-            with model.disable_adapter():
-                base = model(**inputs).logits.log_softmax(-1)[:, :-1]
-        target = asked.inputs["labels"][:, 1:]
-        here = target != -100
-        base, tuned, target = base[here], tuned[here], target[here]
-        is_low = base.gather(1, target[:, None])[:, 0] < math.log(BELOW)
-        assert torch.equal(is_low, asked.is_low)
-        assert torch.equal(target[is_low], asked.pairs[:, 0])
-        torch.testing.assert_close(base[is_low].gather(1, asked.pairs), asked.before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(tuned[is_low].gather(1, asked.pairs), after, rtol=1e-4, atol=1e-4)
-        fair = asked.pairs[asked.is_fair]
-        assert (fair[:, 0] != fair[:, 1]).all()
-        assert (asked.before[asked.is_fair] < math.log(BELOW)).all()
-        rise = (after - asked.before)[asked.is_fair]
-        gain += (rise[:, 0] > rise[:, 1]).sum().item() - (rise[:, 0] < rise[:, 1]).sum().item()
-        tokens, low = tokens + len(target), low + is_low.sum().item()
-    assert (found["tokens"], found["low"]) == (tokens, pytest.approx(low / tokens))
-    assert found["learnable"] == pytest.approx(gain / tokens)
-    assert found["trained"]["examples"] == min(64, len(probe.learnability.first))
+    diagnosing = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **changes)
+    probe, kept = diagnosing.learnability, {}
+    choose = probe._controls
+
+    def controls(low):
+        kept["low"], (kept["places"], kept["before"]) = low, choose(low)
+        return kept["places"], kept["before"]
+
+    probe._controls = controls
+    found = diagnosing.run()["learnability"]
+    model, both = diagnosing.trainer.model.eval(), []
+    for context in (model.disable_adapter(), nullcontext()):
+        rows = []
+        for batch in probe.batches:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+            with torch.no_grad(), context:
+                rows.append(model(**inputs).logits.double().log_softmax(-1)[:, :-1][batch["labels"][:, 1:] != -100])
+        both.append(torch.cat(rows))
+    base, tuned = both
+    target = torch.cat([batch["labels"][:, 1:][batch["labels"][:, 1:] != -100] for batch in probe.batches])
+    assert torch.equal(target, probe.token)
+    special = end_ids(diagnosing.trainer) | special_ids(diagnosing.trainer.processing_class)
+    content = torch.tensor([token not in special for token in target.tolist()])
+    assert torch.equal(content.nonzero().flatten(), probe.content)
+    own = base.gather(1, target[:, None])[:, 0]
+    assert torch.equal((content & (own < math.log(BELOW))).nonzero().flatten(), kept["low"])
+    gain = signs = 0
+    for i in probe.content.tolist():
+        gain += (tuned[i, target[i]] - base[i, target[i]]).item()
+    distances = []
+    for i, j, before in zip(kept["low"].tolist(), kept["places"].tolist(), kept["before"].tolist(), strict=True):
+        if math.isnan(before):
+            continue
+        token = target[i]
+        assert target[j] != token
+        assert content[j]
+        assert before == pytest.approx(base[j, token].item(), abs=1e-4)
+        assert before < math.log(BELOW)
+        signs += torch.sign((tuned[i, token] - base[i, token]) - (tuned[j, token] - base[j, token])).item()
+        distances.append([abs(before - own[i].item()), abs(base[random.Random(i).randrange(len(base)), token] - own[i]).item()])
+    close, random_ones = torch.tensor(distances).mean(0).tolist()
+    assert close < random_ones / 4
+    size = len(probe.content)
+    assert (found["tokens"], found["low"]) == (size, pytest.approx(len(kept["low"]) / size))
+    assert found["learnable"] == pytest.approx(signs / size, abs=2.5 / size)  # a sign may differ by rounding
+    assert found["noise"] == pytest.approx(found["low"] - found["learnable"])
+    assert found["gain"] == pytest.approx(gain / size, rel=1e-3, abs=1e-4)
     assert found["learning_rate"] == pytest.approx(1e-2 if "use_peft" in changes else 1e-1)
 
 
-def test_controls_are_as_improbable(seen, checkpoint, tmp_path):
-    """The control's log p is nearer to the target's than another improbable target's would be."""
-    data = save(rows_of("pairs", 80), tmp_path / "data")
-    diagnosis(tmp_path, checkpoint, data, "--probe_steps", "1", **QUICK).run()
-    before = torch.cat([asked.before[asked.is_fair] for asked, _ in seen[-1]])
-    gap = (before[:, 0] - before[:, 1]).abs().mean()
-    assert gap < (before[:, 0] - before[torch.randperm(len(before)), 0]).abs().mean() / 3
+def test_a_packed_recipe_trains_on_packed_rows(checkpoint, tmp_path):
+    """As many tokens a step as the recipe's own."""
+    data = save(rows_of("pairs", 200), tmp_path / "data")
+    keys = {**QUICK, "packing": True, "max_length": 64, "per_device_train_batch_size": 2}
+    probe = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **keys).learnability
+    lengths = [len(row) for row in probe.first["input_ids"]]
+    assert len(lengths) >= 8
+    assert sum(lengths) / len(lengths) > 48
+    assert probe.train_tokens == pytest.approx(8 * sum(lengths) / len(lengths), abs=1)
 
 
 def test_rest_of_the_report_and_the_model_stay(checkpoint, tmp_path, capsys):
@@ -127,7 +136,7 @@ def test_rest_of_the_report_and_the_model_stay(checkpoint, tmp_path, capsys):
     assert digest() == before
     for key in plain.keys() - {"recommendation"}:
         assert probed[key] == plain[key], key
-    assert "Learnability probe: 2 steps of an adapter by nll at learning rate 0.0002 on 16 examples" in capsys.readouterr().out
+    assert "Learnability probe: 2 steps of an adapter by nll at learning rate 0.0002 on 16 rows of" in capsys.readouterr().out
 
 
 def test_repeats(checkpoint, tmp_path):
@@ -148,7 +157,7 @@ def test_whatever_else_the_recipe_trains_with(checkpoint, tmp_path):
             "objective": {"name": "power", "alpha": {"from": 0, "to": 2}, "special_tokens": "nll"}}  # fmt: skip
     probe = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", **QUICK, **keys)
     report = probe.run()
-    assert report["learnability"]["trained"]["examples"] > 30
+    assert report["learnability"]["trained"]["rows"] > 30
     assert report["recipe"]["learning_rate"] == 1e-3
     assert not (tmp_path / "out").exists()
     assert [entry for entry in probe.trainer.state.log_history if "eval_nll" in entry] == []
@@ -159,7 +168,7 @@ def test_stream(checkpoint, tmp_path):
     found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", dataset_streaming=True, max_steps=1, **QUICK).run()[
         "learnability"
     ]
-    assert found["examples"] + found["trained"]["examples"] > 60
+    assert found["examples"] + found["trained"]["rows"] > 60
 
 
 def test_halves():
@@ -181,56 +190,87 @@ def test_halves():
     assert len(halves(many, 0, 10)[1]) == PROBE_EXAMPLES
 
 
-def figures(learnable, half_way, reach=0.01, low=0.5):
+def test_halves_by_their_beginning():
+    """Other columns, and other answers to the same question, don't part examples."""
+    turns = lambda i, answer: [{"role": "user", "content": f"q{i % 100}"}, {"role": "assistant", "content": answer}]  # noqa: E731
+    sets = {
+        "messages": [{"messages": turns(i, str(i)), "id": i} for i in range(300)],
+        "text": [{"text": f"t{i % 100}", "id": i} for i in range(300)],
+        "mine": [{"mine": f"t{i % 100}", "id": i} for i in range(300)],
+    }
+    for name, rows in sets.items():
+        first, second = halves(Dataset.from_list(rows), 0, 10_000, "mine")
+        asked = [{str(row[name][0] if name == "messages" else row[name]) for row in part} for part in (first, second)]
+        assert not asked[0] & asked[1]
+        assert len(asked[0] | asked[1]) == 100
+
+
+def figures(learnable, half_way=None, noise=0.0, reach=0.01, gain=1.0, low=0.5):
+    interval = lambda mean: None if reach is None else [mean - reach, mean + reach]  # noqa: E731
     return {
         "learnable": learnable,
-        "learnable_interval": None if reach is None else [learnable - reach, learnable + reach],
+        "learnable_interval": interval(learnable),
+        "noise": noise,
+        "noise_interval": interval(noise),
         "half_way": None if half_way is None else {"learnable": half_way},
         "low": low,
+        "gain": gain,
         "below": BELOW,
         "steps": 40,
     }
 
 
-VERDICTS = [
-    (figures(LEARNABLE + 0.02, LEARNABLE), "knowledge"),
-    (figures(LEARNABLE + 0.005, LEARNABLE), "undecided"),
-    (figures(LEARNABLE + 0.02, None, None), "undecided"),
-    (figures(LEARNABLE / 2, LEARNABLE / 2), "noise"),
-    (figures(LEARNABLE / 2, None), "undecided"),
-    (figures(LEARNABLE * 0.6, LEARNABLE * 0.1), "undecided"),
-    (figures(LEARNABLE * 0.6, LEARNABLE * 0.5), "noise"),
-    (figures(0.052, 0.009, 0.012), "undecided"),
-    (figures(0.052, -0.009, 0.012), "undecided"),
-    (figures(0.052, 0.045, 0.012), "noise"),
+RATHER, HARDLY = LEARNABLE + 0.02, LEARNABLE / 2
+JUDGED = [
+    (figures(RATHER, RATHER), "knowledge", ""),
+    (figures(RATHER, RATHER, NOISE + 0.02), "both", ""),
+    (figures(RATHER, RATHER - 2 * RISING, NOISE + 0.02), "knowledge", ""),
+    (figures(HARDLY, HARDLY, NOISE + 0.02), "noise", ""),
+    (figures(HARDLY, HARDLY - RISING / 2, NOISE + 0.02), "noise", ""),
+    (figures(HARDLY, HARDLY, NOISE - 0.02), "little", ""),
+    (figures(HARDLY, 0.0, 0.01, low=0.12), "little", ""),
+    (figures(HARDLY, HARDLY - 2 * RISING, NOISE + 0.02), "undecided", "still rising"),
+    (figures(HARDLY, None, NOISE + 0.02), "undecided", "still rising"),
+    (figures(0.0, 0.0, NOISE + 0.02, gain=MOVED / 2), "undecided", "hardly moved"),
+    (figures(LEARNABLE + 0.005, LEARNABLE, NOISE + 0.02), "undecided", "crosses its cut"),
+    (figures(HARDLY, HARDLY, NOISE + 0.005), "undecided", "crosses its cut"),
+    (figures(RATHER, RATHER, reach=None), "undecided", "too few examples"),
 ]
 
 
-@pytest.mark.parametrize(("found", "verdict"), VERDICTS)
-def test_verdict(found, verdict):
-    assert judge(found) == verdict
+@pytest.mark.parametrize(("found", "verdict", "why"), JUDGED)
+def test_verdict(found, verdict, why):
+    said, reason = judge(found)
+    assert said == verdict
+    assert why in reason
+    assert bool(reason) == (verdict == "undecided")
 
 
 @pytest.mark.parametrize(
     ("possible", "verdict", "regions"),
     [
         (["intermediate"], "knowledge", ["weak"]),
-        (["strong"], "knowledge", ["weak"]),
+        (["strong"], "both", ["weak"]),
         (["weak"], "noise", ["intermediate"]),
         (["weak", "intermediate"], "noise", ["intermediate"]),
         (["strong"], "noise", ["strong"]),
+        (["intermediate"], "little", ["intermediate"]),
         (["intermediate"], "undecided", ["intermediate"]),
     ],
 )
 def test_recommendation_follows_the_probe(possible, verdict, regions, checkpoint, tmp_path):
     report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs", 12), tmp_path / "data")).run()
-    report["placement"] |= {"possible": possible, "region": possible[0]}
-    report["learnability"] = {**figures(0.1, 0.1), "verdict": verdict}
+    report["placement"] |= {"possible": possible, "region": possible[0], "decided": len(possible) == 1}
+    report["learnability"] = {**figures(0.1, 0.1, 0.4), "verdict": verdict, "why": "it rains"}
     advice = recommend(report, Threshold(above=0.1))
     arms = [arm for region in regions for arm in SWEPT[region]]
     assert advice["arms"][: len(arms)] == arms
     assert any("threshold" in arm for arm in advice["arms"]) == (regions != ["weak"])
-    assert advice["reasons"][0].startswith("Of all targets 0.500 are improbable (p < 0.1), and 0.100 (0.090 to 0.110) could be")
+    first, second, *_ = advice["reasons"]
+    assert first.startswith("Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples 0.100 (0.090 to")
+    assert ("undecided, since it rains" in first) == (verdict == "undecided")
+    overruled = second.endswith(f"model-{' or model-'.join(possible)}.")
+    assert overruled == (regions != possible)
 
 
 def test_report_shows_it(checkpoint, tmp_path):
@@ -239,9 +279,10 @@ def test_report_shows_it(checkpoint, tmp_path):
     main(["diagnose", "--config", str(recipe), "--report", str(tmp_path / "report"), "--probe_steps", "60"])
     html = (tmp_path / "report" / "report.html").read_text()
     assert "Knowledge or noise" in html
-    assert "could be foretold after 60 steps" in html
+    assert "After 60 steps on other examples" in html
     arms = yaml.safe_load((tmp_path / "report" / "sweep.yaml").read_text())["arms"]
     assert arms[:2] == SWEPT["weak"]
+    assert "improbable tokens: " in (tmp_path / "report" / "sweep.yaml").read_text().splitlines()[0]
 
 
 ERRORS = {
@@ -262,6 +303,39 @@ def test_errors_are_one_sentence(name, checkpoint, tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"learning_rate": 1e30},
+            MeasurementError,
+            "training diverged: probabilities are NaN or infinite. Lower `--learning_rate`",
+        ),
+        ({"max_length": 3}, MeasurementError, "No example of the probe's first half has a target token. Raise `max_length`"),
+    ],
+)
+def test_a_probe_that_can_find_nothing_says_so(changes, error, message, checkpoint, tmp_path):
+    data = save([{"prompt": "abcdef"[i % 3 :] + str(i), "completion": "ab"} for i in range(60)], tmp_path / "data")
+    with pytest.raises(error, match=message):
+        diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **{**QUICK, **changes}).run()
+
+
+def test_without_content(checkpoint, tmp_path):
+    data = save([{"prompt": f"a{i}", "completion": ""} for i in range(60)], tmp_path / "data")
+    with pytest.raises(MeasurementError, match="No target token of the probe's second half is content"):
+        diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **QUICK)
+
+
+def test_weights_of_examples_do_not_train_the_probe(checkpoint, tmp_path):
+    rows = rows_of("pairs", 80)
+    keys = {**QUICK, "learning_rate": 1e-2}
+    plain = diagnosis(tmp_path, checkpoint, save(rows, tmp_path / "data"), "--probe_steps", "3", **keys).run()
+    weighted = save([{**row, "objective_weight": 0.0} for row in rows], tmp_path / "weighted")
+    assert (
+        diagnosis(tmp_path, checkpoint, weighted, "--probe_steps", "3", **keys).run()["learnability"] == plain["learnability"]
+    )
+
+
 def test_two_processes(checkpoint, tmp_path):
     """Each asks about its own part; all agree on the sums, and the pool of controls is everybody's."""
     data = save(mapping_rows(0.0, 300), tmp_path / "data")
@@ -274,4 +348,4 @@ def test_two_processes(checkpoint, tmp_path):
     for key in ("tokens", "examples", "trained"):
         assert found[key] == alone[key]
     assert found["low"] == pytest.approx(alone["low"], abs=1e-3)
-    assert found["learnable"] == pytest.approx(alone["learnable"], abs=0.05)  # roundings grow over the steps
+    assert found["learnable"] == pytest.approx(alone["learnable"], abs=0.1)  # each process draws its controls from its own part
