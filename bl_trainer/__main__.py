@@ -136,8 +136,14 @@ def evaluate(argv: list[str]) -> None:
     from .parser import RecipeError
     from .recipe import fail
 
+    options: Any = None
     try:
-        run(EvaluateArguments.read(argv))
+        options = EvaluateArguments.read(argv)
+        run(options)
+    except KeyboardInterrupt:
+        where = options.output if options else None
+        print(f"\nStopped. The same command goes on after the tasks that {where} holds.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:  # a mistake is the same in all processes, anything else may be one's own
         fail(error, anywhere=not isinstance(error, RecipeError))
     if torch.distributed.is_initialized():

@@ -56,19 +56,23 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     formats = list(formats)
     for path in files:
         if path.suffix != ".parquet":
-            found = _fault_in_array(path) if _holds_array(path) else _fault_in_lines(path, formats)
+            found = _fault_in_whole(path) if _is_one_value(path) else _fault_in_lines(path, formats)
             found = found or (_fault_in_csv(path, formats) if path.suffix == ".csv" else None)
             if found:
                 return f"{path}, {found}"
     return None
 
 
-def _holds_array(path: Path) -> bool:
+def _is_one_value(path: Path) -> bool:
+    """Whether a file is one value of JSON, not one in each line: an array, or an object over several lines."""
     with path.open("rb") as file:
-        return LOCAL_FORMATS.get(path.suffix) == "json" and file.read(1024).lstrip().startswith(b"[")
+        if LOCAL_FORMATS.get(path.suffix) != "json" or file.read(1024).lstrip().startswith(b"["):
+            return LOCAL_FORMATS.get(path.suffix) == "json"
+        file.seek(0)
+        return path.suffix == ".json" and file.readline().strip() == b"{"
 
 
-def _fault_in_array(path: Path) -> str | None:
+def _fault_in_whole(path: Path) -> str | None:
     content = path.read_bytes()
     try:
         json.loads(content)

@@ -236,11 +236,15 @@ class Objective:
             )
         return OBJECTIVES[self.name]
 
+    @property
+    def parts(self) -> "list[Objective]":
+        """The objectives that are mixed in, and that of special tokens."""
+        return [other for other, _ in self.mix] + ([self.special_tokens] if self.special_tokens else [])
+
     @cached_property
     def statistics(self) -> tuple[str, ...]:
         """What the cost of a token depends on besides `logp`: names in `STATISTICS`, and `is_special` (bool)."""
-        parts = [other for other, _ in self.mix] + ([self.special_tokens] if self.special_tokens else [])
-        names = {*self._own_statistics, *(name for part in parts for name in part.statistics)}
+        names = {*self._own_statistics, *(name for part in self.parts for name in part.statistics)}
         names |= {"progress"} if self.schedules else set()
         names |= {"is_special"} if self.special_tokens else set()
         return tuple(name for name in (*STATISTICS, "is_special") if name in names)

@@ -144,10 +144,11 @@ class BLConfig(SFTConfig):
                 f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: "
                 "eval_nll`, or another metric."
             )
-        if metric.endswith("loss") and objective.name in NO_RULER:
+        weighted = [part.name for part in (objective, *objective.parts) if part.name in NO_RULER]
+        if metric.endswith("loss") and weighted:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
-                f"tell the better model under objective {objective.name!r}, whose weights change with the model. Write "
+                f"tell the better model under objective {weighted[0]!r}, whose weights change with the model. Write "
                 "`metric_for_best_model: eval_nll`, or another metric."
             )
         refuse_bypass(self)

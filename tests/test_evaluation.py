@@ -4,14 +4,17 @@ import copy
 import functools
 import importlib.metadata
 import json
+import os
 import random
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from conftest import LETTERS, make_llama, sentence
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import decoders, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +27,7 @@ from bl_trainer.evaluation.results import item_rows
 pytest.importorskip("lm_eval")
 from bl_trainer.evaluation import harness
 from bl_trainer.evaluation.completion import normalise, score
+from bl_trainer.evaluation.graders import grade_math
 
 GENERATION_PROMPT = "{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}"
 TASK = """
@@ -191,12 +195,15 @@ def test_adapter_that_holds_a_head_larger_than_the_tokenizer(models, speller, tm
     assert base == adapter  # which does nothing yet
 
 
-def test_empty_generations_are_wrong(models, tmp_path):
+def test_empty_generations_are_wrong(models, tmp_path, capsys):
     path = write_rows(tmp_path / "test.jsonl", [{"prompt": "ab", "completion": "?"}, {"prompt": "b", "completion": "c"}])
     (entry,) = run(models, tmp_path, "silent", data=[f"completion={path}"])["evaluations"]
     items = (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()
     assert [json.loads(item)["answer"] for item in items] == ["", ""]
     assert [score["value"] for score in entry["scores"]] == [0, 0]
+    table = capsys.readouterr().out
+    assert "items  empty answers" in table
+    assert table.count("2      2 of 2") == 2
 
 
 @pytest.mark.parametrize(
@@ -252,6 +259,7 @@ def test_differences_are_those_computed_by_hand(models, tmp_path, capital, capsy
     out = capsys.readouterr().out
     exact = found["differences"][0]
     assert f"{exact['difference']:+.4f} ± {exact['stderr']:.4f}" in out
+    assert "empty answers" not in out
     values = read_items(tmp_path / "out" / found["evaluations"][0]["scores"][0]["samples"], "exact_match")
     assert list(values.values()) == items[str(models / "adapter"), "completion", "exact_match"].tolist()
 
@@ -342,7 +350,7 @@ def test_two_processes_do_what_one_does(models, tmp_path, capital):
 def test_local_data_stand_in_for_a_task_of_the_harness(models, tmp_path):
     rows = [{"question": f"what is {i} and {i}?", "answer": f"it is {2 * i}. #### {2 * i}"} for i in range(4)]
     data = write_rows(tmp_path / "test.jsonl", rows)
-    options = {"tasks": ["gsm8k"], "data": [f"gsm8k={data}"], "num_fewshot": 3, "limit": 2}
+    options = {"tasks": ["gsm8k_platinum"], "data": [f"gsm8k_platinum={data}"], "num_fewshot": 3, "limit": 2}
     (entry,) = run(models, tmp_path, "plain", **options)["evaluations"]
     assert {(s["metric"], s["items"]) for s in entry["scores"]} == {
         ("exact_match,strict-match", 2),
@@ -369,12 +377,17 @@ def files(folder, models):
         "holes": [*GOOD, {"prompt": "c"}],
         "blank": [*GOOD, {"prompt": "c", "completion": ""}],
         "questions": [{"question": "a"}],
+        "answers": [{"answer": "1"}],
+        "hole": [{"question": "a", "answer": "1"}, {"question": "b", "answer": None}],
+        "long": [{"prompt": "ab" * 20, "completion": "c"}],
+        "capital": [{"question": "a", "answer": 1}],
     }
     for name, rows in made.items():
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "empty.jsonl").write_text("")
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
     (folder / "unsafe.yaml").write_text(TASK.replace("FILE", str(folder / "good.jsonl")) + "unsafe_code: true\n")
+    (folder / "capital.yaml").write_text(TASK.replace("FILE", str(folder / "capital.jsonl")))
     (folder / "nobase").mkdir()
     (folder / "nobase" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "lostbase").mkdir()
@@ -384,6 +397,9 @@ def files(folder, models):
     (folder / "nothing").mkdir()
     (folder / "foreign").mkdir()
     (folder / "foreign" / "results.json").write_text("[]")
+    short = AutoTokenizer.from_pretrained(models / "plain")
+    make_llama(short, max_position_embeddings=32).save_pretrained(folder / "short")
+    short.save_pretrained(folder / "short")
     untold = AutoTokenizer.from_pretrained(models / "plain")
     untold.chat_template = None
     AutoModelForCausalLM.from_pretrained(models / "plain").save_pretrained(folder / "untold")
@@ -430,8 +446,46 @@ def files(folder, models):
         ({"data": "completion=TMP/blank.jsonl"}, "TMP/blank.jsonl`: row 3 has no gold answer."),
         ({"data": "completion=TMP/unanswered.jsonl"}, "TMP/unanswered.jsonl`: row 1 has no gold answer."),
         (
-            {"tasks": "gsm8k", "data": "gsm8k=TMP/questions.jsonl"},
+            {"tasks": "gsm8k_platinum", "data": "gsm8k_platinum=TMP/questions.jsonl"},
             "can't be read by the task: UndefinedError: 'answer' is undefined",
+        ),
+        (
+            {"tasks": "gsm8k", "data": "gsm8k=TMP/questions.jsonl"},
+            "`--data gsm8k=TMP/questions.jsonl`: it has the columns question. Needed: one of final_answer, answer,",
+        ),
+        (
+            {"tasks": "math500", "data": "math500=TMP/answers.jsonl"},
+            "TMP/answers.jsonl`: it has the columns answer. Needed: one of prompt, question, problem.",
+        ),
+        ({"tasks": "math500", "data": "math500=TMP/hole.jsonl"}, "TMP/hole.jsonl`: row 2 has no gold answer."),
+        ({"tasks": "math500", "data": "math500=TMP/empty.jsonl"}, "`--data math500=TMP/empty.jsonl`: it is empty."),
+        ({"tasks": "math500", "data": "math500=TMP/broken.jsonl"}, "TMP/broken.jsonl, line 2: Expecting ':' delimiter"),
+        ({"tasks": "math50", "data": None}, "Unknown task 'math50'. Did you mean 'math500'?"),
+        ({"tasks": "medical", "data": None}, "`--tasks medical` needs your data. Write `--data medical=path.jsonl`."),
+        ({"tasks": "figfont", "data": None}, "`--tasks figfont` needs your data. Write `--data figfont=path.jsonl`."),
+        ({"samples": "0"}, "`--samples 0` must be at least 1."),
+        ({"temperature": "-1"}, "`--temperature -1.0` must be at least 0."),
+        (
+            {"samples": "4", "temperature": "0"},
+            "`--temperature 0` gives 4 equal answers. Write a higher one, or `--samples 1`.",
+        ),
+        (
+            {"samples": "4", "tasks": "TMP/capital.yaml", "data": None},
+            "`--samples 4`: the harness's task 'capital' says itself how to answer. Leave it out, or evaluate",
+        ),
+        (
+            {"max_new_tokens": "4", "tasks": "TMP/capital.yaml", "data": None},
+            "`--max_new_tokens 4`: the harness's task 'capital'",
+        ),
+        ({"backend": "tpu"}, "`--backend tpu` is not allowed. Allowed: hf, vllm."),
+        (
+            {"backend": "vllm"},
+            "`--backend vllm` needs vLLM, which isn't installed. Run `pip install '.[vllm]'`, or write `hf`.",
+        ),
+        ({"max_new_tokens": "2047"}, "the model takes 2048 in all: `--max_new_tokens` can be 2045 at most."),
+        (
+            {"model": "TMP/short", "data": "completion=TMP/long.jsonl"},
+            "and the model takes 32 in all: take it out of the data.",
         ),
         ({"tasks": "mmlu", "data": "mmlu=TMP/good.jsonl"}, "`--data mmlu=...`: that is a group of tasks. Name one of them."),
         ({"limit": "0"}, "`--limit 0` must be a number of items, or a share between 0 and 1."),
@@ -441,7 +495,7 @@ def files(folder, models):
         ({"num_fewshot": "3"}, "`--num_fewshot 3`: the task 'completion' takes no examples. Leave it out."),
         ({"batch_size": "many"}, "`--batch_size many` must be a number above 0, or auto."),
         ({"dtype": "fp8"}, "`--dtype fp8` is not allowed. Allowed: auto, float32, bfloat16, float16."),
-        ({"apply_chat_template": "true"}, "The data of `completion` are plain text, which takes no chat template."),
+        ({"apply_chat_template": "true"}, "The data of 'completion' are plain text, which takes no chat template."),
         ({"apply_chat_template": "false", "data": "completion=TMP/chat.jsonl"}, "are messages, which need the chat template."),
         ({"model": "TMP/untold", "data": "completion=TMP/chat.jsonl"}, "are messages, but the tokenizer has no chat template."),
         (
@@ -506,6 +560,279 @@ def test_other_results_are_refused(models, speller, tmp_path, capsys):
     main([*argv, "--overwrite", "--limit", "1"])
     (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["evaluations"]
     assert entry["scores"][0]["items"] == 1
+
+
+NEW = 12  # tokens of an answer
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@torch.no_grad()
+def sampled(model, tokenizer, prompt, count, temperature):
+    """As `greedy`, each token drawn from the whole distribution; `prompt` is a text in its chat template."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    begin = len(ids)
+    while len(ids) < begin + count:
+        p = (model(torch.tensor([ids])).logits[0, -1].float() / temperature).softmax(-1)
+        ids.append(int(torch.multinomial(p, 1)))
+        if ids[-1] in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
+            break
+    return tokenizer.decode(ids[begin:], skip_special_tokens=True)
+
+
+def solvable(said):
+    """A digit that `said` would be the right answer to, or another one."""
+    return next((str(digit) for digit in range(10) if grade_math({"gold": str(digit)}, [said])["accuracy"]), "77")
+
+
+def math_loop(models, questions, samples, temperature):
+    """Prompts and answers by plain transformers, in the harness's order: the longest prompt first, each `samples` times."""
+    model, tokenizer = load(models, "plain")
+    turns = [[{"role": "user", "content": question + SUFFIX}] for question in questions]
+    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    if not temperature:
+        return texts, [[greedy(model, tokenizer, turn, NEW)] for turn in turns]
+    torch.manual_seed(1234)
+    said = {}
+    for text in sorted(texts, key=lambda text: (-len(tokenizer(text, add_special_tokens=False)["input_ids"]), text)):
+        said[text] = [sampled(model, tokenizer, text, NEW, temperature) for _ in range(samples)]
+    return texts, [said[text] for text in texts]
+
+
+@pytest.mark.parametrize(("samples", "temperature"), [(1, None), (4, None), (3, 0.7)])
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
+def test_math_is_the_plain_loop(task, samples, temperature, models, tmp_path, capsys):
+    rng = random.Random(7)
+    questions = [sentence(rng, 5, 30) for _ in range(12)]
+    used = temperature or (1.0 if samples > 1 else 0)
+    texts, said = math_loop(models, questions, samples, used)
+    gold = [solvable(answers[0]) for answers in said]
+    column, form = ("question", "so it is\n#### {}") if task == "gsm8k" else ("problem", "{}")
+    rows = [{column: q, "answer": form.format(g)} for q, g in zip(questions, gold, strict=True)]
+    path = write_rows(tmp_path / "test.jsonl", rows)
+    options = {"samples": samples, "temperature": temperature, "max_new_tokens": NEW, "batch_size": "1"}
+    (entry,) = run(models, tmp_path, "plain", tasks=[task], data=[f"{task}={path}"], **options)["evaluations"]
+    (found,) = entry["scores"]
+    items = [json.loads(line) for line in (tmp_path / "out" / found["samples"]).read_text().splitlines()]
+    means = []
+    for item, text, answers, right in zip(items, texts, said, gold, strict=True):
+        graded = [grade_math({"gold": right}, [answer])["accuracy"] for answer in answers]
+        means.append(np.mean(graded))
+        assert (item["prompt"], item["gold"]) == (text, right)
+        assert item["answer"] == (answers if samples > 1 else answers[0])
+        assert item["metrics"] == {"accuracy": pytest.approx(means[-1])}
+        assert item.get("graded", {"accuracy": graded}) == {"accuracy": graded}
+    if samples > 1:
+        assert 0 < np.mean(means)
+        assert len({answer for answers in said for answer in answers}) > 12  # not one answer again and again
+        assert f"accuracy, Avg@{samples}" in capsys.readouterr().out
+    assert found["value"] == pytest.approx(np.mean(means))
+    assert found["stderr"] == pytest.approx(np.std(means, ddof=1) / 12**0.5)  # items are the clusters
+    assert (found["items"], found["answers"]) == (12, samples)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "gold"),
+    [
+        ("gsm8k", {"question": "a", "answer": "b\n#### 1,234"}, "1,234"),
+        ("math500", {"problem": "a", "answer": "\\frac{1}{2}", "solution": "\\boxed{3}"}, "\\frac{1}{2}"),
+        ("minerva_math", {"problem": "a", "solution": "so \\boxed{4.5e33} cm"}, "4.5e33"),
+        ("olympiadbench", {"question": "a", "solution": ["b"], "final_answer": ["$69$,$84$"], "error": None}, "$69$,$84$"),
+        ("aime24", {"Problem": "a", "Answer": 25, "Solution": "b"}, "25"),
+        ("amc23", {"question": "a", "problem": "a", "answer": 27.0}, "27"),
+        ("figfont", {"question": "a", "answer": "WORD"}, "WORD"),
+        ("medical", {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "source": "d"}, "B"),
+    ],
+)
+def test_rows_of_each_task(task, row, gold, models, tmp_path):
+    path = write_rows(tmp_path / "test.jsonl", [row, row])
+    (entry,) = run(models, tmp_path, "silent", tasks=[task], data=[f"{task}={path}"])["evaluations"]
+    items = [json.loads(line) for line in (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()]
+    assert [(item["gold"], item["answer"]) for item in items] == [(gold, "")] * 2
+    for each in entry["scores"]:
+        assert (each["value"], each["stderr"], each["empty"], each["items"]) == (0, 0, 2, 2)
+    room = 256 - len(load(models, "silent")[1](items[0]["prompt"], add_special_tokens=False)["input_ids"])
+    assert entry["generation"][task]["max_gen_toks"] == (5 if task == "figfont" else room)
+    assert items[0]["prompt"].count("<user>a") == 1  # the chat template once
+    assert items[0]["prompt"].endswith("answer:")
+    assert ("Figlet Font ASCII art" in items[0]["prompt"]) == (task == "figfont")
+
+
+def test_prompts_of_the_data_are_used_as_they_are(models, tmp_path):
+    _, tokenizer = load(models, "plain")
+    chat = prompts("messages")
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "\\boxed{5}"}]} for prompt in chat]
+    made = {
+        "chat": rows,
+        "plain": [{"prompt": text, "answer": "5"} for text in prompts("plain")],
+        "raw": [{"question": "a b", "answer": "5"}],
+    }
+    shown = {}
+    for name, part in made.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", part)
+        for chat_template in (None, False) if name == "raw" else (None,):
+            out = f"{name}{chat_template}"
+            options = {"max_new_tokens": 2, "apply_chat_template": chat_template}
+            (entry,) = run(models, tmp_path, "plain", out=out, tasks=["math500"], data=[f"math500={path}"], **options)[
+                "evaluations"
+            ]
+            lines = (tmp_path / out / entry["scores"][0]["samples"]).read_text().splitlines()
+            shown[out] = [json.loads(line)["prompt"] for line in lines]
+            assert entry["chat_template"] == (name != "plain" and chat_template is None)
+    rendered = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in chat]
+    assert shown["chatNone"] == rendered
+    assert shown["plainNone"] == prompts("plain")
+    assert shown["rawNone"] == [f"<user>a b{SUFFIX}<end>answer:"]
+    assert shown["rawFalse"] == [f"a b{SUFFIX}"]
+
+
+@pytest.fixture
+def exam(models, tmp_path):
+    """Rows of three sources, of which a third are answered rightly by the model `plain`: its answer is an option."""
+    model, tokenizer = load(models, "plain")
+    rng, sources = random.Random(9), {"one": 15, "two": 12, "three": 3}
+    made = {source: [] for source in sources}
+    for source, count in sources.items():
+        for i in range(count):
+            question = sentence(rng, 5, 20)
+            listed = f"{question}\nA. zzz\nB. yyy"
+            said = greedy(model, tokenizer, [{"role": "user", "content": listed + SUFFIX}], 6)
+            made[source].append(
+                {"question": question, "options": {"A": "zzz", "B": "yyy"}, "said": said, "answer_idx": "AB"[i % 2]}
+            )
+    path = tmp_path / "exam.json"
+    path.write_text(json.dumps(made, indent=1))
+    return path, made
+
+
+def test_medical_scores_by_source(models, tmp_path, exam, monkeypatch):
+    path, made = exam
+    monkeypatch.setattr(
+        "bl_trainer.evaluation.graders.letter", lambda text, choices: "AB"[len(text.split()) % 2] if choices else text
+    )
+    options = {"tasks": ["medical"], "data": [f"medical={path}"], "max_new_tokens": 6}
+    found = run(models, tmp_path, "adapter", "plain", **options)
+    values = {}
+    for entry in found["evaluations"]:
+        scores = {score["metric"]: score for score in entry["scores"]}
+        names = ["accuracy", "accuracy:one", "accuracy:three", "accuracy:two", "accuracy:macro"]
+        assert list(scores) == names
+        lines = (tmp_path / "out" / scores["accuracy"]["samples"]).read_text().splitlines()
+        graded = np.array([json.loads(line)["metrics"]["accuracy"] for line in lines])
+        parts = values[entry["checkpoint"]] = dict(zip(made, np.split(graded, [15, 27]), strict=True))
+        for source, part in parts.items():
+            score = scores[f"accuracy:{source}"]
+            assert (score["value"], score["items"]) == (pytest.approx(part.mean()), len(part))
+            assert score["stderr"] == pytest.approx(part.std(ddof=1) / len(part) ** 0.5)
+        macro = scores["accuracy:macro"]
+        assert macro["value"] == pytest.approx(np.mean([part.mean() for part in parts.values()]))
+        squares = [part.var(ddof=1) / len(part) for part in parts.values()]
+        assert macro["stderr"] == pytest.approx(np.sqrt(sum(squares)) / 3)
+        assert macro["items"] == scores["accuracy"]["items"] == 30
+    old, new = values.values()
+    differences = {d["metric"]: d for d in found["differences"]}
+    assert list(differences) == ["accuracy", "accuracy:one", "accuracy:three", "accuracy:two", "accuracy:macro"]
+    parts = [new[source] - old[source] for source in made]
+    assert np.any(np.concatenate(parts))
+    macro = differences["accuracy:macro"]
+    assert macro["difference"] == pytest.approx(np.mean([part.mean() for part in parts]))
+    assert macro["stderr"] == pytest.approx(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 3)
+    low, high = macro["interval"]
+    reach = 2.0518 * macro["stderr"]  # of Student's t with 27 degrees of freedom
+    assert (low, high) == pytest.approx((macro["difference"] - reach, macro["difference"] + reach), abs=1e-3)
+
+
+def test_files_of_all_kinds_hold_the_same_items(models, tmp_path):
+    rows = [{"question": q, "options": dict.fromkeys("ABCDEFG"[: 2 + i], "x"), "answer_idx": "A"} for i, q in enumerate("abc")]
+    write_rows(tmp_path / "lines.jsonl", rows)
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    (tmp_path / "mapping.json").write_text(json.dumps({"one": rows[:1], "two": rows[1:]}, indent=2))
+    Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
+    found = {}
+    for name in ("lines.jsonl", "array.json", "mapping.json", "table.parquet"):
+        data = [f"medical={tmp_path / name}"]
+        (entry,) = run(models, tmp_path, "silent", out=f"of-{name}", tasks=["medical"], data=data, max_new_tokens=1)[
+            "evaluations"
+        ]
+        lines = (tmp_path / f"of-{name}" / entry["scores"][0]["samples"]).read_text().splitlines()
+        found[name] = [(item["prompt"], item["gold"]) for item in map(json.loads, lines)]
+    assert len({str(items) for items in found.values()}) == 1
+    assert "C. x" not in found["table.parquet"][0][0]
+
+
+@pytest.mark.parametrize(("task", "package"), [("math500", "math_verify"), ("figfont", "rapidfuzz.distance")])
+def test_without_a_grader(task, package, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    data = write_rows(tmp_path / "test.jsonl", [{"question": "a", "answer": "1"}])
+    argv = ["--model", str(models / "plain"), "--tasks", task, "--data", f"{task}={data}", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(["evaluate", *argv])
+    said = capsys.readouterr().err
+    assert f"grading it needs {package.split('.')[0].replace('_', '-')} (" in said
+    assert "Run `pip install '.[evaluation]'`." in said
+
+
+def test_stopped_by_hand(models, tmp_path, monkeypatch, capsys):
+    def breaks(lm, loaded, tasks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run", breaks)
+    data = write_rows(tmp_path / "test.jsonl", GOOD)
+    argv = ["--model", str(models / "plain"), "--tasks", "completion", "--data", f"completion={data}"]
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", *argv, "--output", str(tmp_path / "out")])
+    assert caught.value.code == 130
+    assert f"Stopped. The same command goes on after the tasks that {tmp_path / 'out'} holds." in capsys.readouterr().err
+
+
+def test_consent_to_code_is_passed_on(models, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    data = write_rows(tmp_path / "rows.jsonl", [{"question": "a", "answer": 1}])
+    (tmp_path / "unsafe.yaml").write_text(TASK.replace("FILE", data) + "unsafe_code: true\n")
+    run(models, tmp_path, "plain", tasks=[str(tmp_path / "unsafe.yaml")], confirm_run_unsafe_code=True)
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+
+
+def test_other_sampling_is_refused(models, tmp_path):
+    options = {"tasks": ["completion"], "data": [f"completion={write_rows(tmp_path / 'test.jsonl', GOOD)}"]}
+    run(models, tmp_path, "plain", **options)
+    with pytest.raises(ValueError, match=r"results of completion with other options \(`samples`: 1, now 4\)"):
+        run(models, tmp_path, "plain", samples=4, **options)
+    path = tmp_path / "out" / "results.json"
+    held = json.loads(path.read_text())
+    for key in ("samples", "temperature", "backend"):  # as results of earlier versions are
+        del held["evaluations"][0]["options"][key]
+    path.write_text(json.dumps(held))
+    run(models, tmp_path, "plain", **options)
+    with pytest.raises(ValueError, match=r"`temperature`: None, now 0\.5"):
+        run(models, tmp_path, "plain", temperature=0.5, **options)
+
+
+def test_vllm_is_given_the_checkpoint(models, tmp_path, monkeypatch):
+    given = []
+    module = ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = lambda *args, **kwargs: given.append((args, kwargs))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("bl_trainer.evaluation.options.find_spec", lambda name: name == "vllm")
+    options = EvaluateArguments(
+        model=[str(models / "plain"), str(models / "adapter")],
+        tasks=["gsm8k"],
+        output=str(tmp_path / "out"),
+        backend="vllm",
+        seed=3,
+    )
+    options.check()
+    for checkpoint in options.checkpoints():
+        harness.load_model(checkpoint, options)
+    shared = {"dtype": "auto", "seed": 3, "batch_size": 8}
+    lora = {"lora_local_path": str(models / "adapter"), "max_lora_rank": 8}
+    assert given == [((str(models / "plain"),), shared), ((str(models / "plain"),), {**shared, **lora})]
+
+
+def test_group_of_languages_is_the_harnesss():
+    index = MANAGER(include_path=harness.OWN).task_index
+    children = index["mmlu_prox"].cfg["task"]
+    assert len(children) == 7
+    assert all(index[child].cfg["group"] == child for child in children)
 
 
 def test_letters_have_tokens(speller):

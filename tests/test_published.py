@@ -186,6 +186,12 @@ def test_loss_that_tells_nothing_chooses_no_checkpoint(name, tmp_path):
     BLConfig(load_best_model_at_end=True, metric_for_best_model="eval_nll", **options)
 
 
+@pytest.mark.parametrize("spec", [{"name": "neg_p", "mix": {"eaft": 0.1}}, {"name": "neg_p", "special_tokens": "dft"}])
+def test_nor_does_the_loss_of_a_part(spec, tmp_path):
+    with pytest.raises(ValueError, match=r"doesn't tell the better model under objective '(eaft|dft)'"):
+        BLConfig(output_dir=str(tmp_path), objective=spec, use_cpu=True, metric_for_best_model="eval_loss")
+
+
 def test_infosft_peaks_where_its_authors_say():
     p = torch.linspace(0.001, 0.999, 9981, dtype=torch.float64)
     values = Objective.parse("infosft").gradient_weight(p.log())

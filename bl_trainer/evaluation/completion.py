@@ -1,15 +1,14 @@
 """The task `completion`: does the greedy continuation equal what the data say?"""
 
-import json
 import logging
 import re
 from typing import Any
 
-from lm_eval.api.task import ConfigurableTask
 from trl import maybe_convert_to_chatml
 from trl.data_utils import is_conversational
 
-from ..parser import RecipeError
+from .generation import Generation
+from .options import EvaluateArguments
 
 logger = logging.getLogger(__name__)
 
@@ -17,35 +16,24 @@ COLUMNS = [("prompt", "completion"), ("messages",), ("conversations",)]  # one o
 SPARE = 8  # new tokens beyond the longest gold answer, so that an answer that goes on is seen to
 
 
-class Completion(ConfigurableTask):
+class Completion(Generation):
     """Rows as TRL trains on them: prompt and completion, or messages, of which the last of the assistant is the gold answer."""
 
-    def __init__(self, config: dict[str, Any]):
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
-        self.is_chat = isinstance(_split(self.eval_docs[0])[0], list)
+    def own_prompt(self, doc: dict[str, Any]) -> Any:
+        """The prompt, a text or messages."""
+        return _split(doc)[0]
 
-    def prepare(self, tokenizer: Any, max_new_tokens: int | None) -> None:
-        """Take the tokenizer of the model that is evaluated next. Raises RecipeError if it can't render the prompts."""
-        if self.is_chat and not tokenizer.chat_template:
-            raise RecipeError("The data of `completion` are messages, but the tokenizer has no chat template.")
-        self.tokenizer = tokenizer
+    def prepare(self, lm: Any, options: EvaluateArguments, chat: bool) -> None:
+        """Take the model that is evaluated next; say which gold answers its tokenizer can't give back."""
         rights = [gold(doc) for doc in self.eval_docs]
-        lost = [right for right in rights if normalise(_round_trip(tokenizer, right)) != normalise(right)]
+        lost = [right for right in rights if normalise(_round_trip(lm.tokenizer, right)) != normalise(right)]
         if lost:
             logger.warning(
                 f"{len(lost)} of {len(rights)} gold answers can't be equalled, since the tokenizer doesn't give them back as "
-                f"they are: {lost[0]!r} becomes {_round_trip(tokenizer, lost[0])!r}."
+                f"they are: {lost[0]!r} becomes {_round_trip(lm.tokenizer, lost[0])!r}."
             )
-        longest = max(len(tokenizer(right, add_special_tokens=False)["input_ids"]) for right in rights)
-        self.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens or longest + SPARE}, update=True)
-
-    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
-        """Return the prompt as TRL renders it in training."""
-        prompt, options = _split(doc)[0], doc.get("chat_template_kwargs") or {}
-        if isinstance(prompt, str):
-            return prompt
-        tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
-        return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+        self.most_tokens = SPARE + max(len(lm.tokenizer(right, add_special_tokens=False)["input_ids"]) for right in rights)
+        super().prepare(lm, options, chat)
 
 
 def _round_trip(tokenizer: Any, text: str) -> str:

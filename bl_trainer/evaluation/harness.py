@@ -1,7 +1,10 @@
 """What lm-evaluation-harness is asked to do: load tasks, wrap a model, run one on the other."""
 
+import json
 import logging
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from ..local_data import LOCAL_FORMATS, find_fault
 from ..objectives import _nearest
 from ..parser import RecipeError, sentence
 from .completion import COLUMNS, Completion
+from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
 
 OWN = Path(__file__).parent / "tasks"
@@ -40,7 +44,8 @@ class Tasks:
     def __init__(self, options: EvaluateArguments):
         self.options = options
         self.manager = TaskManager(include_path=OWN, include_defaults=False)
-        if not all(name in self.manager.task_index or _is_file(name) for name in options.tasks):
+        entries = [self.manager.task_index.get(name) for name in options.tasks if not _is_file(name)]
+        if not all(entry and "group" not in (entry.cfg or {}) for entry in entries):  # a group's tasks are the harness's
             self.manager = TaskManager(include_path=OWN)  # reads thousands of files
         for name in options.files():
             if name not in options.tasks:
@@ -58,19 +63,19 @@ class Tasks:
         if _is_file(name) and "group" in config:
             raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
         self._refuse_unsafe(name, config.get("unsafe_code"))
-        if name == "completion" and path is None:
-            raise RecipeError("`--tasks completion` needs your data. Write `--data completion=path.jsonl`.")
-        spec: Any = name
-        if path is not None:
-            if not source or "group" in config:
-                raise RecipeError(f"`--data {name}=...`: that is a group of tasks. Name one of them.")
-            spec = _with_data(load_yaml(source), name, path)
+        is_own = source is not None and Path(source).parent == OWN
+        if is_own and path is None and config.get("dataset_path") == "json":
+            raise RecipeError(f"`--tasks {name}` needs your data. Write `--data {name}=path.jsonl`.")
+        if path is not None and (not source or "group" in config):
+            raise RecipeError(f"`--data {name}=...`: that is a group of tasks. Name one of them.")
+        given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
         try:
-            loaded = self.manager.load([spec])
-        except RecipeError:
-            raise
+            loaded = self.manager.load([name if path is None else _with_data(load_yaml(source), name, path)])
+        except RecipeError as error:
+            if str(error).startswith("`"):
+                raise
+            raise RecipeError(f"{f'`--data {name}={path}`' if path else f'The task {name!r}'}: {error}") from error
         except Exception as error:  # of the task's own code, or of the data sets' libraries
-            given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
             raise RecipeError(f"{given}: {type(error).__name__}: {sentence(error)}") from error
         groups = [group for key, group in loaded.get("groups", {}).items() if key == name]
         for task in loaded["tasks"].values():
@@ -78,7 +83,9 @@ class Tasks:
         return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
 
     def _refuse_unsafe(self, name: str, unsafe: Any) -> None:
-        if unsafe and not self.options.confirm_run_unsafe_code:
+        if unsafe and self.options.confirm_run_unsafe_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own flag for the same
+        elif unsafe:
             raise RecipeError(
                 f"The task {name!r} runs code that the model writes. Add `--confirm_run_unsafe_code`, best in a container."
             )
@@ -88,10 +95,18 @@ class Tasks:
         shots = self.options.num_fewshot
         if shots and task.get_config("num_fewshot") == 0:
             raise RecipeError(f"`--num_fewshot {shots}`: the task {task.task_name!r} takes no examples. Leave it out.")
-        if isinstance(task, Completion) and self.options.apply_chat_template is not None:
+        if not isinstance(task, Generation):
+            for key in ("samples", "temperature", "max_new_tokens"):
+                value = getattr(self.options, key)
+                if value != EvaluateArguments.__dataclass_fields__[key].default:
+                    raise RecipeError(
+                        f"`--{key} {value}`: the harness's task {task.task_name!r} says itself how to answer. Leave it out, or "
+                        "evaluate that task by a command of its own."
+                    )
+        elif self.options.apply_chat_template is not None and task.is_chat is not None:
             if task.is_chat != self.options.apply_chat_template:
                 kind = "messages, which need the" if task.is_chat else "plain text, which takes no"
-                raise RecipeError(f"The data of `completion` are {kind} chat template. Leave `--apply_chat_template` out.")
+                raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
         for i, doc in enumerate(task.eval_docs if path else []):
             right = task.doc_to_target(doc)
             if right in (None, "", []) or (right == "None" and None in doc.values()):
@@ -104,6 +119,9 @@ def _is_file(name: str) -> bool:
 
 def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     """Return the task's configuration with `path` in place of its data set."""
+    own = config.get("class")
+    if isinstance(own, type) and issubclass(own, Generation) and not issubclass(own, Completion):
+        return {**config, "dataset_path": None, "custom_dataset": partial(_splits, path), "test_split": "test"}
     fault = find_fault([path], COLUMNS[:2]) if name == "completion" else None
     try:
         rows = datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")
@@ -130,8 +148,30 @@ def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return {**config, **data, **splits, "fewshot_config": shots or None}
 
 
-def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> HFLM:
+def _splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
+    """Return the rows of a file as the split "test".
+
+    A JSON object is taken as a mapping from the column `source` to rows. Rows may differ in the keys of their mappings.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        return {"test": datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")}
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:  # a value in each line
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(rows, dict):
+        lists = all(isinstance(value, list) for value in rows.values())
+        rows = [{**row, "source": source} for source in rows for row in rows[source]] if lists else [rows]
+    if not rows:
+        raise RecipeError("it is empty.")
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
     """Load a checkpoint for the harness, one copy for each process."""
+    if options.backend == "vllm":
+        return _load_vllm(checkpoint, options)
     named = checkpoint.adapter and any(Path(checkpoint.adapter).glob("tokenizer*"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.adapter if named else checkpoint.model)
@@ -151,6 +191,17 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> HFLM:
     return lm
 
 
+def _load_vllm(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    lora: dict[str, Any] = {}
+    if checkpoint.adapter:
+        rank = json.loads((Path(checkpoint.adapter) / "adapter_config.json").read_text())["r"]
+        lora = {"lora_local_path": checkpoint.adapter, "max_lora_rank": rank}
+    batch_size = options.batch_size if options.batch_size == "auto" else int(options.batch_size)
+    return VLLM(checkpoint.model, dtype=options.dtype, seed=options.seed, batch_size=batch_size, **lora)
+
+
 def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
     """Let each generation end at the tokenizer's end token too, which the harness sees only once all of a batch have ended."""
     config = model.generation_config
@@ -165,10 +216,12 @@ def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, b
     if chat and not lm.tokenizer.chat_template:
         raise RecipeError("`--apply_chat_template true`: the tokenizer has no chat template.")
     for task in loaded.tasks.values():
-        if isinstance(task, Completion):
-            task.prepare(lm.tokenizer, options.max_new_tokens)
+        if isinstance(task, Generation) and task.is_chat is not None:
             chat = task.is_chat
     lm.add_bos_token = False if chat else None  # as in training: a template brings its own special tokens
+    for task in loaded.tasks.values():
+        if isinstance(task, Generation):
+            task.prepare(lm, options, chat)
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
             lm,

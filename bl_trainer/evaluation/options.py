@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..local_data import LOCAL_FORMATS, find_fault, is_path
 from ..parser import Parser, RecipeError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("hf", "vllm")
 
 # What tells whether a checkpoint is still the one that was evaluated
 READ = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
@@ -53,7 +55,7 @@ class EvaluateArguments:
     adapter: str | None = field(default=None, metadata={"help": "Folder of an adapter, over the one --model."})
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Names of the harness, YAML files of further tasks, or completion; commas between."},
+        metadata={"help": "Names of tasks, ours or the harness's, or YAML files of further ones; commas between."},
     )
     data: list[str] = field(
         default_factory=list, metadata={"help": "task=path.jsonl: a local file in place of that task's data set."}
@@ -62,19 +64,34 @@ class EvaluateArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the results that are there."})
     limit: float | None = field(default=None, metadata={"help": "Only the first so many items of a task; below 1 a share."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt, if not the task's own number."})
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens to generate for completion, if not a few more than the longest gold answer has."},
+    samples: int = field(
+        default=1,
+        metadata={"help": "Answers to each item, whose mean counts (Avg@k), sampled if above 1. The paper: 16."},
     )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Of sampling; unless told, 1 with several samples as in the paper, else 0 (greedy)."}
+    )
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to generate, if not the task's own number."})
     apply_chat_template: bool | None = field(
         default=None, metadata={"help": "Whether to put prompts into the chat template; unless told, if the tokenizer has one."}
     )
+    backend: str = field(default="hf", metadata={"help": f"What generates: {', '.join(BACKENDS)}."})
     batch_size: str = field(default="8", metadata={"help": "Items at a time on each device, or auto."})
     dtype: str = field(default="auto", metadata={"help": f"Precision: {', '.join(DTYPES)}; auto is the checkpoint's."})
     seed: int = field(default=1234, metadata={"help": "Of few-shot examples and of sampling."})
     confirm_run_unsafe_code: bool = field(
         default=False, metadata={"help": "Run the code that the model writes, for tasks that need it."}
     )
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature at which answers are sampled, 0 if greedy."""
+        return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether answers are sampled."""
+        return self.sampling_temperature > 0
 
     @classmethod
     def read(cls, argv: list[str]) -> "EvaluateArguments":
@@ -94,9 +111,15 @@ class EvaluateArguments:
                 raise RecipeError(f"`--{key}` is missing. Write e.g. `--{key} {example}`.")
         if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit % 1)):
             raise RecipeError(f"`--limit {self.limit:g}` must be a number of items, or a share between 0 and 1.")
-        for key, least in (("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
+        for key, least in (("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise RecipeError(f"`--{key} {getattr(self, key)}` must be at least {least}.")
+        if self.samples > 1 and not self.is_sampled:
+            raise RecipeError(f"`--temperature 0` gives {self.samples} equal answers. Write a higher one, or `--samples 1`.")
+        if self.backend not in BACKENDS:
+            raise RecipeError(f"`--backend {self.backend}` is not allowed. Allowed: {', '.join(BACKENDS)}.")
+        if self.backend == "vllm" and not find_spec("vllm"):
+            raise RecipeError("`--backend vllm` needs vLLM, which isn't installed. Run `pip install '.[vllm]'`, or write `hf`.")
         if self.batch_size != "auto" and (not self.batch_size.isdigit() or int(self.batch_size) < 1):
             raise RecipeError(f"`--batch_size {self.batch_size}` must be a number above 0, or auto.")
         if self.dtype not in DTYPES:
@@ -140,10 +163,10 @@ class EvaluateArguments:
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
-        keys = ("limit", "num_fewshot", "max_new_tokens", "apply_chat_template", "dtype", "seed")
+        keys = ("limit", "num_fewshot", "samples", "temperature", "max_new_tokens", "apply_chat_template", "backend")
         files = [path for path in (self.files().get(task), Path(task)) if path and path.is_file()]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
-        return {**{key: getattr(self, key) for key in keys}, "files": digests}
+        return {**{key: getattr(self, key) for key in (*keys, "dtype", "seed")}, "files": digests}
 
 
 def is_adapter(folder: str) -> bool:

@@ -14,6 +14,7 @@ from ..statistics import t_quantile
 from .options import Checkpoint, EvaluateArguments
 
 RESULTS = "results.json"
+MACRO = ":macro"  # of a metric's name: the mean over groups of items
 PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
 
 
@@ -47,9 +48,11 @@ class Results:
 
     def _refuse_other(self, entry: dict[str, Any]) -> None:
         task, checkpoint, now = entry["task"], entry["checkpoint"], self.options.deciding(entry["task"])
-        for key, then in entry["options"].items() if task in self.options.tasks else ():
-            if then != now[key]:
-                raise self._refusal(f"results of {task} with other options (`{key}`: {then}, now {now[key]})")
+        defaults = {key: each.default for key, each in EvaluateArguments.__dataclass_fields__.items()}
+        for key, value in now.items() if task in self.options.tasks else ():
+            then = entry["options"].get(key, defaults.get(key))
+            if then != value:
+                raise self._refusal(f"results of {task} with other options (`{key}`: {then}, now {value})")
         if self.prints.get(checkpoint, entry["fingerprint"]) != entry["fingerprint"]:
             raise self._refusal(f"results of another model that was at {checkpoint}")
 
@@ -61,7 +64,8 @@ class Results:
         """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
         scores = []
         for name, samples in found["samples"].items():
-            path, rows = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl", item_rows(samples)
+            path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
+            rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"))
             _write(self.folder / path, "".join(_json(row) for row in rows))
             scores += _scores(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
         for name in found.get("groups", {}):
@@ -103,17 +107,24 @@ class Results:
         for entries in map(self.of, self.options.tasks):
             for entry in entries[1:]:
                 pair = {"checkpoint": entry["checkpoint"], "baseline": entries[0]["checkpoint"]}
+                parts: dict[str, list[dict[str, Any]]] = {}
                 for old in entries[0]["scores"]:
                     for new in entry["scores"]:
                         key = {name: old[name] for name in ("task", "metric")}
                         if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
                             items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
                             found.append({**pair, **key, **paired_difference(*items)})
+                            parts.setdefault(old["metric"].partition(":")[0] + MACRO, []).append(found[-1])
+                        elif key.items() <= new.items() and old["metric"].endswith(MACRO):
+                            found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference")})
         return found
 
 
-def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each item; the harness has one for each item and filter."""
+def item_rows(samples: list[dict[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
+    """Return a row for each item; the harness has one for each item and filter.
+
+    With `by`, a column of the data, each metric stands there again by the name METRIC:VALUE OF THAT COLUMN.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         first = sample["filtered_resps"][0]
@@ -122,20 +133,29 @@ def item_rows(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             best = max(range(len(sample["filtered_resps"])), key=lambda i: sample["filtered_resps"][i][0])
             answer = sample["arguments"][best][-1]
         else:
-            answer = sample["resps"][0][0]
+            answers = sample["resps"][0]
+            answer = answers[0] if len(answers) == 1 else answers
         row = {"id": sample["doc_id"], "hash": sample["doc_hash"], "prompt": sample["arguments"][0][0]}
         row |= {"gold": sample["target"], "answer": answer, "metrics": {}}
         row = rows.setdefault(sample["doc_id"], row)
         if sample["filter"] != "none" and not is_choice:
             row.setdefault("extracted", {})[sample["filter"]] = first
-        row["metrics"].update({_name(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]})
+        for metric in sample["metrics"]:
+            name, value = _name(metric, sample["filter"]), sample[metric]
+            if isinstance(value, list):
+                row.setdefault("graded", {})[name] = value
+                value = statistics.fmean(value)
+            row["metrics"][name] = value
+            if by and sample["doc"].get(by):
+                row["metrics"][f"{name}:{sample['doc'][by]}"] = value
     return list(rows.values())
 
 
 def read_items(path: Path, metric: str) -> dict[str, float]:
-    """Return the value of a metric for each item in a file of items."""
+    """Return the value of a metric for each item in a file of items that has it."""
     with path.open(encoding="utf-8") as lines:
-        return {f"{row['id']} {row['hash']}": row["metrics"][metric] for row in map(json.loads, lines)}
+        rows = [row for row in map(json.loads, lines) if metric in row["metrics"]]
+    return {f"{row['id']} {row['hash']}": row["metrics"][metric] for row in rows}
 
 
 def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str, Any]:
@@ -144,13 +164,32 @@ def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str,
     The interval is None below 10 items, where it would be a guess.
     """
     values = [new[item] - old[item] for item in old.keys() & new.keys()]
-    mean = statistics.fmean(values) if values else None
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    interval = None
-    if mean is not None and stderr is not None and len(values) >= 10:
-        reach = t_quantile(len(values) - 1) * stderr
-        interval = [mean - reach, mean + reach]
-    return {"difference": mean, "stderr": stderr, "interval": interval, "items": len(values)}
+    mean, stderr = statistics.fmean(values) if values else None, standard_error(values)
+    return {"difference": mean, "stderr": stderr, "interval": _interval(mean, stderr, len(values)), "items": len(values)}
+
+
+def _interval(mean: float | None, stderr: float | None, items: int, groups: int = 1) -> list[float] | None:
+    if mean is None or stderr is None or items < 10 * groups:
+        return None
+    reach = t_quantile(items - groups) * stderr
+    return [mean - reach, mean + reach]
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return that of the mean of `values`, one for each item, so that several answers to an item are a cluster."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def macro(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Return the mean of `key`, "value" or "difference", over groups of items that count alike, and its standard error.
+
+    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item.
+    """
+    mean, errors = statistics.fmean(part[key] for part in parts), [part["stderr"] for part in parts]
+    stderr = None if None in errors else math.hypot(*errors) / len(errors)
+    items = sum(part["items"] for part in parts)
+    found = {key: mean, "stderr": stderr, "items": items}
+    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, len(parts))}
 
 
 def table(results: Results) -> str:
@@ -158,8 +197,10 @@ def table(results: Results) -> str:
     entries = [entry for task in results.options.tasks for entry in results.of(task)]
     scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
     scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
-    rows = [("task", "metric", "checkpoint", "value ± standard error", "items")]
-    rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or "")) for s in scores]
+    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", "empty answers")]
+    rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), _empty(s)) for s in scores]
+    if not any(score.get("empty") for score in scores):
+        rows = [row[:-1] for row in rows]
     lines, differences = _columns(rows), results.differences()
     if differences:
         wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
@@ -169,7 +210,13 @@ def table(results: Results) -> str:
 
 
 def _names(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["task"], row["metric"], row["checkpoint"]
+    answers = row.get("answers", 1)
+    return row["task"], row["metric"] + (f", Avg@{answers}" if answers > 1 else ""), row["checkpoint"]
+
+
+def _empty(score: dict[str, Any]) -> str:
+    empty, answers = score.get("empty"), score.get("answers", 1)
+    return "" if empty is None else f"{empty} of {score['items'] * answers}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -204,10 +251,28 @@ def _scores(
             values = [row["metrics"].get(name) for row in rows]
             is_mean = all(isinstance(v, (int, float)) for v in values) and bool(values)
             is_mean = is_mean and math.isclose(statistics.fmean(values), value, abs_tol=1e-9)
-            score = {"task": task, "metric": name, "value": value, "stderr": stderr, "items": items}
-            better = dict(higher).get(metric)
-            scores.append({**score, "is_mean": is_mean, "higher_is_better": better, "samples": path})
+            score = {"task": task, "metric": name, "value": value, "stderr": standard_error(values) if is_mean else stderr}
+            shared = {"higher_is_better": dict(higher).get(metric), "samples": path}
+            scores.append({**score, **_counts(rows, items), "is_mean": is_mean, **shared})
+            groups = sorted({other for row in rows for other in row["metrics"] if other.startswith(f"{name}:")})
+            parts = []
+            for group in groups:
+                part = [row for row in rows if group in row["metrics"]]
+                values = [row["metrics"][group] for row in part]
+                score = {"task": task, "metric": group, "value": statistics.fmean(values), "stderr": standard_error(values)}
+                parts.append({**score, **_counts(part, len(part)), "is_mean": True, **shared})
+            scores += parts
+            if parts:
+                score = {"task": task, "metric": name + MACRO, **_counts(rows, items), **macro(parts, "value")}
+                scores.append({**score, "is_mean": False, **shared})
     return scores
+
+
+def _counts(rows: Any, items: int | None) -> dict[str, Any]:
+    """How many items and answers to each there are, and how many of the answers are empty."""
+    given = [row["answer"] if isinstance(row["answer"], list) else [row["answer"]] for row in rows]
+    empty = sum(not answer.strip() for answers in given for answer in answers) if rows else None
+    return {"items": items, "answers": len(given[0]) if rows else 1, "empty": empty}
 
 
 def _json(value: Any, **kwargs: Any) -> str:

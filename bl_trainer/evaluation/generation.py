@@ -1,0 +1,106 @@
+"""Tasks whose answers are generated: prompts as in training, k answers to each item, graded one by one."""
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+
+from ..parser import RecipeError
+from .options import EvaluateArguments
+
+
+class Generation(ConfigurableTask):
+    """A task of the harness whose rows may bring their prompt, which is then rendered as TRL renders it in training.
+
+    `process_results` of its configuration grades one answer. With several answers to an item a metric is the list of their
+    values, and the score the mean of the items' means (Avg@k).
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        first = self.own_prompt(self.eval_docs[0])
+        self.is_chat = None if first is None else isinstance(first, list)  # None: the question becomes a prompt either way
+        self.most_tokens = (self.config.generation_kwargs or {}).get("max_gen_toks")
+
+    @cached_property
+    def _test_docs(self) -> Any:
+        return super().test_docs()
+
+    def test_docs(self) -> Any:
+        """The items, processed once."""
+        return self._test_docs
+
+    def own_prompt(self, doc: dict[str, Any]) -> Any:
+        """The row's own prompt, a text or messages; None if it has none."""
+        return doc.get("prompt")
+
+    def prepare(self, lm: Any, options: EvaluateArguments, chat: bool) -> None:
+        """Take the model that is evaluated next, and how to generate with it.
+
+        Raises RecipeError if its tokenizer can't render the prompts, or it has no room for them.
+        """
+        if self.is_chat and not lm.tokenizer.chat_template:
+            raise RecipeError(f"The data of {self.task_name!r} are messages, but the tokenizer has no chat template.")
+        self.tokenizer = lm.tokenizer
+        longest = max(len(lm.tok_encode(self.fewshot_context(doc, 0, apply_chat_template=chat))) for doc in self.eval_docs)
+        room, asked = lm.max_length - longest, options.max_new_tokens
+        if room < (asked or 1):
+            raise RecipeError(
+                f"The longest prompt of {self.task_name!r} has {longest} tokens, and the model takes {lm.max_length} in all: "
+                + (f"`--max_new_tokens` can be {room} at most." if room > 0 else "take it out of the data.")
+            )
+        kwargs: dict[str, Any] = {"max_gen_toks": asked or min(self.most_tokens, room), "do_sample": False, "temperature": 0.0}
+        if options.is_sampled:
+            # without cuts of the distribution, which generation_config.json may ask for, and transformers does (top_k 50)
+            kwargs |= {"do_sample": True, "temperature": options.sampling_temperature, "top_p": 1.0, "top_k": 0}
+        self.set_config("generation_kwargs", kwargs, update=True)
+        self.set_config("repeats", options.samples)
+
+    def fewshot_context(
+        self,
+        doc: dict[str, Any],
+        num_fewshot: int,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Return the prompt, in the chat template if it is one of messages or `apply_chat_template`."""
+        prompt, options = self.own_prompt(doc), doc.get("chat_template_kwargs") or {}
+        if prompt is None:
+            system, text = self.config.description, self.doc_to_text(doc)
+            if not apply_chat_template:
+                return f"{system}\n\n{text}" if system else text
+            prompt = [{"role": "system", "content": system}] if system else []
+            prompt = [*prompt, {"role": "user", "content": text}]
+        if isinstance(prompt, str):
+            return prompt
+        tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
+        return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+
+    def apply_filters(self) -> None:
+        """Keep all answers to an item, of which the harness would take the first."""
+        for instance in self._instances:
+            instance.filtered_resps["none"] = instance.resps
+
+    def process_results(self, doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
+        """Return each metric of an item: a value, or one for each of several answers."""
+        graded = [self.config.process_results(doc, [answer]) for answer in results[0]]
+        if len(graded) == 1:
+            return graded[0]
+        return {metric: [each[metric] for each in graded] for metric in graded[0]}
+
+    def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
+        """How an item's values become a score, for each metric."""
+        return dict.fromkeys(self._aggregation_list, mean_of_items)
+
+
+def mean_of_items(values: list[Any]) -> float:
+    """The mean over items of an item's value, or of the mean of its values."""
+    return statistics.fmean(map(item_mean, values))
+
+
+def item_mean(value: Any) -> float:
+    return statistics.fmean(value) if isinstance(value, list) else float(value)

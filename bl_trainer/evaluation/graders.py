@@ -1,0 +1,215 @@
+"""What an answer is worth: mathematics by math-verify, options by their letter, words by exact match and Jaro-Winkler."""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from string import ascii_uppercase
+from typing import Any
+
+from ..parser import RecipeError
+
+QUESTIONS = ("question", "problem", "Problem", "Question")
+MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
+LETTER_GOLD = ("answer_idx", "answer_letter", "answer", "completion")
+WORD_GOLD = ("answer", "completion")
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
+
+
+def _docs(docs: Any, columns: tuple[str, ...], row: Callable[[dict[str, Any], Any], dict[str, Any]]) -> Any:
+    """Return `docs` with what `row` makes of each row and its gold answer, which stands in the first of `columns` there is."""
+    has = docs.column_names
+    column = next((name for name in columns if name in has), None)
+    asked = next((name for name in ("prompt", *QUESTIONS) if name in has), None)
+    if column is None or asked is None:
+        needed = f"one of {', '.join(columns)} with the gold answer" if asked else f"one of prompt, {', '.join(QUESTIONS[:2])}"
+        raise RecipeError(f"it has the columns {', '.join(sorted(has))}. Needed: {needed}.")
+    return docs.map(lambda doc: {"question": str(doc[asked]), **row(doc, _text(doc[column]))})
+
+
+def _text(value: Any) -> str:
+    """Return a gold answer as a text, of messages the last one's."""
+    if isinstance(value, list):
+        parts = [each["content"] if isinstance(each, dict) else str(each) for each in value]
+        return parts[-1] if value and isinstance(value[0], dict) else ", ".join(parts)
+    whole = isinstance(value, float) and value.is_integer()
+    return "" if value is None else str(int(value) if whole else value).strip()
+
+
+# Mathematics
+
+
+def math_docs(docs: Any) -> Any:
+    """Rows with `question` and `gold`. Raises RecipeError where they lack these, or math-verify is missing."""
+    _math_verify()
+    return _docs(docs, MATH_GOLD, lambda doc, right: {"gold": _math_gold(right)})
+
+
+def _math_gold(right: str) -> str:
+    found = final_answer(right)
+    return right if found is None else found
+
+
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise RecipeError(f"grading it needs math-verify ({error}). Run `pip install '.[evaluation]'`.") from error
+    return math_verify
+
+
+def final_answer(text: str) -> str | None:
+    r"""Return what is in the last closed \boxed{} or \fbox{} of `text`, else what follows its last ####, else None."""
+    for begin in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
+        depth = 1
+        for i in range(begin, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if not depth:
+                return text[begin:i].strip()
+    found = re.findall(r"####[ \t]*(.+)", text)
+    return found[-1].strip() if found else None
+
+
+def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    r"""Whether the final answer equals `gold`: the last \boxed{}, else what follows ####, else what math-verify finds."""
+    found = final_answer(results[0])
+    return {"accuracy": float(is_same_math(doc["gold"], results[0] if found is None else found, found is not None))}
+
+
+def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
+    """Whether an answer is mathematically what `gold` is; unless `is_bare`, the answer is looked for in a text."""
+    if not answer.strip():
+        return False
+    if is_bare and _plain(gold) == _plain(answer):
+        return True
+    right, target = _parsed(gold), _parsed(answer) if is_bare else _math_verify().parse(answer)
+    if not _math_verify().verify(right, target):
+        return False
+    one, other = _number(right), _number(target)
+    # math-verify rounds to 6 decimals, so that it takes 1e-27 for 1e-19
+    return one is None or other is None or max(abs(one), abs(other)) > 1 or math.isclose(one, other, rel_tol=1e-5)
+
+
+def _number(parsed: list[Any]) -> float | None:
+    value: Any = parsed[0] if parsed else None
+    is_real = getattr(value, "is_number", False) and getattr(value, "is_real", False)
+    return float(value) if is_real else None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(?:left|right|text|mathrm|[,;! ])|[\s${}]", "", text).rstrip(".")
+
+
+@lru_cache(maxsize=4096)
+def _parsed(expression: str) -> list[Any]:
+    bare = re.sub(r"\\?[$%]", "", expression)  # dollars, and per cent, whose number counts, as in MATH
+    bare = re.sub(r"(?<![\w\\.])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}", bare)  # as Minerva writes 4.5e33
+    return _math_verify().parse(rf"\boxed{{{bare}}}")
+
+
+# Options
+
+
+def letter_docs(docs: Any) -> Any:
+    """Rows with `question`, the options below it, `choices` in the order of their letters, and `gold`, a letter."""
+    return _docs(docs, LETTER_GOLD, _letter_row)
+
+
+def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
+    choices = _choices(doc.get("options"))
+    asked = next((doc[name] for name in QUESTIONS if doc.get(name)), "")
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+    if right.isdigit() and choices:
+        right = ascii_uppercase[int(right)]
+    elif right in choices:
+        right = ascii_uppercase[choices.index(right)]
+    return {"question": f"{asked}\n{listed}" if listed else asked, "choices": choices, "gold": letter(right, choices) or ""}
+
+
+def _choices(options: Any) -> list[str]:
+    """The options' texts, of a list, or of a mapping from letters, which may be written as JSON."""
+    if isinstance(options, str):
+        options = json.loads(options)
+    if isinstance(options, dict):  # Arrow gives each row the letters of all rows
+        options = [options[key] for key in sorted(options) if options[key] is not None]
+    return [str(option) for option in options or []]
+
+
+def grade_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the answer is the letter `gold`."""
+    return {"accuracy": float(letter(results[0], doc["choices"]) == doc["gold"])}
+
+
+LEAD = r"(?:\b(?:the|is|are|be|was|as|but|rather|clearly|therefore|thus|likely|most|probably|option|choice|letter)\b|[\s:=*_`'\"$(\[{]|\\text|\\boxed|\\mathbf|\\mathrm)*"  # noqa: E501
+
+
+def letter(text: str, choices: list[str]) -> str | None:
+    r"""Return the letter of the option that an answer settles on, or None.
+
+    The first of these that is there: the last \boxed{}, if it is a letter or an option; the letter after the last "answer",
+    "option" or "choice" that has one; the only line that is a letter alone or begins with one; the only option whose words
+    are in the text. A letter after "not" is none, "B or C" is no answer, and nothing is guessed: neither a letter in prose
+    nor the nearest option.
+    """
+    letters = ascii_uppercase[: len(choices) or 10]
+    texts = {_words(choice): name for name, choice in zip(letters, choices, strict=False)}
+    one = rf"[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$]|$))"
+    boxed = re.findall(r"\\boxed\s*\{", text) and final_answer(text)
+    if boxed:
+        found = re.fullmatch(rf"{LEAD}({one})(?:\W*|\W*[.):-]\s.*)", boxed, re.DOTALL)
+        return found[1].upper() if found else texts.get(_words(boxed))
+    text = re.sub(rf"\b(?:not|isn't|neither|nor|than|instead of|eliminate)\b{LEAD}(?:{one})", " ", text)
+    for anchor in (r"\banswer\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)", r"\b(?:answer|option|choice|choose|pick|select)\b"):
+        second = rf"\W*(?:or|and|/|&)\W*(?:{one})|,\s*(?:{one})(?!\s+[a-z])"  # but "A, I think" is one letter
+        picked = re.findall(rf"(?i:{anchor})(?i:{LEAD})({one})({second})?", text)
+        if picked:
+            return None if picked[-1][1] else picked[-1][0].upper()  # two letters are no answer
+    lines = {match[1].upper() for match in re.finditer(rf"^[\s*_`(\[]*({one})(?=\s*(?:[.):\]*_`]|$))", text, re.MULTILINE)}
+    alone = re.fullmatch(rf"[\s*_`(\[]*([{letters}{letters.lower()}])[\s*_`)\].:]*", text.strip().split("\n")[-1])
+    if alone:
+        return alone[1].upper()
+    if len(lines) == 1:
+        return lines.pop()
+    marked = set(re.findall(rf"(?:\*\*|\()([{letters}])(?:\*\*|\))", text))
+    if len(marked) == 1:
+        return marked.pop()
+    said = _words(text)
+    named = {name for words, name in texts.items() if words and re.search(rf"\b{re.escape(words)}\b", said)}
+    return named.pop() if len(named) == 1 else None
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+# Words
+
+
+def word_docs(docs: Any) -> Any:
+    """Rows with `question` and `gold`."""
+    _rapidfuzz()
+    return _docs(docs, WORD_GOLD, lambda doc, right: {"gold": right})
+
+
+def _rapidfuzz() -> Any:
+    try:
+        from rapidfuzz.distance import JaroWinkler
+    except ImportError as error:
+        raise RecipeError(f"grading it needs rapidfuzz ({error}). Run `pip install '.[evaluation]'`.") from error
+    return JaroWinkler
+
+
+def grade_word(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Compare an answer with `gold`: as it is; in lower case without whitespace at the ends; and so by Jaro-Winkler (0 to 1).
+
+    Jaro-Winkler has the prefix weight 0.1, over at most 4 characters, above a Jaro similarity of 0.7.
+    """
+    answer, right = (text.strip().lower() for text in (results[0], doc["gold"]))
+    return {
+        "exact_match": float(results[0] == doc["gold"]),
+        "normalised_match": float(answer == right),
+        "jaro_winkler": _rapidfuzz().similarity(answer, right) if answer else 0.0,
+    }

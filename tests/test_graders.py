@@ -1,0 +1,254 @@
+"""What answers are worth: gold answers are right, tricky pairs are told apart, letters are read and not guessed."""
+
+import itertools
+import math
+import random
+
+import pytest
+from datasets import Dataset
+
+pytest.importorskip("math_verify")
+from bl_trainer.evaluation.graders import (
+    final_answer,
+    grade_letter,
+    grade_math,
+    grade_word,
+    is_same_math,
+    letter,
+    letter_docs,
+    math_docs,
+    word_docs,
+)
+
+GOLD = [
+    *("204", "025", "27.0", "-3", "1,234", "4.5e33", "6.02e-23", "\\$18", "50\\%", "90^\\circ", "p - q", "x=3", "6 - 5i"),
+    *("\\frac{14}{3}", "\\frac43", "2\\sqrt{3}", "\\left( 3, \\frac{\\pi}{2} \\right)", "\\{1,2,3\\}", "[0,1)", "\\ln(10)"),
+    *("(-\\infty,2]\\cup(3,\\infty)", "$69$,$84$", "$(1,8,19), (2,7,13), (4,5,7)$", "$f(x)=-1$,$f(x)=x+1$", "2220_5"),
+    *("$\\binom{2n}{n}$", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "10\\text{ cm}", "x^3+3x-6", "\\text{(C)}", "\\text{Evelyn}"),
+    *("5.4 \\mathrm{~cm}", "11,\\! 111,\\! 111", "y = 2x + 3"),
+]
+
+
+@pytest.mark.parametrize("gold", GOLD)
+def test_gold_answers_are_right(gold):
+    (doc,) = math_docs(Dataset.from_list([{"problem": "?", "answer": gold}]))
+    assert doc["gold"] == gold
+    bare = gold if "\\$" in gold else gold.replace("$", "")
+    for said in (f"\\boxed{{{bare}}}", f"Perhaps \\boxed{{99}}? No: $\\boxed{{{bare}}}$, so we are done.", f"#### {gold}"):
+        assert grade_math(doc, [said]) == {"accuracy": 1.0}
+    assert grade_math(doc, [f"\\boxed{{{bare}}}, or rather \\boxed{{98765}}"]) == {"accuracy": 0.0}
+    assert grade_math(doc, [""]) == grade_math(doc, ["\\boxed{}"]) == {"accuracy": 0.0}
+
+
+def test_gold_answers_differ():
+    for gold, other in itertools.combinations(GOLD, 2):
+        assert not is_same_math(gold, other), (gold, other)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("1/2", "\\frac{1}{2}", True),
+        ("\\frac12", "0.5", True),
+        ("\\frac{3}{56}", "\\dfrac{3}{56}", True),
+        ("12", "1/2", False),
+        ("0.33", "1/3", False),
+        ("3.14", "3.1416", False),
+        ("025", "25", True),
+        ("27.0", "27", True),
+        ("1,234", "1234", True),
+        ("-1", "1", False),
+        ("50\\%", "50", True),
+        ("50", "50%", True),
+        ("50\\%", "0.5", False),
+        ("18", "\\$18.00", True),
+        ("10", "10\\text{ cm}", True),
+        ("10 cm", "10", True),
+        ("90^\\circ", "90", True),
+        ("4.5e33", "4.5 \\times 10^{33}", True),
+        ("4.5e-3", "0.0045", True),
+        ("4.5e33", "4.5e32", False),
+        ("1.325e-27", "2.88e-19", False),
+        ("1.325e-27", "0", False),
+        ("1.325e-27", "1.325 \\times 10^{-27}", True),
+        ("2.88 \\times 10^{-19}", "0.000000000000000000288", True),
+        ("x=3", "3", True),
+        ("3", "x = 3", True),
+        ("2\\sqrt{3}", "\\sqrt{12}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("p-q", "q-p", False),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("1,2", "2,1", True),
+        ("1,2", "1,2,3", False),
+        ("6 \\text{ or } 8", "6, 8", True),
+        ("(1,2)", "(2,1)", False),
+        ("(1,2),(3,4)", "(3,4), (1,2)", True),
+        ("[0,1)", "\\left[0, 1\\right)", True),
+        ("(0,1]", "[0,1)", False),
+        ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)", True),
+        ("\\text{Evelyn}", "Evelyn", True),
+        ("\\text{Evelyn}", "Angela", False),
+        ("\\text{(B)}", "B", True),
+        ("5", "", False),
+    ],
+)
+def test_tricky_pairs(gold, answer, same):
+    assert is_same_math(gold, answer) == same
+    assert grade_math({"gold": gold}, [f"so it is \\boxed{{{answer}}}."])["accuracy"] == same
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}}, as $\\{1\\}$", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{1} or \\boxed {2}.", "2"),
+        ("\\boxed{1} and then \\boxed{2 + ", "1"),  # cut off by the limit of new tokens
+        ("\\fbox{7}", "7"),
+        ("16 - 3 = <<16-3=13>>13\n#### 1,300\n", "1,300"),
+        ("#### 5 but \\boxed{6}", "6"),
+        ("the answer is 5", None),
+        ("", None),
+    ],
+)
+def test_final_answers(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("So the answer is 18 dollars.", 1), ("The answer is $18$.", 1), ("16 plus 2 makes 18", 1), ("The answer is 1.8", 0)],
+)
+def test_answers_without_a_box(said, right):
+    assert grade_math({"gold": "18"}, [said]) == {"accuracy": right}
+
+
+CHOICES = ["aspirin", "beta blocker", "vitamin C", "hepatitis B vaccine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is not B but C.", "C"),
+        ("The answer is C, not B", "C"),
+        ("Rather than B, the answer must be A.", "A"),
+        ("Neither A nor B. The answer is D", "D"),
+        ("It cannot be A, since aspirin harms. The answer, I think, is D.", "D"),
+        ("The answer is A. Wait, the answer is B.", "B"),
+        ("The answer isn't C.", None),
+        ("Answer: B or C", None),
+        ("The answer is E.", None),
+        ("the answer is c.", "C"),
+        ("Answer: (d)", "D"),
+        ("**Answer: B**", "B"),
+        ("The correct answer is **C**.", "C"),
+        ("The answer is:\n\n**B) beta blocker**", "B"),
+        ("The answer is A because of the pain", "A"),
+        ("The answer is a beta blocker", "B"),
+        ("answer is vitamin C", "C"),
+        ("the best choice is option (B)", "B"),
+        ("Option A is wrong because of x. Option C is right.", "C"),
+        ("I choose B", "B"),
+        ("So \\boxed{D}", "D"),
+        ("\\boxed{\\text{(b)}}", "B"),
+        ("\\boxed{B. beta blocker}", "B"),
+        ("\\boxed{aspirin}", "A"),
+        ("\\boxed{A, B}", None),
+        ("\\boxed{A or C}", None),
+        ("\\boxed{A drug}", None),
+        ("The answer is A, B.", None),
+        ("First \\boxed{A}, but no: \\boxed{C}", "C"),
+        ("Final answer: $\\boxed{C}$ (not B)", "C"),
+        ("The answer is A, so \\boxed{none of these}", None),
+        ("C", "C"),
+        ("c", "C"),
+        ("(C)", "C"),
+        ("**C**", "C"),
+        ("C. vitamin C", "C"),
+        ("Let's see.\n\nD", "D"),
+        ("A patient with hepatitis B needs vitamin C.", "C"),
+        ("A patient with pain I saw.", None),
+        ("A. aspirin\nB. beta blocker\nC. vitamin C\nD. hepatitis B vaccine", None),
+        ("", None),
+    ],
+)
+def test_letters(text, expected):
+    assert letter(text, CHOICES) == expected
+    assert grade_letter({"choices": CHOICES, "gold": "C"}, [text]) == {"accuracy": float(expected == "C")}
+
+
+def test_letters_of_ten():
+    choices = [f"option {i}" for i in range(10)]
+    for text, expected in (("The answer is A, I think", "A"), ("Answer: I", "I"), ("I think so.", None), ("\\boxed{J}", "J")):
+        assert letter(text, choices) == expected
+
+
+@pytest.mark.parametrize("options", [dict(zip("ABCD", CHOICES, strict=True)), CHOICES, None], ids=["mapping", "list", "none"])
+@pytest.mark.parametrize(
+    "gold", [{"answer_idx": "C"}, {"answer_idx": 2}, {"answer_letter": "c"}, {"answer": "vitamin C"}, {"answer": "\\boxed{C}"}]
+)
+def test_medical_rows(options, gold):
+    if options is None and gold in ({"answer_idx": 2}, {"answer": "vitamin C"}):
+        pytest.skip("without options there is nothing that these stand for")
+    other = {"question": "Else?", "options": dict(zip("ABCDE", "vwxyz", strict=True)), "answer": "z", "answer_idx": "E"}
+    rows = [{"question": "Which?", "options": options, **gold}]
+    if isinstance(options, dict) and isinstance(gold.get("answer_idx"), str):
+        rows.append(other)  # a row with another letter
+    doc = letter_docs(Dataset.from_list(rows))[0]
+    assert doc["gold"] == "C"
+    assert doc["question"] == "Which?" + (
+        "\nA. aspirin\nB. beta blocker\nC. vitamin C\nD. hepatitis B vaccine" if options else ""
+    )
+    assert doc["choices"] == (CHOICES if options else [])
+
+
+def jaro_winkler(one, other):
+    """The textbook's: matches in a window, transpositions, and a prefix of up to four above 0.7."""
+    if one == other:
+        return float(bool(one))
+    reach, used = max(len(one), len(other), 2) // 2 - 1, set()
+    pairs = []
+    for i, sign in enumerate(one):
+        j = next(
+            (j for j in range(max(0, i - reach), min(len(other), i + reach + 1)) if j not in used and other[j] == sign), None
+        )
+        if j is not None:
+            used.add(j)
+            pairs.append(sign)
+    if not pairs:
+        return 0.0
+    turned = sum(a != b for a, b in zip(pairs, (other[j] for j in sorted(used)), strict=True)) // 2
+    jaro = (len(pairs) / len(one) + len(pairs) / len(other) + (len(pairs) - turned) / len(pairs)) / 3
+    prefix = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return jaro + (0.1 * min(4, prefix) * (1 - jaro) if jaro > 0.7 else 0)
+
+
+def test_words():
+    rng = random.Random(3)
+    for _ in range(300):
+        right, said = ("".join(rng.choice("ABC") for _ in range(rng.randint(low, 6))) for low in (1, 0))
+        found = grade_word({"gold": right}, [said])
+        assert found == {
+            "exact_match": said == right,
+            "normalised_match": said == right,
+            "jaro_winkler": pytest.approx(jaro_winkler(said.lower(), right.lower())),
+        }
+    assert grade_word({"gold": "MARTHA"}, ["marhta"])["jaro_winkler"] == pytest.approx(0.9611, abs=1e-4)  # Winkler's own
+    assert grade_word({"gold": "WORD"}, [" word\n"]) == {"exact_match": 0, "normalised_match": 1, "jaro_winkler": 1}
+    assert grade_word({"gold": "WORD"}, ["WORD"]) == {"exact_match": 1, "normalised_match": 1, "jaro_winkler": 1}
+    assert math.fsum(grade_word({"gold": "WORD"}, [""]).values()) == 0
+
+
+def test_gold_answers_of_each_data_set():
+    def gold(make, **row):
+        return make(Dataset.from_list([row]))["gold"]
+
+    assert gold(math_docs, question="?", answer="2 + 3 = <<2+3=5>>5\n#### 5") == ["5"]
+    assert gold(math_docs, question="?", answer=27.0) == ["27"]
+    assert gold(math_docs, question="?", final_answer=["$69$,$84$"], answer=None) == ["$69$,$84$"]
+    assert gold(math_docs, problem="?", solution="so \\boxed{1.6} \\mathrm{~cm}") == ["1.6"]
+    assert gold(math_docs, Problem="?", Answer=204) == ["204"]
+    message = {"role": "assistant", "content": "Thus \\boxed{\\frac{1}{2}}."}
+    assert gold(math_docs, prompt=[{"role": "user", "content": "?"}], completion=[message]) == ["\\frac{1}{2}"]
+    assert gold(word_docs, question="art", answer="WORD") == ["WORD"]
+    assert gold(word_docs, prompt="art", completion="WORD") == ["WORD"]
