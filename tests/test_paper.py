@@ -37,8 +37,8 @@ def numbers(cells):
 @pytest.fixture(scope="module")
 def commands():
     """The commands of the page as bash reads them, its loops included: lists of words."""
-    programs = "python accelerate hf"
-    spy = 'for program in %s; do eval "$program() { printf \'%%s\\0\' $program \\"\\$@\\"; echo; }"; done\n' % programs
+    show = """() { printf '%s\\0' "$FUNCNAME" "$@"; echo; }\n"""
+    spy = "".join(program + show for program in ("python", "accelerate", "hf"))
     script = spy + "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
     output = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
     return [line.split("\0")[:-1] for line in output.splitlines()]
@@ -76,7 +76,8 @@ def test_commands_work_one_after_the_other(commands, folder):
             make_file(f"{options[options.index('--local-dir') + 1]}/{file}")
             continue
         if program == "accelerate":
-            assert words[:2] == ["launch", "--config_file"] and Path(words[2]).exists()
+            assert words[:2] == ["launch", "--config_file"]
+            assert Path(words[2]).exists()
             words = words[3:]
         script, *argv = words
         assert Path(script).exists()
@@ -101,7 +102,7 @@ def test_commands_work_one_after_the_other(commands, folder):
         else:
             options = EvaluateArguments.read(argv)
             options.check()
-            options.checkpoints()
+            assert all(Path(each.name).is_dir() for each in options.checkpoints() if each.name.startswith("out/"))
     assert set(verbs) == {"prepare_data", "train", "diagnose", "evaluate"}
     assert set(prepared.values()) == set(SETS)
     assert len(commands) == verbs.count("train") + 21
@@ -154,7 +155,7 @@ def test_averages_of_medical():
     assert [model for model, (before, after) in sides.items() if before != after] == ["Qwen2.5-1.5B"]
 
 
-@pytest.mark.parametrize("header, first", [("Tab. 8", 1), ("Tab. 9", 2)])
+@pytest.mark.parametrize(("header", "first"), [("Tab. 8", 1), ("Tab. 9", 2)])
 def test_other_averages_are_right(header, first):
     for row in table(header):
         *cells, average = numbers(row[first:])
@@ -186,7 +187,8 @@ def test_contradictory_settings_are_those_of_the_recipes():
     here = {row[0]: row[3] for row in table("what | the paper")}
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "paper").glob("*.yaml")}
     assert here["medical, `max_length`"] == str(recipes["medical"]["max_length"])
-    assert "2e-6" in here["instructions, 3B / 7B / 14B"] and recipes["instruction"]["learning_rate"] == 2e-6
+    assert "2e-6" in here["instructions, 3B / 7B / 14B"]
+    assert recipes["instruction"]["learning_rate"] == 2e-6
     assert recipes["low_resource"]["learning_rate"] == 5e-5
 
 
@@ -216,14 +218,16 @@ def test_summed_gradients_are_averaged_ones_clipped_earlier(n):
 
 def test_small_updates_are_lost_in_bfloat16():
     weights = torch.linspace(0.0161, 3, 1000).to(torch.bfloat16)
-    assert torch.equal(weights + 5e-5, weights) and torch.equal(weights - 5e-5, weights)
+    assert torch.equal(weights + 5e-5, weights)
+    assert torch.equal(weights - 5e-5, weights)
     smaller = torch.tensor(0.01, dtype=torch.bfloat16)
     assert smaller + 5e-5 != smaller
 
 
 def test_mislabelled_curve():
     peak = {alpha: P[Objective.parse({"name": "power", "alpha": alpha}).weight(P.log()).argmax()] for alpha in (0.2, 0.8)}
-    assert f"{peak[0.2]:.3f}" == "0.167" and f"{peak[0.8]:.3f}" == "0.444"
+    assert f"{peak[0.2]:.3f}" == "0.167"
+    assert f"{peak[0.8]:.3f}" == "0.444"
 
 
 def test_condition_of_the_theorem_fails():
