@@ -1,0 +1,257 @@
+"""docs/paper.md is true: its commands are read, its sums are right, and what it says of the paper's errors is so."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from bl_trainer import Objective
+from bl_trainer.data import PrepareArguments
+from bl_trainer.data.sources import SETS
+from bl_trainer.diagnosis import DiagnoseArguments
+from bl_trainer.evaluation import EvaluateArguments
+from bl_trainer.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "paper.md").read_text()
+P = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+
+
+def table(header, page=PAGE):
+    """The rows of the table whose header line begins with `header`, as lists of cells."""
+    lines = page[page.index(f"| {header}") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def numbers(cells):
+    return [float(cell) for cell in cells]
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """The commands of the page as bash reads them, its loops included: lists of words."""
+    show = """() { printf '%s\\0' "$FUNCNAME" "$@"; echo; }\n"""
+    spy = "".join(program + show for program in ("python", "accelerate", "hf"))
+    script = spy + "".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL))
+    output = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout
+    return [line.split("\0")[:-1] for line in output.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the recipes, in which nothing has been made yet; templates of the Hub can be had."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bl_trainer.recipe.AutoTokenizer.from_pretrained", lambda name: None)
+    return tmp_path
+
+
+def make_model(path):
+    Path(path).mkdir(parents=True)
+    (Path(path) / "config.json").write_text("{}")
+
+
+def make_file(path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if path.endswith(".json"):
+        Path(path).write_text('[{"question": "a"}]')
+    else:
+        Dataset.from_list([{"prompt": "a"}]).to_parquet(path)
+
+
+def test_commands_work_one_after_the_other(commands, folder):
+    """Each is read by the verb's own parser; data are prepared and models trained before something takes them."""
+    prepared, verbs = {}, []
+    for program, *words in commands:
+        if program == "hf":
+            _, _, file, *options = words
+            make_file(f"{options[options.index('--local-dir') + 1]}/{file}")
+            continue
+        if program == "accelerate":
+            assert words[:2] == ["launch", "--config_file"]
+            assert Path(words[2]).exists()
+            words = words[3:]
+        script, *argv = words
+        assert Path(script).exists()
+        verbs.append(Path(script).stem)
+        if verbs[-1] == "prepare_data":
+            options = PrepareArguments.read(argv)
+            assert options.output not in prepared
+            prepared[options.output] = options.name
+            if any(split == "test" for part in SETS[options.name].parts for split, _ in part.splits):
+                make_file(f"{options.output}/test-00000-of-00001.parquet")
+        elif verbs[-1] == "train":
+            recipe = Recipe.read([*argv, "--use_cpu", "--bf16", "false"])
+            domain = Path(argv[argv.index("--config") + 1]).stem
+            assert prepared[recipe.script.dataset_name] == domain
+            if "--per_device_train_batch_size" in argv:
+                training = recipe.training
+                assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps == 256
+            make_model(recipe.training.output_dir)
+        elif verbs[-1] == "diagnose":
+            recipe = Recipe.read([*argv, "--use_cpu", "--bf16", "false"], "diagnose", DiagnoseArguments)
+            recipe.options.check()
+        else:
+            options = EvaluateArguments.read(argv)
+            options.check()
+            assert all(Path(each.name).is_dir() for each in options.checkpoints() if each.name.startswith("out/"))
+    assert set(verbs) == {"prepare_data", "train", "diagnose", "evaluate"}
+    assert set(prepared.values()) == set(SETS)
+    assert len(commands) == verbs.count("train") + 21
+
+
+def test_tasks_exist(commands):
+    pytest.importorskip("lm_eval")
+    from bl_trainer.evaluation.harness import Tasks
+
+    runs = [argv for argv in commands if "scripts/evaluate.py" in argv]
+    named = [EvaluateArguments.read(argv[argv.index("scripts/evaluate.py") + 1 :]).tasks for argv in runs]
+    options = EvaluateArguments(tasks=sorted({name for tasks in named for part in tasks for name in part.split(",")}))
+    assert len(runs) == 7
+    assert not set(options.tasks) - set(Tasks(options).manager.task_index)
+
+
+def test_options_of_objectives_are_read(folder):
+    for _, option in table("in the paper"):
+        argv = subprocess.run(["bash", "-c", f"printf '%s\\0' {option.strip('`')}"], capture_output=True, text=True).stdout
+        given = ["--config", "configs/paper/math.yaml", "--use_cpu", "--bf16", "false", *argv.split("\0")[:-1]]
+        assert Recipe.read(given).training.objective is not None
+
+
+# Tables
+
+
+def test_averages_of_math():
+    wrong = {}
+    for model, objective, *cells, average in table("Tab. 1 "):
+        mean = sum(numbers(cells)) / 5
+        if abs(mean - float(average)) > 0.01:
+            wrong[model, objective] = (average, f"{mean:.2f}")
+    assert wrong == {("Qwen2.5-Math-1.5B", "`neg_p`"): ("32.75", "32.62")}
+    assert "printed 32.75 (also in Fig. 1), computed 32.62" in PAGE.replace("\n ", "")
+
+
+def test_averages_of_medical():
+    rows, gaps = table("Tab. 2 "), {}
+    for model, objective, *cells, printed, computed in rows:
+        cells, printed = numbers(cells), float(printed)
+        assert float(computed) == pytest.approx(sum(cells) / 10, abs=0.0051)
+        assert abs(printed - sum(cells) / 10) > 0.2
+        right = (11 * printed - sum(cells)) / 100 * 158  # answers of the source that is not shown
+        assert abs(right - round(right)) < 0.08
+        gaps.setdefault(model, {})[objective] = (printed, float(computed))
+    differences = [abs(of["`nll`"][0] - of["`neg_p`"][0]) for of in gaps.values()]
+    assert (f"{min(differences):.2f}", f"{max(differences):.2f}") == ("0.11", "1.70")
+    assert len(rows) == 12
+    sides = {model: [of["`neg_p`"][i] > of["`nll`"][i] for i in (0, 1)] for model, of in gaps.items()}
+    assert [model for model, (before, after) in sides.items() if before != after] == ["Qwen2.5-1.5B"]
+
+
+@pytest.mark.parametrize(("header", "first"), [("Tab. 8", 1), ("Tab. 9", 2)])
+def test_other_averages_are_right(header, first):
+    for row in table(header):
+        *cells, average = numbers(row[first:])
+        assert sum(cells) / len(cells) == pytest.approx(average, abs=0.0501)
+
+
+def test_figures_agree_where_they_are_the_same_cells():
+    math = {(model, objective): average for model, objective, *_, average in table("Tab. 1 ")}
+    percentiles = {row[0]: row for row in table("Fig. 5")}
+    assert percentiles["0"][2] == percentiles["100"][5] == math["Qwen2.5-Math-1.5B", "`nll`"] == "17.00"
+    assert percentiles["0"][3] == percentiles["100"][6] == "33.35"
+    assert percentiles["90"][2:5] == ["29.61", "28.77", "21.38"]
+    best = [max((float(row[i]), row[0]) for row in percentiles.values() if row[i]) for i in (2, 3, 4)]
+    assert best == [(33.98, "30"), (34.23, "5"), (33.20, "10")]
+    loop = re.search(r"for p in (.*?);", PAGE)[1].split()
+    assert loop == [row[1] for row in list(percentiles.values())[1:-1]]
+
+
+def test_miniature_is_the_measured_one():
+    measured = (ROOT / "docs" / "continuum.md").read_text()
+    greedy = {row[0]: row for row in table("cell | noise", measured[measured.index("**Greedy**") :]) if row[1] == "30%"}
+    rows = table("miniature")
+    assert [row[0] for row in rows] == list(greedy)
+    for cell, _, base, nll, neg_p in rows:
+        assert [base, nll, neg_p] == [greedy[cell][2], *(greedy[cell][i].split(" @")[0] for i in (5, 7))]
+
+
+def test_contradictory_settings_are_those_of_the_recipes():
+    here = {row[0]: row[3] for row in table("what | the paper")}
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "paper").glob("*.yaml")}
+    assert here["medical, `max_length`"] == str(recipes["medical"]["max_length"])
+    assert "2e-6" in here["instructions, 3B / 7B / 14B"]
+    assert recipes["instruction"]["learning_rate"] == 2e-6
+    assert recipes["low_resource"]["learning_rate"] == 5e-5
+
+
+# Traps
+
+
+@pytest.mark.parametrize("n", [8, 32])
+def test_summed_gradients_are_averaged_ones_clipped_earlier(n):
+    options = re.findall(r"--max_grad_norm ([\d.]+) --adam_epsilon ([\d.e-]+)", PAGE)
+    assert (str(1 / n), f"{1e-8 / n:g}") in [(norm, f"{float(epsilon):g}") for norm, epsilon in options]
+
+    def train(factor, norm, epsilon):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(20, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([weight], lr=5e-3, betas=(0.9, 0.95), eps=epsilon, weight_decay=0.01)
+        for step in range(50):
+            gradient = torch.randn(20, dtype=torch.float64) * (0.002 if step % 2 else 0.5)
+            weight.grad = factor * gradient
+            torch.nn.utils.clip_grad_norm_([weight], norm)
+            optimizer.step()
+        return weight.detach()
+
+    released = train(n, 1.0, 1e-8)
+    torch.testing.assert_close(train(1, 1 / n, 1e-8 / n), released, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(train(1, 1.0, 1e-8), released, rtol=1e-4, atol=1e-3)
+
+
+def test_small_updates_are_lost_in_bfloat16():
+    weights = torch.linspace(0.0161, 3, 1000).to(torch.bfloat16)
+    assert torch.equal(weights + 5e-5, weights)
+    assert torch.equal(weights - 5e-5, weights)
+    smaller = torch.tensor(0.01, dtype=torch.bfloat16)
+    assert smaller + 5e-5 != smaller
+
+
+def test_mislabelled_curve():
+    peak = {alpha: P[Objective.parse({"name": "power", "alpha": alpha}).weight(P.log()).argmax()] for alpha in (0.2, 0.8)}
+    assert f"{peak[0.2]:.3f}" == "0.167"
+    assert f"{peak[0.8]:.3f}" == "0.444"
+
+
+def test_condition_of_the_theorem_fails():
+    q = P.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((-q.log() - (1 - q)).sum(), q)
+    value = P * slope
+    torch.testing.assert_close(value, P - 1)
+    c, d = -value[P <= 0.55].min(), -value[(P >= 0.55) & (P <= 0.95)].max()
+    assert c > 10 * d
+
+
+@pytest.mark.parametrize("spec", ["nll", "neg_p", {"name": "power", "alpha": 10}])
+def test_sign_of_the_lemma(spec):
+    objective, target = Objective.parse(spec), 2
+    logits = torch.tensor([0.3, -1.0, 1.2, 0.5], dtype=torch.float64, requires_grad=True)
+    logp = logits.log_softmax(0)
+    (gradient,) = torch.autograd.grad(objective(logp[target]), logits)
+    p, delta = logp.exp().detach(), torch.eye(4, dtype=torch.float64)[target]
+    torch.testing.assert_close(gradient, -objective.gradient_weight(logp[target].detach()) * (delta - p))
+    torch.testing.assert_close(-gradient[target], objective.weight(logp[target].detach()))
+
+
+def test_links_to_headings():
+    for page, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", PAGE):
+        text = (ROOT / "docs" / page).read_text() if page else PAGE
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
