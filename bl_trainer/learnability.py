@@ -33,6 +33,7 @@ BELOW = 0.1  # p under the base model below which a target is improbable
 CANDIDATES = 64  # places of which a control is the best match
 PROBE_TOKENS = 20_000  # target tokens of the second half that are asked about
 PROBE_EXAMPLES = 4096  # the most examples that they are taken from
+FEWEST = 10  # examples of a half, below which there is no interval
 LORA_FACTOR = 10  # LoRA's best learning rate relative to full fine-tuning's (https://thinkingmachines.ai/blog/lora)
 
 
@@ -51,10 +52,10 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
 
     Taken in random order; of a stream, from its beginning. Examples that begin alike, with the same prompt, the same messages
     up to the first answer, or the same text, are in the same half, whatever their other columns. Raises RecipeError if
-    either half has fewer than 10.
+    either half has fewer than `FEWEST`.
     """
     parts: tuple[list[Any], list[Any]] = [], []
-    most = num_train, PROBE_EXAMPLES
+    most = max(num_train, FEWEST), PROBE_EXAMPLES
     shuffled = dataset.shuffle(seed=seed) if isinstance(dataset, Dataset) else dataset.shuffle(seed=seed, buffer_size=1000)
     for example in shuffled:
         text = json.dumps(_beginning(example, text_field), sort_keys=True, default=str)
@@ -63,9 +64,9 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
             parts[half].append(example)
         if all(len(part) == size for part, size in zip(parts, most, strict=True)):
             break
-    if min(map(len, parts)) < 10:
+    if min(map(len, parts)) < FEWEST:
         raise RecipeError(
-            f"`--probe_steps` needs at least 10 examples in each half of the data, there are {len(parts[0])} and "
+            f"`--probe_steps` needs at least {FEWEST} examples in each half of the data, there are {len(parts[0])} and "
             f"{len(parts[1])} (those that begin alike stay together). Leave it out, or add data."
         )
     first, second = (Dataset.from_list(part, features=dataset.features) for part in parts)
