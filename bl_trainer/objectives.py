@@ -83,11 +83,42 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
+def anneal(
+    logp: Tensor, log_sum_sq_probs: Tensor, progress: float, unsure: float = 1.0, sure: float = 5.0, over: float = 0.6
+) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, where a rises over training, most where the model is sure.
+
+    a = min(progress / over, 1) (unsure + (sure - unsure) s), s = sum_v p_v^2 of the token's next-token distribution, without
+    gradient. It begins as `nll`, so that what the model lacks is learnt, and ends as `power` with alpha = `unsure` where the
+    distribution is flat and `sure` where it is one token's, so that targets against which the model is sure are let go. That
+    a goes by s is DEFT's (https://arxiv.org/abs/2602.11424), which is a = s throughout. The defaults are those of the study in
+    docs/anneal.md.
+
+    `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: from 0 to 1. Returns the shape and dtype of
+    `logp`. Raises ValueError unless `unsure` and `sure` are at least 0, and `over` is above 0 and at most 1.
+    """
+    _require_number("anneal", "over", over)
+    for name, value in {"unsure": unsure, "sure": sure}.items():
+        _require_number("anneal", name, value)
+        if value < 0:
+            raise ValueError(f"`{name}` of objective 'anneal' is an alpha and must not be negative, got {value}. 0 is `nll`.")
+    if not 0 < over <= 1:
+        raise ValueError(
+            f"`over` of objective 'anneal' is the share of training in which alpha rises: above 0 and at most 1, got {over}."
+        )
+    wide, sureness = _widen(logp), _widen(log_sum_sq_probs.detach()).exp()
+    alpha = min(progress / over, 1.0) * (unsure + (sure - unsure) * sureness)
+    exponent = alpha * wide
+    cost = torch.where(alpha < 1e-16, -wide, -exponent.expm1() / alpha)
+    return _Pointwise.apply(logp, cost.to(logp.dtype), -exponent.exp().to(logp.dtype))
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "nll": nll,
     "neg_p": neg_p,
     "power": power,
     "log_one_minus_p": log_one_minus_p,
+    "anneal": anneal,
 }
 
 
@@ -119,7 +150,7 @@ class Objective:
     to 1 over training. Its other parameters come from the recipe. It returns one cost per token, and the cost of a token
     must not depend on other tokens, or the gradient would depend on how a batch is cut up.
 
-    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, or an import path `package.module:function`.
+    `name` is one of `nll`, `neg_p`, `power`, `log_one_minus_p`, `anneal`, or an import path `package.module:function`.
     """
 
     name: str

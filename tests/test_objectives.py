@@ -125,6 +125,63 @@ def test_numbers_may_come_as_text():
     assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
 
 
+# log p and log sum_v p_v^2 >= 2 log p: of targets that a sure model, and one at a loss, find likely or not
+GIVEN = [
+    (logp, log_s)
+    for logp in (-100.0, -50.0, -20.0, -7.0, -1.0, -0.1, -1e-3, -1e-9, 0.0)
+    for log_s in (-10.0, -5.0, -1.0, -0.01, 0.0)
+    if log_s >= 2 * logp
+]
+
+
+@pytest.mark.parametrize("progress", [0.0, 1e-18, 0.01, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("parameters", [{}, {"unsure": 0, "sure": 3}, {"unsure": 2.5, "sure": 0.5, "over": 1}], ids=str)
+def test_anneal_matches_float64(progress, parameters):
+    objective = Objective.parse({"name": "anneal", **parameters})
+    logp, log_s = torch.tensor(GIVEN).unbind(1)
+    given = {"log_sum_sq_probs": log_s, "progress": progress}
+    cost, weight = objective(logp, **given), objective.gradient_weight(logp, **given)
+    unsure, sure, over = (({"unsure": 1, "sure": 5, "over": 0.6} | parameters)[name] for name in ("unsure", "sure", "over"))
+    for i, (x, y) in enumerate(torch.stack([logp, log_s], dim=1).tolist()):
+        s = math.exp(y)
+        alpha = (progress / over if progress < over else 1) * (sure * s + unsure * (1 - s))
+        expected = -x if alpha < 1e-12 else -math.expm1(alpha * x) / alpha
+        assert cost[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-30)
+        assert weight[i].item() == pytest.approx(math.exp(alpha * x), rel=1e-6, abs=1e-37)
+
+
+def test_anneal_gradcheck():
+    logp = torch.linspace(-5, -0.01, 30, dtype=torch.float64, requires_grad=True)
+    log_s = torch.linspace(-3, 0, 30, dtype=torch.float64, requires_grad=True)
+    for progress in (0.0, 0.2, 1.0):
+        given = {"log_sum_sq_probs": log_s, "progress": progress}
+        assert torch.autograd.gradcheck(lambda x, given=given: Objective.parse("anneal")(x, **given), logp)
+    cost = Objective.parse("anneal")(logp, log_sum_sq_probs=log_s, progress=0.5)
+    assert torch.autograd.grad(cost.sum(), log_s, allow_unused=True) == (None,)
+
+
+def test_anneal_begins_as_nll_and_ends_as_power():
+    given = {"log_sum_sq_probs": torch.linspace(-5, 0, len(GRID))}
+    anneal = Objective.parse({"name": "anneal", "unsure": 2, "sure": 2, "over": 0.5})
+    assert torch.equal(anneal(GRID, progress=0.0, **given), -GRID)
+    for progress, alpha in ((0.125, 0.5), (0.25, 1), (0.5, 2), (1.0, 2)):
+        power = Objective.parse({"name": "power", "alpha": alpha})
+        torch.testing.assert_close(anneal(GRID, progress=progress, **given), power(GRID), rtol=1e-6, atol=0)
+    ends = Objective.parse("anneal")
+    for log_s, alpha in ((-100.0, 1), (0.0, 5)):
+        power = Objective.parse({"name": "power", "alpha": alpha})
+        there = {"log_sum_sq_probs": torch.full_like(GRID, log_s), "progress": 1.0}
+        torch.testing.assert_close(ends(GRID, **there), power(GRID), rtol=1e-6, atol=0)
+        torch.testing.assert_close(ends.gradient_weight(GRID, **there), power.gradient_weight(GRID), rtol=1e-6, atol=1e-37)
+
+
+def test_anneal_of_an_impossible_token():
+    given = {"log_sum_sq_probs": torch.zeros(1)}
+    cost = Objective.parse("anneal")(torch.tensor([-math.inf]), progress=1.0, **given)
+    assert cost.item() == pytest.approx(0.2)
+    assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=1.0, **given).item() == 0
+
+
 # A user's own objectives, found by import path
 
 
@@ -232,6 +289,11 @@ def test_own_function_gets_what_it_names():
 
 HERE = __name__
 BAD_OBJECTIVES = [
+    ({"name": "anneal", "sure": -1}, r"`sure` of objective 'anneal' is an alpha and must not be negative, got -1"),
+    ({"name": "anneal", "unsure": "much"}, r"`unsure` of objective 'anneal' must be a finite number, got 'much'"),
+    ({"name": "anneal", "over": 0}, r"`over` of objective 'anneal' is the share of training .* got 0\."),
+    ({"name": "anneal", "over": 1.5}, r"above 0 and at most 1, got 1\.5"),
+    ({"name": "anneal", "progress": 1}, "'progress' is a statistic that the trainer supplies"),
     (None, "`objective` must be a name or a mapping with `name`, got None"),
     ("", "must be a name or a mapping"),
     (3, "must be a name or a mapping with `name`, got 3"),
@@ -344,5 +406,6 @@ def test_dropped_tokens_are_exactly_zero_even_where_f_is_infinite(spec):
 
 def test_every_built_in_falls_in_p():
     for name in OBJECTIVES:
-        cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID)
+        given = {"log_sum_sq_probs": torch.full_like(GRID, -0.5), "progress": 0.3}
+        cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID, **given)
         assert (cost.diff() <= 0).all(), name
