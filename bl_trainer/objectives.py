@@ -83,33 +83,29 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def anneal(
-    logp: Tensor, log_sum_sq_probs: Tensor, progress: float, unsure: float = 1.0, sure: float = 5.0, over: float = 0.6
-) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, where a rises over training, most where the model is sure.
+def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float = 5.0, over: float = 0.6) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = alpha s min(progress / over, 1).
 
-    a = min(progress / over, 1) (unsure + (sure - unsure) s), s = sum_v p_v^2 of the token's next-token distribution, without
-    gradient. It begins as `nll`, so that what the model lacks is learnt, and ends as `power` with alpha = `unsure` where the
-    distribution is flat and `sure` where it is one token's, so that targets against which the model is sure are let go. That
-    a goes by s is DEFT's (https://arxiv.org/abs/2602.11424), which is a = s throughout. The defaults are those of the study in
-    docs/anneal.md.
+    s = sum_v p_v^2 over the token's next-token distribution, without gradient, is 1 where the model is sure and about 0 where
+    it is at a loss. So training begins as `nll`, by which what the model lacks is learnt, and ends prior-leaning where the
+    model is sure: targets that it then finds improbable are let go. With a = s throughout it would be DEFT
+    (https://arxiv.org/abs/2602.11424). The defaults are those of the study in docs/anneal.md.
 
-    `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: from 0 to 1. Returns the shape and dtype of
-    `logp`. Raises ValueError unless `unsure` and `sure` are at least 0, and `over` is above 0 and at most 1.
+    `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and
+    dtype of `logp`. Raises ValueError unless alpha >= 0 and 0 < over <= 1.
     """
+    _require_number("anneal", "alpha", alpha)
     _require_number("anneal", "over", over)
-    for name, value in {"unsure": unsure, "sure": sure}.items():
-        _require_number("anneal", name, value)
-        if value < 0:
-            raise ValueError(f"`{name}` of objective 'anneal' is an alpha and must not be negative, got {value}. 0 is `nll`.")
+    if alpha < 0:
+        raise ValueError(f"`alpha` of objective 'anneal' must not be negative, got {alpha}; 0 is `nll`.")
     if not 0 < over <= 1:
         raise ValueError(
-            f"`over` of objective 'anneal' is the share of training in which alpha rises: above 0 and at most 1, got {over}."
+            f"`over` of objective 'anneal', the share of training that a rises for, must be in (0, 1], got {over}."
         )
-    wide, sureness = _widen(logp), _widen(log_sum_sq_probs.detach()).exp()
-    alpha = min(progress / over, 1.0) * (unsure + (sure - unsure) * sureness)
-    exponent = alpha * wide
-    cost = torch.where(alpha < 1e-16, -wide, -exponent.expm1() / alpha)
+    wide = _widen(logp)
+    rate = alpha * min(progress / over, 1.0) * _widen(log_sum_sq_probs.detach()).exp()
+    exponent = rate * wide
+    cost = torch.where(rate < 1e-16, -wide, -exponent.expm1() / rate)
     return _Pointwise.apply(logp, cost.to(logp.dtype), -exponent.exp().to(logp.dtype))
 
 
