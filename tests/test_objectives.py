@@ -291,7 +291,7 @@ BAD_OBJECTIVES = [
     ({"name": "anneal", "alpha": "much"}, r"`alpha` of objective 'anneal' must be a finite number, got 'much'"),
     (
         {"name": "anneal", "over": 0},
-        r"`over` of objective 'anneal', the share of training that a rises for, must be in \(0, 1\], got 0\.",
+        r"`over` of objective 'anneal', the share of .* must be in \(0, 1\], got 0\.",
     ),
     ({"name": "anneal", "over": 1.5}, r"must be in \(0, 1\], got 1\.5"),
     ({"name": "anneal", "over": None}, r"`over` of objective 'anneal' must be a finite number, got None"),
