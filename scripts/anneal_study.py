@@ -170,14 +170,16 @@ def draw(cells: list[Cell], figure: Figure, theme: Any) -> None:
 
 def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     """Return anneal.md."""
+    examples = len(studies[STEPS][0].boards["greedy"].arms[0]["items"]["greedy"])
     count = sum(len(cell.boards["greedy"].arms) for cells in studies.values() for cell in cells)
     command = f"python scripts/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     parts = [
         f"`{command}`, {count} arms: pretraining seed {PRETRAINING_SEED}, seeds {FIRST_SEED} to "
-        f"{FIRST_SEED + options.seeds - 1}, learning rates {rates}. Exact match on clean held-out examples. The regret of the "
-        "best fixed objective, less than which no fixed one has, is 0; a negative one is better than any. In brackets 95 % "
-        "intervals over seeds and examples, of means over seeds (±)."
+        f"{FIRST_SEED + options.seeds - 1}, learning rates {rates}. Regret is in exact match on {examples} clean held-out "
+        "examples, each objective at its best rate in a cell (@), or at the one rate that is best for it on average. 0 is the "
+        "best fixed objective of the cell; below 0 is better than any. In brackets 95 % intervals over seeds and examples, of "
+        "means (±) over seeds."
     ]
     for steps, cells in studies.items():
         for ruler, name in RULERS.items():
