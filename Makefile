@@ -11,7 +11,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
+.PHONY: quickstart continuum anneal-study test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -45,6 +45,10 @@ quickstart: $(VENV)/weights
 # The paper's claim on four tasks and a model of 0.1M parameters, in continuum/
 continuum: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/continuum.py --jobs $(CORES)
+
+# How near `anneal` comes to the best fixed objective on those tasks, in anneal/; FULL=--full for all designs and other lengths
+anneal-study: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/anneal_study.py --jobs $(CORES) $(FULL)
 
 test: lint test-pinned test-lowest
 

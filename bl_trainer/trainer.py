@@ -138,11 +138,11 @@ class BLConfig(SFTConfig):
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
                 "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
             )
-        if metric.endswith("loss") and objective.schedules:
+        if metric.endswith("loss") and "progress" in objective.statistics:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
-                f"its meaning as the objective's {', '.join(objective.schedules)} moves. Write `metric_for_best_model: "
-                "eval_nll`, or another metric."
+                f"its meaning as the objective's {', '.join(objective.schedules) or 'progress'} moves. Write "
+                "`metric_for_best_model: eval_nll`, or another metric."
             )
         weighted = [part.name for part in (objective, *objective.parts) if part.name in NO_RULER]
         if metric.endswith("loss") and weighted:

@@ -6,6 +6,7 @@ there, and the same command goes on.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import multiprocessing
@@ -59,6 +60,8 @@ def begin(folder: Path) -> None:
     """Load the miniature in a worker process."""
     quiet()
     _MINE["miniature"] = Miniature(folder)
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage after each arm, and would go through all that is loaded
 
 
 def call(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -75,18 +78,21 @@ def means(items: dict[str, list[float]], targets: int) -> dict[str, float]:
 
 
 def plan_of(folder: Path, cell: str, corruption: float, seeds: int, full: bool) -> Plan:
-    """Write the cell's sweep file, and return what is to be run of it; clean targets with NLL and neg_p alone unless `full`."""
-    home = cell_folder(folder, cell, corruption)
+    """Return what is to be run of a cell; of clean targets NLL and neg_p alone unless `full`."""
     arms = ARMS if full or corruption else [NLL, NEG_P]
     sweep = {"arms": arms, "learning_rate": LEARNING_RATES, "seed": list(range(seeds))}
-    (home / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
-    plan = Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(home / "sweep.yaml"), home / "sweep")
-    return replace(plan, rank_by="greedy")
+    return read_plan(cell_folder(folder, cell, corruption), "sweep", sweep)
 
 
-def sweep(plan: Plan, home: Path, cell: str, corruption: float, pool: Executor, jobs: int) -> dict[str, Leaderboard]:
-    """Run what is left of a cell's arms, and return its leaderboard by each ruler."""
-    folder = home / "sweep"
+def read_plan(home: Path, name: str, sweep: dict[str, Any]) -> Plan:
+    """Write the sweep file `home`/`name`.yaml, and return what it makes of the cell's recipe, to be run in `home`/`name`."""
+    path = home / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    return replace(Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(path), home / name), rank_by="greedy")
+
+
+def sweep(plan: Plan, folder: Path, cell: str, corruption: float, pool: Executor, jobs: int) -> dict[int, dict[str, Any]]:
+    """Run what is left in `folder` of a cell's arms, and return all their results."""
     begun = time.monotonic()
 
     def run_arm(index: int, setting: dict[str, Any], trial: Any, job: int) -> float:
@@ -104,8 +110,12 @@ def sweep(plan: Plan, home: Path, cell: str, corruption: float, pool: Executor, 
         return result["rulers"][plan.rank_by]
 
     Study(plan, folder).run(run_arm, jobs, False)
-    arms = {index: read_result(arm_folder(folder, index)) or {} for index in range(plan.count)}
-    print(f"{home.name}: {plan.count} arms, {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{folder.parent.name}/{folder.name}: {plan.count} arms, {time.monotonic() - begun:.0f} s", flush=True)
+    return {index: read_result(arm_folder(folder, index)) or {} for index in range(plan.count)}
+
+
+def boards_of(plan: Plan, arms: dict[int, dict[str, Any]]) -> dict[str, Leaderboard]:
+    """Return the leaderboard of results by arm, by each ruler."""
     return {name: board_by(name, plan, arms) for name in RULERS}
 
 
@@ -215,7 +225,7 @@ def main() -> None:
             diagnosis = pool.submit(call, "diagnose", cell, corruption)
             base = pool.submit(call, "evaluate", None, cell)
             plan = plan_of(options.folder, cell, corruption, options.seeds, options.full)
-            boards = sweep(plan, home, cell, corruption, pool, options.jobs)
+            boards = boards_of(plan, sweep(plan, home / "sweep", cell, corruption, pool, options.jobs))
             items = base.result()
             measured = diagnosis.result()
             base_figures = {"prob": measured["total"]["prob"], "learnable": measured["learnability"]["learnable"]}

@@ -25,6 +25,10 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "talr": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.5, 1, 4)],
     "profit": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.3,)],
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],
+    "anneal": [
+        (f"progress {progress:g}, sum of p² {square:g}", {}, {"progress": progress, "log_sum_sq_probs": math.log(square)})
+        for progress, square in ((0.2, 0.9), (0.6, 0.1), (0.6, 0.9))
+    ],
     "eaft": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0.3, 1, 3)],
     "mile": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0, 0.5, 1)],
     "deft": [(f"sum of p² {square:g}", {}, {"log_sum_sq_probs": math.log(square)}) for square in (0.1, 0.5, 1)],
@@ -156,7 +160,7 @@ def draw(path: Path) -> None:
     figure, grid = plt.subplots(3, 6, figsize=(13, 6.4), sharex=True, sharey=True)
     for axes, name in zip(grid.flat, OBJECTIVES, strict=False):
         for label, given, statistics in CURVES.get(name, [("", {}, {})]):
-            values = {key: torch.full_like(P, value) for key, value in statistics.items()}
+            values = {k: value if k == "progress" else torch.full_like(P, value) for k, value in statistics.items()}
             axes.plot(P, Objective(name, given).gradient_weight(P.log(), **values), label=label, linewidth=1.2)
             if label:
                 axes.legend(frameon=False, fontsize=7, loc="upper left")

@@ -194,7 +194,7 @@ def test_a_cell_is_swept_and_goes_on(folder, mini, monkeypatch, tmp_path):
 
     for _ in range(2):
         plan = continuum.plan_of(folder[0], "weak", 0.3, 2, False)
-        boards = continuum.sweep(plan, home, "weak", 0.3, Here(), 1)
+        boards = continuum.boards_of(plan, continuum.sweep(plan, home / "sweep", "weak", 0.3, Here(), 1))
     assert len(ran) == plan.count == 8
     files = [json.loads(path.read_text()) for path in sorted(home.glob("sweep/arms/*/result.json"))]
     assert [each["setting"] for each in files] == ran

@@ -125,6 +125,61 @@ def test_numbers_may_come_as_text():
     assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
 
 
+# log p and log sum_v p_v^2 >= 2 log p: of targets that a sure model, and one at a loss, find likely or not
+GIVEN = [
+    (logp, log_s)
+    for logp in (-100.0, -50.0, -20.0, -7.0, -1.0, -0.1, -1e-3, -1e-9, 0.0)
+    for log_s in (-10.0, -5.0, -1.0, -0.01, 0.0)
+    if log_s >= 2 * logp
+]
+
+
+@pytest.mark.parametrize("progress", [0.0, 1e-18, 0.01, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 0}, {"alpha": 2.5, "over": 1}], ids=str)
+def test_anneal_matches_float64(progress, parameters):
+    objective = Objective.parse({"name": "anneal", **parameters})
+    logp, log_s = torch.tensor(GIVEN).unbind(1)
+    given = {"log_sum_sq_probs": log_s, "progress": progress}
+    cost, weight = objective(logp, **given), objective.gradient_weight(logp, **given)
+    given_alpha, over = parameters.get("alpha", 5), parameters.get("over", 0.6)
+    for i, (x, y) in enumerate(torch.stack([logp, log_s], dim=1).tolist()):
+        alpha = given_alpha * math.exp(y) * (progress / over if progress < over else 1)
+        expected = -x if alpha < 1e-12 else -math.expm1(alpha * x) / alpha
+        assert cost[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-30)
+        assert weight[i].item() == pytest.approx(math.exp(alpha * x), rel=1e-6, abs=1e-37)
+
+
+def test_anneal_gradcheck():
+    logp = torch.linspace(-5, -0.01, 30, dtype=torch.float64, requires_grad=True)
+    log_s = torch.linspace(-3, 0, 30, dtype=torch.float64, requires_grad=True)
+    for progress in (0.0, 0.2, 1.0):
+        given = {"log_sum_sq_probs": log_s, "progress": progress}
+        assert torch.autograd.gradcheck(lambda x, given=given: Objective.parse("anneal")(x, **given), logp)
+    cost = Objective.parse("anneal")(logp, log_sum_sq_probs=log_s, progress=0.5)
+    assert torch.autograd.grad(cost.sum(), log_s, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 2, "over": 0.5}], ids=str)
+def test_anneal_goes_from_nll_to_power(parameters):
+    anneal = Objective.parse({"name": "anneal", **parameters})
+    alpha, over = parameters.get("alpha", 5), parameters.get("over", 0.6)
+    for s in (1e-6, 0.1, 0.5, 1.0):
+        given = {"log_sum_sq_probs": torch.full_like(GRID, math.log(s), dtype=torch.float64)}
+        assert torch.equal(anneal(GRID, progress=0.0, **given), -GRID)
+        for progress in (over / 4, over / 2, over, 1.0):
+            power = Objective.parse({"name": "power", "alpha": alpha * s * min(1, progress / over)})
+            here = {**given, "progress": progress}
+            torch.testing.assert_close(anneal(GRID, **here), power(GRID), rtol=1e-6, atol=0)
+            torch.testing.assert_close(anneal.gradient_weight(GRID, **here), power.gradient_weight(GRID), rtol=1e-6, atol=1e-37)
+
+
+def test_anneal_of_an_impossible_token():
+    given = {"log_sum_sq_probs": torch.zeros(1)}
+    cost = Objective.parse("anneal")(torch.tensor([-math.inf]), progress=1.0, **given)
+    assert cost.item() == pytest.approx(0.2)
+    assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=1.0, **given).item() == 0
+
+
 # A user's own objectives, found by import path
 
 
@@ -232,6 +287,15 @@ def test_own_function_gets_what_it_names():
 
 HERE = __name__
 BAD_OBJECTIVES = [
+    ({"name": "anneal", "alpha": -1}, r"`alpha` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
+    ({"name": "anneal", "alpha": "much"}, r"`alpha` of objective 'anneal' must be a finite number, got 'much'"),
+    (
+        {"name": "anneal", "over": 0},
+        r"`over` of objective 'anneal', the share of .* must be in \(0, 1\], got 0\.",
+    ),
+    ({"name": "anneal", "over": 1.5}, r"must be in \(0, 1\], got 1\.5"),
+    ({"name": "anneal", "over": None}, r"`over` of objective 'anneal' must be a finite number, got None"),
+    ({"name": "anneal", "progress": 1}, "'progress' is a statistic that the trainer supplies"),
     (None, "`objective` must be a name or a mapping with `name`, got None"),
     ("", "must be a name or a mapping"),
     (3, "must be a name or a mapping with `name`, got 3"),
@@ -342,7 +406,8 @@ def test_dropped_tokens_are_exactly_zero_even_where_f_is_infinite(spec):
     assert torch.equal(again, cost)
 
 
-def test_every_objective_of_the_paper_falls_in_p():
-    for name in ("nll", "neg_p", "power", "log_one_minus_p"):
-        cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID)
+def test_every_objective_of_the_paper_and_anneal_fall_in_p():
+    for name in ("nll", "neg_p", "power", "log_one_minus_p", "anneal"):
+        given = {"log_sum_sq_probs": torch.full_like(GRID, -0.5), "progress": 0.3}
+        cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID, **given)
         assert (cost.diff() <= 0).all(), name

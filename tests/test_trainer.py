@@ -1,5 +1,6 @@
 """`BLTrainer` against `SFTTrainer`, against plain transformers, and against itself with the batch cut up in other ways."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -86,6 +87,22 @@ def test_gradient_does_not_depend_on_accumulation(spec, threshold, tokenizer, te
     assert whole.norm() > 0
     for part in parts:
         assert relative_difference(part, whole) < 1e-5
+
+
+def test_a_schedule_does_not_depend_on_accumulation(tokenizer, text_data, tmp_path):
+    """Where alpha is in each step, that is to say, which is not where it was in the last."""
+    logs = []
+    for size, steps in ((8, 1), (2, 4)):
+        trainer = train(
+            BLTrainer, tokenizer, text_data, tmp_path / str(size), objective="anneal", per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps, max_steps=4, learning_rate=1e-3, logging_steps=1,
+        )  # fmt: skip
+        logs.append([log for log in trainer.state.log_history if "gradient_weight" in log][:4])
+    for whole, cut in zip(*logs, strict=True):
+        assert cut["gradient_weight"] == pytest.approx(whole["gradient_weight"], rel=1e-4)
+        assert cut["nll"] == pytest.approx(whole["nll"], rel=1e-4)
+    assert logs[0][0]["gradient_weight"] == 1
+    assert all(a["gradient_weight"] > b["gradient_weight"] for a, b in itertools.pairwise(logs[0]))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -396,9 +413,10 @@ def test_targets_without_a_label_do_not_break_the_metrics(tokenizer, tmp_path):
     assert math.isnan(log["nll"])
 
 
-def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tokenizer, text_data, tmp_path):
+@pytest.mark.parametrize("objective", [f"{__name__}:uses_everything", "anneal"])
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(objective, tokenizer, text_data, tmp_path):
     options = {
-        "objective": f"{__name__}:uses_everything", "threshold": 0.005, "max_steps": 6, "save_strategy": "steps",
+        "objective": objective, "threshold": 0.005, "max_steps": 6, "save_strategy": "steps",
         "save_steps": 3, "logging_steps": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear",
     }  # fmt: skip
     for peft_config in (None, LORA):
