@@ -198,7 +198,7 @@ def run_cell(
         rest = {"learning_rate": LEARNING_RATES, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))}
         rest |= {} if steps == STEPS else {"max_steps": [steps]}
         plan = read_plan(home, name, {"arms": arms, **rest})
-        results += run(plan, home / name, cell, corruption).values()
+        results += run(plan, folder / "sweeps" / home.name / name, cell, corruption).values()  # outside of the data
     for result in results:
         result["setting"].pop("max_steps", None)  # the same for all, and no part of an objective's name
     return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))))
