@@ -58,7 +58,7 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
 # From these shares of the content's tokens on, what is improbable and can be foretold is too much to forgo, and what can't be
-# too much to learn: the middles of the gaps between the miniature's cells (docs/continuum.md)
+# too much to learn: both lie in the gaps between the miniature's cells of different winners (docs/continuum.md)
 LEARNABLE, NOISE = 0.2, 0.1
 RISING = LEARNABLE / 10  # growth of the former over the probe's second half, from which it is not done
 MOVED = 0.01  # mean rise of log p, in nats, below which the probe's training has done nothing
