@@ -252,7 +252,8 @@ def _regions(report: dict[str, Any]) -> list[str]:
 
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
-    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 learns the one and lets go of the other",
+    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 and anneal learn the one and let go of the "
+    "other, in a small study (docs/anneal.md)",
     "noise": "noise to this model. Prior-leaning objectives let go of it, and there is little else to learn",
     "little": "little to learn and little noise, so that objectives will differ little",
 }
@@ -280,6 +281,8 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     arms: list[dict[str, Any]] = []
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
+    if report.get("learnability", {}).get("verdict") == "both":
+        arms.append({"objective": "anneal"})  # docs/anneal.md
     if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
     recipe = report["recipe"]

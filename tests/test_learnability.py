@@ -266,6 +266,7 @@ def test_recommendation_follows_the_probe(possible, verdict, regions, checkpoint
     arms = [arm for region in regions for arm in SWEPT[region]]
     assert advice["arms"][: len(arms)] == arms
     assert any("threshold" in arm for arm in advice["arms"]) == (regions != ["weak"])
+    assert ({"objective": "anneal"} in advice["arms"]) == (verdict == "both")
     first, second, *_ = advice["reasons"]
     assert first.startswith("Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples 0.100 (0.090 to")
     assert ("undecided, since it rains" in first) == (verdict == "undecided")
