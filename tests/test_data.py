@@ -602,7 +602,7 @@ def test_mistake_ends_in_one_sentence(argv, message, math, tokenizers, tmp_path,
 CHOICES = {"text": list("abcde"), "label": list("ABCDE")}
 TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 BAD_ROWS = [
-    ("medical", {"answer_letter": 3}, "row 2 of train: 3 stands where a text should, as 'answer'."),
+    ("medical", {"answer_letter": 3}, "row 1 of train: 3 stands where a text should, as 'answer'."),
     ("openbookqa", {"choices": CHOICES}, "row 2 of train: choices has 5 options, not 4."),
     ("openbookqa", {"choices": None}, "row 2 of train: choices has 0 options, not 4."),
     ("openbookqa", {"answerKey": "a"}, "row 2 of train: answerKey is 'a', none of A, B, C, D."),
@@ -616,10 +616,9 @@ BAD_ROWS = [
 def test_bad_row_is_named(name, change, message, tmp_path, capsys):
     of = "instruction" if name == "magpie" else name
     source = write_source(tmp_path / "source", of, 2)
-    good = {**ROWS[name](0), **({"answer_letter": 1} if name == "medical" else {})}
+    good = ROWS[name](0)
     file = source / ("magpie.jsonl" if name == "magpie" else "train.jsonl")
-    write_rows(file, [ROWS[name](0), {**good, **change}] if name != "medical" else [{**good, **change}] * 2)
-    message = message.replace("row 2", "row 1") if name == "medical" else message
+    write_rows(file, [*([good] if name != "medical" else []), {**good, **change}])  # a column has one type
     assert message in fails(capsys, of, "--output", tmp_path / "out", "--source", source)
 
 

@@ -155,7 +155,7 @@ def _read_table(path: Path) -> pa.Table | None:
     """Return the table of a Parquet file, None if there is no whole one."""
     try:
         return pq.read_table(path)
-    except (pa.ArrowInvalid, FileNotFoundError):
+    except (pa.ArrowException, OSError):  # a damaged page is the latter
         return None
 
 
