@@ -160,7 +160,8 @@ class Recipe:
         return {**kwargs, **(self.training.model_init_kwargs or {})}  # type: ignore[dict-item]
 
     def load_datasets(self) -> tuple[Any, Any]:
-        """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had."""
+        """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had, or be ended."""
+        self._check_end()
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
             loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(self.script)
@@ -408,6 +409,27 @@ class Recipe:
             AutoTokenizer.from_pretrained(path)
         except Exception as error:  # it can be told in many ways that there is no such model
             raise RecipeError(f"{what} has no tokenizer, and is no .jinja file: {sentence(error)}") from error
+
+    def _check_end(self) -> None:
+        """Raise RecipeError if the model doesn't know `eos_token`, which TRL says only when the model is there."""
+        model, end = self.model, self.training.eos_token
+        if end is None:
+            return
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.model_name_or_path,
+                revision=self.model_init_kwargs()["revision"],
+                trust_remote_code=self.training.trust_remote_code,
+            )
+        except Exception as error:  # it can be told in many ways that there is no such model
+            raise RecipeError(
+                f"`model_name_or_path: {model.model_name_or_path}` has no tokenizer that can be loaded: {sentence(error)}"
+            ) from error
+        if end not in tokenizer.get_vocab():
+            raise RecipeError(
+                f"`eos_token: {end}` is not in the vocabulary of {model.model_name_or_path}. Write `--eos_token` with what "
+                f"ends a turn in its chat template, or, for data without one, its own `--eos_token '{tokenizer.eos_token}'`."
+            )
 
     def _check_model(self, given: set[str]) -> None:
         model = self.model

@@ -6,6 +6,8 @@ import string
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from bl_trainer.data.sources import BOXED
+
 LANGUAGES = ("mar", "tel", "nep", "swa", "wol", "yor", "zul")
 
 
@@ -65,6 +67,7 @@ QWEN = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+QWEN_MATH = QWEN.replace("You are a helpful assistant.", BOXED.replace("\\", "\\\\"))
 LLAMA = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
@@ -75,7 +78,15 @@ DATED = (
     "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     "{{ '<|im_start|>system\nToday: ' + date_string + '<|im_end|>' }}"
 ) + LLAMA.removeprefix("{{ bos_token }}")
-TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "dated": DATED, "base": None, "base-without-bos": None}
+TEMPLATES = {
+    "qwen": QWEN,
+    "qwen-math": QWEN_MATH,
+    "llama": LLAMA,
+    "gemma": GEMMA,
+    "dated": DATED,
+    "base": None,
+    "base-without-bos": None,
+}
 
 
 def make_tokenizer(kind):
@@ -85,7 +96,7 @@ def make_tokenizer(kind):
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
-    begins = kind not in ("qwen", "base-without-bos")
+    begins = kind not in ("qwen", "qwen-math", "base-without-bos")
     if begins:
         backend.post_processor = processors.TemplateProcessing(
             single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", vocab["<|begin|>"])]

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,18 +17,20 @@ import yaml
 from conftest import sizes
 from datasets import Dataset, load_dataset
 from preparing import LOCAL, ROWS, make_tokenizer, write_rows, write_source
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main
 from bl_trainer.data import building, sources
 from bl_trainer.data.format import Format
 from bl_trainer.data.sources import BOXED, FIGFONT, FIGLET, SETS, Example, Figlets, noisy_labels
+from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-KINDS = ("qwen", "llama", "gemma", "dated", "base", "base-without-bos")
-CHATS = KINDS[:4]
+KINDS = ("qwen", "qwen-math", "llama", "gemma", "dated", "base", "base-without-bos")
+CHATS = KINDS[:5]
 
 
 def run(name, output, *options):
@@ -150,7 +153,8 @@ def seen(tokenizers):
 
     def seen(kind, name):
         form, rows, tokenized, lm = trainer(kind)
-        text = completion.Completion.fewshot_context(SimpleNamespace(tokenizer=form.tokenizer), rows[name])
+        task = SimpleNamespace(tokenizer=form.tokenizer, format=form, own_prompt=lambda row: row["prompt"])
+        text = completion.Completion.fewshot_context(task, rows[name], 0)
         prompt = lm.tok_batch_encode([text])[0][0].tolist()
         trained = {key: tokenized[name][key] for key in ("input_ids", "labels")}
         return SimpleNamespace(form=form, row=rows[name], text=text, prompt=prompt, **trained)
@@ -188,7 +192,9 @@ def test_template_is_applied_once(kind, name, seen):
     assert "<|" not in written
     turns = found.form.tokenizer.decode(found.input_ids).count("<|im_start|>")
     if found.form.is_chat:
-        own = {"qwen": name != "figfont", "dated": True}.get(kind, False)  # the template's own system prompt
+        own = {"qwen": name != "figfont", "qwen-math": name != "figfont", "dated": True}.get(
+            kind, False
+        )  # the template's own system prompt
         assert turns == own + len(found.row["prompt"]) + 1
     else:
         assert turns == 0
@@ -209,8 +215,19 @@ def test_no_stray_newline(kind, name, seen):
 @pytest.mark.parametrize("kind", KINDS)
 def test_instructions_stand_once(kind, name, seen):
     found = seen(kind, name)
-    assert found.text.count(BOXED) == (name in ("math", "medical"))
+    own = kind == "qwen-math" and name != "figfont"  # the template's, in whatever is asked without a system prompt
+    assert found.text.count(BOXED) == (own or name in ("math", "medical"))
     assert found.text.count(FIGLET) == (name == "figfont")
+
+
+@pytest.mark.parametrize("kind", ["qwen", "qwen-math"])
+def test_card_says_who_instructs(kind, math, tokenizers, tmp_path):
+    run("math", tmp_path / "out", "--source", math, "--model", tokenizers / kind)
+    row = load_dataset(str(tmp_path / "out"), split="train")[0]
+    by_template = kind == "qwen-math"
+    assert row["prompt"][0]["content"] == ("What is 0 + 1?" if by_template else f"What is 0 + 1?\n{BOXED}")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (f"{kind}'s template says it in a turn of its own: {BOXED}" in card) == by_template
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,6 +283,21 @@ def test_counts_what_truncation_would_cut(kind, tokenizers, tmp_path):
     assert f"| kept, whose target truncation at {length} tokens would cut | {cut} |" in card
 
 
+def test_the_test_split_is_the_same_for_every_length(tokenizers, tmp_path):
+    source = write_source(tmp_path / "source", "openbookqa")
+    for split in ("train", "test"):
+        rows = [ROWS["openbookqa"](i) for i in range(3)]
+        write_rows(source / f"{split}.jsonl", [*rows, {**rows[0], "question_stem": "long " * 100}])
+    (source / "validation.jsonl").write_text((source / "train.jsonl").read_text())
+    options = ("--source", source, "--model", tokenizers / "qwen", "--max_length")
+    whole, short = (run("openbookqa", tmp_path / f"{length}", *options, length) for length in (1000, 400))
+    assert whole["sha256"]["test"] == short["sha256"]["test"]
+    loaded = load_dataset(str(tmp_path / "400"))
+    assert (len(loaded["train"]), len(loaded["test"])) == (6, 4)
+    card = (tmp_path / "400" / "README.md").read_text()
+    assert "| left out of train and kept in test, whose target truncation at 400 tokens would cut | 2 | 1 |" in card
+
+
 def _metadata(folder):
     (path,) = folder.glob("*.parquet")
     return pq.read_schema(path).metadata[b"bl_trainer"]
@@ -308,6 +340,17 @@ def test_label_noise_by_seed():
     assert {i: "ABCD".index(letter) for i, letter in list(first.items())[:3]} == {0: 2, 3: 1, 6: 1}  # on every machine
     drawn = [letter for i, letter in first.items() if labels[i] == "A"]
     assert all(15 <= drawn.count(letter) <= 35 for letter in "BCD"), drawn  # of about 75, a third each
+
+
+def test_a_question_without_a_letter_gets_no_wrong_one(tmp_path):
+    source = write_source(tmp_path / "source", "openbookqa")
+    rows = [{**ROWS["openbookqa"](i), **({"answerKey": None} if i % 2 else {})} for i in range(12)]
+    write_rows(source / "train.jsonl", rows)
+    run("openbookqa", tmp_path / "out", "--source", source, "--label_noise", 1)
+    train = load_dataset(str(tmp_path / "out"), split="train")
+    assert len(train) == 6 + 12
+    assert None not in train["answer"][:]
+    assert [made != right for made, right in zip(letters(train), train["answer"], strict=True)] == [True] * 6 + [False] * 12
 
 
 # Figfont
@@ -433,6 +476,33 @@ def test_what_is_replaced_is_not_trained_on(math, tmp_path, checkpoint):
         assert len(train) == count
 
 
+def test_a_broken_file_is_written_again(math, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "ROWS_PER_FILE", 5)
+    whole = run("math", tmp_path / "whole", "--source", math)
+    with interrupted(monkeypatch, 8):
+        run("math", tmp_path / "out", "--source", math)
+    (path,) = (tmp_path / "out.part").glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:100])
+    assert run("math", tmp_path / "out", "--source", math) == whole
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 12
+
+
+@pytest.mark.parametrize("content", ["broken", "other rows"])
+def test_what_has_changed_is_not_taken_for_what_was_prepared(content, math, tmp_path, capsys):
+    out = tmp_path / "out"
+    made = run("math", out, "--source", math)
+    (path,) = out.glob("*.parquet")
+    if content == "broken":
+        path.write_bytes(b"PAR1 nonsense")
+    else:
+        pq.write_table(pq.read_table(path).slice(1), path)
+    assert f"`--output {out}` has changed: its train split is not what the card says." in fails(
+        capsys, "math", "--output", out, "--source", math
+    )
+    assert run("math", out, "--source", math, "--overwrite") == made
+    assert len(load_dataset(str(out), split="train")) == 12
+
+
 def test_begins_anew_with_overwrite(math, tmp_path, monkeypatch):
     with interrupted(monkeypatch, 3):
         run("math", tmp_path / "out", "--source", math)
@@ -463,7 +533,7 @@ def test_what_is_there_is_kept(math, tmp_path, capsys):
     assert "has lost train-00000-of-00001.parquet" in fails(capsys, *other)
 
 
-@pytest.mark.parametrize("card", [None, "# mine\n", "---\nbl_trainer: [\n---\n"])
+@pytest.mark.parametrize("card", [None, "# mine\n", "---\nbl_trainer: [\n---\n", "---\nbl_trainer: {files: [a]}\n---\n"])
 def test_folders_of_others_are_left(card, math, tmp_path, capsys):
     for folder, message in (("out", "is no finished data set"), ("new.part", "holds what prepare-data didn't write")):
         (tmp_path / folder).mkdir()
@@ -529,6 +599,59 @@ def test_mistake_ends_in_one_sentence(argv, message, math, tokenizers, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+CHOICES = {"text": list("abcde"), "label": list("ABCDE")}
+TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+BAD_ROWS = [
+    ("medical", {"answer_letter": 3}, "row 1 of train: 3 stands where a text should, as 'answer'."),
+    ("openbookqa", {"choices": CHOICES}, "row 2 of train: choices has 5 options, not 4."),
+    ("openbookqa", {"choices": None}, "row 2 of train: choices has 0 options, not 4."),
+    ("openbookqa", {"answerKey": "a"}, "row 2 of train: answerKey is 'a', none of A, B, C, D."),
+    ("magpie", {"conversations": TURNS[:1]}, "begins with turns of ['human'], not of human and gpt."),
+    ("magpie", {"conversations": [{"from": "system", "value": "c"}, *TURNS]}, "turns of ['system', 'human'], not of"),
+    ("magpie", {"conversations": None}, "begins with turns of [], not of human and gpt."),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD_ROWS, ids=[message[:60] for *_, message in BAD_ROWS])
+def test_bad_row_is_named(name, change, message, tmp_path, capsys):
+    of = "instruction" if name == "magpie" else name
+    source = write_source(tmp_path / "source", of, 2)
+    good = ROWS[name](0)
+    file = source / ("magpie.jsonl" if name == "magpie" else "train.jsonl")
+    write_rows(file, [*([good] if name != "medical" else []), {**good, **change}])  # a column has one type
+    assert message in fails(capsys, of, "--output", tmp_path / "out", "--source", source)
+
+
+def test_magpie_turn_without_a_text_is_left_out(tmp_path):
+    source = write_source(tmp_path / "source", "instruction", 2)
+    write_rows(source / "magpie.jsonl", [{"conversations": TURNS}, {"conversations": [{"from": "human"}, TURNS[1]]}])
+    run("instruction", tmp_path / "out", "--source", source)
+    assert list(load_dataset(str(tmp_path / "out"), split="train")["source"]) == ["magpie", "wizardlm", "wizardlm"]
+
+
+@pytest.mark.parametrize("kind", ["without rows", "broken"])
+def test_parquet_that_cannot_be_read(kind, tmp_path, capsys):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": pa.array([], pa.string()), "solution": pa.array([], pa.string())}), path)
+    if kind == "broken":
+        path.write_bytes(b"PAR1 nonsense")
+    message = {"without rows": "rows.parquet has no rows.", "broken": "rows.parquet is no whole Parquet file."}[kind]
+    assert message in fails(capsys, "coding", "--output", tmp_path / "out", "--source", path)
+
+
+def test_template_that_raises(math, tmp_path, capsys):
+    tokenizer, options = make_tokenizer("qwen"), ("math", "--output", tmp_path / "out", "--source", math, "--model")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    tokenizer.save_pretrained(tmp_path / "never")
+    message = f"row 1 of train: the chat template of `--model {tmp_path}/never` doesn't take it: never"
+    assert message in fails(capsys, *options, tmp_path / "never")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if '3' in m.content %}{{ raise_exception('no threes') }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "threes")
+    assert "doesn't take it: no threes" in fails(capsys, *options, tmp_path / "threes", "--overwrite")
+
+
 def test_help_names_the_data_sets(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["prepare-data", "--help"])
@@ -562,6 +685,40 @@ def test_recipes_are_the_papers(path, tmp_path):
     assert given["dataset_name"] == f"data/{path.stem}"
     command = f"scripts/prepare_data.py {path.stem} --output data/{path.stem} --model {given['model_name_or_path']}"
     assert command in path.read_text()
+
+
+def test_recipes_say_where_they_depart():
+    for path in PAPER:
+        assert "`--dtype bfloat16`" in path.read_text()
+    given = yaml.safe_load((CONFIGS / "paper" / "instruction.yaml").read_text())
+    assert (given["learning_rate"], given["per_device_train_batch_size"]) == (2e-6, 4)  # both the paper's, for 7B
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_recipes_refuse_a_model_without_their_end_token(path, tmp_path, capsys):
+    tokenizer = make_tokenizer("llama")
+    named = json.loads(tokenizer.backend_tokenizer.to_str().replace("<|im_end|>", "<|eot_id|>"))
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(named)), eos_token="<|endoftext|>")
+    made.save_pretrained(tmp_path / "model")  # without weights: it is told before these are looked for
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    argv = ["train", "--config", path, "--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl"]
+    argv += ["--output_dir", tmp_path / "out", "--use_cpu", "--bf16", "false", "--eval_strategy", "no"]
+    with pytest.raises(SystemExit):
+        main([*map(str, argv)])
+    assert (
+        f"error: `eos_token: <|im_end|>` is not in the vocabulary of {tmp_path}/model. Write `--eos_token` with what ends a "
+        "turn in its chat template, or, for data without one, its own `--eos_token '<|endoftext|>'`."
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    Recipe.read([*map(str, argv[1:]), "--eos_token", "<|eot_id|>"]).load_datasets()
+
+
+def test_end_token_needs_a_tokenizer(tmp_path):
+    (tmp_path / "model").mkdir()
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    argv = ["--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows.jsonl", "--eos_token", "<end>"]
+    with pytest.raises(RecipeError, match="model` has no tokenizer that can be loaded: "):
+        Recipe.read([*map(str, argv), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]).load_datasets()
 
 
 @pytest.mark.parametrize("path", [*PAPER, CONFIGS / "lora_single_gpu.yaml"], ids=lambda path: path.stem)

@@ -105,7 +105,7 @@ def test_commands_work_one_after_the_other(commands, folder):
             assert all(Path(each.name).is_dir() for each in options.checkpoints() if each.name.startswith("out/"))
     assert set(verbs) == {"prepare_data", "train", "diagnose", "evaluate"}
     assert set(prepared.values()) == set(SETS)
-    assert len(commands) == verbs.count("train") + 21
+    assert len(commands) == verbs.count("train") + 22
 
 
 def test_tasks_exist(commands):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from ..local_data import local_files
 from ..parser import RecipeError, sentence
 from .format import Format
 from .options import PrepareArguments
-from .sources import SETS, Part, Row, load, noisy_labels, reader, revision_of, source_of
+from .sources import BOXED, INSTRUCTED, SETS, Part, Row, load, noisy_labels, reader, revision_of, source_of
 
 ROWS_PER_FILE = 5000  # read; of which an interrupted preparation loses at most so many
 KEY = "bl_trainer"  # of what this module notes in cards and files
@@ -55,7 +56,8 @@ def prepare(options: PrepareArguments) -> Path:
     medical, figfont and openbookqa, which is right even where a completion is made wrong; and what is kept along.
 
     The content depends on the options and the source alone; the card has its sha256, over the rows as JSON with sorted keys,
-    one a line. Until it's whole, it is in the folder `output`.part, from where the same options go on. Raises RecipeError.
+    one a line. Rows of the test are counted by their length, and never left out for it. Until the data set is whole, it is in
+    the folder `output`.part, from where the same options go on. Raises RecipeError.
     """
     output = Path(str(options.output))
     part_folder = output.with_name(f"{output.name}.part")
@@ -78,7 +80,8 @@ def prepare(options: PrepareArguments) -> Path:
             f"`--output {output}` can't be written: {error.strerror or error}. Write another `--output`, or make room."
         ) from error
     for split, counted in counts.items():
-        print(f"{split}: {'; '.join(f'{count:,} {what}' for what, count in _told(counted, options))}; {digests[split]}")
+        told = "; ".join(f"{count:,} {what}" for what, count in _told(counted, options, [split]))
+        print(f"{split}: {told}; {digests[split]}")
     print(f"Prepared in {output}.")
     return output
 
@@ -111,7 +114,7 @@ def _is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if not found:
         return False
     made = _read_card(output / CARD)
-    if made is None or "files" not in made:
+    if made is None or "sha256" not in made:
         raise RecipeError(f"`--output {output}` holds {min(found)}, and is no finished data set. Write another folder.")
     if overwrite:
         foreign = found - {CARD, *made["files"]}
@@ -127,6 +130,13 @@ def _is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     lost = sorted(set(made["files"]) - found)
     if lost:
         raise RecipeError(f"`--output {output}` has lost {lost[0]}. Write `--overwrite` to prepare it again.")
+    for split, digest in made["sha256"].items():
+        files = (output / name for name in made["files"] if name.startswith(f"{split}-"))
+        if _sha256(map(_read_table, files)) != digest:
+            raise RecipeError(
+                f"`--output {output}` has changed: its {split} split is not what the card says. Write `--overwrite` to "
+                "prepare it again, or another folder."
+            )
     return True
 
 
@@ -137,7 +147,27 @@ def _read_card(path: Path) -> dict[str, Any] | None:
         noted = yaml.safe_load(parts[1]) if len(parts) == 3 else None
     except yaml.YAMLError:
         return None
-    return noted.get(KEY) if isinstance(noted, dict) else None
+    record = noted.get(KEY) if isinstance(noted, dict) else None
+    return record if isinstance(record, dict) and {"settings", "revisions"} <= record.keys() else None
+
+
+def _read_table(path: Path) -> pa.Table | None:
+    """Return the table of a Parquet file, None if there is no whole one."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError):  # a damaged page is the latter
+        return None
+
+
+def _sha256(tables: Iterable[pa.Table | None]) -> str | None:
+    """Return the checksum over the rows of `tables`, None if one of these is missing."""
+    digest = hashlib.sha256()
+    for table in tables:
+        if table is None:
+            return None
+        for row in table.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _open_part(folder: Path, settings: dict[str, Any], options: PrepareArguments) -> dict[str, Any]:
@@ -187,23 +217,22 @@ def _build(
     digests: dict[str, str] = {}
     for split in dict.fromkeys(split for part in SETS[options.name].parts for split, _ in part.splits):
         own = [piece for piece in pieces if piece.split == split]
-        counts[split], digest = Counter(dict.fromkeys(COUNTS, 0)), hashlib.sha256()
+        counts[split], paths = Counter(dict.fromkeys(COUNTS, 0)), []
         with tqdm(total=sum(len(piece.span) for piece in own), desc=split, unit=" rows", disable=None) as bar:
             for i, piece in enumerate(own):
                 path = folder / f"{split}-{i:05d}-of-{len(own):05d}.parquet"
-                if path.exists():
-                    bar.update(len(piece.span))
-                else:
+                table = _read_table(path)
+                if table is None or KEY.encode() not in (table.schema.metadata or {}):  # not there, or broken since
                     table = _table(piece, form, options, bar)
                     _write(path, partial(pq.write_table, table))
-                table = pq.read_table(path)
+                else:
+                    bar.update(len(piece.span))
                 counts[split].update(json.loads(table.schema.metadata[KEY.encode()]))
-                for row in table.to_pylist():
-                    digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-        digests[split] = digest.hexdigest()
+                paths.append(path)
+        digests[split] = str(_sha256(map(_read_table, paths)))
         if not counts[split]["rows"]:
             shutil.rmtree(folder)
-            told = ", ".join(f"{count:,} {what}" for what, count in _told(counts[split], options))
+            told = ", ".join(f"{count:,} {what}" for what, count in _told(counts[split], options, [split]))
             raise RecipeError(f"Nothing is left for the {split} split of {options.name}: {told}.")
     return counts, digests
 
@@ -218,6 +247,13 @@ def _table(piece: Piece, form: Format, options: PrepareArguments, bar: Any) -> p
         row = {**piece.rows[i], "label": piece.labels[i]} if i in piece.labels else piece.rows[i]
         try:
             made = form.write(read(row))
+            _check_kept(made or {}, piece.part.kept)
+            prompt, whole = form.lengths(made) if made and options.length is not None else (0, 0)
+        except TemplateError as error:
+            raise RecipeError(
+                f"{piece.where}, row {i + 1} of {piece.split}: the chat template of `--model {options.model}` doesn't take it: "
+                f"{sentence(error)}"
+            ) from error
         except (TypeError, KeyError, ValueError) as error:
             raise RecipeError(f"{piece.where}, row {i + 1} of {piece.split}: {sentence(error)}.") from error
         bar.update()
@@ -226,14 +262,21 @@ def _table(piece: Piece, form: Format, options: PrepareArguments, bar: Any) -> p
             counts["empty"] += 1
             continue
         if options.length is not None:
-            prompt, whole = form.lengths(made)
             counts["cut"] += whole > options.length
             counts["lost"] += prompt >= options.length
-            if whole > options.length and not options.keep_long:
+            # The test is the same for every model
+            if whole > options.length and not options.keep_long and piece.split == "train":
                 continue
         written.append(made)
     counts["rows"] = len(written)
     return pa.Table.from_pylist(written, schema.with_metadata({KEY: json.dumps(counts)}))
+
+
+def _check_kept(row: dict[str, Any], kept: Iterable[str]) -> None:
+    for name in kept:
+        value = row.get(name)
+        if name not in KEPT and value is not None and not isinstance(value, str):
+            raise TypeError(f"{value!r} stands where a text should, as {name!r}")
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -254,13 +297,15 @@ def _put_in_place(folder: Path, output: Path) -> None:
         shutil.rmtree(old)
 
 
-def _told(counts: Counter[str], options: PrepareArguments) -> Iterator[tuple[str, int]]:
-    """What was counted, in words."""
+def _told(counts: Counter[str], options: PrepareArguments, splits: list[str]) -> Iterator[tuple[str, int]]:
+    """What was counted, in words that are true of all of `splits`."""
+    done = "kept" if options.keep_long or "train" not in splits else "left out"
+    done = "left out of train and kept in test" if done == "left out" and "test" in splits else done
     for key, what in COUNTS.items():
         if key in ("cut", "lost"):
             if options.length is None:
                 continue
-            what = what.format(length=options.length, done="kept" if options.keep_long else "left out")
+            what = what.format(length=options.length, done=done)
         yield what, counts[key]
 
 
@@ -291,9 +336,11 @@ def _card(record: dict[str, Any], counts: dict[str, Counter[str]], options: Prep
     kind = "messages" if settings["format"] == "messages" else "text, `User: ...` and `Assistant: ...`"
     by = f", as {options.model} takes it" if options.model else "; lengths were not counted, as no `--model` was given"
     lines.append(f"- Format: {kind}{by}.")
+    if settings["instruction"] and options.name in INSTRUCTED:
+        lines.append(f"- Instruction: {options.model}'s template says it in a turn of its own: {BOXED}")
     lines += [f"- Departure: {departure}" for departure in chosen.departures]
     lines += ["", f"| | {' | '.join(counts)} |", f"|---|{'---|' * len(counts)}"]
-    told = {split: dict(_told(counted, options)) for split, counted in counts.items()}
+    told = {split: dict(_told(counted, options, list(counts))) for split, counted in counts.items()}
     for what in next(iter(told.values())):
         lines.append(f"| {what} | {' | '.join(f'{told[split][what]:,}' for split in counts)} |")
     lines.append(f"| sha256 of the rows | {' | '.join(record['sha256'].values())} |")

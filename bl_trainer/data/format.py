@@ -7,7 +7,7 @@ import pyarrow as pa
 from transformers import AutoTokenizer
 
 from ..parser import RecipeError, sentence
-from .sources import Example
+from .sources import BOXED, Example
 
 DATE = "26 Jul 2024"  # what Llama's templates say where they can't tell the day
 
@@ -22,7 +22,8 @@ class Format:
         Assistant: COMPLETION
 
     as text, of which "SYSTEM" and the empty line after it may be missing. TRL adds the beginning and end tokens to text. No
-    prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text.
+    prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text. The instruction
+    `BOXED` is taken from the end of a question where the template says it itself, as Qwen2.5-Math's does.
 
     `model`: whose tokenizer it is, None for messages of which no length is known. Raises RecipeError if it can't be had.
     """
@@ -37,6 +38,7 @@ class Format:
         self.template = getattr(self.tokenizer, "chat_template", None)
         self.is_chat = self.tokenizer is None or bool(self.template)
         self.has_system = not self.template or self._takes_system()
+        self.instructs = bool(self.template) and self._says(BOXED)
         # A template that writes today's date would train and evaluate with different ones
         self.options = {"date_string": DATE} if "strftime_now" in str(self.template) else {}
 
@@ -44,6 +46,12 @@ class Format:
         messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
         try:
             return "S" in self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # the template's own, of any kind
+            return False
+
+    def _says(self, text: str) -> bool:
+        try:
+            return text in self.tokenizer.apply_chat_template([{"role": "user", "content": "U"}], tokenize=False)
         except Exception:  # the template's own, of any kind
             return False
 
@@ -57,30 +65,34 @@ class Format:
         """What the rows depend on."""
         kind = "messages" if self.is_chat else "text"
         digest = hashlib.sha256(str(self.template).encode()).hexdigest()[:16] if self.template else None
-        return {"format": kind, "chat_template": digest}
+        return {"format": kind, "chat_template": digest, "instruction": "the template's" if self.instructs else None}
 
     def write(self, example: Example) -> dict[str, Any] | None:
         """Return prompt, completion and the other columns, or None if one of the two would be empty. Raises TypeError."""
         for text in (example.user, example.completion):
             if text is not None and not isinstance(text, str):
                 raise TypeError(f"{text!r} stands where a text should")
-        system, user, completion = ((text or "").strip() for text in (example.system, example.user, example.completion))
+        user, completion = ((text or "").strip() for text in (example.user, example.completion))
         if not user or not completion:
             return None
-        user = f"{user}\n{example.suffix}" if example.suffix else user
+        prompt = self.prompt(f"{user}\n{example.suffix}" if example.suffix else user, example.system)
+        if not self.is_chat:
+            return {"prompt": prompt, "completion": f" {completion}", **example.others}
+        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}], **example.others}
+        return {**row, "chat_template_kwargs": self.options} if self.options else row
+
+    def prompt(self, user: str, system: str = "") -> Any:
+        """Return the prompt of a question: messages, or a text."""
+        system, user = system.strip(), user.strip()
         if not self.is_chat:
             prompt = f"User: {user}\n\nAssistant:"
-            prompt = f"{system}\n\n{prompt}" if system else prompt
-            return {"prompt": prompt, "completion": f" {completion}", **example.others}
+            return f"{system}\n\n{prompt}" if system else prompt
+        if self.instructs and not system:
+            user = user.removesuffix(f"\n{BOXED}")
         if system and not self.has_system:
             system, user = "", f"{system}\n\n{user}"
         messages = [{"role": "system", "content": system}] if system else []
-        row = {
-            "prompt": [*messages, {"role": "user", "content": user}],
-            "completion": [{"role": "assistant", "content": completion}],
-            **example.others,
-        }
-        return {**row, "chat_template_kwargs": self.options} if self.options else row
+        return [*messages, {"role": "user", "content": user}]
 
     def lengths(self, row: dict[str, Any]) -> tuple[int, int]:
         """Return the tokens of the prompt, and of prompt and completion, as TRL counts them."""

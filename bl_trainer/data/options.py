@@ -23,7 +23,8 @@ class PrepareArguments:
         metadata={"help": "The model to be trained. Its tokenizer decides between messages and text, and counts the lengths."},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Leave out rows of more tokens; the paper's length for the data set unless told."}
+        default=None,
+        metadata={"help": "Leave out training rows of more tokens; the paper's length for the data set unless told."},
     )
     keep_long: bool = field(default=False, metadata={"help": "Only count rows of more tokens, and keep them."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split that is read."})

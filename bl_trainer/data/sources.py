@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from trl import ScriptArguments
 
@@ -21,6 +23,7 @@ FIGLET = (
 )
 LANGUAGES = ("mar", "tel", "nep", "swa", "wol", "yor", "zul")
 OPTIONS = "ABCD"
+INSTRUCTED = ("math", "medical")  # the sets whose questions end in BOXED
 
 Row = Mapping[str, Any]
 
@@ -108,14 +111,23 @@ def _figfont(row: Row) -> Example:
 
 
 def _magpie(row: Row) -> Example:
-    first, second = (turn["value"] for turn in row["conversations"][:2])
+    turns = (row["conversations"] or [])[:2]
+    found = [turn.get("from") for turn in turns]
+    if found != ["human", "gpt"]:
+        raise ValueError(f"the conversation begins with turns of {found}, not of human and gpt")
+    first, second = (turn.get("value") for turn in turns)
     return Example(first, second, others={"source": "magpie"})
 
 
 def _openbookqa(row: Row) -> Example:
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(OPTIONS, row["choices"]["text"], strict=True))
+    texts, right = (row["choices"] or {}).get("text") or [], row["answerKey"]
+    if len(texts) != len(OPTIONS):
+        raise ValueError(f"choices has {len(texts)} options, not {len(OPTIONS)}")
+    if right is not None and right not in [*OPTIONS]:
+        raise ValueError(f"answerKey is {right!r}, none of {', '.join(OPTIONS)}")
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(OPTIONS, texts, strict=True))
     question = f"Please complete the following multiple choice question.\nQuestion: {row['question_stem']}\nOptions:\n{options}"
-    return Example(question, row.get("label", row["answerKey"]), others={"answer": row["answerKey"]})
+    return Example(question, row.get("label", right), others={"answer": right})
 
 
 def _language(name: str) -> Part:
@@ -143,9 +155,9 @@ SETS = {
         max_length=3072,
         departures=(
             "How the authors chose these rows of NuminaMath-CoT is not documented.",
-            "The instruction to reason and to box the answer stands in the user's turn for every model, in training and in "
-            "evaluation. The released code has it there for some models, in the system prompt for others, and evaluates "
-            "Qwen2.5-Math with another prompt than it trains with.",
+            "The instruction to reason and to box the answer stands once, in training and in evaluation: in the user's turn, "
+            "unless the model's template says it itself. The released code trains Qwen2.5-Math so, and evaluates it with "
+            "another prompt.",
         ),
     ),
     "medical": DataSet(
@@ -233,10 +245,11 @@ SETS = {
 }
 
 
-def noisy_labels(labels: Sequence[str], share: float, seed: int) -> dict[int, str]:
-    """Return wrong letters for `share` of the labels, rounded down, by index; the same on every machine."""
+def noisy_labels(labels: Sequence[str | None], share: float, seed: int) -> dict[int, str]:
+    """Return wrong letters for `share` of the labels that are there, rounded down, by index; the same on every machine."""
     rng = random.Random(seed)
-    chosen = rng.sample(range(len(labels)), int(len(labels) * share))
+    there = [i for i, label in enumerate(labels) if label is not None]
+    chosen = rng.sample(there, int(len(there) * share))
     return {i: rng.choice([letter for letter in OPTIONS if letter != labels[i]]) for i in sorted(chosen)}
 
 
@@ -286,7 +299,7 @@ def load(part: Part, path: Path | None, revision: str | None, seed: int) -> dict
         else:
             loaded = datasets.load_dataset(part.hub, part.config, revision=revision)
     except Exception as error:  # the libraries raise many kinds for a broken file
-        fault = find_fault(local_files(path)) if path else None
+        fault = (find_fault(local_files(path)) or _without_rows(path)) if path else None
         raise RecipeError(f"Can't load {where}: {fault or sentence(error)}") from error
     for _, split in part.splits:
         if split not in loaded:
@@ -296,6 +309,17 @@ def load(part: Part, path: Path | None, revision: str | None, seed: int) -> dict
     return {
         split: loaded[split].shuffle(seed=seed).select(range(min(part.rows, len(loaded[split])))) for _, split in part.splits
     }
+
+
+def _without_rows(path: Path) -> str | None:
+    for file in local_files(path):
+        if file.suffix == ".parquet":
+            try:
+                if not pq.read_metadata(file).num_rows:
+                    return f"{file} has no rows."
+            except pa.ArrowInvalid:
+                return f"{file} is no whole Parquet file."
+    return None
 
 
 def reader(part: Part, rows: Sequence[Row], where: str) -> Callable[[Row], Example]:
