@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from ..parser import RecipeError, sentence
 from .sources import Example
 
+USER, ASSISTANT = "User:", "Assistant:"
 DATE = "26 Jul 2024"  # what Llama's templates say where they can't tell the day
 
 
@@ -24,12 +25,13 @@ class Format:
     as text, of which "SYSTEM" and the empty line after it may be missing. TRL adds the beginning and end tokens to text. No
     prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text.
 
-    `model`: whose tokenizer it is, None for messages of which no length is known. Raises RecipeError if it can't be had.
+    `model`: whose tokenizer it is, or a tokenizer; None for messages of which no length is known. Raises RecipeError if it
+    can't be had.
     """
 
-    def __init__(self, model: str | None):
-        self.tokenizer: Any = None
-        if model is not None:
+    def __init__(self, model: Any):
+        self.tokenizer: Any = model
+        if isinstance(model, str):
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(model)
             except Exception as error:  # it can be told in many ways that there is no such model
@@ -64,23 +66,36 @@ class Format:
         for text in (example.user, example.completion):
             if text is not None and not isinstance(text, str):
                 raise TypeError(f"{text!r} stands where a text should")
-        system, user, completion = ((text or "").strip() for text in (example.system, example.user, example.completion))
+        user, completion = ((text or "").strip() for text in (example.user, example.completion))
         if not user or not completion:
             return None
-        user = f"{user}\n{example.suffix}" if example.suffix else user
+        prompt = self.prompt(f"{user}\n{example.suffix}" if example.suffix else user, example.system)
         if not self.is_chat:
-            prompt = f"User: {user}\n\nAssistant:"
-            prompt = f"{system}\n\n{prompt}" if system else prompt
             return {"prompt": prompt, "completion": f" {completion}", **example.others}
+        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}], **example.others}
+        return {**row, "chat_template_kwargs": self.options} if self.options else row
+
+    def prompt(self, user: str, system: str = "") -> Any:
+        """Return the prompt of a question: messages, or a text."""
+        system, user = system.strip(), user.strip()
+        if not self.is_chat:
+            prompt = f"{USER} {user}\n\n{ASSISTANT}"
+            return f"{system}\n\n{prompt}" if system else prompt
         if system and not self.has_system:
             system, user = "", f"{system}\n\n{user}"
         messages = [{"role": "system", "content": system}] if system else []
-        row = {
-            "prompt": [*messages, {"role": "user", "content": user}],
-            "completion": [{"role": "assistant", "content": completion}],
-            **example.others,
-        }
-        return {**row, "chat_template_kwargs": self.options} if self.options else row
+        return [*messages, {"role": "user", "content": user}]
+
+    def turn_end(self) -> str | None:
+        """Return what the template writes behind an answer, up to whitespace, such as `<|im_end|>`; None if that is nothing."""
+        if not self.template:
+            return None
+        messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "ANSWER"}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options)
+        except Exception:  # the template's own, of any kind
+            return None
+        return next(iter(text.rpartition("ANSWER")[2].split()), None)
 
     def lengths(self, row: dict[str, Any]) -> tuple[int, int]:
         """Return the tokens of the prompt, and of prompt and completion, as TRL counts them."""
