@@ -205,9 +205,7 @@ def letter(text: str, choices: list[str]) -> str | None:
     """
     letters = ascii_uppercase[: len(choices) or 10]
     texts = {_words(choice): name for name, choice in zip(letters, choices, strict=False)}
-    one = (
-        rf"(?![AI]\s+(?!{GOES_ON})[a-z])[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$<]|$))"
-    )
+    one = rf"(?![AI]\s+(?!{GOES_ON})[a-z])[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$<]|$))"
     text = re.sub(r"\\(?:text|math)[a-z]*(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
     boxed = re.findall(r"\\boxed\s*\{", text) and final_answer(text)
     if boxed:
@@ -228,13 +226,13 @@ def letter(text: str, choices: list[str]) -> str | None:
     alone = re.fullmatch(rf"[\s*_`(\[]*([{letters}{letters.lower()}])[\s*_`)\].:]*", text.strip().split("\n")[-1])
     if alone:
         return alone[1].upper()
-    for found in (
+    for names in (
         re.findall(rf"^[\s*_`(\[]*({one})(?=\s*(?:[.):\]*_`]|$))", text, re.MULTILINE),
         re.findall(rf"(?:\*\*|\()([{letters}])(?:\*\*|\))", text),
         re.findall(rf"\b(?i:option|choice|answer)\b{LEAD}({one})(?!{second})", text),
     ):
-        if len({each.upper() for each in found}) == 1:
-            return found[0].upper()
+        if len({name.upper() for name in names}) == 1:
+            return names[0].upper()
     said = _words(text)
     named = {name for words, name in texts.items() if words and re.search(rf"\b{re.escape(words)}\b", said)}
     return named.pop() if len(named) == 1 else None

@@ -31,7 +31,8 @@ class Checkpoint:
     def label(self) -> str:
         """The name, as that of a folder; with a part of its hash where another name could give the same."""
         label = self.name.replace("/", "__").replace("..", "__")
-        return label if label.replace("__", "/") == self.name else f"{label}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        return label if label.replace("__", "/") == self.name else f"{label}-{digest}"
 
     def fingerprint(self) -> str:
         """Return a hash of a sample of each of the checkpoint's files."""
@@ -111,7 +112,7 @@ class EvaluateArguments:
         for key, example in (("model", "out/model"), ("tasks", "gsm8k"), ("output", "out/evaluation")):
             if not getattr(self, key):
                 raise RecipeError(f"`--{key}` is missing. Write e.g. `--{key} {example}`.")
-        if self.limit is not None and not (0 < self.limit <= 1 or (self.limit > 1 and self.limit.is_integer())):
+        if self.limit is not None and not (self.limit > 0 and (self.limit <= 1 or self.limit % 1 == 0)):
             raise RecipeError(f"`--limit {self.limit:g}` must be a number of items, or a share between 0 and 1.")
         for key, least in (("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
             if getattr(self, key) is not None and getattr(self, key) < least:
