@@ -3,9 +3,11 @@
 import copy
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -16,12 +18,16 @@ import torch
 from conftest import LETTERS, make_llama, sentence
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import decoders, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl.data_utils import _tokenize
 
 from bl_trainer.__main__ import main
+from bl_trainer.data.format import Format
+from bl_trainer.data.sources import FIGLET, Example, _math
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
+from bl_trainer.evaluation.options import Checkpoint
 from bl_trainer.evaluation.results import item_rows
 
 pytest.importorskip("lm_eval")
@@ -379,6 +385,8 @@ def files(folder, models):
         "questions": [{"question": "a"}],
         "answers": [{"answer": "1"}],
         "hole": [{"question": "a", "answer": "1"}, {"question": "b", "answer": None}],
+        "unasked": [{"question": "a", "answer": "1"}, {"question": None, "answer": "1"}],
+        "beyond": [{"question": "a", "options": ["b", "c"], "answer": "E"}],
         "long": [{"prompt": "ab" * 20, "completion": "c"}],
         "capital": [{"question": "a", "answer": 1}],
     }
@@ -394,6 +402,10 @@ def files(folder, models):
     (folder / "lostbase" / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "base_model_name_or_path": "/nowhere/model"}'
     )
+    (folder / "badadapter").mkdir()
+    (folder / "badadapter" / "adapter_config.json").write_text('{"peft_type": ')
+    (folder / "shapeless").mkdir()
+    (folder / "shapeless" / "results.json").write_text('{"evaluations": [{"task": "completion"}]}')
     (folder / "nothing").mkdir()
     (folder / "foreign").mkdir()
     (folder / "foreign" / "results.json").write_text("[]")
@@ -489,6 +501,21 @@ def files(folder, models):
         ),
         ({"tasks": "mmlu", "data": "mmlu=TMP/good.jsonl"}, "`--data mmlu=...`: that is a group of tasks. Name one of them."),
         ({"limit": "0"}, "`--limit 0` must be a number of items, or a share between 0 and 1."),
+        ({"limit": "nan"}, "`--limit nan` must be a number of items, or a share between 0 and 1."),
+        ({"limit": "inf"}, "`--limit inf` must be a number of items, or a share between 0 and 1."),
+        ({"temperature": "nan"}, "`--temperature nan` must be a number."),
+        ({"temperature": "inf"}, "`--temperature inf` must be a number."),
+        (
+            {"data": ["completion=TMP/good.jsonl", "completion=TMP/chat.jsonl"]},
+            "`--data completion=...` is given more than once. Put the rows into one file.",
+        ),
+        ({"model": "TMP/badadapter"}, "The adapter_config.json of `--model TMP/badadapter` can't be read: "),
+        ({"output": "TMP/shapeless"}, "`--output TMP/shapeless` holds a results.json of something else. Write another"),
+        ({"tasks": "math500", "data": "math500=TMP/unasked.jsonl"}, "TMP/unasked.jsonl`: row 2 has no question."),
+        (
+            {"tasks": "medical", "data": "medical=TMP/beyond.jsonl"},
+            "TMP/beyond.jsonl`: row 1: the gold answer 'E' is none of the options A to B.",
+        ),
         ({"limit": "1.5"}, "`--limit 1.5` must be a number of items, or a share between 0 and 1."),
         ({"max_new_tokens": "0"}, "`--max_new_tokens 0` must be at least 1."),
         ({"num_fewshot": "-1"}, "`--num_fewshot -1` must be at least 0."),
@@ -587,7 +614,7 @@ def solvable(said):
 def math_loop(models, questions, samples, temperature):
     """Prompts and answers by plain transformers, in the harness's order: the longest prompt first, each `samples` times."""
     model, tokenizer = load(models, "plain")
-    turns = [[{"role": "user", "content": question + SUFFIX}] for question in questions]
+    turns = [[{"role": "user", "content": question.strip() + SUFFIX}] for question in questions]
     texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     if not temperature:
         return texts, [[greedy(model, tokenizer, turn, NEW)] for turn in turns]
@@ -640,6 +667,7 @@ def test_math_is_the_plain_loop(task, samples, temperature, models, tmp_path, ca
         ("aime24", {"Problem": "a", "Answer": 25, "Solution": "b"}, "25"),
         ("amc23", {"question": "a", "problem": "a", "answer": 27.0}, "27"),
         ("figfont", {"question": "a", "answer": "WORD"}, "WORD"),
+        ("medical", {"prompt": [{"role": "user", "content": "a"}], "completion": [], "answer": "C"}, "C"),
         ("medical", {"question": "a", "options": {"A": "b", "B": "c"}, "answer_idx": "B", "source": "d"}, "B"),
     ],
 )
@@ -682,7 +710,138 @@ def test_prompts_of_the_data_are_used_as_they_are(models, tmp_path):
     assert shown["chatNone"] == rendered
     assert shown["plainNone"] == prompts("plain")
     assert shown["rawNone"] == [f"<user>a b{SUFFIX}<end>answer:"]
-    assert shown["rawFalse"] == [f"a b{SUFFIX}"]
+    assert shown["rawFalse"] == [f"User: a b{SUFFIX}\n\nAssistant:"]
+
+
+def retemplate(models, folder, template):
+    """The model `plain` with another chat template."""
+    model, tokenizer = load(models, "plain")
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+TEMPLATES = {
+    "none": None,
+    "system": "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}",
+    "no system": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}<end>{% endfor %}",
+    "dated": "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("task", ["math500", "figfont"])
+def test_questions_are_asked_as_prepared_data_ask_them(task, template, models, tmp_path):
+    tokenizer = retemplate(models, tmp_path / "model", TEMPLATES[template])
+    question, prepare = "\n a b \n c  \n", {"math500": _math, "figfont": lambda q, a: Example(q, a, FIGLET)}[task]
+    written = Format(str(tmp_path / "model")).write(prepare(question, "5"))
+    prepared = {**written, "answer": "5"}
+    shown = []
+    for name, row in (("raw", {"question": question, "answer": "5"}), ("prepared", prepared)):
+        data = [f"{task}={write_rows(tmp_path / f'{name}.jsonl', [row])}"]
+        (entry,) = run(tmp_path, tmp_path, "model", out=name, tasks=[task], data=data, max_new_tokens=1)["evaluations"]
+        shown.append(json.loads((tmp_path / name / entry["scores"][0]["samples"]).read_text())["prompt"])
+    kwargs = written.get("chat_template_kwargs", {})
+    trained = (
+        written["prompt"] if template == "none" else tokenizer.apply_chat_template(written["prompt"], tokenize=False, **kwargs)
+    )
+    assert shown == [trained, trained]
+
+
+def scripted(folder, text, template=None):
+    """A model that says `text`, whatever it is asked, and the tokenizer, of whole words; its end token isn't <turn>."""
+    words = dict.fromkeys(
+        ["<pad>", "<eos>", "<turn>", "<unk>", "<im_start>", "Assistant:", *re.findall(r"<\w+>|\w+|\W", text), *"abU"]
+    )
+    backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"Assistant:|\w+|\W"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<im_start>"]})
+    tokenizer.chat_template = template
+    said = tokenizer(text)["input_ids"]
+    assert len(set(said)) == len(said)
+    model = make_llama(tokenizer, hidden_size=len(words) + len(words) % 2, num_attention_heads=1, num_key_value_heads=1)
+    for name, weight in model.named_parameters():  # the last token alone says what comes next
+        weight.data.fill_(1.0 if "norm" in name else 0.0)
+    torch.nn.init.eye_(model.model.embed_tokens.weight)
+    head = model.lm_head.weight.data
+    head[said[0], :] = 0.5
+    head[:, said] = 0
+    for one, other in itertools.pairwise(said):
+        head[other, one] = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_bases_stop_where_the_turn_ends(tmp_path):
+    template = (
+        "{% for m in messages %}<im_start>{{ m.content }}<turn>{% endfor %}{% if add_generation_prompt %}<im_start>{% endif %}"
+    )
+    scripted(tmp_path / "base", "5<turn>7", template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    scripted(tmp_path / "trained", "5<turn>7", template)
+    tokenizer.eos_token = "<turn>"
+    tokenizer.save_pretrained(tmp_path / "trained")
+    data = [
+        f"math500={write_rows(tmp_path / 'test.jsonl', [{'question': 'a', 'answer': '5'}, {'question': 'b', 'answer': '5'}])}"
+    ]
+    found = run(tmp_path, tmp_path, "base", "trained", tasks=["math500"], data=data, max_new_tokens=8)["evaluations"]
+    for entry in found:
+        lines = (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()
+        assert [json.loads(line)["answer"] for line in lines] == ["5", "5"]
+
+
+def test_text_stops_before_the_next_turn_and_loses_its_blank(tmp_path):
+    scripted(tmp_path / "model", " WORD\nUser:ab")
+    data = [f"figfont={write_rows(tmp_path / 'test.jsonl', [{'question': 'a', 'answer': 'WORD'}])}"]
+    (entry,) = run(tmp_path, tmp_path, "model", tasks=["figfont"], data=data, max_new_tokens=8)["evaluations"]
+    assert json.loads((tmp_path / "out" / entry["scores"][0]["samples"]).read_text())["answer"] == " WORD"
+    assert [score["value"] for score in entry["scores"]] == [1, 1, 1]
+
+
+def test_folders_of_items_are_one_for_each_name():
+    names = ["a/b", "a__b", "a_/b", "a/_b", "a/../b", "..", "/a/b", "__a/b", "a___b"]
+    labels = {Checkpoint(name, name, None).label for name in names}
+    assert len(labels) == len(names)
+    assert "a__b" in labels
+    assert not any("/" in label or label in (".", "..") for label in labels)
+
+
+def test_limit_leaves_long_prompts_out(models, tmp_path):
+    data = [f"completion={write_rows(tmp_path / 'test.jsonl', [GOOD[0], {'prompt': 'ab' * 2000, 'completion': 'c'}])}"]
+    with pytest.raises(ValueError, match="take it out of the data"):
+        run(models, tmp_path, "plain", data=data)
+    (entry,) = run(models, tmp_path, "plain", data=data, limit=0.5)["evaluations"]
+    assert entry["scores"][0]["items"] == 1
+
+
+def test_overwriting_keeps_the_other_tasks(models, tmp_path, capital):
+    data = [f"completion={write_rows(tmp_path / 'test.jsonl', GOOD)}"]
+    run(models, tmp_path, "plain", tasks=["completion", capital], data=data)
+    found = run(models, tmp_path, "plain", data=data, overwrite=True, limit=1)["evaluations"]
+    assert [(entry["task"], entry["scores"][0]["items"]) for entry in found] == [(capital, 12), ("completion", 1)]
+
+
+def test_the_same_file_under_another_path(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "test.jsonl", GOOD)
+    whole = run(models, tmp_path, "plain", data=["completion=test.jsonl"])
+    assert run(models, tmp_path, "plain", data=[f"completion={tmp_path / 'test.jsonl'}"]) == whole
+
+
+def test_lost_items_are_told(models, tmp_path):
+    data = [f"completion={write_rows(tmp_path / 'test.jsonl', GOOD)}"]
+    (entry,) = run(models, tmp_path, "plain", data=data)["evaluations"]
+    lost = entry["scores"][0]["samples"]
+    (tmp_path / "out" / lost).unlink()
+    with pytest.raises(ValueError, match=rf"holds results of completion whose items, {re.escape(lost)}, are gone"):
+        run(models, tmp_path, "plain", data=data)
+    run(models, tmp_path, "plain", data=data, overwrite=True)
+    assert (tmp_path / "out" / lost).is_file()
 
 
 @pytest.fixture

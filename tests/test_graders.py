@@ -90,6 +90,13 @@ def test_gold_answers_differ():
         ("\\text{Evelyn}", "Angela", False),
         ("\\text{(B)}", "B", True),
         ("5", "", False),
+        ("2516_8", "2516", False),
+        ("2516_8", "2516_{8}", True),
+        ("2516_8", "(2516)_8", True),
+        ("22", "10110_2", False),
+        ("10110_2", "10110_3", False),
+        ("073", "\\textbf{(073)}", True),
+        ("(1,2)", "\\textbf{(1,2)}", True),
     ],
 )
 def test_tricky_pairs(gold, answer, same):
@@ -108,6 +115,9 @@ def test_tricky_pairs(gold, answer, same):
         ("16 - 3 = <<16-3=13>>13\n#### 1,300\n", "1,300"),
         ("#### 5 but \\boxed{6}", "6"),
         ("the answer is 5", None),
+        ("#### Step 1: Compute\n9*2=18", None),
+        ("#### 1. First, 9*2\nThe answer is 18", None),
+        ("#### 18 dollars", "18 dollars"),
         ("", None),
     ],
 )
@@ -117,7 +127,13 @@ def test_final_answers(text, answer):
 
 @pytest.mark.parametrize(
     ("said", "right"),
-    [("So the answer is 18 dollars.", 1), ("The answer is $18$.", 1), ("16 plus 2 makes 18", 1), ("The answer is 1.8", 0)],
+    [
+        ("So the answer is 18 dollars.", 1),
+        ("The answer is $18$.", 1),
+        ("16 plus 2 makes 18", 1),
+        ("The answer is 1.8", 0),
+        ("#### Step 1: 9*2\nThe answer is 18.", 1),
+    ],
 )
 def test_answers_without_a_box(said, right):
     assert grade_math({"gold": "18"}, [said]) == {"accuracy": right}
@@ -136,6 +152,25 @@ CHOICES = ["aspirin", "beta blocker", "vitamin C", "hepatitis B vaccine"]
         ("It cannot be A, since aspirin harms. The answer, I think, is D.", "D"),
         ("The answer is A. Wait, the answer is B.", "B"),
         ("The answer isn't C.", None),
+        ("The answer cannot be A.", None),
+        ("The answer is C. The answer is not A.", "C"),
+        ("The correct option is C. Option A is incorrect because it harms.", "C"),
+        ("**C. vitamin C**\n\nOption A is wrong because aspirin harms; option B does nothing.", "C"),
+        ("The best choice is B.\nChoice A is wrong.", "B"),
+        ("The answer is: vitamin C. Answer A is wrong.", "C"),
+        ("Answer: A patient with scurvy is pale", None),
+        ("The answer is either A or C", None),
+        ("The answer is D.\nUser: next question. Answer: A", "D"),
+        ("The answer is definitely C.", "C"),
+        ("Therefore, C is correct.", "C"),
+        ("Therefore, (C) is correct, and (A) is wrong.", "C"),
+        ("<answer>C</answer>", "C"),
+        ("So the answer is \\textbf{C}", "C"),
+        ("\\boxed{Option C}", "C"),
+        ("\\boxed{\\textbf{C}}", "C"),
+        ("\\boxed{\\text{vitamin C}}", "C"),
+        ("\\boxed{C vitamin C}", "C"),
+        ("\\boxed{C aspirin}", None),
         ("Answer: B or C", None),
         ("The answer is E.", None),
         ("the answer is c.", "C"),
@@ -200,6 +235,27 @@ def test_medical_rows(options, gold):
         "\nA. aspirin\nB. beta blocker\nC. vitamin C\nD. hepatitis B vaccine" if options else ""
     )
     assert doc["choices"] == (CHOICES if options else [])
+
+
+@pytest.mark.parametrize(("answer", "gold"), [({"answer": "2"}, "B"), ({"answer": "0"}, "A"), ({"answer_idx": 2}, "C")])
+def test_options_that_are_numbers(answer, gold):
+    (doc,) = letter_docs(Dataset.from_list([{"question": "1+1?", "options": ["1", "2", "3", "4"], **answer}]))
+    assert doc["gold"] == gold
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"answer_idx": 4}], "row 1: the gold answer '4' is none of the options A to D."),
+        ([{"answer_idx": "A"}, {"answer_idx": "E"}], "row 2: the gold answer 'E' is none of the options A to D."),
+        ([{"answer_idx": "A"}, {"answer_idx": "A", "question": None}], "row 2 has no question."),
+        ([{"answer_idx": "A", "question": " "}], "row 1 has no question."),
+    ],
+)
+def test_rows_that_cannot_be_asked(rows, message):
+    rows = [{"question": "Which?", "options": CHOICES, **row} for row in rows]
+    with pytest.raises(ValueError, match=message):
+        letter_docs(Dataset.from_list(rows))
 
 
 def jaro_winkler(one, other):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from ..parser import RecipeError, sentence
 from .sources import BOXED, Example
 
+USER, ASSISTANT = "User:", "Assistant:"
 DATE = "26 Jul 2024"  # what Llama's templates say where they can't tell the day
 
 
@@ -25,12 +26,13 @@ class Format:
     prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text. The instruction
     `BOXED` is taken from the end of a question where the template says it itself, as Qwen2.5-Math's does.
 
-    `model`: whose tokenizer it is, None for messages of which no length is known. Raises RecipeError if it can't be had.
+    `model`: whose tokenizer it is, or a tokenizer; None for messages of which no length is known. Raises RecipeError if it
+    can't be had.
     """
 
-    def __init__(self, model: str | None):
-        self.tokenizer: Any = None
-        if model is not None:
+    def __init__(self, model: Any):
+        self.tokenizer: Any = model
+        if isinstance(model, str):
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(model)
             except Exception as error:  # it can be told in many ways that there is no such model
@@ -85,7 +87,7 @@ class Format:
         """Return the prompt of a question: messages, or a text."""
         system, user = system.strip(), user.strip()
         if not self.is_chat:
-            prompt = f"User: {user}\n\nAssistant:"
+            prompt = f"{USER} {user}\n\n{ASSISTANT}"
             return f"{system}\n\n{prompt}" if system else prompt
         if self.instructs and not system:
             user = user.removesuffix(f"\n{BOXED}")
@@ -93,6 +95,17 @@ class Format:
             system, user = "", f"{system}\n\n{user}"
         messages = [{"role": "system", "content": system}] if system else []
         return [*messages, {"role": "user", "content": user}]
+
+    def turn_end(self) -> str | None:
+        """Return what the template writes behind an answer, up to whitespace, such as `<|im_end|>`; None if that is nothing."""
+        if not self.template:
+            return None
+        messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "ANSWER"}]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options)
+        except Exception:  # the template's own, of any kind
+            return None
+        return next(iter(text.rpartition("ANSWER")[2].split()), None)
 
     def lengths(self, row: dict[str, Any]) -> tuple[int, int]:
         """Return the tokens of the prompt, and of prompt and completion, as TRL counts them."""

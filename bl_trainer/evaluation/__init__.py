@@ -25,8 +25,11 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any]:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise RecipeError(f"Evaluation needs lm-evaluation-harness ({error}). Run `pip install '.[evaluation]'`.") from error
-    from .harness import Tasks, load_model, run
+    from .harness import Tasks, find_model, load_model, run
 
+    for checkpoint in checkpoints:
+        if missing[checkpoint.name]:
+            find_model(checkpoint)
     tasks = Tasks(options)
     loaded = {task: tasks.load(task) for task in options.tasks if any(task in names for names in missing.values())}
     for checkpoint in checkpoints:

@@ -25,7 +25,7 @@ class Completion(Generation):
 
     def prepare(self, lm: Any, options: EvaluateArguments, chat: bool) -> None:
         """Take the model that is evaluated next; say which gold answers its tokenizer can't give back."""
-        rights = [gold(doc) for doc in self.eval_docs]
+        rights = [gold(doc) for doc in self.asked(options)]
         lost = [right for right in rights if normalise(_round_trip(lm.tokenizer, right)) != normalise(right)]
         if lost:
             logger.warning(

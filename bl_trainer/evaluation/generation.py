@@ -1,19 +1,24 @@
 """Tasks whose answers are generated: prompts as in training, k answers to each item, graded one by one."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
+from ..data.format import ASSISTANT, USER, Format
 from ..parser import RecipeError
 from .options import EvaluateArguments
 
 
 class Generation(ConfigurableTask):
-    """A task of the harness whose rows may bring their prompt, which is then rendered as TRL renders it in training.
+    """A task of the harness whose rows bring their prompt, or a question, of which one is made as `prepare-data` makes it.
+
+    Both are rendered as TRL renders them in training.
 
     `process_results` of its configuration grades one answer. With several answers to an item a metric is the list of their
     values, and the score the mean of the items' means (Avg@k).
@@ -35,7 +40,13 @@ class Generation(ConfigurableTask):
 
     def own_prompt(self, doc: dict[str, Any]) -> Any:
         """The row's own prompt, a text or messages; None if it has none."""
-        return doc.get("prompt")
+        return doc.get("prompt") or None
+
+    def asked(self, options: EvaluateArguments) -> list[Any]:
+        """The items that `options.limit` leaves, as the harness counts them."""
+        docs, limit = self.eval_docs, options.limit
+        count = len(docs) if limit is None else math.ceil(len(docs) * limit) if limit < 1 else int(limit)
+        return list(islice(docs, count))
 
     def prepare(self, lm: Any, options: EvaluateArguments, chat: bool) -> None:
         """Take the model that is evaluated next, and how to generate with it.
@@ -44,8 +55,10 @@ class Generation(ConfigurableTask):
         """
         if self.is_chat and not lm.tokenizer.chat_template:
             raise RecipeError(f"The data of {self.task_name!r} are messages, but the tokenizer has no chat template.")
-        self.tokenizer = lm.tokenizer
-        longest = max(len(lm.tok_encode(self.fewshot_context(doc, 0, apply_chat_template=chat))) for doc in self.eval_docs)
+        self.format = Format(lm.tokenizer)
+        self.format.is_chat = chat
+        prompts = [self.fewshot_context(doc, 0, apply_chat_template=chat) for doc in self.asked(options)]
+        longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
         room, asked = lm.max_length - longest, options.max_new_tokens
         if room < (asked or 1):
             raise RecipeError(
@@ -56,6 +69,9 @@ class Generation(ConfigurableTask):
         if options.is_sampled:
             # without cuts of the distribution, which generation_config.json may ask for, and transformers does (top_k 50)
             kwargs |= {"do_sample": True, "temperature": options.sampling_temperature, "top_p": 1.0, "top_k": 0}
+        # the end tokens that the model doesn't stop at by itself, and what goes on with a next turn of its own making
+        kwargs["until"] = [end for end in (self.format.turn_end(),) if end]
+        kwargs["until"] += [f"\n{USER}"] if any(map(_is_written, prompts)) else []
         self.set_config("generation_kwargs", kwargs, update=True)
         self.set_config("repeats", options.samples)
 
@@ -70,15 +86,12 @@ class Generation(ConfigurableTask):
         """Return the prompt, in the chat template if it is one of messages or `apply_chat_template`."""
         prompt, options = self.own_prompt(doc), doc.get("chat_template_kwargs") or {}
         if prompt is None:
-            system, text = self.config.description, self.doc_to_text(doc)
-            if not apply_chat_template:
-                return f"{system}\n\n{text}" if system else text
-            prompt = [{"role": "system", "content": system}] if system else []
-            prompt = [*prompt, {"role": "user", "content": text}]
+            prompt, options = self.format.prompt(self.doc_to_text(doc), self.config.description or ""), self.format.options
         if isinstance(prompt, str):
             return prompt
         tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
-        return self.tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+        render = self.format.tokenizer.apply_chat_template
+        return render(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
 
     def apply_filters(self) -> None:
         """Keep all answers to an item, of which the harness would take the first."""
@@ -87,7 +100,8 @@ class Generation(ConfigurableTask):
 
     def process_results(self, doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
         """Return each metric of an item: a value, or one for each of several answers."""
-        graded = [self.config.process_results(doc, [answer]) for answer in results[0]]
+        blank = " " if _is_written(self.fewshot_context(doc, 0)) else ""  # which the format puts before an answer
+        graded = [self.config.process_results(doc, [answer.removeprefix(blank)]) for answer in results[0]]
         if len(graded) == 1:
             return graded[0]
         return {metric: [each[metric] for each in graded] for metric in graded[0]}
@@ -95,6 +109,11 @@ class Generation(ConfigurableTask):
     def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
         """How an item's values become a score, for each metric."""
         return dict.fromkeys(self._aggregation_list, mean_of_items)
+
+
+def _is_written(prompt: str) -> bool:
+    """Whether a prompt is text as `Format` writes it."""
+    return prompt.endswith(f"\n\n{ASSISTANT}")
 
 
 def mean_of_items(values: list[Any]) -> float:

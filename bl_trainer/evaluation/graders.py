@@ -9,12 +9,16 @@ from functools import lru_cache
 from string import ascii_uppercase
 from typing import Any
 
+from ..data.format import USER
 from ..parser import RecipeError
 
 QUESTIONS = ("question", "problem", "Problem", "Question")
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
 LETTER_GOLD = ("answer_idx", "answer_letter", "answer", "completion")
 WORD_GOLD = ("answer", "completion")
+
+STYLE = r"\\(?:textbf|textit|mathbf|boldsymbol)(?![A-Za-z])"
+BASED = r"\(?(\d[0-9A-F]*)\)?_\(?(\d+)\)?"  # a number with its base, of an expression without braces
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
 
@@ -27,7 +31,17 @@ def _docs(docs: Any, columns: tuple[str, ...], row: Callable[[dict[str, Any], An
     if column is None or asked is None:
         needed = f"one of {', '.join(columns)} with the gold answer" if asked else f"one of prompt, {', '.join(QUESTIONS[:2])}"
         raise RecipeError(f"it has the columns {', '.join(sorted(has))}. Needed: {needed}.")
-    return docs.map(lambda doc: {"question": str(doc[asked]), **row(doc, _text(doc[column]))})
+
+    def read(doc: dict[str, Any], i: int) -> dict[str, Any]:
+        question = next((str(doc[name]).strip() for name in ("prompt", *QUESTIONS) if doc.get(name)), "")
+        if not question:
+            raise RecipeError(f"row {i + 1} has no question.")
+        try:
+            return {"question": question, **row({**doc, "question": question}, _text(doc[column]))}
+        except ValueError as error:
+            raise RecipeError(f"row {i + 1}: {error}") from error
+
+    return docs.map(read, with_indices=True)
 
 
 def _text(value: Any) -> str:
@@ -62,14 +76,17 @@ def _math_verify() -> Any:
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return what is in the last closed \boxed{} or \fbox{} of `text`, else what follows its last ####, else None."""
+    r"""Return what is in the last closed \boxed{} or \fbox{} of `text`, else what follows its last ####, else None.
+
+    A heading, whose #### words follow, or a number and words ("1. First"), is no such mark.
+    """
     for begin in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
         depth = 1
         for i in range(begin, len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
             if not depth:
                 return text[begin:i].strip()
-    found = re.findall(r"####[ \t]*(.+)", text)
+    found = re.findall(r"####[ \t]*(?!(?:\d+[.):][ \t]+)?[A-Za-z]{2})(\S.*)", text)
     return found[-1].strip() if found else None
 
 
@@ -83,6 +100,11 @@ def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
     """Whether an answer is mathematically what `gold` is; unless `is_bare`, the answer is looked for in a text."""
     if not answer.strip():
         return False
+    gold, answer = _unstyled(gold), _unstyled(answer)
+    digits = re.fullmatch(BASED, _plain(gold))
+    said = [re.fullmatch(BASED, _plain(answer))] if is_bare else [None, *re.finditer(BASED, _plain(answer))]
+    if digits or (is_bare and said[-1]):  # math-verify passes over the base
+        return bool(digits and said[-1] and digits.groups() == said[-1].groups())
     if is_bare and _plain(gold) == _plain(answer):
         return True
     right, target = _parsed(gold), _parsed(answer) if is_bare else _math_verify().parse(answer)
@@ -91,6 +113,12 @@ def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
     one, other = _number(right), _number(target)
     # math-verify rounds to 6 decimals, so that it takes 1e-27 for 1e-19
     return one is None or other is None or max(abs(one), abs(other)) > 1 or math.isclose(one, other, rel_tol=1e-5)
+
+
+def _unstyled(text: str) -> str:
+    """Return `text` without commands that only style it, and a whole number without parentheses around it."""
+    text = re.sub(rf"{STYLE}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    return re.sub(r"^\s*\((\d+)\)\s*$", r"\1", text)
 
 
 def _number(parsed: list[Any]) -> float | None:
@@ -120,13 +148,17 @@ def letter_docs(docs: Any) -> Any:
 
 def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
     choices = _choices(doc.get("options"))
-    asked = next((doc[name] for name in QUESTIONS if doc.get(name)), "")
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
-    if right.isdigit() and choices:
-        right = ascii_uppercase[int(right)]
-    elif right in choices:
-        right = ascii_uppercase[choices.index(right)]
-    return {"question": f"{asked}\n{listed}" if listed else asked, "choices": choices, "gold": letter(right, choices) or ""}
+    letters, gold = ascii_uppercase[: len(choices) or 10], right
+    is_number = not isinstance(next(doc[name] for name in LETTER_GOLD if name in doc), str)
+    if right in choices and not is_number:  # a number is an index, a text of digits may be an option
+        gold = ascii_uppercase[choices.index(right)]
+    elif right.isdigit() and choices:
+        gold = ascii_uppercase[int(right)] if int(right) < len(choices) else right
+    if gold.isdigit() or (len(gold) == 1 and gold.isalpha() and gold.upper() not in letters):
+        raise ValueError(f"the gold answer {right!r} is none of the options {letters[0]} to {letters[-1]}.")
+    question = f"{doc['question']}\n{listed}" if listed else doc["question"]
+    return {"question": question, "choices": choices, "gold": letter(gold, choices) or ""}
 
 
 def _choices(options: Any) -> list[str]:
@@ -143,39 +175,64 @@ def grade_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     return {"accuracy": float(letter(results[0], doc["choices"]) == doc["gold"])}
 
 
-LEAD = r"(?:\b(?:the|is|are|be|was|as|but|rather|clearly|therefore|thus|likely|most|probably|option|choice|letter)\b|[\s:=*_`'\"$(\[{]|\\text|\\boxed|\\mathbf|\\mathrm)*"  # noqa: E501
+# What may stand between the words that announce a letter and the letter, of which "not" and the like are none
+LEAD = (
+    r"(?i:\b(?:the|is|are|be|was|as|but|rather|therefore|thus|most|either|answer|option|choice|letter|\w+ly)\b"
+    r"|[\s:=*_`'\"$(\[{>-])*"
+)
+# "A" and "I" are words too: before a word in lower case other than these
+GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
+ANNOUNCED = r"\b(?:answer|option|choice)\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s*(?:>|-|=)|\b(?:choose|pick|select)\b"
+RIGHT = r"(?:is|would be|must be|should be|seems)\s+(?:the\s+)?(?:most\s+|\w+ly\s+)?(?:correct|right|best|appropriate|answer)\b"
+WRONG = r"(?:is|are|was|would be|can be|must be)\s+(?:\w+ly\s+)?(?:not|wrong|incorrect|false|excluded|ruled out|eliminated)\b"
+NOT = r"(?:not|\w+n['\u2019]t|cannot|never|neither|nor|than|instead of|eliminate|exclude)"
 
 
 def letter(text: str, choices: list[str]) -> str | None:
     r"""Return the letter of the option that an answer settles on, or None.
 
-    The first of these that is there: the last \boxed{}, if it is a letter or an option; the letter after the last "answer",
-    "option" or "choice" that has one; the only line that is a letter alone or begins with one; the only option whose words
-    are in the text. A letter after "not" is none, "B or C" is no answer, and nothing is guessed: neither a letter in prose
-    nor the nearest option.
+    The first of these that is there, in the answer up to a next turn of its own making:
+
+    1. the last closed \boxed{}, if it is a letter, one with its option, or an option;
+    2. the last statement: "the answer is C", "answer: C", "I choose C", "C is correct";
+    3. a last line that is a letter alone, or the only letter that begins a line;
+    4. the only letter in bold or in parentheses;
+    5. the only one named as "option C", "choice C" or "answer C";
+    6. the only option whose words are in the text.
+
+    A letter after "not", or one said to be wrong, counts nowhere; "B or C" is no answer. Nothing is guessed: neither a letter
+    in prose nor the nearest option.
     """
     letters = ascii_uppercase[: len(choices) or 10]
     texts = {_words(choice): name for name, choice in zip(letters, choices, strict=False)}
-    one = rf"[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$]|$))"
+    one = rf"(?![AI]\s+(?!{GOES_ON})[a-z])[{letters}](?![\w'\u2019-])|[{letters.lower()}](?=\s*(?:[.)\]}},:;*_`\"$<]|$))"
+    text = re.sub(r"\\(?:text|math)[a-z]*(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
     boxed = re.findall(r"\\boxed\s*\{", text) and final_answer(text)
     if boxed:
-        found = re.fullmatch(rf"{LEAD}({one})(?:\W*|\W*[.):-]\s.*)", boxed, re.DOTALL)
-        return found[1].upper() if found else texts.get(_words(boxed))
-    text = re.sub(rf"\b(?:not|isn't|neither|nor|than|instead of|eliminate)\b{LEAD}(?:{one})", " ", text)
-    for anchor in (r"\banswer\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)", r"\b(?:answer|option|choice|choose|pick|select)\b"):
-        second = rf"\W*(?:or|and|/|&)\W*(?:{one})|,\s*(?:{one})(?!\s+[a-z])"  # but "A, I think" is one letter
-        picked = re.findall(rf"(?i:{anchor})(?i:{LEAD})({one})({second})?", text)
-        if picked:
-            return None if picked[-1][1] else picked[-1][0].upper()  # two letters are no answer
-    lines = {match[1].upper() for match in re.finditer(rf"^[\s*_`(\[]*({one})(?=\s*(?:[.):\]*_`]|$))", text, re.MULTILINE)}
+        found = re.fullmatch(rf"{LEAD}([{letters}{letters.lower()}])\b(\W*)(.*)", boxed, re.DOTALL)
+        if found and (not found[3] or re.match(r"\W*[.):-]\s", found[2]) or texts.get(_words(found[3])) == found[1].upper()):
+            return found[1].upper()
+        return texts.get(_words(boxed))
+    text = re.sub(rf"\b(?i:(?:option|choice|answer)\s+)?[\s(*]*\b(?:{one})[\s)*]*(?i:{WRONG})", " ", text)
+    text = re.sub(rf"(?i:\b{NOT}\b){LEAD}(?:{one})", " ", text)
+    second = rf"\W*(?:or|and|/|&)\W*(?:{one})|,\s*(?:{one})(?!\s+[a-z])"  # but "A, I think" is one letter
+    begin = r"(?:^|[.,;:\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|that|and|but)\b)"
+    stated = re.finditer(
+        rf"(?i:{ANNOUNCED}){LEAD}(?P<a>{one})(?P<second>{second})?|{begin}[\s(*]*(?P<b>{one})[\s)*]*(?i:{RIGHT})", text
+    )
+    last = max(stated, key=lambda match: match.start(), default=None)
+    if last:
+        return None if last["second"] else (last["a"] or last["b"]).upper()
     alone = re.fullmatch(rf"[\s*_`(\[]*([{letters}{letters.lower()}])[\s*_`)\].:]*", text.strip().split("\n")[-1])
     if alone:
         return alone[1].upper()
-    if len(lines) == 1:
-        return lines.pop()
-    marked = set(re.findall(rf"(?:\*\*|\()([{letters}])(?:\*\*|\))", text))
-    if len(marked) == 1:
-        return marked.pop()
+    for names in (
+        re.findall(rf"^[\s*_`(\[]*({one})(?=\s*(?:[.):\]*_`]|$))", text, re.MULTILINE),
+        re.findall(rf"(?:\*\*|\()([{letters}])(?:\*\*|\))", text),
+        re.findall(rf"\b(?i:option|choice|answer)\b{LEAD}({one})(?!{second})", text),
+    ):
+        if len({name.upper() for name in names}) == 1:
+            return names[0].upper()
     said = _words(text)
     named = {name for words, name in texts.items() if words and re.search(rf"\b{re.escape(words)}\b", said)}
     return named.pop() if len(named) == 1 else None

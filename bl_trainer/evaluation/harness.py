@@ -16,8 +16,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..data.format import Format
 from ..local_data import LOCAL_FORMATS, find_fault
 from ..objectives import _nearest
 from ..parser import RecipeError, sentence
@@ -26,6 +27,10 @@ from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
 
 OWN = Path(__file__).parent / "tasks"
+
+# Where the paper's evaluation stops, too (Qwen's and Llama's tokens, and those of others): a checkpoint trained with another
+# end token than its base stops where its base does
+ENDS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant so, such as a model that is loaded already
 
@@ -168,6 +173,18 @@ def _splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(rows)}
 
 
+def find_model(checkpoint: Checkpoint) -> None:
+    """Raise RecipeError if there is no such model."""
+    try:
+        AutoConfig.from_pretrained(checkpoint.model)
+    except Exception as error:  # it can be told in many ways
+        raise _cannot_load(checkpoint, error) from error
+
+
+def _cannot_load(checkpoint: Checkpoint, error: Exception) -> RecipeError:
+    return RecipeError(f"Can't load `--model {checkpoint.name}`: {sentence(error)}")
+
+
 def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
     """Load a checkpoint for the harness, one copy for each process."""
     if options.backend == "vllm":
@@ -182,7 +199,7 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
                 model.resize_token_embeddings(len(tokenizer))
             model = PeftModel.from_pretrained(model, checkpoint.adapter)
     except Exception as error:  # it can be told in many ways that there is no such model
-        raise RecipeError(f"Can't load `--model {checkpoint.name}`: {sentence(error)}") from error
+        raise _cannot_load(checkpoint, error) from error
     accelerator = Accelerator()
     # loaded here, since the harness cuts the embeddings to the tokenizer's size under an adapter, which may hold them whole
     lm = HFLM(pretrained=model.to(accelerator.device), tokenizer=tokenizer, batch_size=options.batch_size)
@@ -203,10 +220,14 @@ def _load_vllm(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
 
 
 def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
-    """Let each generation end at the tokenizer's end token too, which the harness sees only once all of a batch have ended."""
-    config = model.generation_config
+    """Let each generation end at the tokenizer's and its template's end tokens, and at ENDS.
+
+    The harness sees the first only once all of a batch have ended, the others not at all in its decoded texts.
+    """
+    config, vocabulary = model.generation_config, tokenizer.get_vocab()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}) or None
+    ends = [*ends, tokenizer.eos_token_id, *(vocabulary.get(end) for end in (Format(tokenizer).turn_end(), *ENDS))]
+    config.eos_token_id = sorted({end for end in ends if end is not None}) or None
 
 
 def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..local_data import LOCAL_FORMATS, find_fault, is_path
-from ..parser import Parser, RecipeError
+from ..parser import Parser, RecipeError, sentence
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")
@@ -28,8 +29,10 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """The name, as that of a folder."""
-        return self.name.replace("/", "__").replace("..", "__")
+        """The name, as that of a folder; with a part of its hash where another name could give the same."""
+        label = self.name.replace("/", "__").replace("..", "__")
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        return label if label.replace("__", "/") == self.name else f"{label}-{digest}"
 
     def fingerprint(self) -> str:
         """Return a hash of a sample of each of the checkpoint's files."""
@@ -61,7 +64,7 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "task=path.jsonl: a local file in place of that task's data set."}
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the results."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the results that are there."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of these tasks and models that are there."})
     limit: float | None = field(default=None, metadata={"help": "Only the first so many items of a task; below 1 a share."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt, if not the task's own number."})
     samples: int = field(
@@ -109,11 +112,13 @@ class EvaluateArguments:
         for key, example in (("model", "out/model"), ("tasks", "gsm8k"), ("output", "out/evaluation")):
             if not getattr(self, key):
                 raise RecipeError(f"`--{key}` is missing. Write e.g. `--{key} {example}`.")
-        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit % 1)):
+        if self.limit is not None and not (self.limit > 0 and (self.limit <= 1 or self.limit % 1 == 0)):
             raise RecipeError(f"`--limit {self.limit:g}` must be a number of items, or a share between 0 and 1.")
         for key, least in (("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise RecipeError(f"`--{key} {getattr(self, key)}` must be at least {least}.")
+        if not math.isfinite(self.sampling_temperature):
+            raise RecipeError(f"`--temperature {self.temperature}` must be a number.")
         if self.samples > 1 and not self.is_sampled:
             raise RecipeError(f"`--temperature 0` gives {self.samples} equal answers. Write a higher one, or `--samples 1`.")
         if self.backend not in BACKENDS:
@@ -132,6 +137,8 @@ class EvaluateArguments:
                 raise RecipeError(f"`--data {part}` must be task=path, of a .jsonl, .json, .parquet or .csv file.")
             if not Path(path).is_file():
                 raise RecipeError(f"`--data {part}`: there is no such file.")
+            if [each.partition("=")[0] for each in self.data].count(task) > 1:
+                raise RecipeError(f"`--data {task}=...` is given more than once. Put the rows into one file.")
             fault = find_fault([Path(path)])
             if fault:
                 raise RecipeError(f"`--data {task}=...`: {fault}.")
@@ -174,7 +181,10 @@ def is_adapter(folder: str) -> bool:
 
 
 def _base(adapter: str) -> str:
-    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    try:
+        base = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(f"The adapter_config.json of `--model {adapter}` can't be read: {sentence(error)}") from error
     instead = f"Write `--model BASE --adapter {adapter}`."
     if not base:
         raise RecipeError(f"The adapter `--model {adapter}` names no base model. {instead}")

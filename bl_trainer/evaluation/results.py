@@ -24,9 +24,12 @@ class Results:
     def __init__(self, options: EvaluateArguments, checkpoints: list[Checkpoint]):
         self.options, self.folder = options, Path(options.output or ".")
         self.prints = {checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints}
-        self.entries = [] if options.overwrite else self._read()
-        for entry in self.entries:
-            self._refuse_other(entry)
+        self.entries = self._read()
+        if options.overwrite:
+            asked = [(name, task) for name in self.prints for task in options.tasks]
+            self.entries = [e for e in self.entries if (e["checkpoint"], e["task"]) not in asked and not self._fault(e)]
+        for fault in filter(None, map(self._fault, self.entries)):
+            raise self._refusal(fault)
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
@@ -39,22 +42,32 @@ class Results:
         if not path.exists():
             return []
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            entries = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+            for entry in entries:
+                self._fault(entry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if self.options.overwrite:
+                return []
             raise self._refusal("a results.json of something else") from error
+        return entries
 
     def _refusal(self, what: str) -> RecipeError:
         return RecipeError(f"`--output {self.folder}` holds {what}. Write another folder, or add `--overwrite`.")
 
-    def _refuse_other(self, entry: dict[str, Any]) -> None:
+    def _fault(self, entry: dict[str, Any]) -> str | None:
+        """Why results can't stand beside those that are asked for, None if they can."""
         task, checkpoint, now = entry["task"], entry["checkpoint"], self.options.deciding(entry["task"])
         defaults = {key: each.default for key, each in EvaluateArguments.__dataclass_fields__.items()}
         for key, value in now.items() if task in self.options.tasks else ():
             then = entry["options"].get(key, defaults.get(key))
-            if then != value:
-                raise self._refusal(f"results of {task} with other options (`{key}`: {then}, now {value})")
+            is_same = sorted(then.values()) == sorted(value.values()) if key == "files" else then == value  # under any path
+            if not is_same:
+                return f"results of {task} with other options (`{key}`: {then}, now {value})"
         if self.prints.get(checkpoint, entry["fingerprint"]) != entry["fingerprint"]:
-            raise self._refusal(f"results of another model that was at {checkpoint}")
+            return f"results of another model that was at {checkpoint}"
+        items = [score["samples"] for score in entry["scores"] if score["samples"]]
+        lost = next((path for path in items if not (self.folder / path).is_file()), None)
+        return f"results of {task} whose items, {lost}, are gone" if lost else None
 
     def has(self, checkpoint: Checkpoint, task: str) -> bool:
         """Whether a task of a checkpoint is done."""
