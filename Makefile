@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+SHARED := --numprocesses $(CORES) --dist worksteal
 
 # TRL 1.15 has no fused head for the CPU, only Triton's interpreter, which is slow: a part of the trainer's tests
 LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion) and not qlora) or (evaluation_is_exact and neg_p-0.01) \
@@ -53,20 +54,20 @@ anneal-study: $(VENV)/installed
 test: lint test-pinned test-lowest
 
 test-pinned: $(VENV)/tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # The lower bounds of pyproject.toml
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/python -m pytest $(addprefix tests/test_,objectives.py recipe.py statistics.py security.py faults.py)
-	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_head.py
-	$(LOWEST)/bin/python -m pytest tests/test_diagnosis.py -k "$(LOWEST_DIAGNOSIS)"
-	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_trainer.py -k "$(LOWEST_TESTS)"
+	$(LOWEST)/bin/python -m pytest $(SHARED) $(addprefix tests/test_,objectives.py recipe.py statistics.py security.py faults.py)
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(SHARED) tests/test_head.py
+	$(LOWEST)/bin/python -m pytest $(SHARED) tests/test_diagnosis.py -k "$(LOWEST_DIAGNOSIS)"
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(SHARED) tests/test_trainer.py -k "$(LOWEST_TESTS)"
 
 # The newest of everything that there is today, with nothing pinned
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test,data,qlora,deepspeed,evaluation,sweep,postgresql]"
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/python -m pytest $(SHARED)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
