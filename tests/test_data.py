@@ -150,7 +150,8 @@ def seen(tokenizers):
 
     def seen(kind, name):
         form, rows, tokenized, lm = trainer(kind)
-        text = completion.Completion.fewshot_context(SimpleNamespace(tokenizer=form.tokenizer), rows[name])
+        task = SimpleNamespace(format=form, own_prompt=lambda doc: doc["prompt"])
+        text = completion.Completion.fewshot_context(task, rows[name], 0)
         prompt = lm.tok_batch_encode([text])[0][0].tolist()
         trained = {key: tokenized[name][key] for key in ("input_ids", "labels")}
         return SimpleNamespace(form=form, row=rows[name], text=text, prompt=prompt, **trained)
