@@ -751,7 +751,7 @@ def test_questions_are_asked_as_prepared_data_ask_them(task, template, models, t
     assert shown == [trained, trained]
 
 
-def scripted(folder, text, template=None):
+def scripted(folder, text, template=None, after_a=None):
     """A model that says `text`, whatever it is asked, and the tokenizer, of whole words; its end token isn't <turn>."""
     words = dict.fromkeys(
         ["<pad>", "<eos>", "<turn>", "<unk>", "<im_start>", "Assistant:", *re.findall(r"<\w+>|\w+|\W", text), *"abU"]
@@ -773,26 +773,26 @@ def scripted(folder, text, template=None):
     head[:, said] = 0
     for one, other in itertools.pairwise(said):
         head[other, one] = 1
+    if after_a:
+        head[tokenizer(after_a)["input_ids"][0], tokenizer("a")["input_ids"][0]] = 1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def test_bases_stop_where_the_turn_ends(tmp_path):
-    template = (
-        "{% for m in messages %}<im_start>{{ m.content }}<turn>{% endfor %}{% if add_generation_prompt %}<im_start>{% endif %}"
-    )
-    scripted(tmp_path / "base", "5<turn>7", template)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    scripted(tmp_path / "trained", "5<turn>7", template)
+    ask = "{% if add_generation_prompt %}<im_start>{{ messages[-1].content[0] }}{% endif %}"
+    template = "{% for m in messages %}<im_start>{{ m.content }}<turn>{% endfor %}" + ask
+    for name in ("base", "trained"):
+        scripted(tmp_path / name, "x 5<turn>7", template, after_a="5")  # it begins with 5 where the prompt ends in "a"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
     tokenizer.eos_token = "<turn>"
     tokenizer.save_pretrained(tmp_path / "trained")
-    data = [
-        f"math500={write_rows(tmp_path / 'test.jsonl', [{'question': 'a', 'answer': '5'}, {'question': 'b', 'answer': '5'}])}"
-    ]
+    rows = [{"question": question, "answer": "5"} for question in "ab"]
+    data = [f"math500={write_rows(tmp_path / 'test.jsonl', rows)}"]
     found = run(tmp_path, tmp_path, "base", "trained", tasks=["math500"], data=data, max_new_tokens=8)["evaluations"]
     for entry in found:
         lines = (tmp_path / "out" / entry["scores"][0]["samples"]).read_text().splitlines()
-        assert [json.loads(line)["answer"] for line in lines] == ["5", "5"]
+        assert [json.loads(line)["answer"] for line in lines] == ["5", "x 5"]
 
 
 def test_text_stops_before_the_next_turn_and_loses_its_blank(tmp_path):
