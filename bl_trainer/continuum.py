@@ -252,10 +252,10 @@ def _regions(report: dict[str, Any]) -> list[str]:
 
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
-    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 and anneal learn the one and let go of the "
-    "other, in a small study (docs/anneal.md)",
-    "noise": "noise to this model. Prior-leaning objectives let go of it, and there is little else to learn",
-    "little": "little to learn and little noise, so that objectives will differ little",
+    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 and anneal have learnt the one and let go "
+    "of the other (docs/anneal.md)",
+    "noise": "mostly noise to this model. Prior-leaning objectives let go of that, and forgo little that they could not learn",
+    "little": "too little of either for objectives to differ much",
 }
 
 

@@ -76,7 +76,7 @@ def terminal_summary(report: dict[str, Any], folder: str | None) -> str:
                     f"  against {_short(report['compare']['checkpoint'])} on {name}: mean p {part['base_prob']:.3f} -> "
                     f"{part['prob']:.3f}, nll {part['base_nll']:.3f} -> {part['nll']:.3f}, KL {part['kl']:.4f}"
                 )
-    lines += [f"  {_clip(reason)}" for reason in advice["reasons"][: 3 if "learnability" in report else 2]]
+    lines += [f"  {_clip(reason, 400)}" for reason in advice["reasons"][: 3 if "learnability" in report else 2]]
     lines += [f"  ! {_clip(warning)}" for warning in advice["warnings"][:6]]
     lines.append("Try: " + "; ".join(_arm(arm) for arm in advice["arms"]))
     lines.append(f"Report: {Path(folder or '.') / 'report.html'}   arms: {Path(folder or '.') / 'sweep.yaml'}")
@@ -215,7 +215,8 @@ def page(report: dict[str, Any]) -> str:
         f"<section><h2>{escape(_placement(placement))}</h2>{_figure('continuum', report)}"
         + "".join(f"<p>{escape(reason)}</p>" for reason in advice["reasons"])
         + "<p>Try: " + ", ".join(f"<code>{escape(_arm(arm))}</code>" for arm in advice["arms"])
-        + f" (<code>sweep.yaml</code>). The threshold is the {SWEPT_PERCENTILE}th percentile of p, as a recipe may also say: "
+        + " (<code>sweep.yaml</code>). The threshold of an arm is the "
+        + f"{SWEPT_PERCENTILE}th percentile of p, as a recipe may also say: "
         + f"<code>threshold: {{above_percentile: {SWEPT_PERCENTILE}}}</code>.</p>"
         + "<ul class=warnings>" + "".join(f"<li>{escape(warning)}</li>" for warning in advice["warnings"]) + "</ul></section>",
         "<section><h2>Read the examples</h2><p>Each target token is coloured by p, from <span class=t data-b=0>improbable"

@@ -146,7 +146,7 @@ def nll_against_neg_p(board: Leaderboard) -> tuple[float, str]:
 def table(cells: list[dict[str, Any]], ruler: str) -> str:
     """Return a Markdown table of a ruler: each objective at its best learning rate, mean over seeds with its interval."""
     names = list(dict.fromkeys(row.name for cell in cells for row in sorted(cell["boards"][ruler].rows, key=_order)))
-    lines = ["| cell | noise | base mean p | learnable | base | " + " | ".join(names)]
+    lines = ["| cell | noise | base mean p | foretold | base | " + " | ".join(names)]
     lines = [lines[0] + " | neg_p - nll |", "|---" * (len(names) + 6) + "|"]
     for cell in cells:
         board = cell["boards"][ruler]

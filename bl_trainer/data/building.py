@@ -178,7 +178,8 @@ def _open_part(folder: Path, settings: dict[str, Any], options: PrepareArguments
             return record
         if record is None and any(folder.iterdir()):
             raise RecipeError(f"{folder} holds what prepare-data didn't write. Move it away, or write another `--output`.")
-        if record is not None and not options.overwrite:
+        has_begun = any(folder.glob("*.parquet"))  # what failed before its first file has nothing to lose
+        if record is not None and has_begun and not options.overwrite:
             raise RecipeError(
                 f"{folder} is left from a preparation with other options that was interrupted. Go on with these, or write "
                 "`--overwrite` to begin anew."

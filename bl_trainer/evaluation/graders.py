@@ -156,7 +156,8 @@ def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
     elif right.isdigit() and choices:
         gold = ascii_uppercase[int(right)] if int(right) < len(choices) else right
     if gold.isdigit() or (len(gold) == 1 and gold.isalpha() and gold.upper() not in letters):
-        raise ValueError(f"the gold answer {right!r} is none of the options {letters[0]} to {letters[-1]}.")
+        lacks = "" if choices else ", and there is no column `options` that it could be one of"
+        raise ValueError(f"the gold answer {right!r} is none of the options {letters[0]} to {letters[-1]}{lacks}.")
     question = f"{doc['question']}\n{listed}" if listed else doc["question"]
     return {"question": question, "choices": choices, "gold": letter(gold, choices) or ""}
 
