@@ -248,6 +248,7 @@ def test_options_that_are_numbers(answer, gold):
     [
         ([{"answer_idx": 4}], "row 1: the gold answer '4' is none of the options A to D."),
         ([{"answer_idx": "A"}, {"answer_idx": "E"}], "row 2: the gold answer 'E' is none of the options A to D."),
+        ([{"answer_idx": 4, "options": None}], "'4' is none of the options A to J, and there is no column `options` that"),
         ([{"answer_idx": "A"}, {"answer_idx": "A", "question": None}], "row 2 has no question."),
         ([{"answer_idx": "A", "question": " "}], "row 1 has no question."),
     ],
