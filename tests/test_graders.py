@@ -218,13 +218,22 @@ def test_letters_of_ten():
         assert letter(text, choices) == expected
 
 
-@pytest.mark.parametrize("options", [dict(zip("ABCD", CHOICES, strict=True)), CHOICES, None], ids=["mapping", "list", "none"])
+LETTERS_OF_C: list[dict] = [{"answer_idx": "C"}, {"answer_letter": "c"}, {"answer": "\\boxed{C}"}]
+AMONG_OPTIONS: list[dict] = [{"answer_idx": 2}, {"answer": "vitamin C"}]
+
+
 @pytest.mark.parametrize(
-    "gold", [{"answer_idx": "C"}, {"answer_idx": 2}, {"answer_letter": "c"}, {"answer": "vitamin C"}, {"answer": "\\boxed{C}"}]
+    ("options", "gold"),
+    [
+        *(
+            (options, gold)
+            for options in (dict(zip("ABCD", CHOICES, strict=True)), CHOICES)
+            for gold in LETTERS_OF_C + AMONG_OPTIONS
+        ),
+        *((None, gold) for gold in LETTERS_OF_C),
+    ],
 )
 def test_medical_rows(options, gold):
-    if options is None and gold in ({"answer_idx": 2}, {"answer": "vitamin C"}):
-        pytest.skip("without options there is nothing that these stand for")
     other = {"question": "Else?", "options": dict(zip("ABCDE", "vwxyz", strict=True)), "answer": "z", "answer_idx": "E"}
     rows = [{"question": "Which?", "options": options, **gold}]
     if isinstance(options, dict) and isinstance(gold.get("answer_idx"), str):
