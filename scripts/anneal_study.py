@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from continuum import NEG_P, NLL, RULERS, begin, boards_of, quiet, read_plan, row_of, sweep, values_of
 from matplotlib.figure import Figure
-from miniature import CELLS, CORRUPTIONS, STEPS, cell_folder, prepare
+from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 
 from bl_trainer.pages import render
 from bl_trainer.sweep.leaderboard import Leaderboard, compare, difference
@@ -74,7 +74,8 @@ def scores(board: Leaderboard, arms: list[int]) -> dict[int, float]:
 
 def best_fixed(board: Leaderboard) -> dict[str, Any]:
     """Return the fixed objective of the highest mean, at its best learning rate."""
-    return max(FIXED, key=lambda arm: row_of(board, arm).values[board.plan.rank_by][0])
+    tried = [arm for arm in FIXED if any(row.group == arm for row in board.rows)]
+    return max(tried, key=lambda arm: row_of(board, arm).values[board.plan.rank_by][0])
 
 
 def regret(board: Leaderboard, arm: dict[str, Any], rate: float | None = None) -> Regret:
@@ -105,7 +106,7 @@ def common_rate(cells: list[Cell], arm: dict[str, Any], ruler: str) -> float:
 
 def arms_of(cells: list[Cell]) -> list[dict[str, Any]]:
     """Return the objectives that every cell has, `anneal` first and the fixed ones last."""
-    known = [[row.group for row in cell.boards["greedy"].rows] for cell in cells]
+    known = [[row.group for row in next(iter(cell.boards.values())).rows] for cell in cells]
     return [arm for arm in [ANNEAL, *DESIGNS, *FIXED] if all(arm in groups for groups in known)]
 
 
@@ -218,7 +219,7 @@ def main() -> None:
     groups = {"fixed": FIXED, "anneal": [ANNEAL]}
     studies: dict[int, list[Cell]] = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, spawn, begin, (options.folder,)) as pool:
+    with ProcessPoolExecutor(options.jobs, spawn, begin, (Miniature, options.folder)) as pool:
         run = partial(sweep, pool=pool, jobs=options.jobs)
         for steps in (STEPS, STEPS // 2, 2 * STEPS) if options.full else (STEPS,):
             mine = {**groups, "designs": DESIGNS} if options.full and steps == STEPS else groups

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -46,7 +47,9 @@ ARMS: list[dict[str, Any]] = [
 LEARNING_RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 RULERS = {"greedy": "greedy", "sampled": "sampled at temperature 1"}
 
-_MINE: dict[str, Miniature] = {}  # a worker process's
+PER_TOKEN = {"accuracy": "top1", "nll": "nll", "target_prob": "prob", "drift": "kl"}  # ruler -> sums by held-out example
+
+_MINE: dict[str, Any] = {}  # a worker process's
 
 
 def quiet() -> None:
@@ -56,25 +59,25 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def begin(folder: Path) -> None:
-    """Load the miniature in a worker process."""
+def begin(make: Callable[..., Any], *args: Any) -> None:
+    """Load what has arms in a worker process: `make(*args)`."""
     quiet()
-    _MINE["miniature"] = Miniature(folder)
+    _MINE["model"] = make(*args)
     gc.collect()
     gc.freeze()  # accelerate collects garbage after each arm, and would go through all that is loaded
 
 
 def call(method: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of the worker's miniature."""
-    return getattr(_MINE["miniature"], method)(*args, **kwargs)
+    """Call a method of what the worker has loaded."""
+    return getattr(_MINE["model"], method)(*args, **kwargs)
 
 
-def means(items: dict[str, list[float]], targets: int) -> dict[str, float]:
-    """Return the rulers that sums by held-out example make; `targets`: target tokens of each."""
-    size = len(items["greedy"])
-    per_token = {"accuracy": "top1", "nll": "nll", "target_prob": "prob"}
-    found = {name: sum(items[key]) / (size * targets) for name, key in per_token.items()}
-    return {**found, **{name: sum(items[name]) / size for name in RULERS}}
+def means(items: dict[str, Any]) -> dict[str, float]:
+    """Return the rulers that numbers by held-out example make: of each target token, or of each example."""
+    tokens = sum(items["targets"])
+    found = {name: sum(items[key]) / tokens for name, key in PER_TOKEN.items() if key in items}
+    own = items.keys() - {"targets", *PER_TOKEN.values()}
+    return found | {name: sum(items[name]) / len(items[name]) for name in items if name in own}
 
 
 def plan_of(folder: Path, cell: str, corruption: float, seeds: int, full: bool) -> Plan:
@@ -101,9 +104,8 @@ def sweep(plan: Plan, folder: Path, cell: str, corruption: float, pool: Executor
         if result is None:
             items = pool.submit(call, "arm", cell, corruption, **setting).result()
             place.mkdir(parents=True, exist_ok=True)
-            targets = items.pop("targets")
-            result = {"schema": RESULT_SCHEMA, "setting": setting, "rulers": means(items, targets), "base": {}, "loss": None}
-            result |= {"examples": len(items["greedy"]), "tokens": targets * len(items["greedy"]), "items": items}
+            result = {"schema": RESULT_SCHEMA, "setting": setting, "rulers": means(items), "base": {}, "loss": None}
+            result |= {"examples": len(items["targets"]), "tokens": sum(items["targets"]), "items": items}
             part = place / "result.part"
             part.write_text(json.dumps(result) + "\n", encoding="utf-8")
             part.replace(place / "result.json")
@@ -125,8 +127,10 @@ def board_by(ruler: str, plan: Plan, arms: dict[int, dict[str, Any]]) -> Leaderb
 
 
 def values_of(result: dict[str, Any], ruler: str) -> dict[str, tuple[float, float]]:
-    """Return (1, value) by held-out example."""
-    return {str(i): (1.0, value) for i, value in enumerate(result["items"][ruler])}
+    """Return weight and weighted value by held-out example."""
+    items, key = result["items"], PER_TOKEN.get(ruler)
+    weights = [1.0] * len(items[ruler]) if key is None else items["targets"]
+    return {str(i): pair for i, pair in enumerate(zip(weights, items[key or ruler], strict=True))}
 
 
 def row_of(board: Leaderboard, group: dict[str, Any]) -> Row:
@@ -219,7 +223,7 @@ def main() -> None:
     prepare(options.folder, options.pretraining_seed)
     cells, arms = [], 0
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, spawn, begin, (options.folder,)) as pool:
+    with ProcessPoolExecutor(options.jobs, spawn, begin, (Miniature, options.folder)) as pool:
         for cell, corruption in itertools.product(options.cells, sorted(CORRUPTIONS, reverse=True)):
             home = cell_folder(options.folder, cell, corruption)
             diagnosis = pool.submit(call, "diagnose", cell, corruption)
@@ -230,7 +234,7 @@ def main() -> None:
             measured = diagnosis.result()
             base_figures = {"prob": measured["total"]["prob"], "learnable": measured["learnability"]["learnable"]}
             found = {"cell": cell, "corruption": corruption, **base_figures, "boards": boards}
-            cells.append({**found, "base": means(items, items.pop("targets")), "examples": len(items["greedy"])})
+            cells.append({**found, "base": means(items), "examples": len(items["greedy"])})
             arms += plan.count
     text = report(cells, options, arms)
     (options.folder / "continuum.md").write_text(text, encoding="utf-8")

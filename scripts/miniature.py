@@ -307,7 +307,7 @@ class Miniature:
             "nll": (-logp.double()).sum(1).tolist(),
             "prob": logp.double().exp().sum(1).tolist(),
             "top1": is_top1.sum(1).tolist(),
-            "targets": targets.shape[1],
+            "targets": [targets.shape[1]] * len(targets),
         }
 
     def diagnose(self, cell: str, corruption: float) -> dict[str, Any]:

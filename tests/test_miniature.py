@@ -208,7 +208,7 @@ def test_a_cell_is_swept_and_goes_on(folder, mini, monkeypatch, tmp_path):
         assert row.values[ruler][0] == pytest.approx(max(by_rate.values()))
     base = mini.evaluate(None, "weak")
     cell = {"cell": "weak", "corruption": 0.3, "prob": 0.15, "learnable": 0.5, "boards": boards}
-    cell["base"] = continuum.means(base, 9)
+    cell["base"] = continuum.means(base)
     head, _, line = continuum.table([cell], "greedy").splitlines()
     assert head.split(" | ")[3:] == ["foretold", "base", "nll", "neg_p", "neg_p - nll |"]
     assert line.startswith("| weak | 30% | 0.150 | 0.500 | 0.000 | 0.000")

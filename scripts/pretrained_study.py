@@ -1,0 +1,374 @@
+"""`anneal` and the fixed objectives on a pretrained model: `python scripts/pretrained_study.py [--folder pretrained]`.
+
+Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
+
+- records: the quickstart's task, which the model nearly knows, with right records, and with 30 % wrong ones
+- codes: the same with a code for each city, which the model can't know, and 30 % wrong records
+- figfont: words as ASCII art, the paper's model-weak task
+- gsm8k: grade-school mathematics, from the Hub, or from `--gsm8k`, a folder of train.jsonl and test.jsonl
+
+and leaves pretrained.md in `folder`; what is done is kept there, and the same command goes on. The training sets are larger
+than what an arm trains on: its seed chooses the examples, their order and the adapter's random weights.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from anneal_study import ANNEAL, FIRST_SEED, Cell, by_cell, name_of
+from continuum import NEG_P, NLL, begin, board_by, call, means, quiet, read_plan, row_of, sweep
+from datasets import Dataset, load_dataset
+from miniature import cell_folder, read_rows, write_rows
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quickstart
+from bl_trainer import BLConfig, BLTrainer
+from bl_trainer.__main__ import main as verb
+from bl_trainer.evaluation.graders import final_answer, is_same_math
+from bl_trainer.statistics import Calibration
+
+ARMS: list[dict[str, Any]] = [NLL, {"objective": {"name": "power", "alpha": 0.5}}, NEG_P, ANNEAL]
+POOL = 1024  # training examples of a set
+SYSTEM = "Extract the name, age and city as JSON."
+SHORT = 128  # tokens of a figfont example
+NEW_TOKENS = 160  # of an answer to a problem of gsm8k
+
+# What all runs share; the keys of a recipe
+ATTENTION = "eager"  # the fastest on a CPU, for short examples
+RANK = 16
+TRAINING: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1_000_000,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "per_device_train_batch_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """How arms train on a data set, and are judged. `ruler`: by which the table of all rulers chooses learning rates.
+
+    `noise`: share of wrong training examples. `examples`: held out. `is_short`: whether whole answers are compared.
+    """
+
+    name: str
+    steps: int
+    rates: tuple[float, ...]
+    noise: float = 0.0
+    examples: int = 128
+    is_short: bool = True
+    ruler: str = "sampled"
+
+    @property
+    def rulers(self) -> list[str]:
+        """What objectives are compared by."""
+        own = ["greedy", "sampled"] if self.is_short else ["solved"] if self.name == "gsm8k" else []
+        return [*own, "accuracy", "target_prob"]
+
+
+TASKS = (
+    Task("records", 32, (3e-4, 1e-3), noise=0.3),
+    Task("codes", 40, (3e-4, 1e-3), noise=0.3),
+    Task("figfont", 24, (1e-3,), is_short=False, ruler="target_prob"),
+    Task("records", 32, (1e-3,)),
+    Task("gsm8k", 16, (3e-4,), examples=64, is_short=False, ruler="target_prob"),
+)
+RULERS = {
+    "greedy": "Exact match, greedy",
+    "sampled": "Exact match, sampled at temperature 1",
+    "solved": "Problems solved, greedy",
+    "accuracy": "Target tokens that are the most probable one",
+    "target_prob": "Mean p of the target tokens",
+}
+FIGURES = ("greedy", "sampled", "solved", "accuracy", "target_prob", "nll", "calibration_error", "drift")
+
+
+def records(seed: int, count: int, wrong: float, name: str) -> list[dict[str, Any]]:
+    """Return the quickstart's examples, with SYSTEM as the system prompt; named "codes", with a code for each city."""
+    rng = random.Random("codes")
+    codes = {
+        city: "".join(rng.choices("BCDFGHJKLMNPQRSTVWXZ", k=2)) + str(rng.randint(10, 99)) for city in quickstart.CITY.split()
+    }
+    rows = quickstart.make_records(seed, count, wrong)
+    for row in rows:
+        text = row["prompt"][0]["content"].split("\n\n")[1]
+        row["prompt"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+        if name == "codes":
+            person = json.loads(row["completion"][0]["content"])
+            row["completion"][0]["content"] = json.dumps(person | {"city": codes[person["city"]]})
+    return rows
+
+
+def problems(rows: Any) -> list[dict[str, Any]]:
+    """Return examples of GSM8K's rows, without the calculator's annotations."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": _plain(row["answer"])}],
+        }
+        for row in rows
+    ]
+
+
+def _plain(answer: str) -> str:
+    return "".join(part.split(">>")[-1] for part in answer.split("<<"))
+
+
+def prepare(folder: Path, model: str, gsm8k: str | None) -> None:
+    """Make data and recipe of each task in `folder`; the same at all times. What is there is kept."""
+    for task in TASKS:
+        home = cell_folder(folder, task.name, task.noise)
+        if (home / "recipe.yaml").exists():
+            continue
+        home.mkdir(parents=True, exist_ok=True)
+        data: list[Any]
+        if task.name == "figfont":
+            argv = ["prepare-data", "figfont", "--output", str(home / "drawn"), "--model", model, "--max_length", str(SHORT)]
+            verb([*argv, "--limit", str(8 * POOL)])
+            rows = load_dataset(str(home / "drawn"), split="train").to_list()
+            data = [rows[:POOL], rows[POOL:]]  # the test split has long ones too
+        elif task.name == "gsm8k":
+            splits = ("train", "test")
+            sets = (
+                [read_rows(Path(gsm8k) / f"{split}.jsonl") for split in splits]
+                if gsm8k
+                else [load_dataset("openai/gsm8k", "main", split=split) for split in splits]
+            )
+            data = list(map(problems, sets))
+        else:
+            data = [records(1, POOL, task.noise, task.name), records(2, task.examples, 0.0, task.name)]
+        for split, rows, count in zip(("train", "test"), data, (POOL, task.examples), strict=True):
+            rows = random.Random(0).sample(rows, min(count, len(rows)))
+            write_rows(home / f"{split}.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+        keys = {
+            "model_name_or_path": model,
+            "dtype": "bfloat16",
+            "attn_implementation": ATTENTION,
+            "dataset_name": str(home),
+            "output_dir": str(home / "out"),
+            "use_peft": True,
+            "lora_r": RANK,
+            "lora_alpha": 2 * RANK,
+            "lora_dropout": 0.0,
+            "lora_target_modules": "all-linear",
+            **TRAINING,
+            "max_steps": task.steps,
+        }
+        (home / "recipe.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+
+
+class Pretrained:
+    """The model, loaded once; its arms run in this process, on one thread."""
+
+    def __init__(self, folder: Path, model: str):
+        torch.set_num_threads(1)
+        self.folder = folder
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        self.base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation=ATTENTION)
+        head = self.base.get_output_embeddings()
+        # a slice of hidden states, as in generation, would be multiplied by one copy of the weights for each row
+        head.register_forward_pre_hook(lambda _, inputs: tuple(each.contiguous() for each in inputs))
+        self.head = head.weight.detach().float()
+        self.examples: dict[Task, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def arm(self, name: str, noise: float, objective: Any, learning_rate: float, seed: int) -> dict[str, Any]:
+        """Fine-tune a new adapter on a task, and return what `evaluate` says of it."""
+        task = task_of(name, noise)
+        self.held_out(task)
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(self.base, lora)
+        keys = {"learning_rate": learning_rate, "seed": seed, "max_steps": task.steps, **TRAINING}
+        with redirect_stdout(io.StringIO()):
+            rows, args = Dataset.from_list(self._read(task, "train")), BLConfig("unused", objective=objective, **keys)
+            BLTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
+        found = self.evaluate(name, noise)
+        self.base = model.unload()
+        return found
+
+    def held_out(self, task: Task) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return of each held-out example its token ids (length), those of the target (count), and the pretrained model's
+        states (count, size) by which these are predicted; not to be called first while an adapter is in the model."""
+        if task not in self.examples:
+            pairs = []
+            for row in self._read(task, "test"):
+                prompt, ids = self._ids(row["prompt"], add_generation_prompt=True), self._ids(row["prompt"] + row["completion"])
+                pairs.append((ids, ids[len(prompt) :]))
+            states = self._states(pairs)
+            self.examples[task] = [(*pair, each) for pair, each in zip(pairs, states, strict=True)]
+        return self.examples[task]
+
+    def _read(self, task: Task, split: str) -> list[dict[str, Any]]:
+        return read_rows(cell_folder(self.folder, task.name, task.noise) / f"{split}.jsonl")
+
+    @torch.no_grad()
+    def evaluate(self, name: str, noise: float) -> dict[str, Any]:
+        """Measure the model, with an adapter while there is one in it, on held-out examples. A number by example:
+
+        `greedy`: 1 if the greedy answer is the target, so if each of its tokens is the most probable one; `sampled`: the
+        probability that an answer sampled at temperature 1 is, exp(-`nll`); `solved`: 1 if the final number of the greedy
+        answer is right; `targets`: target tokens, the end of turn among them, and sums over these: `nll` (nats), `prob`,
+        `top1` and `kl`, KL(base, tuned) in nats. `calibration_error`: the expected one of all tokens, as a list of one.
+        """
+        task = task_of(name, noise)
+        items: dict[str, Any] = {key: [] for key in ("greedy", "sampled", "targets", "nll", "prob", "top1", "kl")}
+        calibration = Calibration()
+        self.base.eval()
+        examples = self.held_out(task)
+        states = self._states([(ids, targets) for ids, targets, _ in examples])
+        for (_, targets, before), after in zip(examples, states, strict=True):
+            logp, base_logp = (linear(each, self.head).log_softmax(-1) for each in (after, before))
+            top, found = logp.max(-1)
+            chosen, is_top = logp.gather(-1, targets[..., None])[..., 0].double(), found == targets
+            calibration.add(top.double().exp().flatten(), is_top.flatten())
+            kl = (base_logp.exp() * (base_logp - logp)).sum()
+            values: tuple[Any, ...] = (
+                is_top.all().int(),
+                chosen.sum().exp(),
+                targets.numel(),
+                -chosen.sum(),
+                chosen.exp().sum(),
+                is_top.sum(),
+                kl,
+            )
+            for key, value in zip(items, values, strict=True):
+                items[key].append(float(value))
+        if "solved" in task.rulers:
+            items["solved"] = self._solved(task)
+        return {**items, "calibration_error": [calibration.error()]}
+
+    def _ids(self, messages: Any, **options: Any) -> Tensor:
+        return self.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True, **options)["input_ids"][0]
+
+    @torch.no_grad()
+    def _states(self, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return the last hidden states (count, size), float32, by which each pair's targets are predicted: those of the model
+        as it is, with an adapter while there is one in it."""
+        found = []
+        for start in range(0, len(pairs), 16):
+            batch = pairs[start : start + 16]
+            ids = pad_sequence([ids for ids, _ in batch], batch_first=True)
+            mask = pad_sequence([torch.ones_like(ids) for ids, _ in batch], batch_first=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = self.base.base_model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            for states, (whole, targets) in zip(hidden, batch, strict=True):
+                found.append(states[len(whole) - len(targets) - 1 : len(whole) - 1])
+        return found
+
+    def _solved(self, task: Task) -> list[float]:
+        rows, found = self._read(task, "test"), []
+        for start in range(0, len(rows), 64):
+            batch = rows[start : start + 64]
+            texts = [
+                self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False) for row in batch
+            ]
+            given = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+            with torch.autocast("cpu", torch.bfloat16):
+                output = self.base.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+            answers = self.tokenizer.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, answer in zip(batch, answers, strict=True):
+                gold, said = final_answer(row["completion"][0]["content"]), final_answer(answer)
+                found.append(float(is_same_math(gold or "", answer if said is None else said, said is not None)))
+        return found
+
+
+def task_of(name: str, noise: float) -> Task:
+    """Return a task."""
+    return next(task for task in TASKS if (task.name, task.noise) == (name, noise))
+
+
+def figures(cell: Cell, task: Task, base: dict[str, float]) -> list[str]:
+    """Return lines of the table of all rulers: the pretrained model, then each objective at its best learning rate."""
+    board = cell.boards[task.ruler]
+    parts = [f"{base[name]:.3f}" if name in base else "" for name in FIGURES]
+    lines = [f"| {cell.label} | base | {' | '.join(parts)} |"]
+    for arm in ARMS:
+        row, parts = row_of(board, arm), []
+        for name in FIGURES:
+            mean, interval = row.values.get(name, (None, None))
+            half = f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else ""
+            parts.append("" if mean is None else f"{mean:.3f}{half}")
+        lines.append(f"| {cell.label} | {name_of(arm)} @ {row.best['learning_rate']:g} | {' | '.join(parts)} |")
+    return lines
+
+
+def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, dict[str, Any]]]) -> Cell:
+    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool."""
+    home = cell_folder(folder, task.name, task.noise)
+    rest = {"learning_rate": list(task.rates), "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))}
+    plan = read_plan(home, "sweep", {"arms": ARMS, **rest})
+    arms = run(plan, folder / "sweeps" / home.name, task.name, task.noise)
+    return Cell(task.name, task.noise, {ruler: board_by(ruler, plan, arms) for ruler in task.rulers})
+
+
+def report(cells: list[Cell], bases: list[dict[str, float]], seeds: int) -> str:
+    """Return pretrained.md. `bases`: the pretrained model's rulers on each cell."""
+    count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
+    parts = [
+        f"`python scripts/pretrained_study.py --seeds {seeds}`, {count} arms, seeds {FIRST_SEED} to {FIRST_SEED + seeds - 1}. "
+        "By how much the best fixed objective of a set exceeds each one on held-out examples, which are right, each at its "
+        "best learning rate (@); below 0 is better than any fixed one. In brackets 95 % intervals over seeds and examples, "
+        "paired."
+    ]
+    for ruler, name in RULERS.items():
+        have = [cell for cell in cells if ruler in cell.boards]
+        parts += [f"**{name}**", by_cell(have, ruler)] if have else []
+    head = ["set", "objective", *FIGURES]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for cell, base in zip(cells, bases, strict=True):
+        lines += figures(cell, task_of(cell.name, cell.corruption), base)
+    parts += [
+        "**All rulers**: mean ± half the 95 % interval over seeds; drift is KL(base, tuned) per target token",
+        "\n".join(lines),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Prepare, run what is left, and write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("pretrained"))
+    parser.add_argument("--model", default=str(quickstart.MODEL), help="what `make quickstart` has made, unless told")
+    parser.add_argument("--gsm8k", help="folder of train.jsonl and test.jsonl, in place of the Hub's openai/gsm8k")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--seeds", type=int, default=3)
+    names = sorted({task.name for task in TASKS})
+    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    options = parser.parse_args()
+    quiet()
+    prepare(options.folder, options.model, options.gsm8k)
+    cells, bases = [], []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, begin, (Pretrained, options.folder, options.model)) as pool:
+        for task in (task for task in TASKS if task.name in options.tasks):
+            base = pool.submit(call, "evaluate", task.name, task.noise)
+            cells.append(run_task(options.folder, task, options.seeds, partial(sweep, pool=pool, jobs=options.jobs)))
+            bases.append(means(base.result()))
+    text = report(cells, bases, options.seeds)
+    (options.folder / "pretrained.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

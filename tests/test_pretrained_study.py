@@ -1,0 +1,185 @@
+"""The study on a pretrained model: its data, its arms on a tiny model, and its report."""
+
+import copy
+import json
+import math
+import random
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import continuum
+import pretrained_study
+from anneal_study import ANNEAL
+from miniature import cell_folder, read_rows, write_rows
+from pretrained_study import Pretrained, Task
+
+TOY = Task("toy", 60, (1e-2,), examples=3)
+SUMS = Task("gsm8k", 1, (1e-3,), examples=3, is_short=False, ruler="target_prob")
+
+
+def said(prompt, completion):
+    return {"prompt": [{"role": "user", "content": prompt}], "completion": [{"role": "assistant", "content": completion}]}
+
+
+@pytest.fixture
+def toy(checkpoint, tmp_path, monkeypatch):
+    """Trains on what it is judged by."""
+    monkeypatch.setattr(pretrained_study, "TASKS", (TOY, SUMS))
+    rows = [said("one", "abc"), said("number two", "de 2"), said("3", "fghij")]
+    for task in (TOY, SUMS):
+        home = cell_folder(tmp_path, task.name, 0.0)
+        home.mkdir()
+        write_rows(home / "train.jsonl", rows)
+        write_rows(home / "test.jsonl", rows)
+    return Pretrained(tmp_path, str(checkpoint))
+
+
+def plain_logp(model, tokenizer, row):
+    """Return log p of all tokens at the places of the target, and the target, by the model's own logits."""
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+    begin, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(whole, return_tensors="pt")["input_ids"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids).logits
+    return logits[0, begin - 1 : -1].double().log_softmax(-1), ids[0, begin:].tolist()
+
+
+def test_the_base_is_measured_as_by_a_plain_loop(toy, tmp_path):
+    found = toy.evaluate("toy", 0.0)
+    for i, row in enumerate(read_rows(tmp_path / "toy-0" / "test.jsonl")):
+        logp, targets = plain_logp(toy.base, toy.tokenizer, row)
+        chosen = [logp[t, v].item() for t, v in enumerate(targets)]
+        assert found["targets"][i] == len(targets) == len(row["completion"][0]["content"]) + 1
+        assert found["nll"][i] == pytest.approx(-sum(chosen), rel=0.01)  # logits in bfloat16 here
+        assert found["prob"][i] == pytest.approx(sum(map(math.exp, chosen)), rel=0.05)
+        assert found["sampled"][i] == pytest.approx(math.exp(-found["nll"][i]))
+        assert found["top1"][i] == sum(logp[t].argmax().item() == v for t, v in enumerate(targets))
+    assert found["kl"] == [0, 0, 0]
+    assert found["greedy"] == [0, 0, 0]
+
+
+def test_an_arm_learns_and_leaves_the_base_as_it_was(toy, tmp_path):
+    before = toy.evaluate("toy", 0.0)
+    kept, untouched = {}, copy.deepcopy(toy.base)
+    evaluate = toy.evaluate
+    toy.evaluate = lambda *where: kept.update(seen()) or evaluate(*where)
+
+    def seen():
+        toy.base.eval()
+        answers, drift = [], []
+        for row in read_rows(tmp_path / "toy-0" / "test.jsonl"):
+            ids = toy.tokenizer.apply_chat_template(row["prompt"], return_tensors="pt", return_dict=True)["input_ids"]
+            with torch.autocast("cpu", torch.bfloat16):
+                output = toy.base.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
+            answers.append(toy.tokenizer.decode(output, skip_special_tokens=True).replace(" ", ""))
+            tuned, _ = plain_logp(toy.base, toy.tokenizer, row)
+            base, _ = plain_logp(untouched, toy.tokenizer, row)
+            drift.append((base.exp() * (base - tuned)).sum().item())
+        return {"answers": answers, "drift": drift}
+
+    found = toy.arm("toy", 0.0, "nll", 1e-2, 0)
+    assert found["greedy"] == [1, 1, 1]
+    assert kept["answers"] == ["abc", "de2", "fghij"]
+    assert min(found["sampled"]) > 0.5
+    assert found["kl"] == pytest.approx(kept["drift"], rel=0.05)
+    toy.evaluate = evaluate
+    assert toy.evaluate("toy", 0.0) == before
+    again = toy.arm("toy", 0.0, "nll", 1e-2, 0)
+    assert again == found
+    assert toy.arm("toy", 0.0, "nll", 1e-2, 1)["nll"] != found["nll"]
+
+
+def test_problems_are_solved_by_their_final_number(toy, tmp_path, monkeypatch):
+    rows = [said("a", "2 + 2 = 4\n#### 4"), said("b", "#### 1,200"), said("c", "#### 7")]
+    write_rows(tmp_path / "gsm8k-0" / "test.jsonl", rows)
+    answers = ["so it is\n#### 4", "that makes \\boxed{1200}", "#### 8, not 7"]
+    monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **_: answers)
+    found = toy.evaluate("gsm8k", 0.0)
+    assert found["solved"] == [1, 1, 0]
+    assert continuum.means(found)["solved"] == pytest.approx(2 / 3)
+
+
+def test_records_and_codes_are_the_same_people():
+    plain, coded = (pretrained_study.records(1, 200, 0.3, name) for name in ("records", "codes"))
+    codes, wrong = {}, 0
+    for one, other in zip(plain, coded, strict=True):
+        assert one["prompt"] == other["prompt"]
+        person, code = (json.loads(row["completion"][0]["content"]) for row in (one, other))
+        assert re.fullmatch(r"[B-Z]{2}\d\d", code["city"])
+        assert codes.setdefault(person["city"], code["city"]) == code["city"]
+        assert {**code, "city": person["city"]} == person
+        text = one["prompt"][1]["content"]
+        is_right = str(person["age"]) in text and person["city"] in text
+        wrong += not is_right
+    assert len(set(codes.values())) == len(codes) == 20
+    assert 0.2 < wrong / 200 < 0.4
+
+
+def test_calculator_annotations_are_left_out():
+    (row,) = pretrained_study.problems([{"question": "q", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24", "idx": 1}])
+    assert row == said("q", "48/2 = 24 clips\n#### 24")
+
+
+def test_what_is_prepared_is_a_recipe_and_stays(checkpoint, tmp_path, monkeypatch):
+    tasks = tuple(task for task in pretrained_study.TASKS if task.name not in ("figfont",))
+    monkeypatch.setattr(pretrained_study, "TASKS", tasks)
+    monkeypatch.setattr(pretrained_study, "POOL", 20)
+    source = tmp_path / "source"
+    source.mkdir()
+    for split in ("train", "test"):
+        write_rows(source / f"{split}.jsonl", [{"question": f"{split} {i}", "answer": f"#### {i}"} for i in range(150)])
+    pretrained_study.prepare(tmp_path, str(checkpoint), str(source))
+    for task in tasks:
+        home = cell_folder(tmp_path, task.name, task.noise)
+        assert len(read_rows(home / "train.jsonl")) == 20
+        assert len(read_rows(home / "test.jsonl")) == task.examples
+    train, test = (read_rows(tmp_path / "gsm8k-0" / f"{split}.jsonl") for split in ("train", "test"))
+    assert all(row["prompt"][0]["content"].startswith("train") for row in train)
+    assert all(row["prompt"][0]["content"].startswith("test") for row in test)
+    clean, noisy = (read_rows(tmp_path / f"records-{noise}" / "test.jsonl") for noise in (0, 30))
+    assert clean == noisy
+    (tmp_path / "codes-30" / "train.jsonl").write_text("mine")
+    pretrained_study.prepare(tmp_path, str(checkpoint), str(source))
+    assert (tmp_path / "codes-30" / "train.jsonl").read_text() == "mine"
+
+
+def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
+    tasks = tuple(task for task in pretrained_study.TASKS if task.name == "records")
+    monkeypatch.setattr(pretrained_study, "TASKS", tasks)
+    pretrained_study.prepare(tmp_path, str(checkpoint), None)
+    ran = []
+
+    def run(plan, folder, name, noise):
+        found = {}
+        for i, setting in enumerate(plan.listed()):
+            rng = random.Random(f"{name} {noise} {setting}")
+            items = {key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "nll", "prob", "top1", "kl")}
+            items |= {"targets": [rng.randint(1, 9) for _ in range(50)], "calibration_error": [0.1]}
+            ran.append((noise, setting, items))
+            found[i] = {"setting": setting, "rulers": continuum.means(items), "base": {}, "loss": None, "items": items}
+        return found
+
+    cells = [pretrained_study.run_task(tmp_path, task, 3, run) for task in tasks]
+    text = pretrained_study.report(cells, [{"nll": 0.5, "sampled": 0.25}, {"nll": 0.75, "sampled": 0.125}], 3)
+    assert text.startswith(f"`python scripts/pretrained_study.py --seeds 3`, {len(ran)} arms, seeds 100 to 102.")
+    assert "**Problems solved" not in text
+    by_rate = {
+        rate: [items for noise, setting, items in ran if noise == 0.3 and setting == setting | ANNEAL | {"learning_rate": rate}]
+        for rate in tasks[0].rates
+    }
+    sampled = {rate: statistics.mean(statistics.mean(each["sampled"]) for each in arms) for rate, arms in by_rate.items()}
+    rate = max(sampled, key=sampled.get)
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| records, 30% noise | anneal @ {rate:g}"))
+    values = line.split(" | ")
+    assert values[3].startswith(f"{sampled[rate]:.3f} ± ")
+    nll = [sum(each["nll"]) / sum(each["targets"]) for each in by_rate[rate]]
+    half = 4.302653 * statistics.stdev(nll) / 3**0.5
+    assert values[7] == f"{statistics.mean(nll):.3f} ± {half:.3f}"
+    assert len([line for line in text.splitlines() if line.startswith("| records, 30% noise | base |")]) == 1
