@@ -6,9 +6,9 @@ The composed arms train every token that the plain one does, so that what is mea
 
 from typing import Any
 
-import step
 import torch
 
+import step
 from bl_trainer import BLTrainer
 
 POWER = {"name": "power", "alpha": 0.5}

@@ -13,10 +13,8 @@ import time
 from typing import Any
 
 import torch
-from common import add_options, peak_memory, report, set_up
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from step import SHAPES
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +22,8 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.annotation import Collator, token_batch
 from bl_trainer.measurement import score_batch
 from bl_trainer.statistics import Measurement
+from common import add_options, peak_memory, report, set_up
+from step import SHAPES
 
 ARMS = ("forward pass", "diagnosis", "LoRA training step")
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import peak_memory, set_up
 from torch import Tensor
 from torch.nn import functional as F
 from trl.trainer.utils import _ChunkedLogProbFunction
 
 from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import Objective, Threshold, price
+from common import peak_memory, set_up
 
 SLOW = 5  # times the bare products: a head that takes longer gets one round
 SHAPES = {"smollm2-135m": (49152, 576), "qwen2.5-0.5b": (151936, 896), "qwen2.5-1.5b": (151936, 1536)}

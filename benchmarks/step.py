@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import torch
-from common import add_options, peak_memory, report, set_up
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
@@ -20,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
+from common import add_options, peak_memory, report, set_up
 
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "smollm2-135m": (

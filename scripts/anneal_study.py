@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from continuum import NEG_P, NLL, RULERS, begin, boards_of, quiet, read_plan, row_of, sweep, values_of
 from matplotlib.figure import Figure
-from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 
 from bl_trainer.pages import render
 from bl_trainer.sweep.leaderboard import Leaderboard, compare, difference
 from bl_trainer.sweep.plan import describe
+from continuum import NEG_P, NLL, RULERS, begin, boards_of, quiet, read_plan, row_of, sweep, values_of
+from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 
 FIXED: list[dict[str, Any]] = [
     NLL,

@@ -26,7 +26,6 @@ import datasets
 import transformers
 import yaml
 from matplotlib.figure import Figure
-from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare
 
 from bl_trainer.pages import render
 from bl_trainer.recipe import Recipe
@@ -34,6 +33,7 @@ from bl_trainer.sweep.arm import RESULT_SCHEMA, arm_folder, read_result
 from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import Study
+from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare
 
 NLL, NEG_P = {"objective": "nll"}, {"objective": "neg_p"}
 ARMS: list[dict[str, Any]] = [

@@ -19,6 +19,7 @@ import shutil
 import string
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -226,8 +227,8 @@ def train(model: Any, dataset: Dataset, callbacks: list[TrainerCallback] | None 
     """Train the model in place with `BLTrainer` on tokenised rows. `keys`: of the recipe, over `TRAINING`."""
     torch.set_flush_denormal(True)  # as the train verb does
     skip = {"skip_prepare_dataset": True}
-    args = BLConfig(output_dir="unused", dataset_kwargs=skip, **{**TRAINING, **keys})
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), TemporaryDirectory() as unused:
+        args = BLConfig(output_dir=unused, dataset_kwargs=skip, **{**TRAINING, **keys})
         tokenizer = make_tokenizer()
         BLTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks).train()
 

@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import multiprocessing
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,14 +23,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "0")  # gsm8k may come from there; `continuum` would switch it off
 
 import torch
 import yaml
-from anneal_study import ANNEAL, FIRST_SEED, Cell, by_cell, name_of
-from continuum import NEG_P, NLL, begin, board_by, call, means, quiet, read_plan, row_of, sweep
 from datasets import Dataset, load_dataset
-from miniature import cell_folder, read_rows, write_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import linear
@@ -37,10 +38,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quickstart
+from anneal_study import ANNEAL, FIRST_SEED, Cell, by_cell, name_of
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main as verb
 from bl_trainer.evaluation.graders import final_answer, is_same_math
 from bl_trainer.statistics import Calibration
+from continuum import NEG_P, NLL, begin, board_by, call, means, quiet, read_plan, row_of, sweep
+from miniature import cell_folder, read_rows, write_rows
 
 ARMS: list[dict[str, Any]] = [NLL, {"objective": {"name": "power", "alpha": 0.5}}, NEG_P, ANNEAL]
 POOL = 1024  # training examples of a set
@@ -200,8 +204,8 @@ class Pretrained:
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(self.base, lora)
         keys = {"learning_rate": learning_rate, "seed": seed, "max_steps": task.steps, **TRAINING}
-        with redirect_stdout(io.StringIO()):
-            rows, args = Dataset.from_list(self._read(task, "train")), BLConfig("unused", objective=objective, **keys)
+        with redirect_stdout(io.StringIO()), TemporaryDirectory() as unused:
+            rows, args = Dataset.from_list(self._read(task, "train")), BLConfig(unused, objective=objective, **keys)
             BLTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
         found = self.evaluate(name, noise)
         self.base = model.unload()

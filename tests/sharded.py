@@ -6,12 +6,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from conftest import make_llama
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
 from bl_trainer.head import add_scoring, objective_head
 from bl_trainer.objectives import Objective, Threshold, price
+from conftest import make_llama
 
 
 def gradient(model, ids):

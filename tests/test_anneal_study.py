@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import anneal_study
 import continuum
 from anneal_study import ANNEAL, DESIGNS, FIXED, LEARNING_RATES
-from miniature import prepare
-
 from bl_trainer.pages import render
+from miniature import prepare
 
 SEEDS, EXAMPLES = 3, 1009  # of which no two arms have equally many right
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import is_peft_model
-from conftest import make_llama
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_trainer import uses_everything
 from trl import SFTTrainer
+
+from bl_trainer import BLTrainer, Threshold
+from conftest import make_llama
+from test_trainer import uses_everything
 from ways import (
     BEYOND_TRL,
     WAYS,
@@ -26,8 +28,6 @@ from ways import (
     train,
     weights,
 )
-
-from bl_trainer import BLTrainer, Threshold
 
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = "<!-- compatibility -->\n", "<!-- end of compatibility -->"

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import first_gradient
-from ways import build, relative_difference, train, weights
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.composition import Schedule, spell
 from bl_trainer.continuum import objective_name
 from bl_trainer.objectives import masked_cost, price
+from test_trainer import first_gradient
+from ways import build, relative_difference, train, weights
 
 LOGP = torch.cat([torch.linspace(-12, -0.01, 40, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 TO_TWO = {"from": 0, "to": 2, "over": [0.3, 1.0]}

@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import sizes
 from datasets import Dataset, load_dataset
-from preparing import LOCAL, ROWS, make_tokenizer, write_rows, write_source
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -27,6 +25,8 @@ from bl_trainer.data.format import Format
 from bl_trainer.data.sources import BOXED, FIGFONT, FIGLET, SETS, Example, Figlets, noisy_labels
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
+from conftest import sizes
+from preparing import LOCAL, ROWS, make_tokenizer, write_rows, write_source
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KINDS = ("qwen", "qwen-math", "llama", "gemma", "dated", "base", "base-without-bos")

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_llama, sentence, write_recipe
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_processes import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold, measurement
@@ -29,6 +27,8 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
+from conftest import make_llama, sentence, write_recipe
+from test_processes import launch
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
 
@@ -556,6 +556,10 @@ def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
     assert len({json.dumps([item["objective"], item["threshold"]]) for item in same["objectives"]}) == 5
     own = diagnosis(tmp_path, checkpoint, data, objective="test_trainer:pushes_entropy").run()
     assert any("depends on more than p (entropy)" in warning for warning in own["recommendation"]["warnings"])
+    for name in ("asft", "psft"):
+        report = diagnosis(tmp_path, checkpoint, data, objective=name, use_peft=True).run()
+        assert any("depends on more than p (ref_logp)" in warning for warning in report["recommendation"]["warnings"])
+        assert {"objective": name} in yaml.safe_load(sweep_yaml(report))["arms"]
 
 
 def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_path):

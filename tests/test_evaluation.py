@@ -15,7 +15,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import LETTERS, make_llama, sentence
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
@@ -29,6 +28,7 @@ from bl_trainer.data.sources import FIGLET, Example, _math
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
 from bl_trainer.evaluation.options import Checkpoint
 from bl_trainer.evaluation.results import item_rows
+from conftest import LETTERS, make_llama, sentence
 
 pytest.importorskip("lm_eval")
 from bl_trainer.evaluation import harness

@@ -12,21 +12,21 @@ import threading
 import time
 from importlib.metadata import version
 
-import crashing
 import pytest
 import torch
-from conftest import make_llama, write_recipe
 from datasets import Dataset
 from safetensors.torch import load_file
-from test_processes import SCRIPT, TESTS, launch, launcher
-from test_trainer import Ordered, build, train, weights
 
+import crashing
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main
 from bl_trainer.checkpoint import CheckpointError, refuse_lost_epoch, why_broken
 from bl_trainer.interruption import LossError
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
+from conftest import make_llama, write_recipe
+from test_processes import SCRIPT, TESTS, launch, launcher
+from test_trainer import Ordered, build, train, weights
 
 # Its server imports the libraries once, and computes nothing, so that forks of it are sound
 SERVER = multiprocessing.get_context("forkserver")

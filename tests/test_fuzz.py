@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import write_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from bl_trainer import Objective, Threshold
 from bl_trainer.__main__ import main
 from bl_trainer.parser import REPLACED, Parser, RecipeError
 from bl_trainer.recipe import DATACLASSES, Recipe
+from conftest import write_recipe
 
 ACTIONS = {action.dest: action for action in Parser(DATACLASSES)._actions if action.dest != "help"}
 SET_HERE = ("model_name_or_path", "dataset_name", "output_dir", "use_cpu", "bf16", "report_to")

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import make_llama
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
 from bl_trainer import blocks as module
 from bl_trainer.head import Head, add_scoring, compare, objective_head, score
 from bl_trainer.objectives import Objective, Threshold, price
+from conftest import make_llama
 
 VOCABULARY, SIZE, TOKENS = 301, 16, 53
 

@@ -14,14 +14,14 @@ import torch.distributed.run
 from accelerate import ParallelismConfig
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import fake_checkpoint, make_llama, write_recipe
 from safetensors.torch import load_file
-from test_processes import free_port
-from test_readme import README, table
-from test_trainer import build
 from transformers import AutoModelForCausalLM
 
 from bl_trainer import BLConfig, BLTrainer
+from conftest import fake_checkpoint, make_llama, write_recipe
+from test_processes import free_port
+from test_readme import README, table
+from test_trainer import build
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"

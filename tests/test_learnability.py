@@ -9,10 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
-from conftest import sentence
 from datasets import Dataset
-from test_diagnosis import SCRIPT, diagnosis, rows_of, save, write_recipe
-from test_processes import launch
 
 from bl_trainer.__main__ import main
 from bl_trainer.annotation import end_ids, special_ids
@@ -20,6 +17,9 @@ from bl_trainer.continuum import LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, 
 from bl_trainer.learnability import BELOW, PROBE_EXAMPLES, halves
 from bl_trainer.objectives import Threshold
 from bl_trainer.statistics import MeasurementError
+from conftest import sentence
+from test_diagnosis import SCRIPT, diagnosis, rows_of, save, write_recipe
+from test_processes import launch
 
 QUICK = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
 LETTERS = "abcdefghijklmnop"

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import continuum
 import miniature
-from miniature import CELLS, CORRUPTIONS, LENGTH, Miniature, cell_folder, encode, example, generate, read_rows, score
-
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.sweep.plan import Plan
+from miniature import CELLS, CORRUPTIONS, LENGTH, Miniature, cell_folder, encode, example, generate, read_rows, score
 
 RIGHT = {
     "copy": str,

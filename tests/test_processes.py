@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, write_recipe
 from safetensors.torch import load_file
+
+from conftest import make_llama, write_recipe
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "train.py"

@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from conftest import make_llama
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from ways import Gradients, Ordered, build, relative_difference, train
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import OBJECTIVES, price
 from bl_trainer.published import NO_RULER, PUBLISHED
+from conftest import make_llama
+from ways import Gradients, Ordered, build, relative_difference, train
 
 GRID = torch.cat([-torch.logspace(math.log10(50), -7, 2000), torch.zeros(1)])  # log p from -50 to 0, float32
 GENERATOR = torch.Generator().manual_seed(0)

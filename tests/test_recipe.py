@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import fake_checkpoint, write_recipe
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
 from bl_trainer.__main__ import main
 from bl_trainer.parser import REPLACED, RecipeError
 from bl_trainer.recipe import NEEDS, Recipe
+from conftest import fake_checkpoint, write_recipe
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
 

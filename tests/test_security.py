@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
-from test_processes import SCRIPT
 
 from bl_trainer import BLConfig
 from bl_trainer.__main__ import main
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
+from conftest import write_recipe
+from test_processes import SCRIPT
 
 SECRET = "hf_" + "x7" * 17
 PACKAGE = Path(__file__).parent.parent / "bl_trainer"

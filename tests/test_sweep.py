@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import write_recipe
 from scipy import stats
 
 from bl_trainer.__main__ import main
@@ -31,6 +30,7 @@ from bl_trainer.sweep.page import _alphas, arms_csv, markdown, page, summary
 from bl_trainer.sweep.plan import Plan, describe
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import _devices, failures
+from conftest import write_recipe
 
 SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama, make_mixtral
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
-from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.trainer import RECORD_FILE
+from conftest import make_llama, make_mixtral
+from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
 SPECS = ["nll", "neg_p", {"name": "power", "alpha": 10}, {"name": "power", "alpha": -0.5}, "log_one_minus_p"]
 

@@ -4,7 +4,6 @@ import copy
 import tempfile
 
 import torch
-from conftest import make_gemma2, make_llama, make_mixtral, sizes
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -28,6 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
+from conftest import make_gemma2, make_llama, make_mixtral, sizes
 
 
 class Gradients(TrainerCallback):

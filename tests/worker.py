@@ -7,14 +7,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from conftest import make_llama
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
-from ways import Gradients, Ordered
 
 from bl_trainer import BLConfig
 from bl_trainer.__main__ import end
+from conftest import make_llama
+from ways import Gradients, Ordered
 
 
 def run(case, tokenizer, output):
