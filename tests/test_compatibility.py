@@ -38,6 +38,11 @@ def mixes(logp, entropy):
     return -torch.expm1(logp - 0.1 * entropy)
 
 
+def composed(logp, alpha):
+    lacking = (0.3 - (alpha * logp).exp() - 0.1).clamp(min=0).detach()
+    return (1 - (alpha * logp).exp()) / alpha - (0.1 + lacking) * logp
+
+
 # Heading in the README; what the recipe says; f in plain torch
 FAMILIES = {
     "pointwise": ("`neg_p`", {"objective": "neg_p"}, lambda logp, **_: 1 - logp.exp()),
@@ -51,6 +56,11 @@ FAMILIES = {
         "with entropy",
         {"objective": f"{__name__}:mixes"},
         lambda logp, entropy, **_: 1 - (logp - 0.1 * entropy).exp(),
+    ),
+    "composed": (
+        "composed",
+        {"objective": {"name": "power", "alpha": {"from": 0.5, "to": 2}, "mix": {"nll": 0.1}, "floor": 0.3}},
+        lambda logp, progress, **_: composed(logp, 0.5 + 1.5 * progress),
     ),
     "import_path": ("by import path", {"objective": "test_trainer:uses_everything", "threshold": 0.02}, uses_everything),
 }
