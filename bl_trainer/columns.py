@@ -16,6 +16,7 @@ from trl.data_utils import is_conversational
 
 from .annotation import template_mask
 from .interruption import REFERENCE, ROW
+from .parser import RecipeError
 from .specs import is_number
 
 WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
@@ -31,32 +32,33 @@ def columns_of(dataset: Any) -> list[str]:
 def check_weights(dataset: Any, name: str) -> Any:
     """Return the data set, its `objective_weight` checked; a stream's is checked as it is read.
 
-    Raises ValueError with the number of the first row whose weight isn't a number >= 0.
+    Raises RecipeError with the number of the first row whose weight isn't a number >= 0.
     """
+    has_tokens = "input_ids" in columns_of(dataset)
     if isinstance(dataset, Dataset):
         for row, value in enumerate(dataset.select_columns([WEIGHT])[:][WEIGHT]):
-            _check_weight(value, row, name)
+            _check_weight(value, row, name, has_tokens)
         return dataset
 
     def check(example: dict[str, Any], row: int) -> dict[str, Any]:
-        _check_weight(example[WEIGHT], row, name)
+        _check_weight(example[WEIGHT], row, name, has_tokens)
         return {}
 
     return dataset.map(check, with_indices=True)
 
 
-def _check_weight(value: Any, row: int, name: str) -> None:
-    for each in value if isinstance(value, list) and value else [value]:  # a list: of each token
+def _check_weight(value: Any, row: int, name: str, has_tokens: bool) -> None:
+    for each in value if isinstance(value, list) and value and has_tokens else [value]:  # a list: of each token
         if not is_number(each) or each < 0:
             got = "is missing" if each is None else f"is {each!r}"
-            raise ValueError(
+            raise RecipeError(
                 f"`{WEIGHT}` of row {row} of the {name} set, counted from 0, {got}: it must be a number, 0 or above. Give "
                 "every row one, 1 where nothing is to change, or rename the column."
             )
 
 
 def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = None) -> None:
-    """Raise ValueError if a data set's weights are wrong, or it can't tell what `special_tokens` needs to know.
+    """Raise RecipeError if a data set's weights are wrong, or it can't tell what `special_tokens` needs to know.
 
     `marks`: whether the objective has `special_tokens`. `obstacle`: what would leave the columns out, if anything.
     """
@@ -64,21 +66,21 @@ def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = N
     weighs = WEIGHT in present
     obstacle = "the data set has images" if {"image", "images"} & {*present} else obstacle
     if obstacle and (weighs or marks):
-        raise ValueError(
+        raise RecipeError(
             f"`{WEIGHT if weighs else 'special_tokens'}` needs to follow tokens through the collator and the loss, which it "
             f"can't here: {obstacle}. Remove {'the column' if weighs else 'it'}."
         )
     if weighs:
         check_weights(dataset, name)
     if marks and "input_ids" in present and TEMPLATE not in present:
-        raise ValueError(
+        raise RecipeError(
             f"`special_tokens` needs to know which tokens the chat template made, and the {name} set can't tell: it holds "
             "token ids already (`input_ids`). Give messages, prompts and completions, or texts."
         )
 
 
 class TemplateMark:
-    """Adds `TEMPLATE` to a tokenised example. Raises ValueError where the template's tokens can't be told from content."""
+    """Adds `TEMPLATE` to a tokenised example. Raises RecipeError where the template's tokens can't be told from content."""
 
     def __init__(self, tokenizer: Any, chat_template: str | None, name: str):
         self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
@@ -89,7 +91,7 @@ class TemplateMark:
             return {TEMPLATE: [0] * len(ids)}
         mask = template_mask(self.tokenizer, self.chat_template, example, ids)
         if -1 in mask:
-            raise ValueError(
+            raise RecipeError(
                 f"`special_tokens` can't tell the chat template's tokens from content in row {example[ROW]} of the {self.name} "
                 "set, counted from 0: its messages hold more than text (tool calls, reasoning), the template changes them, or "
                 "the tokenizer is a slow one. Give messages of plain text, or remove `special_tokens`."
@@ -114,7 +116,7 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
         if key in features[0]:
             for each in features:
                 if isinstance(each[key], list) and len(each[key]) != len(each["input_ids"]):  # of a set that is not prepared
-                    raise ValueError(
+                    raise RecipeError(
                         f"`{key}` has {len(each[key])} numbers for {len(each['input_ids'])} tokens. Give one for each."
                     )
             rows = [torch.tensor(each[key], dtype=torch.float32).expand(len(each["input_ids"])) for each in features]

@@ -45,7 +45,7 @@ class Schedule:
     def parse(cls, key: str, spec: Mapping[str, Any]) -> "Schedule":
         """Read `{"from": 0, "to": 2, "over": [0.3, 1.0], "shape": "cosine"}`, the value of `key`. Raises ValueError."""
         allowed = ("from", "to", "over", "shape")
-        example = f"Write `{key}: {{from: 0, to: 2, over: [0.3, 1.0], shape: linear}}`"
+        example = "Write e.g. `{from: 0, to: 1, over: [0.3, 1.0], shape: linear}`"
         for name in spec:
             if name not in allowed:
                 raise ValueError(f"Unknown key {name!r} in the schedule of `{key}`.{nearest(name, allowed)} {example}.")

@@ -169,7 +169,7 @@ def summarise(
     if not _depends_on_p_alone(own[0]):
         others = [name for name in own[0].statistics if name not in ("progress", "is_special")]
         others += ["which tokens are special"] if "is_special" in own[0].statistics else []
-        others += ["training progress"] if "progress" in own[0].statistics else []
+        others += ["training progress"] if "progress" in own[0].at(0).statistics else []
         report["recommendation"]["warnings"].append(
             f"Where the gradient of {spell(own[0].to_dict())} comes from is not shown: it depends on more than p "
             f"({', '.join(others)})."
@@ -252,8 +252,8 @@ def _regions(report: dict[str, Any]) -> list[str]:
 
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
-    "both": "knowledge that the model lacks, and noise. nll learns both; power 0.5 and anneal have learnt the one and let go "
-    "of the other (docs/anneal.md)",
+    "both": "knowledge that the model lacks, and noise. nll learns both; on small synthetic tasks power 0.5 and anneal learnt "
+    "the one and let go of the other (docs/anneal.md)",
     "noise": "mostly noise to this model. Prior-leaning objectives let go of that, and forgo little that they could not learn",
     "little": "too little of either for objectives to differ much",
 }

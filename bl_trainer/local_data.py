@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from trl import ScriptArguments
 
+OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -26,7 +27,20 @@ def load_dataset(script: ScriptArguments) -> Any:
         )
     if is_path(script.dataset_name or "") and not path.exists():
         raise FileNotFoundError("there is no such file or folder")
-    return datasets.load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    name = f"./{path}" if path.is_dir() and not path.is_absolute() else script.dataset_name  # `text` is a format's name too
+    return _without_filled(datasets.load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming))
+
+
+def _without_filled(splits: Any) -> Any:
+    """Return splits without the columns for the trainer that some lack, which loading gives to all, filled with None."""
+    for split, dataset in splits.items() if isinstance(splits, datasets.DatasetDict) else ():
+        filled = [
+            column
+            for column in {*OPTIONAL} & {*dataset.column_names}
+            if len(dataset) and dataset.data.column(column).null_count == len(dataset)
+        ]
+        splits[split] = dataset.remove_columns(filled)
+    return splits
 
 
 def is_path(name: str) -> bool:

@@ -103,7 +103,7 @@ def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float
     s = sum_v p_v^2 over the token's next-token distribution, without gradient, is 1 where the model is sure and about 0 where
     it is at a loss. So training begins as `nll`, by which what the model lacks is learnt, and ends prior-leaning where the
     model is sure: targets that it then finds improbable are let go. With a = s throughout it would be DEFT
-    (https://arxiv.org/abs/2602.11424). The defaults are those of the study in docs/anneal.md.
+    (https://arxiv.org/abs/2602.11424). docs/negative-results.md says how the defaults were chosen, docs/anneal.md what they do.
 
     `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and
     dtype of `logp`. Raises ValueError unless alpha >= 0 and 0 < over <= 1.
@@ -120,7 +120,8 @@ def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float
     rate = alpha * min(progress / over, 1.0) * _widen(log_sum_sq_probs.detach()).exp()
     exponent = rate * wide
     cost = torch.where(rate < 1e-16, -wide, -exponent.expm1() / rate)
-    return _Pointwise.apply(logp, cost.to(logp.dtype), -exponent.exp().to(logp.dtype))
+    weight = torch.where(rate < 1e-16, torch.ones_like(wide), exponent.exp())
+    return _Pointwise.apply(logp, cost.to(logp.dtype), -weight.to(logp.dtype))
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -202,6 +203,11 @@ class Objective:
 
         def summed(logp: Tensor, **statistics: Any) -> Tensor:
             asked = {name: statistics[name] for name in self.own_statistics if name in statistics}
+            if len(asked) < len(self.own_statistics):
+                own = inspect.signature(self.function).parameters
+                lacking = [name for name in self.own_statistics if name not in asked and own[name].default is own[name].empty]
+                if lacking:
+                    raise TypeError(f"Objective {self.name!r} looks at more than p: give it {', '.join(lacking)} too.")
             cost = self.function(logp, **asked, **{key: value_at(value, progress) for key, value in self.parameters.items()})
             for other, weight in self.mix:
                 cost = cost + value_at(weight, progress) * other(logp, **statistics)
@@ -323,10 +329,9 @@ class Objective:
             example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
             near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
-            raise ValueError(
-                f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}: {' and '.join(problems)}.{near} Write "
-                f"`objective: {'{' + example + '}' if own else self.name}`.{offer}"
-            )
+            write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
+            takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}"
+            raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
         for key in self.schedules:
             default = own[key].default if key in own else None
             if default not in (None, inspect.Parameter.empty) and not _is_number(default):
@@ -338,7 +343,7 @@ class Objective:
     def _check_contract(self) -> None:
         """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
         if self.schedules:
-            for progress in (0.0, 0.5, 1.0):
+            for progress in (0.0, 1.0, 0.5):  # the ends first, which the recipe has written
                 self.at(progress)._check_contract()
             return
         what, shape = f"Objective {self.name!r}", (2, 6)
@@ -595,19 +600,21 @@ def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
             raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}. {example}")
     return tuple(
         (
-            _part(key, {name: value for name, value in other.items() if name != "weight"}),
+            _part(key, {name: value for name, value in other.items() if name != "weight"}, example),
             _bounded(f"weight of {other['name']} in mix", other["weight"], math.inf, example),
         )
         for other in spec
     )
 
 
-def _part(key: str, spec: Any) -> Objective:
-    """Read an objective within another."""
+def _part(key: str, spec: Any, example: str = "") -> Objective:
+    """Read an objective within another; `example` takes the place of what a message says to write for one on its own."""
     try:
         part = Objective.parse(spec)
     except ValueError as error:
-        raise ValueError(f"In `{key}` of the objective: {error}") from error
+        what, write, how = str(error).partition(" Write `objective: ")
+        how = "" if not write else f" {example}" if example else f" Write `{key}: {how}"
+        raise ValueError(f"In `{key}` of the objective: {what}{how}") from error
     if part.special_tokens is not None:
         raise ValueError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")
     return part

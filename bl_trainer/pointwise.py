@@ -1,5 +1,6 @@
 """What objective functions are made of: values with their slopes in closed form, and parameters that are numbers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,4 +29,7 @@ def _widen(logp: Tensor) -> Tensor:
 
 def _require_number(objective: str, name: str, value: Any) -> None:
     if not is_number(value):
-        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.")
+        schedule = (
+            " Write a schedule as `{from: 0, to: 1, over: [0.3, 1.0]}`." if isinstance(value, (Mapping, list, tuple)) else ""
+        )
+        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.{schedule}")

@@ -1,6 +1,5 @@
 """Where `ref_logp`, log p under a reference model, comes from: the model without its adapter, or a column of the data set."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,8 @@ import torch
 from peft import PeftConfig
 
 from .interruption import REFERENCE, ROW
+from .parser import RecipeError
+from .specs import is_number
 
 HOW = (
     f"Train an adapter (`use_peft: true`), whose base model is then the reference, or give the data set a column `{REFERENCE}` "
@@ -20,55 +21,65 @@ def reference_source(objective: str, peft_config: PeftConfig | None, columns: Ma
     """Return where an objective's `ref_logp` comes from: "column" if the data sets have `REFERENCE`, or else "adapter".
 
     `columns`: names of the columns of each data set. `collates`: whether the batches are made by a collator of the user's own.
-    Raises ValueError if it comes from nowhere, or from where it would be wrong.
+    Raises RecipeError if it comes from nowhere, or from where it would be wrong.
     """
     have = [name for name, names in columns.items() if REFERENCE in names]
     if have:
         for name, names in columns.items():
             if REFERENCE not in names:
-                raise ValueError(
+                raise RecipeError(
                     f"The set {have[0]!r} has a column `{REFERENCE}`, and {name!r} has none. Add it there, or remove it "
                     "from all sets."
                 )
             if "input_ids" not in names:
-                raise ValueError(
+                raise RecipeError(
                     f"The column `{REFERENCE}` of the set {name!r} has no tokens beside it that it would be about. Give "
                     "`input_ids` as well, and `labels` where not all tokens are targets."
                 )
         if collates:
-            raise ValueError(f"A `data_collator` of your own would lose the column `{REFERENCE}`. Leave it out.")
+            raise RecipeError(f"A `data_collator` of your own would lose the column `{REFERENCE}`. Leave it out.")
         return "column"
     if peft_config is None:
-        raise ValueError(f"Objective {objective!r} needs a reference model (`ref_logp`), and there is none. {HOW}")
+        raise RecipeError(f"Objective {objective!r} needs a reference model (`ref_logp`), and there is none. {HOW}")
     if peft_config.is_prompt_learning:
-        raise ValueError(
+        raise RecipeError(
             f"Objective {objective!r} needs a reference model (`ref_logp`), and prompt-learning PEFT makes none: without its "
             "virtual tokens the first target has nothing before it. Take LoRA."
         )
     if getattr(peft_config, "bias", "none") != "none":
-        raise ValueError(
+        raise RecipeError(
             f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "  # type: ignore[attr-defined]
             f"{objective!r}. Write `bias: none`, or give the data set a column `{REFERENCE}`."
         )
     return "adapter"
 
 
-def check_reference(example: dict[str, Any]) -> dict[str, Any]:
-    """Check the column against the tokens; what is about no target becomes 0. Raises ValueError with the number of the row."""
-    values, labels = example[REFERENCE], example["labels"]
-    if len(values) != len(labels):
-        raise ValueError(
-            f"`{REFERENCE}` of row {example[ROW]} has {len(values)} numbers for {len(labels)} tokens. Give one for each of "
-            "`input_ids`: log p of that token after those before it; the first is not used."
+def refuse_lost_context(args: Any) -> None:
+    """Raise RecipeError where tokens would be scored after others than those that the column's values are about."""
+    key, value, write = "truncation_mode", args.truncation_mode, "keep_start"
+    if args.packing:
+        key, value, write = "packing_strategy", args.packing_strategy, "bfd"
+    if value != write and (args.packing or args.max_length is not None):
+        raise RecipeError(
+            f"`{key}: {value}` cuts tokens off from those before them, and `{REFERENCE}` was computed after these. Write "
+            f"`{key}: {write}`, or train an adapter without the column: its base model is the reference then."
         )
-    used = [float(math.nan if value is None else value) for value in values]
-    used = [value if i > 0 and label != -100 else 0.0 for i, (value, label) in enumerate(zip(used, labels, strict=True))]
+
+
+def check_reference(example: dict[str, Any], name: str) -> dict[str, Any]:
+    """Check the column of an example of the set `name` against its tokens; what is about no target becomes 0. Raises
+    RecipeError with the number of the row."""
+    values, labels = example[REFERENCE], example["labels"]
+    which = f"`{REFERENCE}` of row {example[ROW]} of the {name} set, counted from 0,"
+    rule = "Give one number for each of `input_ids`: log p of that token after those before it; the first is not used."
+    if not isinstance(values, list):
+        raise RecipeError(f"{which} {'is missing' if values is None else f'is {values!r}, no list'}. {rule}")
+    if len(values) != len(labels):
+        raise RecipeError(f"{which} has {len(values)} numbers for {len(labels)} tokens. {rule}")
+    used = [value if i > 0 and label != -100 else 0.0 for i, (value, label) in enumerate(zip(values, labels, strict=True))]
     for value in used:
-        if not (math.isfinite(value) and value <= 1e-3):  # above 0 by rounding
-            raise ValueError(
-                f"`{REFERENCE}` of row {example[ROW]} has {value:g} for a target token. It must be log p, a finite number of "
-                "at most 0."
-            )
+        if not (is_number(value) and value <= 1e-3):  # above 0 by rounding
+            raise RecipeError(f"{which} has {value!r} for a target token. It must be log p, a finite number of at most 0.")
     return {REFERENCE: used}
 
 

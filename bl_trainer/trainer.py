@@ -59,7 +59,7 @@ from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
 from .published import NO_RULER
-from .reference import base_of, check_reference, has_target, reference_source, truncated
+from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
 
@@ -290,7 +290,7 @@ class BLTrainer(SFTTrainer):
         how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
         with PartialState().local_main_process_first():
             if refers:
-                prepared = prepared.map(check_reference, **how)
+                prepared = prepared.map(check_reference, fn_kwargs={"name": dataset_name}, **how)
             if refers and not packing and length is not None:
                 kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
                 prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
@@ -350,7 +350,10 @@ class BLTrainer(SFTTrainer):
         sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
         columns = {name: columns_of(each) for name, each in sets.items() if each is not None}
         asking = next(part.name for part in (self.objective, *self.objective.parts) if "ref_logp" in part.own_statistics)
-        return reference_source(asking, peft_config, columns, given.get("data_collator") is not None)
+        source = reference_source(asking, peft_config, columns, given.get("data_collator") is not None)
+        if source == "column" and given.get("args") is not None:
+            refuse_lost_context(given["args"])
+        return source
 
     def _is_shared_out(self, *kinds: str) -> bool:
         return any(getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1 for kind in kinds)
@@ -477,12 +480,14 @@ class BLTrainer(SFTTrainer):
     def _price(self, statistics: dict[str, Tensor]) -> Price:
         return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})
 
-    def _progress(self) -> float:
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+    def _progress(self, done: int | None = None) -> float:
+        """Return the share of training that is done after `done` steps, now unless told."""
+        done = self.state.global_step if done is None else done
+        return done / self.state.max_steps if self.state.max_steps > 0 else 0.0
 
-    def _scheduled(self) -> dict[str, float]:
-        """Return what the objective's schedules have come to after the steps done, as it is logged."""
-        progress = self._progress()
+    def _scheduled(self, done: int) -> dict[str, float]:
+        """Return what the objective's schedules have come to after `done` steps, as it is logged."""
+        progress = self._progress(done)
         return {f"objective_{name}": schedule.at(progress) for name, schedule in self.objective.schedules.items()}
 
     def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -548,7 +553,7 @@ class BLTrainer(SFTTrainer):
                     self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
                     logs[name] = means[name]
             self._warn(means, logs.get("grad_norm"))
-            logs.update(self._scheduled())
+            logs.update(self._scheduled(max(self.state.global_step - 1, 0)))  # by which the last step was made
         super().log(logs, start_time)
 
     def _warn(self, means: dict[str, float], grad_norm: float | None = None) -> None:
@@ -590,7 +595,7 @@ class BLTrainer(SFTTrainer):
             if self.threshold.normalize == "kept":
                 loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
             means["loss"] = loss + (self.router_aux_loss_coef * aux_loss if self.aux_loss_enabled else 0.0)
-            means |= self._scheduled()
+            means |= self._scheduled(self.state.global_step)
             means["perplexity"] = torch.tensor(means["nll"], dtype=torch.float64).exp().item()
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from bl_trainer.pages import render
 from bl_trainer.sweep.leaderboard import Leaderboard, compare, difference
 from bl_trainer.sweep.plan import describe
-from continuum import NEG_P, NLL, RULERS, begin, boards_of, quiet, read_plan, row_of, sweep, values_of
+from continuum import NEG_P, NLL, RULERS, begin, boards_of, call, means, quiet, read_plan, row_of, sweep, values_of
 from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 
 FIXED: list[dict[str, Any]] = [
@@ -35,18 +35,19 @@ FIXED: list[dict[str, Any]] = [
 ]
 ANNEAL = {"objective": "anneal"}
 DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "switch", "deft", "conflict", "gate")]
-LEARNING_RATES = [3e-4, 1e-3, 3e-3]
+LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 PRETRAINING_SEED, FIRST_SEED = 1, 100
 MEAN_GOAL, WORST_GOAL = 0.03, 0.08
 
 
 @dataclass
 class Cell:
-    """A cell of the study. `boards`: ruler -> leaderboard of all its arms."""
+    """A cell of the study. `boards`: ruler -> leaderboard of all its arms. `base`: ruler -> the pretrained model's."""
 
     name: str
     corruption: float
     boards: dict[str, Leaderboard]
+    base: dict[str, float]
 
     @property
     def label(self) -> str:
@@ -127,16 +128,24 @@ def summary(cells: list[Cell], ruler: str) -> str:
 
 
 def by_cell(cells: list[Cell], ruler: str) -> str:
-    """Return a Markdown table of each cell's best fixed objective and of all regrets."""
+    """Return a Markdown table of each cell's best fixed objective and of all regrets, that of no training among them."""
     arms = arms_of(cells)
-    lines = ["| cell | best fixed | " + " | ".join(map(name_of, arms)) + " |", "|---" * (len(arms) + 2) + "|"]
+    lines = ["| cell | best fixed | untrained | " + " | ".join(map(name_of, arms)) + " |", "|---" * (len(arms) + 3) + "|"]
     for cell in cells:
         board = cell.boards[ruler]
         best = row_of(board, best_fixed(board))
-        head = f"| {cell.label} | {name_of(best.group)}: {best.values[ruler][0]:.3f} @ {best.best['learning_rate']:g} | "
+        value = best.values[ruler][0]
+        head = f"| {cell.label} | {name_of(best.group)}: {value:.3f} @ {at_rate(board, best.best['learning_rate'])} | "
+        head += f"{value - cell.base[ruler]:+.3f} | "
         found = (regret(board, arm) for arm in arms)
-        lines.append(head + " | ".join(f"{shown(each)} @ {each.rate:g}" for each in found) + " |")
+        lines.append(head + " | ".join(f"{shown(each)} @ {at_rate(board, each.rate)}" for each in found) + " |")
     return "\n".join(lines)
+
+
+def at_rate(board: Leaderboard, rate: float) -> str:
+    """Return a learning rate for people, and whether it is the least or the greatest tried."""
+    rates = {arm["setting"]["learning_rate"] for arm in board.arms.values()}
+    return f"{rate:g}" + (" (edge)" if rate in (min(rates), max(rates)) else "")
 
 
 def name_of(arm: dict[str, Any]) -> str:
@@ -178,9 +187,9 @@ def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     parts = [
         f"`{command}`, {count} arms: pretraining seed {PRETRAINING_SEED}, seeds {FIRST_SEED} to "
         f"{FIRST_SEED + options.seeds - 1}, learning rates {rates}. Regret is in exact match on {examples} clean held-out "
-        "examples, each objective at its best rate in a cell (@), or at the one rate that is best for it on average. 0 is the "
-        "best fixed objective of the cell; below 0 is better than any. In brackets 95 % intervals over seeds and examples, of "
-        "means (±) over seeds."
+        "examples, each objective at its best rate in a cell (@; edge: the least or the greatest tried), or at the one that is "
+        "best for it on average. 0 is the best fixed objective of the cell; below 0 is better than any. In brackets 95 % "
+        "intervals over seeds and examples, of means (±) over seeds."
     ]
     for steps, cells in studies.items():
         for ruler, name in RULERS.items():
@@ -190,10 +199,18 @@ def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
 
 
 def run_cell(
-    folder: Path, cell: str, corruption: float, steps: int, seeds: int, groups: dict[str, list[dict[str, Any]]], run: Callable
+    folder: Path,
+    cell: str,
+    corruption: float,
+    steps: int,
+    seeds: int,
+    groups: dict[str, list[dict[str, Any]]],
+    run: Callable[..., dict[int, dict[str, Any]]],
+    base: dict[str, float],
 ) -> Cell:
     """Run what is left of a cell's arms, each group of objectives as a sweep of its own, and return them all."""
-    home, results = cell_folder(folder, cell, corruption), []
+    home = cell_folder(folder, cell, corruption)
+    results: list[dict[str, Any]] = []
     for name, arms in groups.items():
         name = f"{name}-{steps}"
         rest = {"learning_rate": LEARNING_RATES, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))}
@@ -202,7 +219,7 @@ def run_cell(
         results += run(plan, folder / "sweeps" / home.name / name, cell, corruption).values()  # outside of the data
     for result in results:
         result["setting"].pop("max_steps", None)  # the same for all, and no part of an objective's name
-    return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))))
+    return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))), base)
 
 
 def main() -> None:
@@ -221,11 +238,12 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, begin, (Miniature, options.folder)) as pool:
         run = partial(sweep, pool=pool, jobs=options.jobs)
+        bases = {cell: means(pool.submit(call, "evaluate", None, cell, FIRST_SEED).result()) for cell in options.cells}
         for steps in (STEPS, STEPS // 2, 2 * STEPS) if options.full else (STEPS,):
             mine = {**groups, "designs": DESIGNS} if options.full and steps == STEPS else groups
             noises = sorted(CORRUPTIONS if steps == STEPS else CORRUPTIONS[1:], reverse=True)
             studies[steps] = [
-                run_cell(options.folder, cell, noise, steps, options.seeds, mine, run)
+                run_cell(options.folder, cell, noise, steps, options.seeds, mine, run, bases[cell])
                 for noise, cell in itertools.product(noises, options.cells)
             ]
     text = report(studies, options)

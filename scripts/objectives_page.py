@@ -61,12 +61,16 @@ its weight.
 The weight on the NLL gradient against the probability p of the target. Where an objective looks at more than p, for three
 values of what it looks at.
 
-**Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's; the
-others are here so that they can be compared with them on the same rulers. We have not tested that any is better.
+**Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's;
+[`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the same
+rulers, and we have not tested whether any of them is better. Each can be scheduled, mixed, given a floor, and spare special
+tokens: see [the README](../README.md#composing-objectives).
 
 **Reading the loss.** Where f has an sg, it falls also while tokens become less probable (-sg(p) log p is 0 at p = 0). Such a
 loss chooses no checkpoint: `metric_for_best_model: eval_loss`, the default of `load_best_model_at_end`, is refused with it
-({no_ruler}). `nll`, `target_prob` and accuracy are reported for every objective.
+({no_ruler}),
+and so it is with `anneal` and any schedule, under which the loss changes its meaning.
+`nll`, `target_prob` and accuracy are reported for every objective.
 
 **What they share.** The sum of costs is divided by all target tokens. Papers that weigh a token by the rest of its batch
 (TALR's tau, MiLe's mean weight, DEFT's mean p) have a fixed number here, without which the gradient would depend on how a
@@ -94,15 +98,34 @@ memory.
 With neither, the run is refused before the model loads. To make the column:
 
 ```python
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("my-base")
+reference = AutoModelForCausalLM.from_pretrained("my-base").eval()
+
+
 def with_reference(example):
-    ids = torch.tensor([example["input_ids"]])
+    prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=True)["input_ids"]
+    ids = torch.tensor([whole])
     with torch.no_grad():
         logp = reference(ids).logits[0, :-1].float().log_softmax(-1)
-    return {{"ref_logprobs": [0.0, *logp.gather(1, ids[0, 1:, None])[:, 0].tolist()]}}
+    return {{
+        "input_ids": whole,
+        "labels": [-100] * len(prompt) + whole[len(prompt) :],  # -100: no target
+        "ref_logprobs": [0.0, *logp.gather(1, ids[0, 1:, None])[:, 0].tolist()],
+    }}
 
 
-dataset = dataset.map(with_reference)
+for split in ("train", "test"):
+    rows = load_dataset("my-data", split=split)
+    rows.map(with_reference, remove_columns=rows.column_names).to_json(f"with-reference/{{split}}.jsonl")
 ```
+
+Then `dataset_name: with-reference`. Packing by anything but `bfd`, and `truncation_mode: keep_end`, take tokens from those
+before them, so they are refused with the column.
 
 ## One by one
 

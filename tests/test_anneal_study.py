@@ -18,6 +18,7 @@ from anneal_study import ANNEAL, DESIGNS, FIXED, LEARNING_RATES
 from bl_trainer.pages import render
 from miniature import prepare
 
+BASE = {"greedy": 0.25, "sampled": 0.125}
 SEEDS, EXAMPLES = 3, 1009  # of which no two arms have equally many right
 
 
@@ -55,7 +56,7 @@ def study(home):
     ran = []
     run = partial(invented, ran=ran)
     groups = {"fixed": FIXED, "anneal": [ANNEAL], "designs": DESIGNS}
-    cells = [anneal_study.run_cell(home, cell, 0.3, 100, SEEDS, groups, run) for cell in ("strong", "weak")]
+    cells = [anneal_study.run_cell(home, cell, 0.3, 100, SEEDS, groups, run, BASE) for cell in ("strong", "weak")]
     return cells, ran
 
 
@@ -121,13 +122,18 @@ def test_the_report_holds_the_regrets(study):
     worst = max(regrets, key=regrets.get)
     assert line.startswith(f"| anneal | {statistics.mean(regrets.values()):+.3f} ± ")
     assert re.search(rf"\| {re.escape(f'{regrets[worst]:+.3f}')} \(.*\): {worst} \|", line)
+    line = next(line for line in text.splitlines() if line.startswith("| weak, 30% noise | "))
+    best = max(row.values["greedy"][0] for row in cells[1].boards["greedy"].rows if row.group in FIXED)
+    assert line.split(" | ")[2] == f"{best - 0.25:+.3f}"
+    assert {part.endswith("(edge)") for part in line.split(" | ") if " @ 0.01" in part} <= {True}
+    assert not any(part.endswith("(edge)") for part in line.split(" | ") if " @ 0.001" in part or " @ 0.003" in part)
     assert b"Regret, greedy" in render(partial(anneal_study.draw, cells), (7.2, 4.2), "light", "svg")
 
 
 def test_other_steps_are_swept_apart(home):
     ran = []
     groups = {"fixed": FIXED, "anneal": [ANNEAL]}
-    cell = anneal_study.run_cell(home, "weak", 0.3, 50, 1, groups, partial(invented, ran=ran))
+    cell = anneal_study.run_cell(home, "weak", 0.3, 50, 1, groups, partial(invented, ran=ran), BASE)
     assert {setting["max_steps"] for _, setting, _ in ran} == {50}
     assert {setting["seed"] for _, setting, _ in ran} == {anneal_study.FIRST_SEED}
     assert anneal_study.regret(cell.boards["greedy"], ANNEAL).interval  # over examples alone

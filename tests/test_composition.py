@@ -13,6 +13,9 @@ from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.composition import Schedule, spell
 from bl_trainer.continuum import objective_name
 from bl_trainer.objectives import masked_cost, price
+from bl_trainer.parser import RecipeError
+from bl_trainer.recipe import Recipe
+from conftest import write_recipe
 from test_trainer import first_gradient
 from ways import build, relative_difference, train, weights
 
@@ -379,7 +382,11 @@ def test_the_values_of_the_moment_are_logged(tokenizer, text_data, tmp_path):
         eval_strategy="steps", eval_steps=1, learning_rate=0.0,
     )  # fmt: skip
     logs = trainer.state.log_history
-    assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 1, 2]
+    assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 0, 1]  # by which the step was made
+    assert logs[-1]["objective_alpha"] == 1  # the summary's
+    for entry in logs:
+        if "loss" in entry:
+            assert (entry["loss"] == pytest.approx(entry["nll"])) == (entry["objective_alpha"] == 0)
     assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0, 0, 1, 2]
     assert not any("objective_floor" in entry for entry in logs)
     losses = [entry["eval_loss"] for entry in logs if "eval_loss" in entry]
@@ -420,6 +427,13 @@ BAD = [
     ({"name": "neg_p", "special_tokens": "nil"}, "In `special_tokens` of the objective: Unknown objective 'nil'"),
     ({"name": "neg_p", "special_tokens": {"name": "nll", "special_tokens": "nll"}}, "`special_tokens` within `special_tokens`"),
     ({"name": "neg_p", "special_tokens": {"from": 0, "to": 1}}, "In `special_tokens` of the objective: `objective` must be"),
+    ({"name": "neg_p", "flor": 0.1}, "takes no parameters: 'flor' is not one of them. Did you mean 'floor'?"),
+    ({"name": "neg_p", "mix": {"power": 0.1}}, "'alpha' is missing. Write `mix: {nll: 0.1}`, or with parameters `mix: ["),
+    ({"name": "neg_p", "special_tokens": "power"}, "'alpha' is missing. Write `special_tokens: {name: power, alpha: ...}`."),
+    ({"name": "neg_p", "floor": {"from": 0, "to": 1, "shape": "log"}}, "got 'log'. Write e.g. `{from: 0, to: 1, over: [0.3"),
+    ({"name": "focal", "gamma": {"from": 0, "to": -2}}, "`gamma` of objective 'focal' must be at least 0, got -2"),
+    ({"name": "power", "alpha": {"start": 0, "end": 2}}, "{'start': 0, 'end': 2}. Write a schedule as `{from: 0, to: 1"),
+    ({"name": "power", "alpha": [0, 2]}, "must be a finite number, got [0, 2]. Write a schedule as `{from: 0, to: 1"),
 ]  # fmt: skip
 
 
@@ -515,3 +529,28 @@ class TestWhatCanNotTell:
         args.pad_to_multiple_of = 4
         with pytest.raises(ValueError, match="can't here: context parallelism cuts sequences up"):
             BLTrainer("no-such-model", args, train_dataset=text_data)
+
+
+def test_a_set_of_a_folder_may_have_weights_for_itself(checkpoint, tmp_path):
+    """Loading gives both sets the column, filled with None."""
+    data = tmp_path / "text"  # also the name of a format
+    data.mkdir()
+    rows = [{"prompt": f"a{i}", "completion": "bc", "objective_weight": i % 3} for i in range(8)]
+    bare = [{key: row[key] for key in ("prompt", "completion")} for row in rows]
+    for split, part in (("train", rows), ("test", bare)):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    path = write_recipe(tmp_path, checkpoint, data, eval_strategy="epoch", max_steps=1)
+    train_set, test_set = Recipe.read(["--config", str(path)]).load_datasets()
+    assert train_set["objective_weight"][:] == [row["objective_weight"] for row in rows]
+    assert "objective_weight" not in test_set.column_names
+    (data / "train.jsonl").write_text("".join(json.dumps({**row, "objective_weight": None}) + "\n" for row in rows[:1]))
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps(rows[1]) + "\n")
+    with pytest.raises(RecipeError, match="`objective_weight` of row 0 of the train set, counted from 0, is missing"):
+        Recipe.read(["--config", str(path)]).load_datasets()
+
+
+def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):
+    data = text_data.select(range(2)).add_column("objective_weight", [[1.0, 2.0], [1.0]])
+    with pytest.raises(RecipeError, match=r"row 0 of the train set, counted from 0, is \[1.0, 2.0\]: it must be a number"):
+        build(BLTrainer, tokenizer, data, tmp_path)

@@ -177,7 +177,13 @@ def test_anneal_of_an_impossible_token():
     given = {"log_sum_sq_probs": torch.zeros(1)}
     cost = Objective.parse("anneal")(torch.tensor([-math.inf]), progress=1.0, **given)
     assert cost.item() == pytest.approx(0.2)
-    assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=1.0, **given).item() == 0
+    for progress, weight in ((0.0, 1), (0.01, 0), (1.0, 0)):  # as `nll`'s, then as any prior-leaning objective's
+        assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=progress, **given).item() == weight
+
+
+def test_statistics_that_are_not_given_are_named():
+    with pytest.raises(TypeError, match="Objective 'anneal' looks at more than p: give it log_sum_sq_probs, progress too"):
+        Objective.parse("anneal").gradient_weight(torch.tensor([-1.0]))
 
 
 # A user's own objectives, found by import path
@@ -306,7 +312,7 @@ BAD_OBJECTIVES = [
     ("power", "Objective 'power' takes alpha: 'alpha' is missing. Write `objective: {name: power, alpha: ...}`"),
     (
         {"name": "power", "alpa": 3},
-        r"takes alpha: 'alpa' is not one of them and 'alpha' is missing. Did you mean 'alpha'\? Write",
+        r"takes alpha: 'alpa' is not one of them and 'alpha' is missing. Did you mean 'alpha'\?$",
     ),
     ({"name": "nll", "alpha": 3}, "takes no parameters: 'alpha' is not one of them. Write `objective: nll`"),
     ({"name": "power", "alpha": "ten"}, "`alpha` of objective 'power' must be a finite number, got 'ten'"),

@@ -11,6 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import OBJECTIVES, price
+from bl_trainer.parser import RecipeError
 from bl_trainer.published import NO_RULER, PUBLISHED
 from conftest import make_llama
 from ways import Gradients, Ordered, build, relative_difference, train
@@ -363,11 +364,8 @@ def test_column_is_the_same_as_the_base_model(cut, head, tokenizer, text_data, t
     "options",
     [
         {"max_length": 12},
-        {"max_length": 12, "truncation_mode": "keep_end"},
         {"max_length": 64, "packing": True},
         {"max_length": 12, "packing": True},
-        {"max_length": 12, "packing": True, "packing_strategy": "bfd_split"},
-        {"max_length": 24, "packing": True, "packing_strategy": "wrapped"},
     ],
     ids=str,
 )
@@ -477,11 +475,36 @@ def with_a_hole(row):
     return {**row, "ref_logprobs": [*row["ref_logprobs"][:-1], None]}
 
 
+def without(row):
+    return {**row, "ref_logprobs": None}
+
+
+def as_one_number(row):
+    return {**row, "ref_logprobs": -1.5}
+
+
 BAD_COLUMNS = [
-    (short, r"`ref_logprobs` of row 0 has \d+ numbers for \d+ tokens. Give one for each"),
-    (as_probabilities, "`ref_logprobs` of row 0 has 0.* for a target token. It must be log p, a finite number of at most 0"),
-    (with_a_hole, "`ref_logprobs` of row 0 has nan for a target token"),
+    (
+        short,
+        r"`ref_logprobs` of row 0 of the train set, counted from 0, has \d+ numbers for \d+ tokens. Give one number for each",
+    ),
+    (as_probabilities, "of row 0 .* has 0.* for a target token. It must be log p, a finite number of at most 0"),
+    (with_a_hole, "of row 0 .* has None for a target token"),
+    (without, "of row 0 .* is missing. Give one number for each of `input_ids`"),
+    (as_one_number, r"of row 0 .* is -1.5, no list. Give one number for each of `input_ids`"),
 ]
+LOST = [
+    ({"truncation_mode": "keep_end"}, "`truncation_mode: keep_end` cuts .* Write `truncation_mode: keep_start`"),
+    ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy: wrapped` cuts .* Write `packing_strategy: bfd`"),
+    ({"packing": True, "packing_strategy": "bfd_split"}, "`packing_strategy: bfd_split` cuts"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), LOST, ids=[str(options) for options, _ in LOST])
+def test_cuts_that_take_the_context_away_are_refused_with_the_column(options, message, tokenizer, text_data, tmp_path):
+    data = with_column(tokenizer, text_data.select(range(3)))
+    with pytest.raises(RecipeError, match=message):
+        build(BLTrainer, tokenizer, data, tmp_path, objective="asft", max_length=12, **options)
 
 
 @pytest.mark.parametrize(("spoil", "message"), BAD_COLUMNS, ids=[f.__name__ for f, _ in BAD_COLUMNS])

@@ -1,5 +1,6 @@
 """The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
 
+import json
 import re
 import runpy
 from dataclasses import fields
@@ -23,6 +24,7 @@ from bl_trainer.recipe import DATACLASSES, Recipe
 from bl_trainer.sweep.plan import OWN_KEYS, RULERS, Plan
 from bl_trainer.sweep.verb import SweepArguments
 from bl_trainer.trainer import METRICS, BLTrainer
+from ways import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -219,12 +221,26 @@ def test_page_of_objectives(tmp_path, checkpoint):
     for name in PUBLISHED:
         assert re.search(rf"### {name}\n.*?Source: https://arxiv.org/abs/\d{{4}}\.\d{{5}}", page, re.DOTALL), name
         assert f"`{name}`" in README
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    known = {"torch": torch, "reference": AutoModelForCausalLM.from_pretrained(checkpoint)}
-    known["dataset"] = Dataset.from_list([{"input_ids": [4, 5, 6]}, {"input_ids": [7, 8]}])
-    exec(snippet, known)
-    assert [len(row["ref_logprobs"]) for row in known["dataset"]] == [3, 2]
-    assert all(value < 0 for row in known["dataset"] for value in row["ref_logprobs"][1:])
+
+
+def test_column_of_a_reference_is_made_as_the_page_says(tmp_path, checkpoint, tokenizer, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-data").mkdir()
+    row = {
+        "prompt": [{"role": "user", "content": "one and two"}],
+        "completion": [{"role": "assistant", "content": "is three"}],
+    }
+    for split in ("train", "test"):
+        (tmp_path / "my-data" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    exec(snippet.replace("my-base", str(checkpoint)).replace("my-data", "./my-data"), {})
+    data = Dataset.from_json("with-reference/train.jsonl")
+    assert data[0]["labels"][-9:] == data[0]["input_ids"][-9:]  # with the end token
+    assert {*data[0]["labels"][:-9]} == {-100}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    trainer = train(BLTrainer, tokenizer, data, tmp_path, model=model, objective="psft", per_device_train_batch_size=1)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(-1, rel=1e-5)  # the ratio to the model itself
+    assert trainer.state.log_history[0]["gradient_weight"] == pytest.approx(1, rel=1e-5)
 
 
 def test_the_worked_example_is_read(tmp_path):
