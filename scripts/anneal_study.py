@@ -42,12 +42,14 @@ MEAN_GOAL, WORST_GOAL = 0.03, 0.08
 
 @dataclass
 class Cell:
-    """A cell of the study. `boards`: ruler -> leaderboard of all its arms. `base`: ruler -> the pretrained model's."""
+    """A cell of the study. `boards`: ruler -> leaderboard of all its arms. `base`: ruler -> the pretrained model's. `rates`:
+    the learning rates tried."""
 
     name: str
     corruption: float
     boards: dict[str, Leaderboard]
     base: dict[str, float]
+    rates: list[float]
 
     @property
     def label(self) -> str:
@@ -135,17 +137,16 @@ def by_cell(cells: list[Cell], ruler: str) -> str:
         board = cell.boards[ruler]
         best = row_of(board, best_fixed(board))
         value = best.values[ruler][0]
-        head = f"| {cell.label} | {name_of(best.group)}: {value:.3f} @ {at_rate(board, best.best['learning_rate'])} | "
+        head = f"| {cell.label} | {name_of(best.group)}: {value:.3f} @ {at_rate(cell, best.best['learning_rate'])} | "
         head += f"{value - cell.base[ruler]:+.3f} | "
         found = (regret(board, arm) for arm in arms)
-        lines.append(head + " | ".join(f"{shown(each)} @ {at_rate(board, each.rate)}" for each in found) + " |")
+        lines.append(head + " | ".join(f"{shown(each)} @ {at_rate(cell, each.rate)}" for each in found) + " |")
     return "\n".join(lines)
 
 
-def at_rate(board: Leaderboard, rate: float) -> str:
+def at_rate(cell: Cell, rate: float) -> str:
     """Return a learning rate for people, and whether it is the least or the greatest tried."""
-    rates = {arm["setting"]["learning_rate"] for arm in board.arms.values()}
-    return f"{rate:g}" + (" (edge)" if rate in (min(rates), max(rates)) else "")
+    return f"{rate:g}" + (" (edge)" if rate in (min(cell.rates), max(cell.rates)) else "")
 
 
 def name_of(arm: dict[str, Any]) -> str:
@@ -219,7 +220,7 @@ def run_cell(
         results += run(plan, folder / "sweeps" / home.name / name, cell, corruption).values()  # outside of the data
     for result in results:
         result["setting"].pop("max_steps", None)  # the same for all, and no part of an objective's name
-    return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))), base)
+    return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))), base, LEARNING_RATES)
 
 
 def main() -> None:

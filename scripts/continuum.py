@@ -76,7 +76,7 @@ def means(items: dict[str, Any]) -> dict[str, float]:
     """Return the rulers that numbers by held-out example make: of each target token, or of each example."""
     tokens = sum(items["targets"])
     found = {name: sum(items[key]) / tokens for name, key in PER_TOKEN.items() if key in items}
-    own = items.keys() - {"targets", *PER_TOKEN.values()}
+    own = items.keys() - {"targets", "cluster", *PER_TOKEN.values()}
     return found | {name: sum(items[name]) / len(items[name]) for name in items if name in own}
 
 
@@ -127,10 +127,15 @@ def board_by(ruler: str, plan: Plan, arms: dict[int, dict[str, Any]]) -> Leaderb
 
 
 def values_of(result: dict[str, Any], ruler: str) -> dict[str, tuple[float, float]]:
-    """Return weight and weighted value by held-out example."""
+    """Return weight and weighted value by held-out example, or by `cluster` of such."""
     items, key = result["items"], PER_TOKEN.get(ruler)
-    weights = [1.0] * len(items[ruler]) if key is None else items["targets"]
-    return {str(i): pair for i, pair in enumerate(zip(weights, items[key or ruler], strict=True))}
+    values = items[key or ruler]
+    weights = [1.0] * len(values) if key is None else items["targets"]
+    sums: dict[str, tuple[float, float]] = {}
+    for name, weight, value in zip(items.get("cluster", range(len(values))), weights, values, strict=True):
+        before = sums.get(str(name), (0.0, 0.0))
+        sums[str(name)] = (before[0] + weight, before[1] + value)
+    return sums
 
 
 def row_of(board: Leaderboard, group: dict[str, Any]) -> Row:

@@ -7,8 +7,9 @@ Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
 - figfont: words as ASCII art, the paper's model-weak task
 - gsm8k: grade-school mathematics, from the Hub, or from `--gsm8k`, a folder of train.jsonl and test.jsonl
 
-and leaves pretrained.md in `folder`; what is done is kept there, and the same command goes on. The training sets are larger
-than what an arm trains on: its seed chooses the examples, their order and the adapter's random weights.
+and leaves pretrained.md in `folder`; what is done is kept there, and the same command goes on. An arm's seed chooses the
+examples that it trains on, their order and the adapter's random weights. A pilot seed chooses each objective's learning
+rate, and is not reported.
 """
 
 import argparse
@@ -38,19 +39,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quickstart
-from anneal_study import ANNEAL, FIRST_SEED, Cell, by_cell, name_of
+from anneal_study import ANNEAL, FIRST_SEED, FIXED, Cell, by_cell, name_of
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main as verb
 from bl_trainer.evaluation.graders import final_answer, is_same_math
 from bl_trainer.statistics import Calibration
-from continuum import NEG_P, NLL, begin, board_by, call, means, quiet, read_plan, row_of, sweep
+from continuum import begin, board_by, call, means, quiet, read_plan, row_of, sweep
 from miniature import cell_folder, read_rows, write_rows
 
-ARMS: list[dict[str, Any]] = [NLL, {"objective": {"name": "power", "alpha": 0.5}}, NEG_P, ANNEAL]
+ARMS: list[dict[str, Any]] = [*FIXED, ANNEAL]
+RATES = [3e-4, 1e-3, 3e-3]
+PILOT_SEED = 99
 POOL = 1024  # training examples of a set
 SYSTEM = "Extract the name, age and city as JSON."
 SHORT = 128  # tokens of a figfont example
-NEW_TOKENS = 160  # of an answer to a problem of gsm8k
 
 # What all runs share; the keys of a recipe
 ATTENTION = "eager"  # the fastest on a CPU, for short examples
@@ -71,41 +73,44 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Task:
-    """How arms train on a data set, and are judged. `ruler`: by which the table of all rulers chooses learning rates.
+    """How arms train on a data set, and are judged.
 
-    `noise`: share of wrong training examples. `examples`: held out. `is_short`: whether whole answers are compared.
+    `noise`: share of wrong training examples. `examples`: held out. `new_tokens`: of an answer at most. `pilot`: the ruler by
+    which the pilot chooses the learning rate.
     """
 
     name: str
     steps: int
-    rates: tuple[float, ...]
+    new_tokens: int
     noise: float = 0.0
     examples: int = 128
-    is_short: bool = True
-    ruler: str = "sampled"
+    pilot: str = "greedy"
+
+    @property
+    def has_cities(self) -> bool:
+        """Whether the answers are records of people."""
+        return self.name in ("records", "codes")
 
     @property
     def rulers(self) -> list[str]:
         """What objectives are compared by."""
-        own = ["greedy", "sampled"] if self.is_short else ["solved"] if self.name == "gsm8k" else []
-        return [*own, "accuracy", "target_prob"]
+        return [*(["greedy", "sampled"] if self.has_cities else ["greedy"]), "accuracy", "target_prob"]
 
 
 TASKS = (
-    Task("records", 32, (3e-4, 1e-3), noise=0.3),
-    Task("codes", 40, (3e-4, 1e-3), noise=0.3),
-    Task("figfont", 24, (1e-3,), is_short=False, ruler="target_prob"),
-    Task("records", 32, (1e-3,)),
-    Task("gsm8k", 16, (3e-4,), examples=64, is_short=False, ruler="target_prob"),
+    Task("records", 32, 48, noise=0.3),
+    Task("codes", 40, 48, noise=0.3),
+    Task("records", 32, 48),
+    Task("figfont", 24, 12, pilot="accuracy"),
+    Task("gsm8k", 16, 256, examples=64, pilot="accuracy"),
 )
 RULERS = {
-    "greedy": "Exact match, greedy",
-    "sampled": "Exact match, sampled at temperature 1",
-    "solved": "Problems solved, greedy",
+    "greedy": "Right answers, greedy",
+    "sampled": "Right answers, sampled at temperature 1",
     "accuracy": "Target tokens that are the most probable one",
     "target_prob": "Mean p of the target tokens",
 }
-FIGURES = ("greedy", "sampled", "solved", "accuracy", "target_prob", "nll", "calibration_error", "drift")
+FIGURES = ("greedy", "sampled", "accuracy", "target_prob", "nll", "calibration_error", "drift")
 
 
 def records(seed: int, count: int, wrong: float, name: str) -> list[dict[str, Any]]:
@@ -207,18 +212,19 @@ class Pretrained:
         with redirect_stdout(io.StringIO()), TemporaryDirectory() as unused:
             rows, args = Dataset.from_list(self._read(task, "train")), BLConfig(unused, objective=objective, **keys)
             BLTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()
-        found = self.evaluate(name, noise)
+        found = self.evaluate(name, noise, seed)
         self.base = model.unload()
         return found
 
     def held_out(self, task: Task) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return of each held-out example its token ids (length), those of the target (count), and the pretrained model's
-        states (count, size) by which these are predicted; not to be called first while an adapter is in the model."""
+        """Return of each held-out example its token ids (length), those of the target's content (count), and the pretrained
+        model's states (count, size) by which these are predicted; not to be called first while an adapter is in the model."""
         if task not in self.examples:
             pairs = []
             for row in self._read(task, "test"):
                 prompt, ids = self._ids(row["prompt"], add_generation_prompt=True), self._ids(row["prompt"] + row["completion"])
-                pairs.append((ids, ids[len(prompt) :]))
+                end = len(prompt) + (ids[len(prompt) :] == self.tokenizer.eos_token_id).nonzero()[0].item()
+                pairs.append((ids[:end], ids[len(prompt) : end]))
             states = self._states(pairs)
             self.examples[task] = [(*pair, each) for pair, each in zip(pairs, states, strict=True)]
         return self.examples[task]
@@ -227,39 +233,32 @@ class Pretrained:
         return read_rows(cell_folder(self.folder, task.name, task.noise) / f"{split}.jsonl")
 
     @torch.no_grad()
-    def evaluate(self, name: str, noise: float) -> dict[str, Any]:
+    def evaluate(self, name: str, noise: float, seed: int = 0) -> dict[str, Any]:
         """Measure the model, with an adapter while there is one in it, on held-out examples. A number by example:
 
-        `greedy`: 1 if the greedy answer is the target, so if each of its tokens is the most probable one; `sampled`: the
-        probability that an answer sampled at temperature 1 is, exp(-`nll`); `solved`: 1 if the final number of the greedy
-        answer is right; `targets`: target tokens, the end of turn among them, and sums over these: `nll` (nats), `prob`,
-        `top1` and `kl`, KL(base, tuned) in nats. `calibration_error`: the expected one of all tokens, as a list of one.
+        `greedy`, `sampled` (at temperature 1, by `seed`): 1 if what it answers is right; `targets`: tokens of the target,
+        without the end of turn, and sums over these: `nll` (nats), `prob`, `top1` and `kl`, KL(base, tuned) in nats.
+        `cluster`: the city, which examples share. `calibration_error`: the expected one of all tokens, as a list of one.
         """
-        task = task_of(name, noise)
-        items: dict[str, Any] = {key: [] for key in ("greedy", "sampled", "targets", "nll", "prob", "top1", "kl")}
-        calibration = Calibration()
         self.base.eval()
-        examples = self.held_out(task)
+        task = task_of(name, noise)
+        items: dict[str, Any] = {key: [] for key in ("targets", "nll", "prob", "top1", "kl")}
+        calibration, examples = Calibration(), self.held_out(task)
         states = self._states([(ids, targets) for ids, targets, _ in examples])
         for (_, targets, before), after in zip(examples, states, strict=True):
             logp, base_logp = (linear(each, self.head).log_softmax(-1) for each in (after, before))
             top, found = logp.max(-1)
-            chosen, is_top = logp.gather(-1, targets[..., None])[..., 0].double(), found == targets
-            calibration.add(top.double().exp().flatten(), is_top.flatten())
+            chosen, is_top = logp.gather(-1, targets[:, None])[:, 0].double(), found == targets
+            calibration.add(top.double().exp(), is_top)
             kl = (base_logp.exp() * (base_logp - logp)).sum()
-            values: tuple[Any, ...] = (
-                is_top.all().int(),
-                chosen.sum().exp(),
-                targets.numel(),
-                -chosen.sum(),
-                chosen.exp().sum(),
-                is_top.sum(),
-                kl,
-            )
-            for key, value in zip(items, values, strict=True):
-                items[key].append(float(value))
-        if "solved" in task.rulers:
-            items["solved"] = self._solved(task)
+            sums = torch.stack([-chosen.sum(), chosen.exp().sum(), is_top.sum(), kl]).tolist()
+            for key, value in zip(items, [len(targets), *sums], strict=True):
+                items[key].append(value)
+        for key in ("greedy", "sampled"):
+            if key in task.rulers:
+                items[key] = self._right(task, None if key == "greedy" else seed)
+        if task.has_cities:
+            items["cluster"] = [json.loads(_said(row))["city"] for row in self._read(task, "test")]
         return {**items, "calibration_error": [calibration.error()]}
 
     def _ids(self, messages: Any, **options: Any) -> Tensor:
@@ -280,21 +279,37 @@ class Pretrained:
                 found.append(states[len(whole) - len(targets) - 1 : len(whole) - 1])
         return found
 
-    def _solved(self, task: Task) -> list[float]:
+    def _right(self, task: Task, seed: int | None) -> list[float]:
+        """Return 1 for each right answer; greedy ones, or sampled by `seed`."""
         rows, found = self._read(task, "test"), []
+        how: dict[str, Any] = {"do_sample": False}
+        if seed is not None:
+            torch.manual_seed(seed)
+            how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         for start in range(0, len(rows), 64):
             batch = rows[start : start + 64]
-            texts = [
-                self.tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False) for row in batch
-            ]
+            prompts = [row["prompt"] for row in batch]
+            texts = self.tokenizer.apply_chat_template(prompts, add_generation_prompt=True, tokenize=False)
             given = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
             with torch.autocast("cpu", torch.bfloat16):
-                output = self.base.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+                output = self.base.generate(**given, max_new_tokens=task.new_tokens, **how)
             answers = self.tokenizer.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, answer in zip(batch, answers, strict=True):
-                gold, said = final_answer(row["completion"][0]["content"]), final_answer(answer)
-                found.append(float(is_same_math(gold or "", answer if said is None else said, said is not None)))
+            found += [float(is_right(task, answer, _said(row))) for answer, row in zip(answers, batch, strict=True)]
         return found
+
+
+def _said(row: dict[str, Any]) -> str:
+    return row["completion"][0]["content"]
+
+
+def is_right(task: Task, answer: str, target: str) -> bool:
+    """Whether an answer is right: the same record, the same number at the end, or the same word."""
+    if task.has_cities:
+        return quickstart.is_right(answer, target)
+    if task.name == "gsm8k":
+        said = final_answer(answer)
+        return is_same_math(final_answer(target) or "", answer if said is None else said, said is not None)
+    return answer.strip() == target
 
 
 def task_of(name: str, noise: float) -> Task:
@@ -302,11 +317,11 @@ def task_of(name: str, noise: float) -> Task:
     return next(task for task in TASKS if (task.name, task.noise) == (name, noise))
 
 
-def figures(cell: Cell, task: Task, base: dict[str, float]) -> list[str]:
-    """Return lines of the table of all rulers: the pretrained model, then each objective at its best learning rate."""
-    board = cell.boards[task.ruler]
-    parts = [f"{base[name]:.3f}" if name in base else "" for name in FIGURES]
-    lines = [f"| {cell.label} | base | {' | '.join(parts)} |"]
+def figures(cell: Cell) -> list[str]:
+    """Return lines of the table of all rulers: the pretrained model, then each objective."""
+    board = next(iter(cell.boards.values()))
+    parts = [f"{cell.base[name]:.3f}" if name in cell.base else "" for name in FIGURES]
+    lines = [f"| {cell.label} | untrained | {' | '.join(parts)} |"]
     for arm in ARMS:
         row, parts = row_of(board, arm), []
         for name in FIGURES:
@@ -317,35 +332,39 @@ def figures(cell: Cell, task: Task, base: dict[str, float]) -> list[str]:
     return lines
 
 
-def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, dict[str, Any]]]) -> Cell:
-    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool."""
-    home = cell_folder(folder, task.name, task.noise)
-    rest = {"learning_rate": list(task.rates), "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))}
-    plan = read_plan(home, "sweep", {"arms": ARMS, **rest})
-    arms = run(plan, folder / "sweeps" / home.name, task.name, task.noise)
-    return Cell(task.name, task.noise, {ruler: board_by(ruler, plan, arms) for ruler in task.rulers})
+def run_task(
+    folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, dict[str, Any]]], base: dict[str, float]
+) -> Cell:
+    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool: the pilot's, then those at the
+    learning rates that it has chosen."""
+    home, place = cell_folder(folder, task.name, task.noise), folder / "sweeps"
+    pilot = read_plan(home, "pilot", {"arms": ARMS, "learning_rate": RATES, "seed": [PILOT_SEED]})
+    board = board_by(task.pilot, pilot, run(pilot, place / home.name / "pilot", task.name, task.noise))
+    chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in ARMS]
+    plan = read_plan(home, "main", {"arms": chosen, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))})
+    arms = run(plan, place / home.name / "main", task.name, task.noise)
+    return Cell(task.name, task.noise, {ruler: board_by(ruler, plan, arms) for ruler in task.rulers}, base, RATES)
 
 
-def report(cells: list[Cell], bases: list[dict[str, float]], seeds: int) -> str:
-    """Return pretrained.md. `bases`: the pretrained model's rulers on each cell."""
+def report(cells: list[Cell], seeds: int) -> str:
+    """Return pretrained.md."""
     count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
     parts = [
-        f"`python scripts/pretrained_study.py --seeds {seeds}`, {count} arms, seeds {FIRST_SEED} to {FIRST_SEED + seeds - 1}. "
-        "By how much the best fixed objective of a set exceeds each one on held-out examples, which are right, each at its "
-        "best learning rate (@); below 0 is better than any fixed one. In brackets 95 % intervals over seeds and examples, "
-        "paired."
+        f"`python scripts/pretrained_study.py --seeds {seeds}`, {count} arms, seeds {FIRST_SEED} to {FIRST_SEED + seeds - 1}, "
+        f"each objective at the learning rate (@) of {rates} that was best at another seed. By how much the best fixed "
+        "objective of a set exceeds each one on held-out examples, which are right; below 0 is better than any of them. In "
+        "brackets 95 % intervals, paired, over seeds and over examples, or over cities where the answers name one."
     ]
     for ruler, name in RULERS.items():
         have = [cell for cell in cells if ruler in cell.boards]
         parts += [f"**{name}**", by_cell(have, ruler)] if have else []
     head = ["set", "objective", *FIGURES]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for cell, base in zip(cells, bases, strict=True):
-        lines += figures(cell, task_of(cell.name, cell.corruption), base)
-    parts += [
-        "**All rulers**: mean ± half the 95 % interval over seeds; drift is KL(base, tuned) per target token",
-        "\n".join(lines),
-    ]
+    for cell in cells:
+        lines += figures(cell)
+    note = "mean ± half the 95 % interval over seeds; tokens without the end of turn; drift is KL(base, tuned) per target token"
+    parts += [f"**All rulers**: {note}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -362,14 +381,14 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     prepare(options.folder, options.model, options.gsm8k)
-    cells, bases = [], []
+    cells = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, begin, (Pretrained, options.folder, options.model)) as pool:
+        run = partial(sweep, pool=pool, jobs=options.jobs)
         for task in (task for task in TASKS if task.name in options.tasks):
-            base = pool.submit(call, "evaluate", task.name, task.noise)
-            cells.append(run_task(options.folder, task, options.seeds, partial(sweep, pool=pool, jobs=options.jobs)))
-            bases.append(means(base.result()))
-    text = report(cells, bases, options.seeds)
+            base = means(pool.submit(call, "evaluate", task.name, task.noise).result())
+            cells.append(run_task(options.folder, task, options.seeds, run, base))
+    text = report(cells, options.seeds)
     (options.folder / "pretrained.md").write_text(text, encoding="utf-8")
     print(text)
 

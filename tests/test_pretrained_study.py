@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import decoders
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -20,8 +21,9 @@ from anneal_study import ANNEAL
 from miniature import cell_folder, read_rows, write_rows
 from pretrained_study import Pretrained, Task
 
-TOY = Task("toy", 60, (1e-2,), examples=3)
-SUMS = Task("gsm8k", 1, (1e-3,), examples=3, is_short=False, ruler="target_prob")
+TOY = Task("toy", 60, 12, examples=3)
+SUMS = Task("gsm8k", 1, 12, examples=3)
+PEOPLE = Task("records", 1, 12, examples=3)
 
 
 def said(prompt, completion):
@@ -31,14 +33,16 @@ def said(prompt, completion):
 @pytest.fixture
 def toy(checkpoint, tmp_path, monkeypatch):
     """Trains on what it is judged by."""
-    monkeypatch.setattr(pretrained_study, "TASKS", (TOY, SUMS))
+    monkeypatch.setattr(pretrained_study, "TASKS", (TOY, SUMS, PEOPLE))
     rows = [said("one", "abc"), said("number two", "de 2"), said("3", "fghij")]
-    for task in (TOY, SUMS):
+    for task in (TOY, SUMS, PEOPLE):
         home = cell_folder(tmp_path, task.name, 0.0)
         home.mkdir()
         write_rows(home / "train.jsonl", rows)
         write_rows(home / "test.jsonl", rows)
-    return Pretrained(tmp_path, str(checkpoint))
+    made = Pretrained(tmp_path, str(checkpoint))
+    made.tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return made
 
 
 def plain_logp(model, tokenizer, row):
@@ -55,11 +59,11 @@ def test_the_base_is_measured_as_by_a_plain_loop(toy, tmp_path):
     found = toy.evaluate("toy", 0.0)
     for i, row in enumerate(read_rows(tmp_path / "toy-0" / "test.jsonl")):
         logp, targets = plain_logp(toy.base, toy.tokenizer, row)
+        assert targets.pop() == toy.tokenizer.eos_token_id
         chosen = [logp[t, v].item() for t, v in enumerate(targets)]
-        assert found["targets"][i] == len(targets) == len(row["completion"][0]["content"]) + 1
+        assert found["targets"][i] == len(targets) == len(row["completion"][0]["content"])
         assert found["nll"][i] == pytest.approx(-sum(chosen), rel=0.01)  # logits in bfloat16 here
         assert found["prob"][i] == pytest.approx(sum(map(math.exp, chosen)), rel=0.05)
-        assert found["sampled"][i] == pytest.approx(math.exp(-found["nll"][i]))
         assert found["top1"][i] == sum(logp[t].argmax().item() == v for t, v in enumerate(targets))
     assert found["kl"] == [0, 0, 0]
     assert found["greedy"] == [0, 0, 0]
@@ -67,28 +71,21 @@ def test_the_base_is_measured_as_by_a_plain_loop(toy, tmp_path):
 
 def test_an_arm_learns_and_leaves_the_base_as_it_was(toy, tmp_path):
     before = toy.evaluate("toy", 0.0)
-    kept, untouched = {}, copy.deepcopy(toy.base)
+    kept, untouched = [], copy.deepcopy(toy.base)
     evaluate = toy.evaluate
-    toy.evaluate = lambda *where: kept.update(seen()) or evaluate(*where)
+    toy.evaluate = lambda *where: kept.extend(drifts()) or evaluate(*where)
 
-    def seen():
+    def drifts():
         toy.base.eval()
-        answers, drift = [], []
         for row in read_rows(tmp_path / "toy-0" / "test.jsonl"):
-            ids = toy.tokenizer.apply_chat_template(row["prompt"], return_tensors="pt", return_dict=True)["input_ids"]
-            with torch.autocast("cpu", torch.bfloat16):
-                output = toy.base.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :]
-            answers.append(toy.tokenizer.decode(output, skip_special_tokens=True).replace(" ", ""))
             tuned, _ = plain_logp(toy.base, toy.tokenizer, row)
             base, _ = plain_logp(untouched, toy.tokenizer, row)
-            drift.append((base.exp() * (base - tuned)).sum().item())
-        return {"answers": answers, "drift": drift}
+            yield (base.exp() * (base - tuned))[:-1].sum().item()
 
     found = toy.arm("toy", 0.0, "nll", 1e-2, 0)
     assert found["greedy"] == [1, 1, 1]
-    assert kept["answers"] == ["abc", "de2", "fghij"]
-    assert min(found["sampled"]) > 0.5
-    assert found["kl"] == pytest.approx(kept["drift"], rel=0.05)
+    assert found["top1"] == found["targets"] == [3, 4, 5]
+    assert found["kl"] == pytest.approx(kept, rel=0.05)
     toy.evaluate = evaluate
     assert toy.evaluate("toy", 0.0) == before
     again = toy.arm("toy", 0.0, "nll", 1e-2, 0)
@@ -102,8 +99,35 @@ def test_problems_are_solved_by_their_final_number(toy, tmp_path, monkeypatch):
     answers = ["so it is\n#### 4", "that makes \\boxed{1200}", "#### 8, not 7"]
     monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **_: answers)
     found = toy.evaluate("gsm8k", 0.0)
-    assert found["solved"] == [1, 1, 0]
-    assert continuum.means(found)["solved"] == pytest.approx(2 / 3)
+    assert found["greedy"] == [1, 1, 0]
+    assert continuum.means(found)["greedy"] == pytest.approx(2 / 3)
+
+
+def test_records_are_right_however_they_are_written(toy, tmp_path, monkeypatch):
+    """Also in other tokens than the target's; figures are of cities, of which examples share."""
+    people = [{"name": "a b", "age": 20 + i, "city": city} for i, city in enumerate(("oslo", "lima", "oslo"))]
+    write_rows(tmp_path / "records-0" / "test.jsonl", [said("a", json.dumps(person)) for person in people])
+    answers = [json.dumps(people[0], indent=1), json.dumps(people[1]), json.dumps(people[1])]
+    monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **_: answers)
+    found = toy.evaluate("records", 0.0)
+    assert found["greedy"] == found["sampled"] == [1, 1, 0]
+    assert continuum.values_of({"items": found}, "greedy") == {"oslo": (2, 1), "lima": (1, 1)}
+    sums = continuum.values_of({"items": found}, "nll")
+    assert sums["oslo"] == (found["targets"][0] + found["targets"][2], pytest.approx(found["nll"][0] + found["nll"][2]))
+
+
+def test_samples_are_drawn_by_the_seed_at_temperature_1(toy, monkeypatch):
+    drawn = []
+    generate = toy.base.generate
+    monkeypatch.setattr(toy.base, "generate", lambda **how: drawn.append(how) or generate(**how))
+    texts = []
+    decode = toy.tokenizer.batch_decode
+    monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **how: texts.append(decode(ids, **how)) or texts[-1])
+    for seed in (None, None, 1, 1, 2):
+        toy._right(TOY, seed)
+    assert texts[0] == texts[1] != texts[2] == texts[3] != texts[4]
+    assert [how["do_sample"] for how in drawn] == [False, False, True, True, True]
+    assert (drawn[2]["temperature"], drawn[2]["top_k"], drawn[2]["top_p"]) == (1, 0, 1)
 
 
 def test_records_and_codes_are_the_same_people():
@@ -162,24 +186,35 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
             rng = random.Random(f"{name} {noise} {setting}")
             items = {key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "nll", "prob", "top1", "kl")}
             items |= {"targets": [rng.randint(1, 9) for _ in range(50)], "calibration_error": [0.1]}
-            ran.append((noise, setting, items))
+            ran.append((folder.name, noise, setting, items))
             found[i] = {"setting": setting, "rulers": continuum.means(items), "base": {}, "loss": None, "items": items}
         return found
 
-    cells = [pretrained_study.run_task(tmp_path, task, 3, run) for task in tasks]
-    text = pretrained_study.report(cells, [{"nll": 0.5, "sampled": 0.25}, {"nll": 0.75, "sampled": 0.125}], 3)
-    assert text.startswith(f"`python scripts/pretrained_study.py --seeds 3`, {len(ran)} arms, seeds 100 to 102.")
-    assert "**Problems solved" not in text
-    by_rate = {
-        rate: [items for noise, setting, items in ran if noise == 0.3 and setting == setting | ANNEAL | {"learning_rate": rate}]
-        for rate in tasks[0].rates
+    base = {"greedy": 0.0, "sampled": 0.25, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
+    cells = [pretrained_study.run_task(tmp_path, task, 3, run, base) for task in tasks]
+    text = pretrained_study.report(cells, 3)
+    main = [(noise, setting, items) for name, noise, setting, items in ran if name == "main"]
+    pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
+    assert len(main) == len(pilot) == 2 * 15
+    assert {setting["seed"] for _, setting, _ in pilot} == {99}
+    assert text.startswith("`python scripts/pretrained_study.py --seeds 3`, 30 arms, seeds 100 to 102, each")
+    own = {
+        setting["learning_rate"]: statistics.mean(items["greedy"])
+        for noise, setting, items in pilot
+        if noise == 0.3 and setting == setting | ANNEAL
     }
-    sampled = {rate: statistics.mean(statistics.mean(each["sampled"]) for each in arms) for rate, arms in by_rate.items()}
-    rate = max(sampled, key=sampled.get)
-    (line,) = (line for line in text.splitlines() if line.startswith(f"| records, 30% noise | anneal @ {rate:g}"))
+    assert len(own) == 3
+    rate = max(own, key=own.get)
+    arms = [items for noise, setting, items in main if noise == 0.3 and setting == setting | ANNEAL | {"learning_rate": rate}]
+    assert len(arms) == 3
+    (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | anneal @ "))
     values = line.split(" | ")
-    assert values[3].startswith(f"{sampled[rate]:.3f} ± ")
-    nll = [sum(each["nll"]) / sum(each["targets"]) for each in by_rate[rate]]
-    half = 4.302653 * statistics.stdev(nll) / 3**0.5
-    assert values[7] == f"{statistics.mean(nll):.3f} ± {half:.3f}"
-    assert len([line for line in text.splitlines() if line.startswith("| records, 30% noise | base |")]) == 1
+    assert values[1] == f"anneal @ {rate:g}"
+    for place, found in (
+        (2, [statistics.mean(each["greedy"]) for each in arms]),
+        (6, [sum(each["nll"]) / sum(each["targets"]) for each in arms]),
+    ):
+        half = 4.302653 * statistics.stdev(found) / 3**0.5
+        assert values[place] == f"{statistics.mean(found):.3f} ± {half:.3f}"
+    (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | untrained |"))
+    assert line.split(" | ")[3] == "0.250"
