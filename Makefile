@@ -86,6 +86,7 @@ compatibility: $(VENV)/tests
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
 	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
+	$(BIN)/python benchmarks/composition.py --output benchmarks
 
 bench-head: $(VENV)/weights
 	$(BIN)/python benchmarks/head.py --output benchmarks --rounds 5

@@ -1,7 +1,8 @@
 """What composing an objective adds to a training step: `python benchmarks/composition.py --help`.
 
 As `step.py`, round by round in rotating order: a plain objective, the same once more, which shows the noise, and composed.
-The composed arms train every token that the plain one does, so that what is measured is the composition.
+The composed arms train every token that the plain one does, so that what is measured is the composition. `anneal` asks for one
+more sum over the vocabulary.
 """
 
 from typing import Any
@@ -28,6 +29,7 @@ step.ARMS = {
     "power 0.5": (BLTrainer, {"objective": POWER}),
     "power 0.5 again": (BLTrainer, {"objective": POWER}),
     "scheduled": (BLTrainer, {"objective": SCHEDULED}),
+    "anneal": (BLTrainer, {"objective": "anneal"}),
     "scheduled, floor, mix, special tokens, weights": (Columns, {"objective": COMPOSED}),
 }
 

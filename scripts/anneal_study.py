@@ -239,7 +239,11 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, begin, (Miniature, options.folder)) as pool:
         run = partial(sweep, pool=pool, jobs=options.jobs)
-        bases = {cell: means(pool.submit(call, "evaluate", None, cell, FIRST_SEED).result()) for cell in options.cells}
+        bases = {}
+        for cell in options.cells:  # the mean over seeds, by which samples are drawn
+            drawn = [pool.submit(call, "evaluate", None, cell, FIRST_SEED + seed) for seed in range(options.seeds)]
+            each = [means(future.result()) for future in drawn]
+            bases[cell] = {ruler: float(np.mean([one[ruler] for one in each])) for ruler in RULERS}
         for steps in (STEPS, STEPS // 2, 2 * STEPS) if options.full else (STEPS,):
             mine = {**groups, "designs": DESIGNS} if options.full and steps == STEPS else groups
             noises = sorted(CORRUPTIONS if steps == STEPS else CORRUPTIONS[1:], reverse=True)
