@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
-from common import add_options, peak_memory, report, set_up
+from common import Results, add_options, peak_memory, report, set_up
 
 SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "smollm2-135m": (
@@ -124,8 +124,8 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, di
     return {name: {"seconds": times[name], "megabytes": peaks[name]} for name in trainers}
 
 
-def main(name: str = "step", base: str = "TRL nll") -> None:
-    """Run the benchmark of `ARMS`, the arm `base` being what the others are compared with."""
+def main(name: str = "step", base: str = "TRL nll") -> tuple[Results, argparse.Namespace]:
+    """Run the benchmark of `ARMS`, the arm `base` being what the others are compared with; return what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=1)
@@ -136,6 +136,7 @@ def main(name: str = "step", base: str = "TRL nll") -> None:
     set_up(options)
     results = {mode: measure(options.shape, mode == "LoRA", options) for mode in ("full", "LoRA")}
     report(name, results, base, base, 3, options)
+    return results, options
 
 
 if __name__ == "__main__":
