@@ -562,6 +562,11 @@ class BLTrainer(SFTTrainer):
                 f"Nothing trains: since the last log no target token was within the threshold {self.threshold.to_dict()} "
                 f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
             )
+        elif means.get("gradient_weight") == 0:
+            logger.warning(
+                "Nothing trains: since the last log every target token had the weight 0 (gradient_weight 0, mean target_prob "
+                f"{means['target_prob']:.2g}). Look at the column `{WEIGHT}`, or take an objective with more weight there."
+            )
         if grad_norm is not None and not math.isfinite(grad_norm):
             logger.warning(
                 f"grad_norm is {grad_norm}: this step changes nothing, or breaks the optimizer's state. If `alpha` is negative "

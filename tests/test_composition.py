@@ -554,3 +554,12 @@ def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):
     data = text_data.select(range(2)).add_column("objective_weight", [[1.0, 2.0], [1.0]])
     with pytest.raises(RecipeError, match=r"row 0 of the train set, counted from 0, is \[1.0, 2.0\]: it must be a number"):
         build(BLTrainer, tokenizer, data, tmp_path)
+
+
+def test_weights_that_are_all_zero_are_told(tokenizer, text_data, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    for weight, warned in ((0.5, 0), (0.0, 1)):
+        train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [weight] * len(text_data)), tmp_path)
+        assert len(said) == warned
+    assert said[0].startswith("Nothing trains: since the last log every target token had the weight 0")
