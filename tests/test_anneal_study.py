@@ -140,3 +140,27 @@ def test_other_steps_are_swept_apart(home):
     mean, half = anneal_study.mean_regret([anneal_study.regret(cell.boards["greedy"], ANNEAL)])
     assert half is None
     assert mean == anneal_study.regret(cell.boards["greedy"], ANNEAL).mean
+
+
+def test_the_page_agrees_with_its_tables():
+    """Means over the rows of cells are those of the summary, whose figures are those of the text."""
+    page = (Path(__file__).parent.parent / "docs" / "anneal.md").read_text(encoding="utf-8")
+    text, *parts = re.split(r"\*\*100 steps, .*\*\*\n", page)
+    assert len(parts) == 2
+    for part in parts:
+        summary, cells = ([line.split(" | ") for line in table.splitlines()] for table in part.strip().split("\n\n"))
+        names = cells[0][3:]
+        names[-1] = names[-1].removesuffix(" |")
+        for row in summary[2:]:
+            place = names.index(row[0].removeprefix("| ")) + 3
+            regrets = {cell[0].removeprefix("| "): float(cell[place].split()[0]) for cell in cells[2:]}
+            assert len(regrets) == 8
+            assert float(row[1].split()[0]) == pytest.approx(statistics.mean(regrets.values()), abs=0.001)
+            worst = row[2].rsplit(": ", 1)
+            assert float(worst[0].split()[0]) == max(regrets.values()) == regrets[worst[1]]
+    flat = " ".join(text.split())
+    rows = [next(line for line in part.splitlines() if line.startswith("| anneal |")).split(" | ") for part in parts]
+    goal = [(row[1].split()[0].removeprefix("+"), row[2].split()[0].removeprefix("+")) for row in rows]
+    assert f"greedy {goal[0][0]} and {goal[0][1]}, sampled {goal[1][0]} and {goal[1][1]}" in flat
+    assert max(float(mean) for mean, _ in goal) <= anneal_study.MEAN_GOAL
+    assert max(float(worst) for _, worst in goal) <= anneal_study.WORST_GOAL
