@@ -577,7 +577,7 @@ def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_pat
     assert yaml.safe_load(sweep_yaml(report))["arms"][-1] == {"objective": spec}
     assert found.recipe.training.objective == spec
     special = diagnosis(tmp_path, checkpoint, data, objective={**spec, "special_tokens": "nll"}).run()
-    warning = "of power 0.25 to 2, floor 0.1, special tokens nll comes from is not shown: it depends on more than p ("
+    warning = "special tokens nll comes from is not shown: it depends on more than p (which tokens are special)."
     assert any(warning in said for said in special["recommendation"]["warnings"])
     assert len(special["objectives"]) == 5
 
