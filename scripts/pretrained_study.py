@@ -149,6 +149,9 @@ def prepare(folder: Path, model: str, gsm8k: str | None) -> None:
     for task in TASKS:
         home = cell_folder(folder, task.name, task.noise)
         if (home / "recipe.yaml").exists():
+            made_for = yaml.safe_load((home / "recipe.yaml").read_text())["model_name_or_path"]
+            if made_for != model:
+                raise SystemExit(f"error: {folder} holds the study of {made_for}, not of {model}. Give another --folder.")
             continue
         home.mkdir(parents=True, exist_ok=True)
         data: list[Any]

@@ -172,6 +172,8 @@ def test_what_is_prepared_is_a_recipe_and_stays(checkpoint, tmp_path, monkeypatc
     (tmp_path / "codes-30" / "train.jsonl").write_text("mine")
     pretrained_study.prepare(tmp_path, str(checkpoint), str(source))
     assert (tmp_path / "codes-30" / "train.jsonl").read_text() == "mine"
+    with pytest.raises(SystemExit, match=r"holds the study of .*, not of another-model. Give another --folder"):
+        pretrained_study.prepare(tmp_path, "another-model", str(source))
 
 
 def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
