@@ -104,6 +104,7 @@ TASKS = (
     Task("figfont", 24, 12, pilot="accuracy"),
     Task("gsm8k", 16, 256, examples=64, pilot="accuracy"),
 )
+NAMES = sorted({task.name for task in TASKS})
 RULERS = {
     "greedy": "Right answers, greedy",
     "sampled": "Right answers, sampled at temperature 1",
@@ -353,11 +354,14 @@ def report(cells: list[Cell], seeds: int) -> str:
     """Return pretrained.md."""
     count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
     rates = ", ".join(f"{rate:g}" for rate in RATES)
+    names = sorted({cell.name for cell in cells})
+    tasks = "" if names == NAMES else f" --tasks {' '.join(names)}"
     parts = [
-        f"`python scripts/pretrained_study.py --seeds {seeds}`, {count} arms, seeds {FIRST_SEED} to {FIRST_SEED + seeds - 1}, "
-        f"each objective at the learning rate (@) of {rates} that was best at another seed. By how much the best fixed "
-        "objective of a set exceeds each one on held-out examples, which are right; below 0 is better than any of them. In "
-        "brackets 95 % intervals, paired, over seeds and over examples, or over cities where the answers name one."
+        f"`python scripts/pretrained_study.py --seeds {seeds}{tasks}`, {count} arms, seeds {FIRST_SEED} to "
+        f"{FIRST_SEED + seeds - 1}, each objective at the learning rate (@) of {rates} that was best at another seed. By how "
+        "much the best fixed objective of a set exceeds each one on held-out examples, which are right; below 0 is better "
+        "than any of them. In brackets 95 % intervals, paired, over seeds and over examples, "
+        "or over cities where the answers name one."
     ]
     for ruler, name in RULERS.items():
         have = [cell for cell in cells if ruler in cell.boards]
@@ -379,8 +383,7 @@ def main() -> None:
     parser.add_argument("--gsm8k", help="folder of train.jsonl and test.jsonl, in place of the Hub's openai/gsm8k")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=3)
-    names = sorted({task.name for task in TASKS})
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
     quiet()
     prepare(options.folder, options.model, options.gsm8k)

@@ -199,7 +199,7 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
     assert len(main) == len(pilot) == 2 * 15
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith("`python scripts/pretrained_study.py --seeds 3`, 30 arms, seeds 100 to 102, each")
+    assert text.startswith("`python scripts/pretrained_study.py --seeds 3 --tasks records`, 30 arms, seeds 100 to 102, each")
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
         for noise, setting, items in pilot
