@@ -97,27 +97,22 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float = 5.0, over: float = 0.6) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = alpha s min(progress / over, 1).
+def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float = 4.0) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = alpha s progress.
 
     s = sum_v p_v^2 over the token's next-token distribution, without gradient, is 1 where the model is sure and about 0 where
     it is at a loss. So training begins as `nll`, by which what the model lacks is learnt, and ends prior-leaning where the
     model is sure: targets that it then finds improbable are let go. With a = s throughout it would be DEFT
-    (https://arxiv.org/abs/2602.11424). docs/negative-results.md says how the defaults were chosen, docs/anneal.md what they do.
+    (https://arxiv.org/abs/2602.11424). docs/negative-results.md says how 4 was chosen, docs/anneal.md what it does.
 
     `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and
-    dtype of `logp`. Raises ValueError unless alpha >= 0 and 0 < over <= 1.
+    dtype of `logp`. Raises ValueError unless alpha >= 0.
     """
     _require_number("anneal", "alpha", alpha)
-    _require_number("anneal", "over", over)
     if alpha < 0:
         raise ValueError(f"`alpha` of objective 'anneal' must not be negative, got {alpha}; 0 is `nll`.")
-    if not 0 < over <= 1:
-        raise ValueError(
-            f"`over` of objective 'anneal', the share of training that a rises for, must be in (0, 1], got {over}."
-        )
     wide = _widen(logp)
-    rate = alpha * min(progress / over, 1.0) * _widen(log_sum_sq_probs.detach()).exp()
+    rate = alpha * progress * _widen(log_sum_sq_probs.detach()).exp()
     exponent = rate * wide
     cost = torch.where(rate < 1e-16, -wide, -exponent.expm1() / rate)
     weight = torch.where(rate < 1e-16, torch.ones_like(wide), exponent.exp())

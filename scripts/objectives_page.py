@@ -27,7 +27,7 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],
     "anneal": [
         (f"progress {progress:g}, sum of p² {square:g}", {}, {"progress": progress, "log_sum_sq_probs": math.log(square)})
-        for progress, square in ((0.2, 0.9), (0.6, 0.1), (0.6, 0.9))
+        for progress, square in ((0.3, 0.9), (1, 0.1), (1, 0.9))
     ],
     "eaft": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0.3, 1, 3)],
     "mile": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0, 0.5, 1)],

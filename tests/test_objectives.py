@@ -135,15 +135,14 @@ GIVEN = [
 
 
 @pytest.mark.parametrize("progress", [0.0, 1e-18, 0.01, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("parameters", [{}, {"alpha": 0}, {"alpha": 2.5, "over": 1}], ids=str)
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 0}, {"alpha": 2.5}], ids=str)
 def test_anneal_matches_float64(progress, parameters):
     objective = Objective.parse({"name": "anneal", **parameters})
     logp, log_s = torch.tensor(GIVEN).unbind(1)
     given = {"log_sum_sq_probs": log_s, "progress": progress}
     cost, weight = objective(logp, **given), objective.gradient_weight(logp, **given)
-    given_alpha, over = parameters.get("alpha", 5), parameters.get("over", 0.6)
     for i, (x, y) in enumerate(torch.stack([logp, log_s], dim=1).tolist()):
-        alpha = given_alpha * math.exp(y) * (progress / over if progress < over else 1)
+        alpha = parameters.get("alpha", 4) * math.exp(y) * progress
         expected = -x if alpha < 1e-12 else -math.expm1(alpha * x) / alpha
         assert cost[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-30)
         assert weight[i].item() == pytest.approx(math.exp(alpha * x), rel=1e-6, abs=1e-37)
@@ -159,15 +158,14 @@ def test_anneal_gradcheck():
     assert torch.autograd.grad(cost.sum(), log_s, allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"alpha": 2, "over": 0.5}], ids=str)
+@pytest.mark.parametrize("parameters", [{}, {"alpha": 2}], ids=str)
 def test_anneal_goes_from_nll_to_power(parameters):
     anneal = Objective.parse({"name": "anneal", **parameters})
-    alpha, over = parameters.get("alpha", 5), parameters.get("over", 0.6)
     for s in (1e-6, 0.1, 0.5, 1.0):
         given = {"log_sum_sq_probs": torch.full_like(GRID, math.log(s), dtype=torch.float64)}
         assert torch.equal(anneal(GRID, progress=0.0, **given), -GRID)
-        for progress in (over / 4, over / 2, over, 1.0):
-            power = Objective.parse({"name": "power", "alpha": alpha * s * min(1, progress / over)})
+        for progress in (0.1, 0.5, 1.0):
+            power = Objective.parse({"name": "power", "alpha": parameters.get("alpha", 4) * s * progress})
             here = {**given, "progress": progress}
             torch.testing.assert_close(anneal(GRID, **here), power(GRID), rtol=1e-6, atol=0)
             torch.testing.assert_close(anneal.gradient_weight(GRID, **here), power.gradient_weight(GRID), rtol=1e-6, atol=1e-37)
@@ -176,7 +174,7 @@ def test_anneal_goes_from_nll_to_power(parameters):
 def test_anneal_of_an_impossible_token():
     given = {"log_sum_sq_probs": torch.zeros(1)}
     cost = Objective.parse("anneal")(torch.tensor([-math.inf]), progress=1.0, **given)
-    assert cost.item() == pytest.approx(0.2)
+    assert cost.item() == pytest.approx(0.25)
     for progress, weight in ((0.0, 1), (0.01, 0), (1.0, 0)):  # as `nll`'s, then as any prior-leaning objective's
         assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=progress, **given).item() == weight
 
@@ -295,12 +293,6 @@ HERE = __name__
 BAD_OBJECTIVES = [
     ({"name": "anneal", "alpha": -1}, r"`alpha` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
     ({"name": "anneal", "alpha": "much"}, r"`alpha` of objective 'anneal' must be a finite number, got 'much'"),
-    (
-        {"name": "anneal", "over": 0},
-        r"`over` of objective 'anneal', the share of .* must be in \(0, 1\], got 0\.",
-    ),
-    ({"name": "anneal", "over": 1.5}, r"must be in \(0, 1\], got 1\.5"),
-    ({"name": "anneal", "over": None}, r"`over` of objective 'anneal' must be a finite number, got None"),
     ({"name": "anneal", "progress": 1}, "'progress' is a statistic that the trainer supplies"),
     (None, "`objective` must be a name or a mapping with `name`, got None"),
     ("", "must be a name or a mapping"),
