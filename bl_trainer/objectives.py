@@ -97,25 +97,26 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def anneal(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, alpha: float = 4.0) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = alpha s progress.
+def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 3.0) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = e^-H (start + (end - start) progress).
 
-    s = sum_v p_v^2 over the token's next-token distribution, without gradient, is 1 where the model is sure and about 0 where
-    it is at a loss. So training begins as `nll`, by which what the model lacks is learnt, and ends prior-leaning where the
-    model is sure: targets that it then finds improbable are let go. With a = s throughout it would be DEFT
-    (https://arxiv.org/abs/2602.11424). docs/negative-results.md says how 4 was chosen, docs/anneal.md what it does.
+    H = entropy of the token's next-token distribution in nats: e^-H is 1 where the model is sure and about 0 where it is at a
+    loss, and has no gradient. So what the model is unsure of is learnt as under `nll` throughout; where it is sure, training
+    begins near `power` 0.5, by which it can still learn that it is wrong, and ends prior-leaning: targets that it then finds
+    improbable are let go. docs/negative-results.md says how it was found, docs/anneal.md what it does.
 
-    `logp`, `log_sum_sq_probs` = log s: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and
-    dtype of `logp`. Raises ValueError unless alpha >= 0.
+    `logp`, `entropy`: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`.
+    Raises ValueError unless start >= 0 and end >= 0.
     """
-    _require_number("anneal", "alpha", alpha)
-    if alpha < 0:
-        raise ValueError(f"`alpha` of objective 'anneal' must not be negative, got {alpha}; 0 is `nll`.")
+    for name, value in (("start", start), ("end", end)):
+        _require_number("anneal", name, value)
+        if value < 0:
+            raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
     wide = _widen(logp)
-    rate = alpha * progress * _widen(log_sum_sq_probs.detach()).exp()
-    exponent = rate * wide
-    cost = torch.where(rate < 1e-16, -wide, -exponent.expm1() / rate)
-    weight = torch.where(rate < 1e-16, torch.ones_like(wide), exponent.exp())
+    alpha = (start + (end - start) * progress) * (-_widen(entropy.detach())).exp()
+    exponent = alpha * wide
+    cost = torch.where(alpha < 1e-16, -wide, -exponent.expm1() / alpha)
+    weight = torch.where(alpha < 1e-16, torch.ones_like(wide), exponent.exp())
     return _Pointwise.apply(logp, cost.to(logp.dtype), -weight.to(logp.dtype))
 
 

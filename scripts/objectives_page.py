@@ -26,8 +26,8 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "profit": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.3,)],
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],
     "anneal": [
-        (f"progress {progress:g}, sum of p² {square:g}", {}, {"progress": progress, "log_sum_sq_probs": math.log(square)})
-        for progress, square in ((0.3, 0.9), (1, 0.1), (1, 0.9))
+        (f"progress {progress:g}, entropy {entropy:g}", {}, {"progress": progress, "entropy": entropy})
+        for progress, entropy in ((0, 0.1), (1, 2), (1, 0.1))
     ],
     "eaft": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0.3, 1, 3)],
     "mile": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0, 0.5, 1)],

@@ -1,5 +1,6 @@
 """Objectives and thresholds against their formulas in float64, and every mistake a spec can hold."""
 
+import itertools
 import math
 import pickle
 
@@ -125,62 +126,65 @@ def test_numbers_may_come_as_text():
     assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
 
 
-# log p and log sum_v p_v^2 >= 2 log p: of targets that a sure model, and one at a loss, find likely or not
-GIVEN = [
-    (logp, log_s)
-    for logp in (-100.0, -50.0, -20.0, -7.0, -1.0, -0.1, -1e-3, -1e-9, 0.0)
-    for log_s in (-10.0, -5.0, -1.0, -0.01, 0.0)
-    if log_s >= 2 * logp
-]
+# log p, and the entropy of a sure model, and of one at a loss
+
+GIVEN = list(itertools.product((-100.0, -50.0, -20.0, -7.0, -1.0, -0.1, -1e-3, -1e-9, 0.0), (12.0, 5.0, 1.0, 0.01, 0.0)))
+ENDS = [{}, {"start": 0, "end": 0}, {"start": 0, "end": 5}, {"start": 2.5, "end": 0.5}]
 
 
 @pytest.mark.parametrize("progress", [0.0, 1e-18, 0.01, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("parameters", [{}, {"alpha": 0}, {"alpha": 2.5}], ids=str)
+@pytest.mark.parametrize("parameters", ENDS, ids=str)
 def test_anneal_matches_float64(progress, parameters):
     objective = Objective.parse({"name": "anneal", **parameters})
-    logp, log_s = torch.tensor(GIVEN).unbind(1)
-    given = {"log_sum_sq_probs": log_s, "progress": progress}
+    logp, entropy = torch.tensor(GIVEN).unbind(1)
+    given = {"entropy": entropy, "progress": progress}
     cost, weight = objective(logp, **given), objective.gradient_weight(logp, **given)
-    for i, (x, y) in enumerate(torch.stack([logp, log_s], dim=1).tolist()):
-        alpha = parameters.get("alpha", 4) * math.exp(y) * progress
+    start, end = parameters.get("start", 0.5), parameters.get("end", 3)
+    for i, (x, y) in enumerate(torch.stack([logp, entropy], dim=1).tolist()):
+        alpha = math.exp(-y) * ((1 - progress) * start + progress * end)
         expected = -x if alpha < 1e-12 else -math.expm1(alpha * x) / alpha
         assert cost[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-30)
         assert weight[i].item() == pytest.approx(math.exp(alpha * x), rel=1e-6, abs=1e-37)
 
 
-def test_anneal_gradcheck():
+@pytest.mark.parametrize("parameters", ENDS, ids=str)
+def test_anneal_gradcheck(parameters):
+    objective = Objective.parse({"name": "anneal", **parameters})
     logp = torch.linspace(-5, -0.01, 30, dtype=torch.float64, requires_grad=True)
-    log_s = torch.linspace(-3, 0, 30, dtype=torch.float64, requires_grad=True)
+    entropy = torch.linspace(0, 3, 30, dtype=torch.float64, requires_grad=True)
     for progress in (0.0, 0.2, 1.0):
-        given = {"log_sum_sq_probs": log_s, "progress": progress}
-        assert torch.autograd.gradcheck(lambda x, given=given: Objective.parse("anneal")(x, **given), logp)
-    cost = Objective.parse("anneal")(logp, log_sum_sq_probs=log_s, progress=0.5)
-    assert torch.autograd.grad(cost.sum(), log_s, allow_unused=True) == (None,)
+        given = {"entropy": entropy, "progress": progress}
+        assert torch.autograd.gradcheck(lambda x, given=given: objective(x, **given), logp)
+    cost = objective(logp, entropy=entropy, progress=0.5)
+    assert torch.autograd.grad(cost.sum(), entropy, allow_unused=True) == (None,)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"alpha": 2}], ids=str)
-def test_anneal_goes_from_nll_to_power(parameters):
+@pytest.mark.parametrize("parameters", ENDS, ids=str)
+def test_anneal_is_power_between_its_ends(parameters):
     anneal = Objective.parse({"name": "anneal", **parameters})
-    for s in (1e-6, 0.1, 0.5, 1.0):
-        given = {"log_sum_sq_probs": torch.full_like(GRID, math.log(s), dtype=torch.float64)}
-        assert torch.equal(anneal(GRID, progress=0.0, **given), -GRID)
-        for progress in (0.1, 0.5, 1.0):
-            power = Objective.parse({"name": "power", "alpha": parameters.get("alpha", 4) * s * progress})
+    start, end = parameters.get("start", 0.5), parameters.get("end", 3)
+    for entropy in (0.0, 0.5, 3.0):
+        given = {"entropy": torch.full_like(GRID, entropy, dtype=torch.float64)}
+        for progress, alpha in ((0.0, start), (0.5, (start + end) / 2), (1.0, end)):
+            power = Objective.parse({"name": "power", "alpha": alpha * math.exp(-entropy)})
             here = {**given, "progress": progress}
             torch.testing.assert_close(anneal(GRID, **here), power(GRID), rtol=1e-6, atol=0)
             torch.testing.assert_close(anneal.gradient_weight(GRID, **here), power.gradient_weight(GRID), rtol=1e-6, atol=1e-37)
+    at_a_loss = {"entropy": torch.full_like(GRID, 50.0), "progress": 1.0}
+    torch.testing.assert_close(anneal(GRID, **at_a_loss), -GRID)
 
 
 def test_anneal_of_an_impossible_token():
-    given = {"log_sum_sq_probs": torch.zeros(1)}
-    cost = Objective.parse("anneal")(torch.tensor([-math.inf]), progress=1.0, **given)
-    assert cost.item() == pytest.approx(0.25)
-    for progress, weight in ((0.0, 1), (0.01, 0), (1.0, 0)):  # as `nll`'s, then as any prior-leaning objective's
-        assert Objective.parse("anneal").gradient_weight(torch.tensor([-math.inf]), progress=progress, **given).item() == weight
+    given, impossible = {"entropy": torch.zeros(1)}, torch.tensor([-math.inf])
+    anneal = Objective.parse("anneal")
+    assert anneal(impossible, progress=1.0, **given).item() == pytest.approx(1 / 3)
+    assert [anneal.gradient_weight(impossible, progress=progress, **given).item() for progress in (0.0, 1.0)] == [0, 0]
+    from_nll = Objective.parse({"name": "anneal", "start": 0})
+    assert from_nll.gradient_weight(impossible, progress=0.0, **given).item() == 1
 
 
 def test_statistics_that_are_not_given_are_named():
-    with pytest.raises(TypeError, match="Objective 'anneal' looks at more than p: give it log_sum_sq_probs, progress too"):
+    with pytest.raises(TypeError, match="Objective 'anneal' looks at more than p: give it entropy, progress too"):
         Objective.parse("anneal").gradient_weight(torch.tensor([-1.0]))
 
 
@@ -291,8 +295,10 @@ def test_own_function_gets_what_it_names():
 
 HERE = __name__
 BAD_OBJECTIVES = [
-    ({"name": "anneal", "alpha": -1}, r"`alpha` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
-    ({"name": "anneal", "alpha": "much"}, r"`alpha` of objective 'anneal' must be a finite number, got 'much'"),
+    ({"name": "anneal", "start": -1}, r"`start` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
+    ({"name": "anneal", "end": -1}, r"`end` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
+    ({"name": "anneal", "end": "much"}, r"`end` of objective 'anneal' must be a finite number, got 'much'"),
+    ({"name": "anneal", "alpha": 4}, r"takes start, end: 'alpha' is not one of them"),
     ({"name": "anneal", "progress": 1}, "'progress' is a statistic that the trainer supplies"),
     (None, "`objective` must be a name or a mapping with `name`, got None"),
     ("", "must be a name or a mapping"),
@@ -406,6 +412,6 @@ def test_dropped_tokens_are_exactly_zero_even_where_f_is_infinite(spec):
 
 def test_every_objective_of_the_paper_and_anneal_fall_in_p():
     for name in ("nll", "neg_p", "power", "log_one_minus_p", "anneal"):
-        given = {"log_sum_sq_probs": torch.full_like(GRID, -0.5), "progress": 0.3}
+        given = {"entropy": torch.full_like(GRID, 0.5), "progress": 0.3}
         cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID, **given)
         assert (cost.diff() <= 0).all(), name

@@ -1,6 +1,7 @@
 """The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
 
 import json
+import math
 import re
 import runpy
 from dataclasses import fields
@@ -57,8 +58,8 @@ def test_table_of_objectives():
         name = re.match(r"`(\w+)`", cells[0])[1]
         parameters = {"power": {"alpha": 0.7}, "log_one_minus_p": {"epsilon": 1e-3}}.get(name, {})
         objective = Objective.parse({"name": name, **parameters})
-        given = {"log_sum_sq_probs": torch.full_like(P, 0.5).log(), "progress": 0.12}
-        values = {**parameters, **({"a": 4 * 0.5 * 0.12} if name == "anneal" else {})}
+        given = {"entropy": torch.full_like(P, 0.25), "progress": 0.12}
+        values = {**parameters, **({"a": math.exp(-0.25) * (0.5 + 2.5 * 0.12)} if name == "anneal" else {})}
         torch.testing.assert_close(objective(P.log(), **given), evaluate(cells[1], **values))
         torch.testing.assert_close(objective.weight(P.log(), **given), evaluate(cells[2], **values).expand_as(P))
 
