@@ -97,27 +97,21 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 3.0) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = e^-H (start + (end - start) progress).
+def anneal(logp: Tensor, progress: float, start: float = 0.5, end: float = 3.0) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = start + (end - start) max(0, 2 progress - 1).
 
-    H = entropy of the token's next-token distribution in nats: e^-H is 1 where the model is sure and about 0 where it is at a
-    loss, and has no gradient. So what the model is unsure of is learnt as under `nll` throughout; where it is sure, training
-    begins near `power` 0.5, by which it can still learn that it is wrong, and ends prior-leaning: targets that it then finds
-    improbable are let go. docs/negative-results.md says how it was found, docs/anneal.md what it does.
+    `power`, with an alpha that is `start` in the first half of training and rises in the second, linearly to `end`. The first
+    half learns what is missing, improbable as it is; the second lets go of targets that it hasn't made probable.
+    docs/negative-results.md says how it was found, docs/anneal.md what it does.
 
-    `logp`, `entropy`: float tensors of one shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`.
-    Raises ValueError unless start >= 0 and end >= 0.
+    `logp`: float tensor of any shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`. Raises
+    ValueError unless start >= 0 and end >= 0.
     """
     for name, value in (("start", start), ("end", end)):
         _require_number("anneal", name, value)
         if value < 0:
             raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
-    wide = _widen(logp)
-    alpha = (start + (end - start) * progress) * (-_widen(entropy.detach())).exp()
-    exponent = alpha * wide
-    cost = torch.where(alpha < 1e-16, -wide, -exponent.expm1() / alpha)
-    weight = torch.where(alpha < 1e-16, torch.ones_like(wide), exponent.exp())
-    return _Pointwise.apply(logp, cost.to(logp.dtype), -weight.to(logp.dtype))
+    return power(logp, start + (end - start) * max(0.0, 2 * progress - 1))
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

@@ -26,9 +26,9 @@ def deft(logp: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
     return weighted(logp, (log_sum_sq_probs.exp() * logp).exp())
 
 
-def pace(logp: Tensor, log_sum_sq_probs: Tensor, progress: float, to: float = 4.0) -> Tensor:
-    """alpha = t `to` s."""
-    return weighted(logp, (progress * to * log_sum_sq_probs.exp() * logp).exp())
+def conflict(logp: Tensor, entropy: Tensor, progress: float) -> Tensor:
+    """alpha = (0.5 + 2.5 t) e^-H: as training goes on, improbable targets weigh less where the model is sure of another."""
+    return weighted(logp, ((0.5 + 2.5 * progress) * (-entropy).exp() * logp).exp())
 
 
 def gate(logp: Tensor, log_sum_sq_probs: Tensor, progress: float) -> Tensor:

@@ -34,7 +34,7 @@ FIXED: list[dict[str, Any]] = [
     {"objective": {"name": "power", "alpha": 10}},
 ]
 ANNEAL = {"objective": "anneal"}
-DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "switch", "deft", "pace", "gate")]
+DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "switch", "deft", "conflict", "gate")]
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 PRETRAINING_SEED, FIRST_SEED = 2, 100
 MEAN_GOAL, WORST_GOAL = 0.03, 0.08

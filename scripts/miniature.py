@@ -138,9 +138,13 @@ def cell_folder(folder: Path, cell: str, corruption: float) -> Path:
 def prepare(folder: Path, seed: int = 0) -> None:
     """Make the pretrained checkpoint `folder`/model, and data and recipe of each cell; the same for the same seed.
 
-    The training sets of a cell differ in corruption only. Files that are there from an earlier, finished call are kept.
+    The training sets of a cell differ in corruption only. Files that are there from an earlier, finished call are kept. Raises
+    SystemExit if that had another seed.
     """
+    note = Path("model") / "pretraining_seed"
     if (folder / "model").exists():
+        if (its := (folder / note).read_text()) != str(seed):
+            raise SystemExit(f"error: {folder} was made with the pretraining seed {its}, not {seed}. Give another --folder.")
         return
     for cell in CELLS:
         rng = random.Random(f"{cell} {seed}")
@@ -159,6 +163,7 @@ def prepare(folder: Path, seed: int = 0) -> None:
     model, tokenizer = pretrain(seed), make_tokenizer()
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    (part / note.name).write_text(str(seed))
     part.rename(folder / "model")
 
 

@@ -25,10 +25,7 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "talr": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.5, 1, 4)],
     "profit": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.3,)],
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],
-    "anneal": [
-        (f"progress {progress:g}, entropy {entropy:g}", {}, {"progress": progress, "entropy": entropy})
-        for progress, entropy in ((0, 0.1), (1, 2), (1, 0.1))
-    ],
+    "anneal": [(f"progress {progress:g}", {}, {"progress": progress}) for progress in (0.5, 0.7, 1)],
     "eaft": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0.3, 1, 3)],
     "mile": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0, 0.5, 1)],
     "deft": [(f"sum of p² {square:g}", {}, {"log_sum_sq_probs": math.log(square)}) for square in (0.1, 0.5, 1)],

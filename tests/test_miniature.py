@@ -57,13 +57,15 @@ def test_the_same_seed_makes_the_same_data_and_model(folder):
     first, second, other = map(contents, folder)
     assert first == second
     changed = {name for name in first if first[name] != other[name]}
-    assert changed == {name for name in first if name.endswith((".jsonl", ".safetensors"))}
+    assert changed == {name for name in first if name.endswith((".jsonl", ".safetensors", "pretraining_seed"))}
 
 
 def test_a_finished_miniature_is_kept(folder):
     before = contents(folder[0])
-    miniature.prepare(folder[0], 5)
+    miniature.prepare(folder[0], 0)
     assert contents(folder[0]) == before
+    with pytest.raises(SystemExit, match=r"made with the pretraining seed 0, not 5\. Give another --folder"):
+        miniature.prepare(folder[0], 5)
 
 
 @pytest.mark.parametrize("task", miniature.TASKS)
