@@ -220,26 +220,3 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
         assert values[place] == f"{statistics.mean(found):.3f} ± {half:.3f}"
     (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | untrained |"))
     assert line.split(" | ")[3] == "0.250"
-
-
-def test_the_page_agrees_with_its_tables():
-    """Regrets are differences of the means in the table of all rulers."""
-    page = (Path(__file__).parent.parent / "docs" / "anneal.md").read_text(encoding="utf-8")
-    _, section = page.split("## On a pretrained model\n")
-    tables = {
-        title: [line.strip("| ").split(" | ") for line in table.splitlines()]
-        for title, table in re.findall(r"^\*\*(.*?)\*\*.*\n\n((?:\|.*\n)+)", section, re.MULTILINE)
-    }
-    head, _, *rows = tables.pop("All rulers")
-    means = {(row[0], row[1].split(" @ ")[0]): dict(zip(head[2:], row[2:], strict=True)) for row in rows}
-    columns = dict(zip(pretrained_study.RULERS.values(), pretrained_study.RULERS, strict=True))
-    assert {columns[title] for title in tables} == {*pretrained_study.RULERS}
-    fixed = [pretrained_study.name_of(arm) for arm in pretrained_study.FIXED]
-    for title, (head, _, *rows) in tables.items():
-        assert head[2] == "untrained"
-        for row in rows:
-            value = {name: float(means[row[0], name][columns[title]].split()[0]) for name in head[2:]}
-            best, at = row[1].split(": ")
-            assert value[best] == max(value[name] for name in fixed) == float(at.split()[0])
-            for name, shown in zip(head[2:], row[2:], strict=True):
-                assert float(shown.split()[0]) == pytest.approx(value[best] - value[name], abs=0.0011)
