@@ -97,6 +97,11 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
+def _annealed(progress: float, start: float = 0.5, end: float = 3.0) -> float:
+    """Return the alpha of `anneal`."""
+    return start + (end - start) * max(0.0, 2 * progress - 1)
+
+
 def anneal(logp: Tensor, progress: float, start: float = 0.5, end: float = 3.0) -> Tensor:
     """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = start + (end - start) max(0, 2 progress - 1).
 
@@ -111,7 +116,7 @@ def anneal(logp: Tensor, progress: float, start: float = 0.5, end: float = 3.0) 
         _require_number("anneal", name, value)
         if value < 0:
             raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
-    return power(logp, start + (end - start) * max(0.0, 2 * progress - 1))
+    return power(logp, _annealed(progress, start, end))
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -226,6 +231,13 @@ class Objective:
     def schedules(self) -> dict[str, Schedule]:
         """Its schedules by name: a parameter's, `floor`, `mix_nll` for a weight, `special_tokens_alpha`, `mix_power_alpha`."""
         return {key: value for key, value in self._settings() if isinstance(value, Schedule)}
+
+    def scheduled_at(self, progress: float) -> dict[str, float]:
+        """Return what its schedules, and the alpha of `anneal`, have come to at this share of training, by name."""
+        found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
+        if self.function is anneal:
+            found["alpha"] = _annealed(progress, **{key: value_at(value, progress) for key, value in self.parameters.items()})
+        return found
 
     def _settings(self) -> Iterator[tuple[str, Any]]:
         yield from self.parameters.items()

@@ -487,8 +487,8 @@ class BLTrainer(SFTTrainer):
 
     def _scheduled(self, done: int) -> dict[str, float]:
         """Return what the objective's schedules have come to after `done` steps, as it is logged."""
-        progress = self._progress(done)
-        return {f"objective_{name}": schedule.at(progress) for name, schedule in self.objective.schedules.items()}
+        found = self.objective.scheduled_at(self._progress(done))
+        return {f"objective_{name}": value for name, value in found.items()}
 
     def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""

@@ -375,6 +375,18 @@ def test_a_resumed_run_goes_on_in_the_middle_of_a_schedule(chatty, weighted_chat
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
 
 
+def test_the_alpha_of_anneal_is_logged(tokenizer, text_data, tmp_path):
+    spec = {"name": "anneal", "start": 0, "end": 2}
+    trainer = train(
+        BLTrainer, tokenizer, text_data, tmp_path, objective=spec, max_steps=4, eval_data=text_data.select(range(4)),
+        eval_strategy="steps", eval_steps=1, learning_rate=0.0,
+    )  # fmt: skip
+    logs = trainer.state.log_history
+    assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 0, 1]
+    assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0, 0, 1, 2]
+    assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.5}
+
+
 def test_the_values_of_the_moment_are_logged(tokenizer, text_data, tmp_path):
     spec = {"name": "power", "alpha": {"from": 0, "to": 2, "over": [0.5, 1.0]}, "floor": 0.1}
     trainer = train(

@@ -91,10 +91,10 @@ def test_gradient_does_not_depend_on_accumulation(spec, threshold, tokenizer, te
 
 def test_a_schedule_does_not_depend_on_accumulation(tokenizer, text_data, tmp_path):
     """Where alpha is in each step, that is to say, which is not where it was in the last."""
-    logs = []
+    logs, objective = [], {"name": "power", "alpha": {"from": 0, "to": 4}}
     for size, steps in ((8, 1), (2, 4)):
         trainer = train(
-            BLTrainer, tokenizer, text_data, tmp_path / str(size), objective="anneal", per_device_train_batch_size=size,
+            BLTrainer, tokenizer, text_data, tmp_path / str(size), objective=objective, per_device_train_batch_size=size,
             gradient_accumulation_steps=steps, max_steps=4, learning_rate=1e-3, logging_steps=1,
         )  # fmt: skip
         logs.append([log for log in trainer.state.log_history if "gradient_weight" in log][:4])
