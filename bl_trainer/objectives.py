@@ -97,16 +97,16 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def _annealed(progress: float, start: float = 0.5, end: float = 3.0) -> float:
+def _annealed(progress: float, start: float = 0.0, end: float = 3.0) -> float:
     """Return the alpha of `anneal`."""
     return start + (end - start) * max(0.0, 2 * progress - 1)
 
 
-def anneal(logp: Tensor, progress: float, start: float = 0.5, end: float = 3.0) -> Tensor:
+def anneal(logp: Tensor, progress: float, start: float = 0.0, end: float = 3.0) -> Tensor:
     """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = start + (end - start) max(0, 2 progress - 1).
 
-    `power`, with an alpha that is `start` in the first half of training and rises in the second, linearly to `end`. The first
-    half learns what is missing, improbable as it is; the second lets go of targets that it hasn't made probable.
+    `power`, with an alpha that is `start` in the first half of training, where 0 is `nll`, and rises in the second, linearly to
+    `end`. The first half learns what is missing; the second lets go of targets that the first hasn't made probable.
     docs/negative-results.md says how it was found, docs/anneal.md what it does.
 
     `logp`: float tensor of any shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`. Raises

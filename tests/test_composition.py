@@ -384,7 +384,7 @@ def test_the_alpha_of_anneal_is_logged(tokenizer, text_data, tmp_path):
     logs = trainer.state.log_history
     assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 0, 1]
     assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0, 0, 1, 2]
-    assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.5}
+    assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.25}
 
 
 def test_the_values_of_the_moment_are_logged(tokenizer, text_data, tmp_path):

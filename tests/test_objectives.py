@@ -125,13 +125,13 @@ def test_numbers_may_come_as_text():
     assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
 
 
-ENDS = [{}, {"start": 0, "end": 0}, {"start": 0, "end": 5}, {"start": 2.5, "end": 0.5}]
+ENDS = [{}, {"start": 0, "end": 0}, {"start": 0.5, "end": 5}, {"start": 2.5, "end": 0.5}]
 
 
 @pytest.mark.parametrize("parameters", ENDS, ids=str)
 def test_anneal_matches_float64(parameters):
     anneal = Objective.parse({"name": "anneal", **parameters})
-    start, end = parameters.get("start", 0.5), parameters.get("end", 3)
+    start, end = parameters.get("start", 0), parameters.get("end", 3)
     alphas = {
         0.0: start,
         0.3: start,
@@ -157,7 +157,7 @@ def test_anneal_gradcheck(parameters):
 
 
 def test_anneal_is_a_schedule_of_power():
-    schedule = Objective.parse({"name": "power", "alpha": {"from": 0.5, "to": 3, "over": [0.5, 1]}})
+    schedule = Objective.parse({"name": "power", "alpha": {"from": 0, "to": 3, "over": [0.5, 1]}})
     for progress in (0.0, 0.2, 0.5, 0.6, 0.85, 1.0):
         given = {"progress": progress}
         torch.testing.assert_close(Objective.parse("anneal")(GRID, **given), schedule(GRID, **given))
@@ -167,8 +167,8 @@ def test_anneal_is_a_schedule_of_power():
 def test_anneal_of_an_impossible_token():
     impossible = torch.tensor([-math.inf])
     assert Objective.parse("anneal")(impossible, progress=1.0).item() == pytest.approx(1 / 3)
-    assert Objective.parse("anneal").gradient_weight(impossible, progress=0.0).item() == 0
-    assert Objective.parse({"name": "anneal", "start": 0}).gradient_weight(impossible, progress=0.0).item() == 1
+    assert Objective.parse("anneal").gradient_weight(impossible, progress=1.0).item() == 0
+    assert Objective.parse("anneal").gradient_weight(impossible, progress=0.5).item() == 1
 
 
 def test_statistics_that_are_not_given_are_named():

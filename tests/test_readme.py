@@ -58,7 +58,7 @@ def test_table_of_objectives():
         parameters = {"power": {"alpha": 0.7}, "log_one_minus_p": {"epsilon": 1e-3}}.get(name, {})
         objective = Objective.parse({"name": name, **parameters})
         given = {"progress": 0.7}
-        values = {**parameters, **({"a": 0.5 + 2.5 * 0.4} if name == "anneal" else {})}
+        values = {**parameters, **({"a": 3 * 0.4} if name == "anneal" else {})}
         torch.testing.assert_close(objective(P.log(), **given), evaluate(cells[1], **values))
         torch.testing.assert_close(objective.weight(P.log(), **given), evaluate(cells[2], **values).expand_as(P))
 
