@@ -162,20 +162,22 @@ def shown(regret: Regret) -> str:
 
 def draw(cells: list[Cell], figure: Figure, theme: Any) -> None:
     """Draw each objective's regret in each cell, and its mean."""
-    arms = arms_of(cells)
+    arms, least = arms_of(cells), -0.05
     for axes, (ruler, name) in zip(figure.subplots(1, len(RULERS), sharey=True), RULERS.items(), strict=True):
         for k, cell in enumerate(cells):
             place = [x + (k - (len(cells) - 1) / 2) * 0.09 for x in range(len(arms))]
             colour = theme[3][list(CELLS).index(cell.name)]
             fill = colour if cell.corruption else "none"
             values = [regret(cell.boards[ruler], arm).mean for arm in arms]
+            least = min(least, min(values) - 0.05)
             axes.plot(place, values, "o", ms=4, color=colour, markerfacecolor=fill, label=cell.label)
         means = [mean_regret([regret(cell.boards[ruler], arm) for cell in cells])[0] for arm in arms]
         axes.hlines(means, [x - 0.4 for x in range(len(arms))], [x + 0.4 for x in range(len(arms))], color=theme[0], lw=1)
         axes.axhline(WORST_GOAL, color=theme[1], lw=0.8, ls=":")
-        axes.set(xticks=range(len(arms)), title=f"Regret, {name}", ylim=(-0.05, 1.03))
+        axes.set(xticks=range(len(arms)), title=f"Regret, {name}")
         axes.set_xticklabels(map(name_of, arms), rotation=45, ha="right", size=7)
         axes.title.set_size(8.5)
+    figure.axes[0].set_ylim(least, 1.03)  # of both: they share it
     figure.axes[0].legend(fontsize=6.5, loc="upper left")
 
 

@@ -60,7 +60,8 @@ values of what it looks at.
 
 **Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's;
 [`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the same
-rulers, and we have not tested whether any of them is better. Each can be scheduled, mixed, given a floor, and spare special
+rulers; whether any of them is better has not been tested, but for a trial of
+[`deft`'s weight](negative-results.md). Each can be scheduled, mixed, given a floor, and spare special
 tokens: see [the README](../README.md#composing-objectives).
 
 **Reading the loss.** Where f has an sg, it falls also while tokens become less probable (-sg(p) log p is 0 at p = 0). Such a
