@@ -62,5 +62,6 @@ def report(name: str, results: Results, base: str, label: str, digits: int, opti
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{name}-{options.device}.md").write_text("\n".join(lines) + "\n")
-        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
+        settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
+        record = {"options": settings, "results": results}
         (options.output / f"{name}-{options.device}.json").write_text(json.dumps(record, indent=2) + "\n")

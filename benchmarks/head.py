@@ -184,7 +184,8 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         name = f"head-{options.shape}-{options.device}-{options.dtype}"
         (options.output / f"{name}.md").write_text("\n".join(lines) + "\n")
-        record = {"options": {key: str(value) for key, value in vars(options).items()}, "results": results}
+        settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
+        record = {"options": settings, "results": results}
         (options.output / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -207,7 +207,7 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
     specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
     candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
     if _depends_on_p_alone(own[0]):  # a scheduled one is shown as it begins and as it ends
-        for progress in (0, 1) if own[0].schedules else (0,):
+        for progress in (0, 1) if "progress" in own[0].statistics else (0,):
             mine = own[0].at(progress), own[1]
             candidates += [mine] if mine not in candidates else []
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]

@@ -98,8 +98,12 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
 
 
 def _annealed(progress: float, start: float = 0.0, end: float = 3.0) -> float:
-    """Return the alpha of `anneal`."""
-    return start + (end - start) * max(0.0, 2 * progress - 1)
+    """Return the alpha of `anneal`. Raises ValueError unless start >= 0 and end >= 0."""
+    for name, value in (("start", start), ("end", end)):
+        _require_number("anneal", name, value)
+        if value < 0:
+            raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
+    return Schedule(start, end, over=(0.5, 1.0)).at(progress)
 
 
 def anneal(logp: Tensor, progress: float, start: float = 0.0, end: float = 3.0) -> Tensor:
@@ -112,10 +116,6 @@ def anneal(logp: Tensor, progress: float, start: float = 0.0, end: float = 3.0) 
     `logp`: float tensor of any shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`. Raises
     ValueError unless start >= 0 and end >= 0.
     """
-    for name, value in (("start", start), ("end", end)):
-        _require_number("anneal", name, value)
-        if value < 0:
-            raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
     return power(logp, _annealed(progress, start, end))
 
 
@@ -218,10 +218,14 @@ class Objective:
         return chosen(statistics["is_special"], self.special_tokens, ordinary, {"logp": logp, **statistics})
 
     def at(self, progress: float) -> "Objective":
-        """Return the objective that this one is at this share of training, 0 to 1, with no schedule left."""
+        """Return what this objective is at this share of training, 0 to 1, with no schedule left; of `anneal`, a `power`."""
+        name, parameters = self.name, {key: value_at(value, progress) for key, value in self.parameters.items()}
+        if self.function is anneal:
+            name, parameters = "power", {"alpha": _annealed(progress, **parameters)}
         return replace(
             self,
-            parameters={key: value_at(value, progress) for key, value in self.parameters.items()},
+            name=name,
+            parameters=parameters,
             floor=value_at(self.floor, progress),
             mix=tuple((other.at(progress), value_at(weight, progress)) for other, weight in self.mix),
             special_tokens=self.special_tokens and self.special_tokens.at(progress),
@@ -236,7 +240,7 @@ class Objective:
         """Return what its schedules, and the alpha of `anneal`, have come to at this share of training, by name."""
         found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
         if self.function is anneal:
-            found["alpha"] = _annealed(progress, **{key: value_at(value, progress) for key, value in self.parameters.items()})
+            found["alpha"] = self.at(progress).parameters["alpha"]
         return found
 
     def _settings(self) -> Iterator[tuple[str, Any]]:

@@ -580,6 +580,8 @@ def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_pat
     warning = "special tokens nll comes from is not shown: it depends on more than p (which tokens are special)."
     assert any(warning in said for said in special["recommendation"]["warnings"])
     assert len(special["objectives"]) == 5
+    annealed = diagnosis(tmp_path, checkpoint, data, objective="anneal").run()
+    assert [objective_name(item) for item in annealed["objectives"][5:]] == ["power 0", "power 3"]
 
 
 def test_warnings_say_what_the_figures_show(checkpoint, tmp_path):

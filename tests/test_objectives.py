@@ -160,7 +160,7 @@ def test_anneal_is_a_schedule_of_power():
     schedule = Objective.parse({"name": "power", "alpha": {"from": 0, "to": 3, "over": [0.5, 1]}})
     for progress in (0.0, 0.2, 0.5, 0.6, 0.85, 1.0):
         given = {"progress": progress}
-        torch.testing.assert_close(Objective.parse("anneal")(GRID, **given), schedule(GRID, **given))
+        assert torch.equal(Objective.parse("anneal")(GRID, **given), schedule(GRID, **given))
         assert torch.equal(Objective.parse("anneal").gradient_weight(GRID, **given), schedule.gradient_weight(GRID, **given))
 
 
@@ -284,6 +284,7 @@ def test_own_function_gets_what_it_names():
 HERE = __name__
 BAD_OBJECTIVES = [
     ({"name": "anneal", "start": -1}, r"`start` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
+    ({"name": "anneal", "start": {"from": -1, "to": 1}}, r"`start` of objective 'anneal' must not be negative, got -1"),
     ({"name": "anneal", "end": -1}, r"`end` of objective 'anneal' must not be negative, got -1; 0 is `nll`"),
     ({"name": "anneal", "end": "much"}, r"`end` of objective 'anneal' must be a finite number, got 'much'"),
     ({"name": "anneal", "alpha": 4}, r"takes start, end: 'alpha' is not one of them"),
