@@ -60,6 +60,7 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
 # From these shares of the content's tokens on, what is improbable and can be foretold is too much to forgo, and what can't be
 # too much to learn: both lie in the gaps between the miniature's cells of different winners (docs/continuum.md)
 LEARNABLE, NOISE = 0.2, 0.1
+DOUBTFUL = 0.1  # of what can be foretold, from which a verdict of noise was wrong on one of the miniature's models
 RISING = LEARNABLE / 10  # growth of the former over the probe's second half, from which it is not done
 MOVED = 0.01  # mean rise of log p, in nats, below which the probe's training has done nothing
 SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the bottom 5 to 30 % was best in the paper's Fig. 5
@@ -263,10 +264,17 @@ def _learnability_reason(found: dict[str, Any]) -> str:
     interval = found["learnable_interval"]
     shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
     said = VERDICTS.get(found["verdict"], f"undecided, since {found['why']}")
+    if _is_doubtful(found):
+        said += ". But on one of three small models nll learnt so much, and neg_p did not: keep nll in the sweep"
     return (
         f"Of the content {found['low']:.3f} is improbable (p < {found['below']:g}). After {found['steps']} steps on other "
         f"examples {found['learnable']:.3f}{shown} can be foretold, {found['noise']:.3f} can't: {said}."
     )
+
+
+def _is_doubtful(found: dict[str, Any]) -> bool:
+    """Whether so much can be foretold that a verdict of noise may be wrong."""
+    return found["verdict"] == "noise" and found["learnable"] >= DOUBTFUL
 
 
 def _depends_on_p_alone(objective: Objective) -> bool:
@@ -281,7 +289,8 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     arms: list[dict[str, Any]] = []
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
-    if report.get("learnability", {}).get("verdict") == "both":
+    probe = report.get("learnability")
+    if probe and (probe["verdict"] == "both" or _is_doubtful(probe)):
         arms.append({"objective": "anneal"})  # docs/anneal.md
     if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
@@ -297,10 +306,10 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     if not placement["decided"]:
         why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
         reasons = [f"Undecided, {' or '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
-    if "learnability" in report:
+    if probe:
         if regions != placement["possible"]:  # the probe overrules what mean p advises
             reasons = [f"Mean p is {total['prob']:.3f}, model-{' or model-'.join(placement['possible'])}."]
-        reasons.insert(0, _learnability_reason(report["learnability"]))
+        reasons.insert(0, _learnability_reason(probe))
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
         "gives none itself. Two sets of equal mean p can want different objectives: read the examples, and sweep."

@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -240,8 +240,9 @@ class Pretrained:
     def evaluate(self, name: str, noise: float, seed: int = 0) -> dict[str, Any]:
         """Measure the model, with an adapter while there is one in it, on held-out examples. A number by example:
 
-        `greedy`, `sampled` (at temperature 1, by `seed`): 1 if what it answers is right; `targets`: tokens of the target,
-        without the end of turn, and sums over these: `nll` (nats), `prob`, `top1` and `kl`, KL(base, tuned) in nats.
+        `greedy`, `sampled` (at temperature 1, by `seed`): 1 if what it answers is right, with PILOT_SEED only where the pilot
+        chooses by it; `targets`: tokens of the target, without the end of turn, and sums over these: `nll` (nats), `prob`,
+        `top1` and `kl`, KL(base, tuned) in nats.
         `cluster`: the city, which examples share. `calibration_error`: the expected one of all tokens, as a list of one.
         """
         self.base.eval()
@@ -259,7 +260,7 @@ class Pretrained:
             for key, value in zip(items, [len(targets), *sums], strict=True):
                 items[key].append(value)
         for key in ("greedy", "sampled"):
-            if key in task.rulers:
+            if key in ([task.pilot] if seed == PILOT_SEED else task.rulers):
                 items[key] = self._right(task, None if key == "greedy" else seed)
         if task.has_cities:
             items["cluster"] = [json.loads(_said(row))["city"] for row in self._read(task, "test")]
@@ -343,6 +344,7 @@ def run_task(
     learning rates that it has chosen."""
     home, place = cell_folder(folder, task.name, task.noise), folder / "sweeps"
     pilot = read_plan(home, "pilot", {"arms": ARMS, "learning_rate": RATES, "seed": [PILOT_SEED]})
+    pilot = replace(pilot, rank_by=task.pilot)
     board = board_by(task.pilot, pilot, run(pilot, place / home.name / "pilot", task.name, task.noise))
     chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in ARMS]
     plan = read_plan(home, "main", {"arms": chosen, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))})

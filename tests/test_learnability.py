@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from bl_trainer.__main__ import main
 from bl_trainer.annotation import end_ids, special_ids
-from bl_trainer.continuum import LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
+from bl_trainer.continuum import DOUBTFUL, LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
 from bl_trainer.learnability import BELOW, PROBE_EXAMPLES, halves
 from bl_trainer.objectives import Threshold
 from bl_trainer.statistics import MeasurementError
@@ -258,17 +258,21 @@ def test_verdict(found, verdict, why):
         (["intermediate"], "undecided", ["intermediate"]),
     ],
 )
-def test_recommendation_follows_the_probe(possible, verdict, regions, checkpoint, tmp_path):
+@pytest.mark.parametrize("learnable", [DOUBTFUL - 0.01, DOUBTFUL])
+def test_recommendation_follows_the_probe(possible, verdict, regions, learnable, checkpoint, tmp_path):
     report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs", 12), tmp_path / "data")).run()
     report["placement"] |= {"possible": possible, "region": possible[0], "decided": len(possible) == 1}
-    report["learnability"] = {**figures(0.1, 0.1, 0.4), "verdict": verdict, "why": "it rains"}
+    report["learnability"] = {**figures(learnable, learnable, 0.4), "verdict": verdict, "why": "it rains"}
     advice = recommend(report, Threshold(above=0.1))
     arms = [arm for region in regions for arm in SWEPT[region]]
     assert advice["arms"][: len(arms)] == arms
     assert any("threshold" in arm for arm in advice["arms"]) == (regions != ["weak"])
-    assert ({"objective": "anneal"} in advice["arms"]) == (verdict == "both")
+    is_doubtful = verdict == "noise" and learnable >= DOUBTFUL
+    assert ({"objective": "anneal"} in advice["arms"]) == (verdict == "both" or is_doubtful)
+    assert {"objective": "nll"} in advice["arms"]
     first, second, *_ = advice["reasons"]
-    assert first.startswith("Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples 0.100 (0.090 to")
+    assert first.startswith(f"Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples {learnable:.3f} (")
+    assert ("keep nll in the sweep" in first) == is_doubtful
     assert ("undecided, since it rains" in first) == (verdict == "undecided")
     overruled = second.endswith(f"model-{' or model-'.join(possible)}.")
     assert overruled == (regions != possible)

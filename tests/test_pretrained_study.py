@@ -22,7 +22,7 @@ from miniature import cell_folder, read_rows, write_rows
 from pretrained_study import Pretrained, Task
 
 TOY = Task("toy", 60, 12, examples=3)
-SUMS = Task("gsm8k", 1, 12, examples=3)
+SUMS = Task("gsm8k", 1, 12, examples=3, pilot="accuracy")
 PEOPLE = Task("records", 1, 12, examples=3)
 
 
@@ -101,6 +101,15 @@ def test_problems_are_solved_by_their_final_number(toy, tmp_path, monkeypatch):
     found = toy.evaluate("gsm8k", 0.0)
     assert found["greedy"] == [1, 1, 0]
     assert continuum.means(found)["greedy"] == pytest.approx(2 / 3)
+
+
+def test_a_pilot_answers_only_what_it_chooses_by(toy, tmp_path):
+    """Most of an arm's time goes by in answering."""
+    write_rows(tmp_path / "records-0" / "test.jsonl", [said("a", json.dumps({"name": "b", "age": 20, "city": "oslo"}))])
+    found = [toy.evaluate(name, 0.0, pretrained_study.PILOT_SEED) for name in ("records", "gsm8k")]
+    assert [{"greedy", "sampled"} & each.keys() for each in found] == [{"greedy"}, set()]
+    assert {"greedy", "sampled"} < toy.evaluate("records", 0.0).keys()
+    assert "accuracy" in continuum.means(found[1])
 
 
 def test_records_are_right_however_they_are_written(toy, tmp_path, monkeypatch):
