@@ -143,7 +143,7 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
     """
     objective = Objective.parse(getattr(args, "objective", "nll"))
     threshold = Threshold.parse(getattr(args, "threshold", None))
-    recorded = read_record(checkpoint) or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}
+    recorded = read_record(checkpoint) or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}  # of TRL's own
     if recorded.get("save_only_model"):
         raise CheckpointError(
             f"{checkpoint} was saved with `save_only_model: true`, without what is needed to go on: the optimizer's state and "
@@ -157,10 +157,10 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
             f"{checkpoint} doesn't record the probability that `above_percentile: {threshold.above_percentile}` stands for, "
             "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
         )
-    current = {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
+    current = {"objective": objective.resolved.to_dict(), "threshold": threshold.to_dict()}
     said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
     for key, value in current.items():
-        if recorded.get(key) != value:
+        if recorded.get(key) != json.loads(json.dumps(value, default=str)):
             raise CheckpointError(
                 f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said[key]}. Resume with the "
                 f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
@@ -192,6 +192,9 @@ def refuse_changed_keys(checkpoint: str, given: dict[str, Any], defaults: dict[s
             )
     if changed and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: since {checkpoint} the recipe has changed: {', '.join(changed.values())}.", file=sys.stderr)
+        moves = "progress" in Objective.parse(now.get("objective") or "nll").statistics
+        if moves and {"max_steps", "num_train_epochs"} & changed.keys():
+            print("warning: the objective goes by training progress, which jumps with its length.", file=sys.stderr)
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .specs import is_number, nearest, to_exponent
+from .specs import is_number, nearest, to_number
 
 KEYS = ("floor", "mix", "special_tokens")  # of any objective's mapping, besides `name` and its parameters
 SHAPES = ("linear", "cosine")
@@ -49,17 +49,18 @@ class Schedule:
         for name in spec:
             if name not in allowed:
                 raise ValueError(f"Unknown key {name!r} in the schedule of `{key}`.{nearest(name, allowed)} {example}.")
-        ends = [to_exponent(spec.get(name)) for name in ("from", "to")]
+        ends = [to_number(spec.get(name)) for name in ("from", "to")]
         for name, value in zip(("from", "to"), ends, strict=True):
             if not is_number(value):
                 got = f"got {value!r}" if name in spec else "it is missing"
                 raise ValueError(f"`{name}` in the schedule of `{key}` must be a finite number, {got}. {example}.")
         over = spec.get("over", [0.0, 1.0])
+        over = [to_number(end) for end in over] if isinstance(over, (list, tuple)) else over
         is_pair = isinstance(over, (list, tuple)) and len(over) == 2 and all(map(is_number, over))
         if not is_pair or not 0 <= over[0] <= over[1] <= 1:
             raise ValueError(
                 f"`over` in the schedule of `{key}` must be two shares of training, the first not above the second, within 0 "
-                f"to 1; got {over!r}. {example}."
+                f"to 1; got {spec['over']!r}. {example}."
             )
         shape = spec.get("shape", "linear")
         if shape not in SHAPES:

@@ -209,9 +209,14 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
     candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
     if _depends_on_p_alone(own[0]):  # a scheduled one is shown as it begins and as it ends
         for progress in (0, 1) if "progress" in own[0].statistics else (0,):
-            mine = own[0].at(progress), own[1]
+            mine = _plain_nll(own[0].at(progress)), own[1]
             candidates += [mine] if mine not in candidates else []
     return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
+
+
+def _plain_nll(objective: Objective) -> Objective:
+    """Return `nll` for a power of 0, as which `anneal` begins."""
+    return Objective("nll") if objective == Objective("power", {"alpha": 0}) else objective
 
 
 def judge(found: dict[str, Any]) -> tuple[str, str]:
@@ -333,6 +338,7 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
     shares = {json.dumps(item["objective"]): item["kinds"] for item in report["objectives"][:4]}
     nll, neg_p = shares['{"name": "nll"}'], shares['{"name": "neg_p"}']
     names = {"eos": "End tokens", "special": "Special tokens", "template": "The chat template's own tokens"}
+    spares = Objective.parse(report["recipe"]["objective"] or "nll").special_tokens is not None
     warnings = []
     if "eos" not in kinds:
         warnings.append("No target is an end token: training does not teach the model to stop.")
@@ -349,7 +355,7 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
             warnings.append(
                 f"{name} are improbable (mean p {kinds[kind]['prob']:.3g}): they get {nll[kind]:.1%} of the gradient under "
                 f"nll, {neg_p[kind]:.1%} under neg_p. A prior-leaning objective may never teach them, "
-                "unless by `special_tokens: nll`."
+                f"{'if not by the `special_tokens` that the recipe has' if spares else 'unless by `special_tokens: nll`'}."
             )
     if total["conflicts"] >= NOISY:
         warnings.append(

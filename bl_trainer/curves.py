@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ class MetricsLog(TrainerCallback):
             line = {"step": state.global_step, "max_steps": state.max_steps, **(logs or {})}
             finite = {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with (Path(args.output_dir) / FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, default=float) + "\n")
+            with (Path(args.output_dir) / FILE).open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")  # after a line that a kill has cut short
+                file.write(json.dumps(finite, default=float).encode() + b"\n")
 
 
 class Curve:

@@ -28,7 +28,24 @@ def load_dataset(script: ScriptArguments) -> Any:
     if is_path(script.dataset_name or "") and not path.exists():
         raise FileNotFoundError("there is no such file or folder")
     name = f"./{path}" if path.is_dir() and not path.is_absolute() else script.dataset_name  # `text` is a format's name too
-    return _without_filled(datasets.load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming))
+    try:
+        splits = datasets.load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if not isinstance(error.__cause__, datasets.table.CastError):  # the first split lacks a column that another has
+            raise
+        splits = _split_by_split(str(name))
+        names = [{*dataset.column_names} - {*OPTIONAL} for dataset in splits.values()]
+        if any(each != names[0] for each in names):
+            raise
+    return _without_filled(splits)
+
+
+def _split_by_split(name: str) -> datasets.DatasetDict:
+    """Load each split of a folder or a Hub id for itself, with columns of its own."""
+    files = datasets.load_dataset_builder(name).config.data_files or {}
+    return datasets.DatasetDict(
+        {split: datasets.load_dataset(name, data_files={split: list(found)}, split=split) for split, found in files.items()}
+    )
 
 
 def _without_filled(splits: Any) -> Any:

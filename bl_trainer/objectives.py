@@ -7,6 +7,7 @@ its parameters filled in, `Threshold` says which target tokens train.
 
 import importlib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .composition import KEYS, Schedule, chosen, floored, hidden, value_at
+from .composition import COIN_FLIP, KEYS, Schedule, chosen, floored, hidden, value_at
 from .pointwise import _Pointwise, _require_number, _widen
 from .published import PUBLISHED
 from .specs import is_number as _is_number
@@ -179,8 +180,8 @@ class Objective:
             name, parameters, composition = spec, {}, {}
         if not isinstance(name, str) or not name:
             raise ValueError(
-                f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, or "
-                "`objective: {name: power, alpha: 10}`."
+                f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, with parameters "
+                "`{name: power, alpha: 10}`."
             )
         objective = cls(name, parameters)
         objective._check_parameters()
@@ -239,20 +240,28 @@ class Objective:
     def scheduled_at(self, progress: float) -> dict[str, float]:
         """Return what its schedules, and the alpha of `anneal`, have come to at this share of training, by name."""
         found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
-        if self.function is anneal:
-            found["alpha"] = self.at(progress).parameters["alpha"]
-        return found
+        annealed = {f"{prefix}alpha": part for prefix, part in self.walk() if part.function is anneal}
+        return found | {name: part.at(progress).parameters["alpha"] for name, part in annealed.items()}
+
+    def walk(self, prefix: str = "") -> "Iterator[tuple[str, Objective]]":
+        """Yield this objective and all within it, each with what the names of its settings begin with: `mix_power_`."""
+        yield prefix, self
+        for name, (other, _) in zip(self._mixed, self.mix, strict=True):
+            yield from other.walk(f"{prefix}{name}_")
+        if self.special_tokens is not None:
+            yield from self.special_tokens.walk(f"{prefix}special_tokens_")
+
+    @property
+    def _mixed(self) -> list[str]:
+        """Names of the weights of `mix`."""
+        names = [re.split(r"[:.]", other.name)[-1] for other, _ in self.mix]
+        return [f"mix_{name}" if names.count(name) == 1 else f"mix_{name}_{i}" for i, name in enumerate(names, 1)]
 
     def _settings(self) -> Iterator[tuple[str, Any]]:
-        yield from self.parameters.items()
-        yield "floor", self.floor
-        names = [re.split(r"[:.]", other.name)[-1] for other, _ in self.mix]
-        for i, (other, weight) in enumerate(self.mix):
-            name = f"mix_{names[i]}" if names.count(names[i]) == 1 else f"mix_{names[i]}_{i + 1}"
-            yield name, weight
-            yield from ((f"{name}_{key}", value) for key, value in other._settings())
-        if self.special_tokens is not None:
-            yield from ((f"special_tokens_{key}", value) for key, value in self.special_tokens._settings())
+        for prefix, part in self.walk():
+            weights = (weight for _, weight in part.mix)
+            named = {**part.parameters, "floor": part.floor, **dict(zip(part._mixed, weights, strict=True))}
+            yield from ((prefix + key, value) for key, value in named.items())
 
     def gradient_weight(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient."""
@@ -275,15 +284,10 @@ class Objective:
             )
         return OBJECTIVES[self.name]
 
-    @property
-    def parts(self) -> "list[Objective]":
-        """The objectives that are mixed in, and that of special tokens."""
-        return [other for other, _ in self.mix] + ([self.special_tokens] if self.special_tokens else [])
-
     @cached_property
     def statistics(self) -> tuple[str, ...]:
         """What the cost of a token depends on besides `logp`: names in `STATISTICS`, and `is_special` (bool)."""
-        names = {*self.own_statistics, *(name for part in self.parts for name in part.statistics)}
+        names = {name for _, part in self.walk() for name in part.own_statistics}
         names |= {"progress"} if self.schedules else set()
         names |= {"is_special"} if self.special_tokens else set()
         return tuple(name for name in (*STATISTICS, "is_special") if name in names)
@@ -292,6 +296,49 @@ class Objective:
     def own_statistics(self) -> tuple[str, ...]:
         """The names in `STATISTICS` that its function asks for."""
         return tuple(name for name in inspect.signature(self.function).parameters if name in STATISTICS)
+
+    @property
+    def is_ruler(self) -> bool:
+        """Whether a lower cost is a better model: a token's cost falls with its p, and not because the model is surer.
+
+        Tried on tokens from p = 1e-5 to 1. What an objective differentiates through, as the gradient of `entropy`, is part
+        of what it wants, and may count.
+        """
+        logp = torch.linspace(math.log(1e-5), 0, 400, dtype=torch.float64)
+        no, names = torch.zeros(len(logp), dtype=torch.bool), ("logp", *self.statistics)
+        surer = {"entropy": COIN_FLIP["entropy"] / 2, "log_sum_sq_probs": COIN_FLIP["log_sum_sq_probs"] / 2, "is_top1": True}
+        for ref_logp, is_special in itertools.product((-5.0, -0.7, -0.05), (no, ~no)):
+            tokens: dict[str, Any] = {
+                name: torch.full_like(logp, value) for name, value in COIN_FLIP.items() if isinstance(value, float)
+            }
+            tokens |= {"logp": logp, "ref_logp": torch.full_like(logp, ref_logp), "label": no.long(), "progress": 0.5}
+            tokens |= {"is_top1": no, "is_special": is_special, "entropy": tokens["entropy"].requires_grad_()}
+            cost = self._try({name: tokens[name] for name in names})
+            if (cost.diff() > 1e-9).any():
+                return False
+            slope = None
+            if "entropy" in names and cost.requires_grad:
+                (slope,) = torch.autograd.grad(cost.sum(), tokens["entropy"], allow_unused=True)
+            for name, value in surer.items():
+                if name in names and not (name == "entropy" and slope is not None):
+                    changed = tokens | {name: torch.full_like(tokens[name], value)}
+                    if not torch.equal(self._try({key: changed[key] for key in names}), cost):
+                        return False
+        return True
+
+    @property
+    def resolved(self) -> "Objective":
+        """This objective with the default of each parameter that it isn't given, which another version may have otherwise."""
+        own = inspect.signature(self.function).parameters.values()
+        defaults = {
+            p.name: p.default for p in own if p.name not in STATISTICS and isinstance(p.default, (bool, int, float, str))
+        }
+        return replace(
+            self,
+            parameters={**defaults, **self.parameters},
+            mix=tuple((other.resolved, weight) for other, weight in self.mix),
+            special_tokens=self.special_tokens and self.special_tokens.resolved,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `parse` reads."""
@@ -317,7 +364,7 @@ class Objective:
             raise ValueError(f"The first parameter of objective {self.name!r} must be `logp`, got {first.name!r}.")
         takes_any = any(p.kind is p.VAR_KEYWORD for p in others)
         own = {p.name: p for p in others if p.name not in STATISTICS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        for key in KEYS:
+        for key in (*KEYS, "name", "weight"):
             if key in own:
                 raise ValueError(
                     f"Objective {self.name!r} has a parameter {key!r}, which in a recipe means the same for every objective: "
@@ -336,6 +383,10 @@ class Objective:
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
             near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
             write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
+            if function is anneal:
+                write = (
+                    " Another schedule is one of `power`: `objective: {name: power, alpha: {from: 0, to: 3, over: [0.5, 1]}}`."
+                )
             takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}"
             raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
         for key in self.schedules:
@@ -348,13 +399,14 @@ class Objective:
 
     def _check_contract(self) -> None:
         """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
-        if self.schedules:
-            for progress in (0.0, 1.0, 0.5):  # the ends first, which the recipe has written
-                self.at(progress)._check_contract()
-            return
+        for progress in (0.0, 1.0, 0.5) if "progress" in self.statistics else (0.5,):  # the ends first, as the recipe has them
+            (self if self.name in OBJECTIVES and not self.schedules else self.at(progress))._check_contract_at(progress)
+
+    def _check_contract_at(self, progress: float) -> None:
         what, shape = f"Objective {self.name!r}", (2, 6)
-        tokens = _probe([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape)
-        others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape)
+        when = f" and progress {progress:g}" if "progress" in self.own_statistics else ""
+        tokens = _probe([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape, progress)
+        others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape, progress)
         if self.name in OBJECTIVES:
             self(**tokens)  # its parameters are checked; the rest is tested with the package
             return
@@ -373,8 +425,8 @@ class Objective:
             if not values.isfinite().all():
                 worst = tokens["logp"][~values.isfinite()][0].item()
                 raise ValueError(
-                    f"{what}, or its gradient, is not finite at log p = {worst:g}. It must be from log p = -50 to 0, which "
-                    "confident models reach."
+                    f"{what}, or its gradient, is not finite at log p = {worst:g}{when}. It must be from log p = -50 to 0, "
+                    "which confident models reach."
                 )
         flat = {name: value.flatten() if isinstance(value, Tensor) else value for name, value in tokens.items()}
         if not torch.allclose(self._try(flat), cost.flatten(), rtol=1e-4):
@@ -407,7 +459,7 @@ class Objective:
         return cost
 
 
-def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
+def _probe(logp: list[float], shape: tuple[int, int], progress: float) -> dict[str, Any]:
     """Return statistics of tokens with these log-probabilities, one that a next-token distribution could have."""
     values = torch.tensor(logp, dtype=torch.float32).view(shape)
     uncertainty = 0.1 + (-values).clamp(max=3)
@@ -418,7 +470,7 @@ def _probe(logp: list[float], shape: tuple[int, int]) -> dict[str, Any]:
         "is_top1": values > -0.69,
         "ref_logp": values / 2 - 0.1,
         "label": torch.zeros(shape, dtype=torch.long),
-        "progress": 0.5,
+        "progress": progress,
     }
 
 
@@ -583,7 +635,7 @@ def _plain(value: Any) -> Any:
 
 def _bounded(what: str, value: Any, most: float, advice: str) -> Any:
     """Read a number from 0 to `most`, or a schedule of such."""
-    setting = _setting(what, value)
+    setting = _to_number(_setting(what, value))
     for end in (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,):
         if not _is_number(end) or not 0 <= end <= most:
             limits = "0 or above" if most == math.inf else f"between 0 and {most:g}"
@@ -600,14 +652,17 @@ def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
     if not isinstance(spec, (Mapping, list, tuple)) or not spec:
         raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
     if isinstance(spec, Mapping):
+        if "name" in spec or any(isinstance(weight, Mapping) and not Schedule.is_meant(weight) for weight in spec.values()):
+            raise ValueError(f"`mix` with an objective's parameters must be a list, got {dict(spec)}. {example}")
         spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
     for other in spec:
         if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
-            raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}. {example}")
+            near = "".join(_nearest(key, ["weight"]) for key in other if key != "name") if isinstance(other, Mapping) else ""
+            raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}.{near} {example}")
     return tuple(
         (
             _part(key, {name: value for name, value in other.items() if name != "weight"}, example),
-            _bounded(f"weight of {other['name']} in mix", other["weight"], math.inf, example),
+            _bounded("weight", other["weight"], math.inf, f"It is that of {other['name']!r} in `mix`. {example}"),
         )
         for other in spec
     )
@@ -620,6 +675,7 @@ def _part(key: str, spec: Any, example: str = "") -> Objective:
     except ValueError as error:
         what, write, how = str(error).partition(" Write `objective: ")
         how = "" if not write else f" {example}" if example else f" Write `{key}: {how}"
+        what = what.replace("`objective` must", "it must")
         raise ValueError(f"In `{key}` of the objective: {what}{how}") from error
     if part.special_tokens is not None:
         raise ValueError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")

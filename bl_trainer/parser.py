@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import fields
 from enum import Enum
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from .objectives import _nearest
+from .composition import KEYS
+from .objectives import OBJECTIVES, _nearest
 
 
 class RecipeError(ValueError):
@@ -252,6 +254,8 @@ def _unknown(key: str, value: Any, known: list[str], program: str, kind: str) ->
         value = str(value).lower() if isinstance(value, bool) else value
         what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
         return f"`{key}` is not a {kind} any more. {what}"
+    if kind == Parser.kind and key in {*KEYS, *(name for each in OBJECTIVES.values() for name in signature(each).parameters)}:
+        return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
     return f"Unknown {kind} {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all {kind.split()[-1]}s."
 
 

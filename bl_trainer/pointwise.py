@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .specs import is_number
+from .specs import is_number, to_number
 
 
 class _Pointwise(torch.autograd.Function):
@@ -32,4 +32,5 @@ def _require_number(objective: str, name: str, value: Any) -> None:
         schedule = (
             " Write a schedule as `{from: 0, to: 1, over: [0.3, 1.0]}`." if isinstance(value, (Mapping, list, tuple)) else ""
         )
-        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.{schedule}")
+        quotes = " Leave out the quotes." if is_number(to_number(value)) else ""
+        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.{schedule}{quotes}")

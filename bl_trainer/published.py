@@ -63,7 +63,7 @@ def profit(logp: Tensor, tau: float) -> Tensor:
 
     Source: https://arxiv.org/abs/2601.09195 and its code.
     """
-    _require("profit", "tau", tau, 0, 1)
+    _require("profit", "tau", tau, 0, 1, below=True)
     return _weighted(logp, (_widen(logp).exp() > tau).to(logp.dtype))
 
 
@@ -209,9 +209,6 @@ PUBLISHED = {
     function.__name__: function
     for function in (dft, talr, trsft, profit, infosft, chord_phi, focal, eaft, mile, deft, deft_cayley, asft, psft)
 }
-
-# A low f says nothing of these: it is low also where tokens are improbable, or where the model is sure
-NO_RULER = ("dft", "talr", "profit", "infosft", "chord_phi", "eaft", "mile", "deft", "deft_cayley", "asft")
 
 
 def _weighted(logp: Tensor, weight: Tensor) -> Tensor:

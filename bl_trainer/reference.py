@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig
 
 from .interruption import REFERENCE, ROW
+from .objectives import Objective
 from .parser import RecipeError
 from .specs import is_number
 
@@ -17,12 +18,18 @@ HOW = (
 )
 
 
-def reference_source(objective: str, peft_config: PeftConfig | None, columns: Mapping[str, list[str]], collates: bool) -> str:
-    """Return where an objective's `ref_logp` comes from: "column" if the data sets have `REFERENCE`, or else "adapter".
+def reference_source(
+    asking: Objective, peft_config: PeftConfig | None, columns: Mapping[str, list[str]], collates: bool
+) -> str | None:
+    """Return where an objective's `ref_logp` comes from: "column" if the data sets have `REFERENCE`, or else "adapter"; None if
+    it doesn't ask for it.
 
     `columns`: names of the columns of each data set. `collates`: whether the batches are made by a collator of the user's own.
     Raises RecipeError if it comes from nowhere, or from where it would be wrong.
     """
+    objective = next((part.name for _, part in asking.walk() if "ref_logp" in part.own_statistics), None)
+    if objective is None:
+        return None
     have = [name for name, names in columns.items() if REFERENCE in names]
     if have:
         for name, names in columns.items():
@@ -85,7 +92,8 @@ def check_reference(example: dict[str, Any], name: str) -> dict[str, Any]:
 
 def truncated(example: dict[str, Any], kept: slice) -> dict[str, Any]:
     """Cut what there is for each token."""
-    return {name: example[name][kept] for name in ("input_ids", "labels", REFERENCE)}
+    count = len(example["input_ids"])
+    return {name: value[kept] for name, value in example.items() if isinstance(value, list) and len(value) == count}
 
 
 def has_target(example: dict[str, Any]) -> bool:

@@ -53,12 +53,12 @@ from .columns import (
     for_each_token,
     lay_out,
 )
+from .composition import spell
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
-from .published import NO_RULER
 from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
 from .statistics import MeasurementError
@@ -141,15 +141,14 @@ class BLConfig(SFTConfig):
         if metric.endswith("loss") and "progress" in objective.statistics:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
-                f"its meaning as the objective's {', '.join(objective.schedules) or 'progress'} moves. Write "
+                f"its meaning as the objective's {', '.join(objective.scheduled_at(0)) or 'progress'} moves. Write "
                 "`metric_for_best_model: eval_nll`, or another metric."
             )
-        weighted = [part.name for part in (objective, *objective.parts) if part.name in NO_RULER]
-        if metric.endswith("loss") and weighted:
+        if metric.endswith("loss") and not objective.is_ruler:
             raise ValueError(
                 f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
-                f"tell the better model under objective {weighted[0]!r}, whose weights change with the model. Write "
-                "`metric_for_best_model: eval_nll`, or another metric."
+                f"tell the better model under objective '{spell(objective.to_dict())}', whose cost may fall where targets "
+                "become less probable, or the model merely surer. Write `metric_for_best_model: eval_nll`, or another metric."
             )
         refuse_bypass(self)
 
@@ -282,7 +281,8 @@ class BLTrainer(SFTTrainer):
         if (numbers or marks or refers) and ROW not in present:
             dataset = number_rows(dataset)
         length = args.max_length
-        args.max_length = None if packing or refers else length  # what is per token is cut with the tokens
+        cuts = not packing and length is not None and (refers or {WEIGHT, "input_ids"} <= {*present})
+        args.max_length = None if packing or cuts else length  # what is per token is cut with the tokens
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         finally:
@@ -291,7 +291,7 @@ class BLTrainer(SFTTrainer):
         with PartialState().local_main_process_first():
             if refers:
                 prepared = prepared.map(check_reference, fn_kwargs={"name": dataset_name}, **how)
-            if refers and not packing and length is not None:
+            if cuts:
                 kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
                 prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
             if marks and TEMPLATE not in present:
@@ -344,13 +344,10 @@ class BLTrainer(SFTTrainer):
 
     def _find_reference(self, given: dict[str, Any], peft_config: Any) -> str | None:
         """Return where `ref_logp` comes from, or None if the objective doesn't ask for it."""
-        if "ref_logp" not in self.objective.statistics:
-            return None
         evaluated = given.get("eval_dataset")
         sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
         columns = {name: columns_of(each) for name, each in sets.items() if each is not None}
-        asking = next(part.name for part in (self.objective, *self.objective.parts) if "ref_logp" in part.own_statistics)
-        source = reference_source(asking, peft_config, columns, given.get("data_collator") is not None)
+        source = reference_source(self.objective, peft_config, columns, given.get("data_collator") is not None)
         if source == "column" and given.get("args") is not None:
             refuse_lost_context(given["args"])
         return source
@@ -565,7 +562,8 @@ class BLTrainer(SFTTrainer):
         elif means.get("gradient_weight") == 0:
             logger.warning(
                 "Nothing trains: since the last log every target token had the weight 0 (gradient_weight 0, mean target_prob "
-                f"{means['target_prob']:.2g}). Look at the column `{WEIGHT}`, or take an objective with more weight there."
+                f"{means['target_prob']:.2g}). Take an objective with more weight there, or larger numbers in the column "
+                f"`{WEIGHT}`, if there is one."
             )
         if grad_norm is not None and not math.isfinite(grad_norm):
             logger.warning(
@@ -677,7 +675,7 @@ class BLTrainer(SFTTrainer):
     def _record(self) -> dict[str, Any]:
         packages = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
         return {
-            "objective": self.objective.to_dict(),
+            "objective": self.objective.resolved.to_dict(),
             "threshold": self.threshold.to_dict(),
             "recipe": self.recipe,
             "processes": self.accelerator.num_processes,

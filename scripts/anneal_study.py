@@ -188,6 +188,8 @@ def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     seed = options.pretraining_seed
     command = f"python scripts/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")
     command += "" if seed == PRETRAINING_SEED else f" --pretraining_seed {seed}"
+    names = list(dict.fromkeys(cell.name for cell in studies[STEPS]))
+    command += "" if names == list(CELLS) else f" --cells {' '.join(names)}"
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     parts = [
         f"`{command}`, {count} arms: pretraining seed {seed}, seeds {FIRST_SEED} to "

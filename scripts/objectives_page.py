@@ -15,7 +15,6 @@ import torch
 
 from bl_trainer import Objective
 from bl_trainer.objectives import OBJECTIVES, STATISTICS
-from bl_trainer.published import NO_RULER
 
 P = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
 # What each panel shows: label, parameters, and statistics of every token
@@ -33,6 +32,7 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "asft": [(f"reference's p {p:g}", {}, {"ref_logp": math.log(p)}) for p in (0.1, 0.5, 0.9)],
     "psft": [(f"reference's p {p:g}", {}, {"ref_logp": math.log(p)}) for p in (0.1, 0.5, 0.9)],
 }
+PLAIN: list[tuple[str, dict[str, Any], dict[str, float]]] = [("", {}, {})]
 COSTS = {
     "entropy": "nothing: every run reports it",
     "log_sum_sq_probs": "one more sum over the vocabulary, while a block of logits is there",
@@ -64,10 +64,12 @@ rulers; whether any of them is better has not been tested, but for a trial of
 [`deft`'s weight](negative-results.md). Each can be scheduled, mixed, given a floor, and spare special
 tokens: see [the README](../README.md#composing-objectives).
 
-**Reading the loss.** Where f has an sg, it falls also while tokens become less probable (-sg(p) log p is 0 at p = 0). Such a
-loss chooses no checkpoint: `metric_for_best_model: eval_loss`, the default of `load_best_model_at_end`, is refused with it
-({no_ruler}),
-and so it is with `anneal` and any schedule, under which the loss changes its meaning.
+**Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
+becomes merely surer (where a weight is its entropy). Such a loss chooses no checkpoint: `metric_for_best_model: eval_loss`,
+the default of `load_best_model_at_end`, is refused with
+{no_ruler};
+with what is composed of them, a `floor` or an own function, where a trial on a few hundred values of p finds the same; and
+with `anneal` and any schedule, under which the loss changes its meaning.
 `nll`, `target_prob` and accuracy are reported for every objective.
 
 **What they share.** The sum of costs is divided by all target tokens. Papers that weigh a token by the rest of its batch
@@ -91,7 +93,8 @@ memory.
 - **A column `ref_logprobs`** of the data set, with which anything can be trained, in full too. It is a list of floats as long
   as `input_ids`, which must be there as well: entry t is log p of `input_ids[t]` after those before it. The first is not
   used, nor are those of tokens that are no target. It is cut, packed and padded with its tokens; lengths and values are
-  checked. All sets of a run must have it. It wins over an adapter. It doesn't go with images or context parallelism.
+  checked as the data are prepared, after the model has loaded. All sets of a run must have it. It wins over an adapter. It
+  doesn't go with images or context parallelism.
 
 With neither, the run is refused before the model loads. To make the column:
 
@@ -171,7 +174,7 @@ def page() -> str:
         table=header + "\n".join(rows),
         costs="| statistic | what it costs |\n|---|---|\n" + costs.rstrip(),
         sections="\n\n".join(sections),
-        no_ruler=", ".join(f"`{name}`" for name in NO_RULER),
+        no_ruler=", ".join(f"`{name}`" for name in OBJECTIVES if not Objective(name, CURVES.get(name, PLAIN)[0][1]).is_ruler),
     )
 
 
@@ -180,7 +183,7 @@ def draw(path: Path) -> None:
     plt.rcParams["svg.hashsalt"] = "bl_trainer"  # the same bytes every time
     figure, grid = plt.subplots(3, 6, figsize=(13, 6.4), sharex=True, sharey=True)
     for axes, name in zip(grid.flat, OBJECTIVES, strict=False):
-        for label, given, statistics in CURVES.get(name, [("", {}, {})]):
+        for label, given, statistics in CURVES.get(name, PLAIN):
             values = {k: value if k == "progress" else torch.full_like(P, value) for k, value in statistics.items()}
             axes.plot(P, Objective(name, given).gradient_weight(P.log(), **values), label=label, linewidth=1.2)
             if label:

@@ -116,7 +116,7 @@ def test_the_report_holds_the_regrets(study):
     options = argparse.Namespace(seeds=SEEDS, full=True, pretraining_seed=1)
     text = anneal_study.report({100: cells}, options)
     count = 2 * SEEDS * len(LEARNING_RATES) * len([ANNEAL, *DESIGNS, *FIXED])
-    command = "python scripts/anneal_study.py --seeds 3 --full --pretraining_seed 1"
+    command = "python scripts/anneal_study.py --seeds 3 --full --pretraining_seed 1 --cells strong weak"
     assert text.startswith(f"`{command}`, {count} arms: pretraining seed 1,")
     line = next(line for line in text.splitlines() if line.startswith("| anneal |"))
     regrets = {cell.label: anneal_study.regret(cell.boards["greedy"], ANNEAL).mean for cell in cells}

@@ -17,7 +17,7 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from conftest import write_recipe
 from test_trainer import first_gradient
-from ways import build, relative_difference, train, weights
+from ways import Gradients, Ordered, build, relative_difference, train, weights
 
 LOGP = torch.cat([torch.linspace(-12, -0.01, 40, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 TO_TWO = {"from": 0, "to": 2, "over": [0.3, 1.0]}
@@ -228,7 +228,7 @@ def test_schedules_have_names():
     assert list(Objective.parse(ALL).schedules) == ["alpha", "floor", "mix_pushes_entropy"]
     two = [{"name": "power", "alpha": TO_TWO, "weight": 1}, {"name": "power", "alpha": 1, "weight": TO_TWO}]
     spec = {"name": "nll", "mix": two, "special_tokens": {"name": "power", "alpha": TO_TWO}}
-    assert list(Objective.parse(spec).schedules) == ["mix_power_1_alpha", "mix_power_2", "special_tokens_alpha"]
+    assert list(Objective.parse(spec).schedules) == ["mix_power_2", "mix_power_1_alpha", "special_tokens_alpha"]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +329,23 @@ def test_training_follows_every_token(options, head, chatty, weighted_chats, tmp
     assert relative_difference(other, expected_gradient(model, chatty, unweighted, cut=cut)) < 1e-5
 
 
+@pytest.mark.parametrize("head", ["own", "trl"])
+@pytest.mark.parametrize("steps", [4, 5])
+def test_later_steps_go_by_their_progress(steps, head, chatty, weighted_chats, tmp_path, monkeypatch):
+    if head == "trl":
+        monkeypatch.setenv("BL_HEAD", "trl")
+    seen = Gradients()
+    model = build(BLTrainer, chatty, weighted_chats, tmp_path).model
+    train(
+        Ordered, chatty, weighted_chats, tmp_path, callbacks=[seen], objective=ALL, threshold=THRESHOLD, learning_rate=0.0,
+        per_device_train_batch_size=16, max_steps=steps,
+    )  # fmt: skip
+    for i, actual in enumerate(seen.all):
+        expected = expected_gradient(model, chatty, weighted_chats, progress=i / steps)
+        assert relative_difference(actual, expected) < 1e-5
+    assert relative_difference(seen.all[-1], seen.all[0]) > 0.01
+
+
 def test_streams_follow_every_token_too(chatty, weighted_chats, tmp_path):
     expected = first_gradient(chatty, weighted_chats, tmp_path, objective=ALL, per_device_train_batch_size=16)
     stream = weighted_chats.to_iterable_dataset()
@@ -387,6 +404,19 @@ def test_the_alpha_of_anneal_is_logged(tokenizer, text_data, tmp_path):
     assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.25}
 
 
+def test_what_is_within_an_objective_has_its_alpha_logged_too():
+    """At any depth."""
+    mixed = {"name": "nll", "mix": [{"name": "nll", "weight": 1, "mix": {"anneal": 0.5}}], "special_tokens": "anneal"}
+    at = Objective.parse(mixed).scheduled_at(0.75)
+    assert at == {"mix_nll_mix_anneal_alpha": 1.5, "special_tokens_alpha": 1.5}
+
+
+def test_numbers_of_a_composition_may_be_in_quotes():
+    quoted = {"name": "power", "alpha": {"from": "0", "to": "2", "over": ["0.3", "1"]}, "floor": "0.1", "mix": {"nll": "0.5"}}
+    plain = {"name": "power", "alpha": {"from": 0, "to": 2, "over": [0.3, 1]}, "floor": 0.1, "mix": {"nll": 0.5}}
+    assert Objective.parse(quoted) == Objective.parse(plain)
+
+
 def test_the_values_of_the_moment_are_logged(tokenizer, text_data, tmp_path):
     spec = {"name": "power", "alpha": {"from": 0, "to": 2, "over": [0.5, 1.0]}, "floor": 0.1}
     trainer = train(
@@ -432,13 +462,20 @@ BAD = [
     ({"name": "neg_p", "mix": {}}, "`mix` must be objectives with their weights, got {}. Write `mix: {nll: 0.1}`"),
     ({"name": "neg_p", "mix": "nll"}, "`mix` must be objectives with their weights, got 'nll'"),
     ({"name": "neg_p", "mix": {"nil": 0.1}}, "In `mix` of the objective: Unknown objective 'nil'. Did you mean 'nll'"),
-    ({"name": "neg_p", "mix": {"nll": -0.1}}, "`weight of nll in mix` must be a number 0 or above, or a schedule of"),
-    ({"name": "neg_p", "mix": {"power": {"alpha": 2}}}, "In `mix` of the objective: Objective 'power' takes alpha: 'alpha' is"),
+    ({"name": "neg_p", "mix": {"nll": -0.1}}, "such, got -0.1. It is that of 'nll' in `mix`"),
+    ({"name": "neg_p", "mix": {"power": {"alpha": 2}}}, "`mix` with an objective's parameters must be a list, got {'power'"),
+    ({"name": "neg_p", "mix": {"name": "power", "alpha": 2, "weight": 1}}, "must be a list, got {'name': 'power', 'al"),
+    ({"name": "neg_p", "mix": [{"name": "nll", "wieght": 1}]}, "got {'name': 'nll', 'wieght': 1}. Did you mean 'weight'?"),
+    ({"name": f"{__name__}:has_a_weight"}, "has a parameter 'weight', which in a recipe means the same for every objective"),
+    ({"name": f"{__name__}:begins_at_once"}, "is not finite at log p = -50 and progress 0. It must be"),
+    ({"name": "anneal", "over": [0.2, 1]}, "'over' is not one of them. Another schedule is one of `power`: `obj"),
+    ({"name": "focal", "gamma": "2"}, "`gamma` of objective 'focal' must be a finite number, got '2'. Leave out the qu"),
+    ({"name": "neg_p", "special_tokens": True}, "it must be a name or a mapping with `name`, got True. Write `special_t"),
     ({"name": "neg_p", "mix": [{"name": "nll"}]}, "Each of `mix` must have a `name` and a `weight`, got {'name': 'nll'}"),
     ({"name": "neg_p", "mix": [{"name": "nll", "weight": 1, "special_tokens": "nll"}]}, "`special_tokens` within `mix`"),
     ({"name": "neg_p", "special_tokens": "nil"}, "In `special_tokens` of the objective: Unknown objective 'nil'"),
     ({"name": "neg_p", "special_tokens": {"name": "nll", "special_tokens": "nll"}}, "`special_tokens` within `special_tokens`"),
-    ({"name": "neg_p", "special_tokens": {"from": 0, "to": 1}}, "In `special_tokens` of the objective: `objective` must be"),
+    ({"name": "neg_p", "special_tokens": {"from": 0, "to": 1}}, "In `special_tokens` of the objective: it must be a name"),
     ({"name": "neg_p", "flor": 0.1}, "takes no parameters: 'flor' is not one of them. Did you mean 'floor'?"),
     ({"name": "neg_p", "mix": {"power": 0.1}}, "'alpha' is missing. Write `mix: {nll: 0.1}`, or with parameters `mix: ["),
     ({"name": "neg_p", "special_tokens": "power"}, "'alpha' is missing. Write `special_tokens: {name: power, alpha: ...}`."),
@@ -455,6 +492,15 @@ def in_words(logp, mode="slow"):
 
 def has_a_floor(logp, floor=0.1):
     return -logp
+
+
+def has_a_weight(logp, weight):
+    return -weight * logp
+
+
+def begins_at_once(logp, progress):
+    """What is 0 / 0 at the first step."""
+    return -torch.expm1(3 * progress * logp) / (3 * progress)
 
 
 @pytest.mark.parametrize(("spec", "message"), BAD, ids=[str(spec) for spec, _ in BAD])
@@ -560,6 +606,39 @@ def test_a_set_of_a_folder_may_have_weights_for_itself(checkpoint, tmp_path):
         file.write(json.dumps(rows[1]) + "\n")
     with pytest.raises(RecipeError, match="`objective_weight` of row 0 of the train set, counted from 0, is missing"):
         Recipe.read(["--config", str(path)]).load_datasets()
+
+
+def test_the_test_set_of_a_folder_may_have_them_alone(checkpoint, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"prompt": f"a{i}", "completion": "bc", "objective_weight": i % 3} for i in range(8)]
+    bare = [{key: row[key] for key in ("prompt", "completion")} for row in rows]
+    for split, part in (("train", bare), ("test", rows)):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    path = write_recipe(tmp_path, checkpoint, data, eval_strategy="epoch", max_steps=1)
+    train_set, test_set = Recipe.read(["--config", str(path)]).load_datasets()
+    assert train_set.to_list() == bare
+    assert test_set.to_list() == rows
+    rows[0]["other"] = 1
+    (data / "test.jsonl").write_text("".join(json.dumps({**row, "other": 1}) + "\n" for row in rows))
+    with pytest.raises(RecipeError, match="column names don't match"):
+        Recipe.read(["--config", str(path)]).load_datasets()
+
+
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+def test_weights_of_tokens_are_cut_with_them(truncation_mode, tokenizer, tmp_path):
+    ids = tokenizer("a question and its answer<end>")["input_ids"]
+    row = {"input_ids": ids, "labels": ids, "objective_weight": [i / 10 for i in range(len(ids))]}
+    options = {"max_length": 12, "truncation_mode": truncation_mode}
+    data = build(BLTrainer, tokenizer, Dataset.from_list([row, row]), tmp_path, **options).train_dataset
+    kept = slice(12) if truncation_mode == "keep_start" else slice(-12, None)
+    assert data[1]["input_ids"] == ids[kept]
+    assert data[1]["objective_weight"] == row["objective_weight"][kept]
+    cut = {"input_ids": ids[kept], "labels": ids[kept], "objective_weight": row["objective_weight"][kept]}
+    whole, short = (
+        first_gradient(tokenizer, Dataset.from_list([each] * 2), tmp_path, objective="neg_p", **options) for each in (row, cut)
+    )
+    assert torch.equal(whole, short)
 
 
 def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):

@@ -563,6 +563,7 @@ def test_recipes_threshold_is_not_inherited_by_the_arms(checkpoint, tmp_path):
 
 
 def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_path):
+    diagnosis_of_no_weights = diagnosis(tmp_path, checkpoint, save(rows_of("chat"), tmp_path / "plain")).run()
     rows = [{**row, "objective_weight": 0.5} for row in rows_of("chat")]  # which count as one each
     data = save(rows, tmp_path / "data")
     plain = diagnosis(tmp_path, checkpoint, data).run()
@@ -581,7 +582,17 @@ def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_pat
     assert any(warning in said for said in special["recommendation"]["warnings"])
     assert len(special["objectives"]) == 5
     annealed = diagnosis(tmp_path, checkpoint, data, objective="anneal").run()
-    assert [objective_name(item) for item in annealed["objectives"][5:]] == ["power 0", "power 3"]
+    assert [objective_name(item) for item in annealed["objectives"][5:]] == ["power 3"]  # it begins as nll, which is there
+    warning = "The column `objective_weight` is left out here: every target token counts once"
+    assert annealed["recommendation"]["warnings"][0].startswith(warning)
+    assert not any("objective_weight" in said for said in diagnosis_of_no_weights["recommendation"]["warnings"])
+
+
+def test_what_has_no_reference_is_refused_as_in_training(checkpoint, tmp_path):
+    data = save(rows_of("chat"), tmp_path / "data")
+    for objective in ("asft", {"name": "nll", "mix": [{"name": "nll", "weight": 1, "mix": {"asft": 1}}]}):
+        with pytest.raises(RecipeError, match="Objective 'asft' needs a reference model"):
+            diagnosis(tmp_path, checkpoint, data, objective=objective)
 
 
 def test_warnings_say_what_the_figures_show(checkpoint, tmp_path):
@@ -595,6 +606,9 @@ def test_warnings_say_what_the_figures_show(checkpoint, tmp_path):
     assert "The first token" not in said()
     report["kinds"]["eos"]["prob"] = 0.01
     assert "End tokens are improbable (mean p 0.01)" in said()
+    assert "unless by `special_tokens: nll`." in said()
+    report["recipe"]["objective"] = {"name": "neg_p", "special_tokens": "nll"}
+    assert "if not by the `special_tokens` that the recipe has." in said()
     del report["kinds"]["eos"]
     assert "No target is an end token" in said()
     report["total"]["conflicts"] = 0.5

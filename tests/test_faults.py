@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import crashing
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.__main__ import main
 from bl_trainer.checkpoint import CheckpointError, refuse_lost_epoch, why_broken
+from bl_trainer.curves import Curve, MetricsLog
 from bl_trainer.interruption import LossError
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
@@ -395,6 +397,39 @@ def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys
     assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
     with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'nll'\}, the recipe says"):
         resumed(tmp_path, checkpoint, data_folder, **again, objective="neg_p").checkpoint()
+
+
+def test_a_log_goes_on_after_a_line_that_was_cut_short(tmp_path):
+    log, args = MetricsLog(), SimpleNamespace(output_dir=str(tmp_path))
+    for step, nll in ((1, 3.0), (2, 2.0)):
+        log.on_log(args, SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=4), None, {"eval_nll": nll})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-12])  # as by a kill
+    for step, nll in ((2, 2.0), (3, 1.0)):
+        log.on_log(args, SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=4), None, {"eval_nll": nll})
+    assert Curve(tmp_path).points("eval_nll") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_folder, tmp_path, capsys):
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, max_steps=2, save_steps=1, save_only_model=False, objective="anneal"
+    )
+    main(["train", "--config", str(recipe)])
+    record = json.loads((tmp_path / "out" / "checkpoint-2" / "bl_trainer.json").read_text())
+    assert record["objective"] == {"name": "anneal", "start": 0.0, "end": 3.0}  # which may be others in another version
+    capsys.readouterr()
+    again = {"resume_from_checkpoint": True, "save_only_model": False}
+    written = {"name": "anneal", "start": 0, "end": 3}
+    for spec in ("anneal", written):
+        assert resumed(tmp_path, checkpoint, data_folder, **again, objective=spec).checkpoint()
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"was trained with objective .*'end': 3.0}, the recipe says .*'end': 4"):
+        resumed(tmp_path, checkpoint, data_folder, **again, objective={**written, "end": 4}).checkpoint()
+    path = write_recipe(tmp_path, checkpoint, data_folder, save_steps=1, **again, objective="anneal", max_steps=4)
+    Recipe.read(["--config", str(path)]).checkpoint()
+    said = capsys.readouterr().err
+    assert "`max_steps` from 2 to 4." in said
+    assert "the objective goes by training progress, which jumps with its length." in said
 
 
 def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokenizer, text_data, tmp_path, monkeypatch):

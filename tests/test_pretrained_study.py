@@ -168,7 +168,7 @@ def test_what_is_prepared_is_a_recipe_and_stays(checkpoint, tmp_path, monkeypatc
     source.mkdir()
     for split in ("train", "test"):
         write_rows(source / f"{split}.jsonl", [{"question": f"{split} {i}", "answer": f"#### {i}"} for i in range(150)])
-    pretrained_study.prepare(tmp_path, str(checkpoint), str(source))
+    pretrained_study.prepare(tmp_path, str(checkpoint), str(source), pretrained_study.TASKS)
     for task in tasks:
         home = cell_folder(tmp_path, task.name, task.noise)
         assert len(read_rows(home / "train.jsonl")) == 20
@@ -179,16 +179,16 @@ def test_what_is_prepared_is_a_recipe_and_stays(checkpoint, tmp_path, monkeypatc
     clean, noisy = (read_rows(tmp_path / f"records-{noise}" / "test.jsonl") for noise in (0, 30))
     assert clean == noisy
     (tmp_path / "codes-30" / "train.jsonl").write_text("mine")
-    pretrained_study.prepare(tmp_path, str(checkpoint), str(source))
+    pretrained_study.prepare(tmp_path, str(checkpoint), str(source), pretrained_study.TASKS)
     assert (tmp_path / "codes-30" / "train.jsonl").read_text() == "mine"
     with pytest.raises(SystemExit, match=r"holds the study of .*, not of another-model. Give another --folder"):
-        pretrained_study.prepare(tmp_path, "another-model", str(source))
+        pretrained_study.prepare(tmp_path, "another-model", str(source), pretrained_study.TASKS)
 
 
 def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     tasks = tuple(task for task in pretrained_study.TASKS if task.name == "records")
     monkeypatch.setattr(pretrained_study, "TASKS", tasks)
-    pretrained_study.prepare(tmp_path, str(checkpoint), None)
+    pretrained_study.prepare(tmp_path, str(checkpoint), None, pretrained_study.TASKS)
     ran = []
 
     def run(plan, folder, name, noise):
@@ -206,9 +206,10 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     text = pretrained_study.report(cells, 3)
     main = [(noise, setting, items) for name, noise, setting, items in ran if name == "main"]
     pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
-    assert len(main) == len(pilot) == 2 * 15
+    assert len(main) == len(pilot) == 2 * 12
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith("`python scripts/pretrained_study.py --seeds 3 --tasks records`, 30 arms, seeds 100 to 102, each")
+    assert text.startswith("`python scripts/pretrained_study.py --seeds 3 --tasks records`, 24 arms, seeds 100 to 102, each")
+    assert "at another seed, on the same held-out examples, by greedy (records). By how much" in text
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
         for noise, setting, items in pilot

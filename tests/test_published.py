@@ -12,7 +12,7 @@ from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import OBJECTIVES, price
 from bl_trainer.parser import RecipeError
-from bl_trainer.published import NO_RULER, PUBLISHED
+from bl_trainer.published import PUBLISHED
 from conftest import make_llama
 from ways import Gradients, Ordered, build, relative_difference, train
 
@@ -172,25 +172,60 @@ def test_identity(name):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-14)
 
 
+FALLING = ("trsft", "focal", "deft_cayley", "psft")  # in p, whatever else holds
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_loss_that_tells_nothing_chooses_no_checkpoint(name, tmp_path):
-    """Refused are those whose f is low at p = 0 or where the model is sure; the others fall in p, whatever else holds."""
+    """Refused are those whose f is low at p = 0 or where the model is sure."""
     spec = {"name": name, **dict.fromkeys({"talr": ["tau"], "profit": ["tau"], "deft_cayley": ["mean_p"]}.get(name, []), 0.5)}
     options = {"output_dir": str(tmp_path), "objective": spec, "use_cpu": True, "bf16": False, "eval_strategy": "steps"}
     objective = Objective.parse(spec)
-    if name in NO_RULER:
-        with pytest.raises(ValueError, match=f"doesn't tell the better model under objective '{name}'.* eval_nll"):
-            BLConfig(load_best_model_at_end=True, **options)
-    else:
+    if name in FALLING:
         BLConfig(load_best_model_at_end=True, **options)
-        assert (objective(GRID, **given(objective, ref_logp=0 * GRID - 1)).diff() <= 0).all()
+        for ref_logp in (-0.1, -1, -8):
+            assert (objective(GRID, **given(objective, ref_logp=0 * GRID + ref_logp)).diff() <= 0).all()
+    else:
+        with pytest.raises(ValueError, match=f"doesn't tell the better model under objective '{name}.* eval_nll"):
+            BLConfig(load_best_model_at_end=True, **options)
     BLConfig(load_best_model_at_end=True, metric_for_best_model="eval_nll", **options)
 
 
-@pytest.mark.parametrize("spec", [{"name": "neg_p", "mix": {"eaft": 0.1}}, {"name": "neg_p", "special_tokens": "dft"}])
-def test_nor_does_the_loss_of_a_part(spec, tmp_path):
-    with pytest.raises(ValueError, match=r"doesn't tell the better model under objective '(eaft|dft)'"):
-        BLConfig(output_dir=str(tmp_path), objective=spec, use_cpu=True, metric_for_best_model="eval_loss")
+def gated(logp, entropy):
+    return -logp * (-entropy.detach()).exp()
+
+
+def regularized(logp, entropy):
+    return -logp - 0.1 * entropy
+
+
+def only_top(logp, is_top1):
+    return -logp * (1 + is_top1.to(logp.dtype))
+
+
+@pytest.mark.parametrize(
+    ("spec", "is_ruler"),
+    [
+        ({"name": "neg_p", "mix": {"eaft": 0.1}}, False),
+        ({"name": "neg_p", "special_tokens": "dft"}, False),
+        ({"name": "nll", "mix": {"dft": 0.1}}, True),  # the sum falls
+        ({"name": "nll", "mix": {"dft": 9}}, False),
+        ({"name": "neg_p", "floor": 0.1}, True),
+        ({"name": "psft", "floor": 0.5}, False),
+        ({"name": "focal", "stop_gradient": False, "floor": 0.5}, False),
+        ({"name": "power", "alpha": -0.5}, True),
+        (f"{__name__}:gated", False),
+        (f"{__name__}:regularized", True),  # what it wants of the entropy it differentiates
+        (f"{__name__}:only_top", False),
+    ],
+)
+def test_of_what_is_composed_and_of_own_functions_too(spec, is_ruler, tmp_path):
+    options = {"output_dir": str(tmp_path), "objective": spec, "use_cpu": True, "metric_for_best_model": "eval_loss"}
+    if is_ruler:
+        BLConfig(**options)
+    else:
+        with pytest.raises(ValueError, match=r"doesn't tell the better model under objective '.*', whose cost may fall"):
+            BLConfig(**options)
 
 
 def test_infosft_peaks_where_its_authors_say():
@@ -223,7 +258,7 @@ BAD = [
     ({"name": "talr", "tau": 0}, "`tau` of objective 'talr' must be above 0, got 0"),
     ({"name": "talr", "tau": 1, "min_weight": -1}, "`min_weight` of objective 'talr' must be at least 0"),
     ({"name": "trsft", "a": 0}, "`a` of objective 'trsft' must be above 0 and at most 1, got 0"),
-    ({"name": "profit", "tau": 2}, "`tau` of objective 'profit' must be at least 0 and at most 1"),
+    ({"name": "profit", "tau": 2}, "`tau` of objective 'profit' must be at least 0 and below 1"),
     ({"name": "infosft", "P": 0.5}, "`P` of objective 'infosft' must be above 0.5 and below 1, got 0.5"),
     ({"name": "infosft", "P": 1}, "`P` of objective 'infosft' must be above 0.5 and below 1, got 1"),
     ({"name": "focal", "gamma": -1}, "`gamma` of objective 'focal' must be at least 0, got -1"),
@@ -560,6 +595,15 @@ def test_column_of_sequences_that_are_cut_up_is_refused(kind, tokenizer, text_da
         build(BLTrainer, tokenizer, with_column(tokenizer, text_data.select(range(3))), tmp_path, objective="asft")
 
 
+def test_a_reference_is_found_for_what_is_deep_within(tokenizer, text_data, tmp_path):
+    spec = {"name": "nll", "special_tokens": {"name": "nll", "mix": {"asft": 0.1}}}
+    assert (
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_adapted(tokenizer), objective=spec).reference == "adapter"
+    )
+    with pytest.raises(RecipeError, match="Objective 'asft' needs a reference model"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, objective=spec)
+
+
 def test_reference_and_objective_are_recorded(tokenizer, text_data, tmp_path):
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model=make_adapted(tokenizer), objective="psft")
-    assert json.loads(json.dumps(trainer._record()["objective"])) == {"name": "psft"}
+    assert json.loads(json.dumps(trainer._record()["objective"])) == {"name": "psft", "clip_high": 0.28}

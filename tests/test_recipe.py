@@ -121,6 +121,8 @@ def test_mixture_is_split_alike_every_time(write, data_folder):
 
 
 BAD_RECIPES = [
+    ({"floor": 0.1}, "Unknown recipe key 'floor'. It belongs to the objective: write `objective: {name: ..., floor: 0.1}`."),
+    ({"objective": "power", "alpha": 2}, "It belongs to the objective: write `objective: {name: ..., alpha: 2}`."),
     ({"objectve": "neg_p"}, "Unknown recipe key 'objectve'. Did you mean 'objective'?"),
     ({"lerning_rate": 1e-4}, "Did you mean 'learning_rate'?"),
     ({"objective": "negp"}, "Unknown objective 'negp'. Did you mean 'neg_p'?"),

@@ -31,14 +31,17 @@ from conftest import make_gemma2, make_llama, make_mixtral, sizes
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradient of the first optimizer step."""
+    """Keeps the gradient of each optimizer step."""
 
     def __init__(self):
-        self.first = None
+        self.all = []
+
+    @property
+    def first(self):
+        return self.all[0]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.first is None:
-            self.first = gradient_of(model)
+        self.all.append(gradient_of(model))
 
 
 class Ordered(BLTrainer):
