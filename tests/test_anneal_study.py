@@ -146,7 +146,8 @@ def test_other_steps_are_swept_apart(home):
 def test_the_page_agrees_with_its_tables():
     """Means over the rows of cells are those of the summary, whose figures are those of the text."""
     page = (Path(__file__).parent.parent / "docs" / "anneal.md").read_text(encoding="utf-8")
-    text, *parts = re.split(r"\*\*(\d+ steps, .*)\*\*\n", page.split("\n## On a pretrained model\n")[0])
+    study = page.partition("\n## The study\n")[2].partition("\n## ")[0]
+    text, *parts = re.split(r"\*\*(\d+ steps, .*)\*\*\n", study)
     tables = dict(zip(parts[::2], parts[1::2], strict=True))
     assert list(tables) == ["100 steps, greedy", "100 steps, sampled at temperature 1"]
     flat, goal = " ".join(text.split()), []
