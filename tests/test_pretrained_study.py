@@ -250,7 +250,7 @@ def test_the_page_agrees_with_its_tables():
             for arm, regret in zip(("anneal", "nll", "power 0.5", "neg_p"), regrets, strict=True):
                 assert float(regret.split()[0]) == pytest.approx(fixed - means[arm], abs=0.0011)
     figures = {figure.strip("+-") for part in parts for figure in re.findall(r"[+-]?\d+\.\d{3}", part)}
-    assert {*re.findall(r"\d\.\d{3}", text)} <= figures
+    assert {*re.findall(r"\d+\.\d{3}", text)} <= figures
 
 
 def rows_in(part):
