@@ -134,7 +134,7 @@ def test_a_recipe_is_trained_as_written_or_refused_in_one_sentence(write, capsys
         assert not list(out.glob("*.safetensors"))
         return
     record = json.loads((out / "bl_trainer.json").read_text())
-    assert record["objective"] == Objective.parse(changes.get("objective", "nll")).to_dict()
+    assert record["objective"] == Objective.parse(changes.get("objective", "nll")).resolved.to_dict()
     threshold = Threshold.parse(changes.get("threshold"))
     assert record["threshold"].items() >= {key: threshold.to_dict()[key] for key in ("below", "normalize")}.items()
     assert record["recipe"].keys() >= changes.keys()
