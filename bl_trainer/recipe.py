@@ -372,11 +372,12 @@ class Recipe:
                 torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
                 num_warmup_steps=training.get_warmup_steps(100),
                 num_training_steps=100,
-                scheduler_specific_kwargs=training.lr_scheduler_kwargs or {},
+                scheduler_specific_kwargs={} if training.lr_scheduler_kwargs is None else training.lr_scheduler_kwargs,
             )
         except Exception as error:
             what = f"`lr_scheduler_type: {training.lr_scheduler_type.value}`"
-            given = f" with `lr_scheduler_kwargs: {training.lr_scheduler_kwargs}`" if training.lr_scheduler_kwargs else ""
+            kwargs = training.lr_scheduler_kwargs
+            given = "" if kwargs is None else f" with `lr_scheduler_kwargs: {kwargs!r}`"
             raise RecipeError(f"{what}{given} can't be had: {sentence(error)}") from error
 
     def _check_data(self) -> None:

@@ -183,6 +183,7 @@ BAD_RECIPES = [
     ({"learning_rate": float("nan")}, "`learning_rate"),
     ({"optim": "adamw_torch_xla"}, "`optim: adamw_torch_xla` can't be had"),
     ({"lr_scheduler_kwargs": {"speed": 1}}, "with `lr_scheduler_kwargs: {'speed': 1}` can't be had"),
+    ({"lr_scheduler_kwargs": ""}, "with `lr_scheduler_kwargs: ''` can't be had"),
     ({"save_only_model": True, "resume_from_checkpoint": True}, "`save_only_model: true` leaves out of the checkpoints what"),
     ({"eval_on_start": True}, "`eval_on_start` needs an evaluation set."),
     ({"metric_for_best_model": "eval_nlll"}, "`metric_for_best_model: eval_nlll` is not reported. Did you mean 'eval_nll'?"),
