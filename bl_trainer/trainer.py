@@ -593,7 +593,7 @@ class BLTrainer(SFTTrainer):
         if means and output.metrics is not None:
             self._warn(means)
             for name in METRICS:
-                self._metrics["eval"][name] = [means[name]]
+                self._metrics["eval"].pop(name, None)  # TRL's list, which it would log without the name of the set
             loss, aux_loss = means.pop("objective"), means.pop("aux_loss")
             if self.threshold.normalize == "kept":
                 loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0

@@ -12,7 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
-from bl_trainer.trainer import RECORD_FILE
+from bl_trainer.trainer import METRICS, RECORD_FILE
 from conftest import make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
@@ -225,6 +225,7 @@ def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data,
         assert logs[f"eval_{name}_nll"] == pytest.approx(expected["nll"], rel=1e-5)
         assert logs[f"eval_{name}_entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
     assert trainer.state.best_metric == logs["eval_b_nll"]
+    assert not {f"eval_{metric}" for metric in METRICS} & logs.keys()
 
 
 @pytest.mark.parametrize("metric", ["eval_nll", "nll", "eval_perplexity"])
