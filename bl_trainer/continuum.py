@@ -215,7 +215,7 @@ def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold
 
 
 def _plain_nll(objective: Objective) -> Objective:
-    """Return `nll` for a power of 0, as which `anneal` begins."""
+    """Return `nll` for a power of 0, as which a schedule may begin."""
     return Objective("nll") if objective == Objective("power", {"alpha": 0}) else objective
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .composition import COIN_FLIP, KEYS, Schedule, chosen, floored, hidden, value_at
-from .pointwise import _Pointwise, _require_number, _widen
+from .pointwise import _Pointwise, _power, _require_number, _widen
 from .published import PUBLISHED
 from .specs import is_number as _is_number
 from .specs import nearest as _nearest
@@ -98,8 +98,8 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def _annealed(progress: float, start: float = 0.0, end: float = 3.0) -> float:
-    """Return the alpha of `anneal`. Raises ValueError unless start >= 0 and end >= 0."""
+def _annealed(progress: float, start: float = 0.5, end: float = 5.0) -> float:
+    """Return the alpha of `anneal` at H = 0. Raises ValueError unless start >= 0 and end >= 0."""
     for name, value in (("start", start), ("end", end)):
         _require_number("anneal", name, value)
         if value < 0:
@@ -107,17 +107,20 @@ def _annealed(progress: float, start: float = 0.0, end: float = 3.0) -> float:
     return Schedule(start, end, over=(0.5, 1.0)).at(progress)
 
 
-def anneal(logp: Tensor, progress: float, start: float = 0.0, end: float = 3.0) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = start + (end - start) max(0, 2 progress - 1).
+def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 5.0) -> Tensor:
+    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = sg(e^-H) (start + (end - start) max(0, 2 progress - 1)).
 
-    `power`, with an alpha that is `start` in the first half of training, where 0 is `nll`, and rises in the second, linearly to
-    `end`. The first half learns what is missing; the second lets go of targets that the first hasn't made probable.
-    docs/negative-results.md says how it was found, docs/anneal.md what it does.
+    `power`, with an alpha for each token: near 0, which is `nll`, where the model is undecided (H is the entropy of its
+    next-token distribution in nats), so that what it lacks is learnt. Where it is sure, of the target or of something else,
+    alpha is `start` in the first half of training, and rises in the second, linearly to `end`: targets that it has had the
+    chance to learn and still finds improbable are let go. docs/negative-results.md says how it was found, docs/anneal.md
+    what it does.
 
-    `logp`: float tensor of any shape. `progress`: of training, from 0 to 1. Returns the shape and dtype of `logp`. Raises
-    ValueError unless start >= 0 and end >= 0.
+    `logp`: float tensor of any shape. `entropy`: the same shape. `progress`: of training, from 0 to 1. Returns the shape
+    and dtype of `logp`. Raises ValueError unless start >= 0 and end >= 0.
     """
-    return power(logp, _annealed(progress, start, end))
+    sureness = (-_widen(entropy.detach()).clamp(min=0)).exp()
+    return _power(logp, _annealed(progress, start, end) * sureness)
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -219,14 +222,10 @@ class Objective:
         return chosen(statistics["is_special"], self.special_tokens, ordinary, {"logp": logp, **statistics})
 
     def at(self, progress: float) -> "Objective":
-        """Return what this objective is at this share of training, 0 to 1, with no schedule left; of `anneal`, a `power`."""
-        name, parameters = self.name, {key: value_at(value, progress) for key, value in self.parameters.items()}
-        if self.function is anneal:
-            name, parameters = "power", {"alpha": _annealed(progress, **parameters)}
+        """Return what this objective is at this share of training, 0 to 1, with no schedule left."""
         return replace(
             self,
-            name=name,
-            parameters=parameters,
+            parameters={key: value_at(value, progress) for key, value in self.parameters.items()},
             floor=value_at(self.floor, progress),
             mix=tuple((other.at(progress), value_at(weight, progress)) for other, weight in self.mix),
             special_tokens=self.special_tokens and self.special_tokens.at(progress),
@@ -238,10 +237,10 @@ class Objective:
         return {key: value for key, value in self._settings() if isinstance(value, Schedule)}
 
     def scheduled_at(self, progress: float) -> dict[str, float]:
-        """Return what its schedules, and the alpha of `anneal`, have come to at this share of training, by name."""
+        """Return what its schedules, and the alpha of `anneal` at H = 0, have come to at this share of training, by name."""
         found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
-        annealed = {f"{prefix}alpha": part for prefix, part in self.walk() if part.function is anneal}
-        return found | {name: part.at(progress).parameters["alpha"] for name, part in annealed.items()}
+        annealed = {f"{prefix}alpha": part.at(progress) for prefix, part in self.walk() if part.function is anneal}
+        return found | {name: _annealed(progress, **part.parameters) for name, part in annealed.items()}
 
     def walk(self, prefix: str = "") -> "Iterator[tuple[str, Objective]]":
         """Yield this objective and all within it, each with what the names of its settings begin with: `mix_power_`."""
@@ -385,7 +384,7 @@ class Objective:
             write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
             if function is anneal:
                 write = (
-                    " Another schedule is one of `power`: `objective: {name: power, alpha: {from: 0, to: 3, over: [0.5, 1]}}`."
+                    " Another schedule is one of `power`: `objective: {name: power, alpha: {from: 0, to: 3, over: [0.3, 1]}}`."
                 )
             takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}"
             raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")

@@ -27,6 +27,14 @@ def _widen(logp: Tensor) -> Tensor:
     return logp if logp.device.type == "mps" else logp.double()  # MPS has no float64
 
 
+def _power(logp: Tensor, alpha: Tensor) -> Tensor:
+    """Return (1 - p^alpha) / alpha with an alpha of at least 0 for each token, which has no gradient; -log p where it is 0."""
+    wide = _widen(logp)
+    exponent = torch.where(alpha > 1e-16, alpha * wide, 0.0)  # 0 at p = 0 too, where alpha is
+    value = torch.where(alpha > 1e-16, -torch.expm1(exponent) / alpha.clamp(min=1e-16), -wide)
+    return _Pointwise.apply(logp, value.to(logp.dtype), -exponent.exp().to(logp.dtype))
+
+
 def _require_number(objective: str, name: str, value: Any) -> None:
     if not is_number(value):
         schedule = (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pointwise import _Pointwise, _require_number, _widen
+from .pointwise import _Pointwise, _power, _require_number, _widen
 
 ANCHOR_REACH = 10.0  # SkyRL's `asft_kl_clamp`
 
@@ -216,13 +216,6 @@ def _weighted(logp: Tensor, weight: Tensor) -> Tensor:
     weight = weight.detach()
     value = torch.where(weight > 0, -weight * logp.detach(), 0.0)
     return _Pointwise.apply(logp, value.to(logp.dtype), -weight.to(logp.dtype))
-
-
-def _power(logp: Tensor, alpha: Tensor) -> Tensor:
-    """Return (1 - p^alpha) / alpha, of which alpha is detached and between 0 and 1."""
-    exponent = alpha * _widen(logp)
-    value = torch.where(alpha > 1e-16, -torch.expm1(exponent) / alpha.clamp(min=1e-16), -_widen(logp))
-    return _Pointwise.apply(logp, value.to(logp.dtype), -exponent.exp().to(logp.dtype))
 
 
 def _require(

@@ -16,6 +16,11 @@ def linear(logp: Tensor, progress: float, to: float = 2.0) -> Tensor:
     return weighted(logp, (progress * to * logp).exp())
 
 
+def late(logp: Tensor, progress: float, to: float = 3.0) -> Tensor:
+    """alpha = `to` max(0, 2 t - 1): NLL for the first half, then as `linear`."""
+    return weighted(logp, (to * max(0.0, 2 * progress - 1) * logp).exp())
+
+
 def switch(logp: Tensor, progress: float) -> Tensor:
     """NLL for the first half, then neg_p."""
     return weighted(logp, (float(progress >= 0.5) * logp).exp())

@@ -5,7 +5,7 @@ of `anneal_designs`, and runs of half and of twice the steps. An objective's reg
 one there exceeds it in exact match, each at its best learning rate. Leaves anneal.md and anneal.svg in `folder`; what is
 done is kept there, and the same command goes on.
 
-Pretraining seeds 0, 1 and 2 (`--pretraining_seed`) are those by which the design and its numbers were chosen.
+Pretraining seeds 0 to 3 (`--pretraining_seed`) are those by which the design and its numbers were chosen.
 """
 
 import argparse
@@ -34,9 +34,9 @@ FIXED: list[dict[str, Any]] = [
     {"objective": {"name": "power", "alpha": 10}},
 ]
 ANNEAL = {"objective": "anneal"}
-DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "switch", "deft", "conflict", "gate")]
+DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "late", "switch", "deft", "conflict", "gate")]
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-PRETRAINING_SEED, FIRST_SEED = 3, 100
+PRETRAINING_SEED, FIRST_SEED = 4, 100
 MEAN_GOAL, WORST_GOAL = 0.03, 0.08
 
 

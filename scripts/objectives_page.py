@@ -24,7 +24,10 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "talr": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.5, 1, 4)],
     "profit": [(f"tau {tau:g}", {"tau": tau}, {}) for tau in (0.3,)],
     "focal": [(f"gamma {gamma:g}", {"gamma": gamma}, {}) for gamma in (0.5, 2)],
-    "anneal": [(f"progress {progress:g}", {}, {"progress": progress}) for progress in (0.5, 0.7, 1)],
+    "anneal": [
+        (f"progress {progress:g}, entropy {entropy:g}", {}, {"progress": progress, "entropy": entropy})
+        for progress, entropy in ((0.5, 0), (1, 0), (1, 2))
+    ],
     "eaft": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0.3, 1, 3)],
     "mile": [(f"entropy {entropy:g}", {}, {"entropy": entropy}) for entropy in (0, 0.5, 1)],
     "deft": [(f"sum of p² {square:g}", {}, {"log_sum_sq_probs": math.log(square)}) for square in (0.1, 0.5, 1)],
@@ -69,7 +72,7 @@ becomes merely surer (where a weight is its entropy). Such a loss chooses no che
 the default of `load_best_model_at_end`, is refused with
 {no_ruler};
 with what is composed of them, a `floor` or an own function, where a trial on a few hundred values of p finds the same; and
-with `anneal` and any schedule, under which the loss changes its meaning.
+with any schedule, under which the loss changes its meaning.
 `nll`, `target_prob` and accuracy are reported for every objective.
 
 **What they share.** The sum of costs is divided by all target tokens. Papers that weigh a token by the rest of its batch

@@ -143,29 +143,49 @@ def test_other_steps_are_swept_apart(home):
     assert mean == anneal_study.regret(cell.boards["greedy"], ANNEAL).mean
 
 
-def test_the_page_agrees_with_its_tables():
-    """Means over the rows of cells are those of the summary, whose figures are those of the text."""
-    page = (Path(__file__).parent.parent / "docs" / "anneal.md").read_text(encoding="utf-8")
-    study = page.partition("\n## The study\n")[2].partition("\n## ")[0]
-    text, *parts = re.split(r"\*\*(\d+ steps, .*)\*\*\n", study)
-    tables = dict(zip(parts[::2], parts[1::2], strict=True))
-    assert list(tables) == ["100 steps, greedy", "100 steps, sampled at temperature 1"]
-    flat, goal = " ".join(text.split()), []
-    for part in tables.values():
-        summary, cells = ([line.split(" | ") for line in table.splitlines()] for table in part.strip().split("\n\n")[:2])
-        names = cells[0][3:]
-        names[-1] = names[-1].removesuffix(" |")
-        assert names == ["anneal", *map(anneal_study.name_of, FIXED)]
-        assert [row[0].removeprefix("| ") for row in summary[2:]] == names
-        for row in summary[2:]:
-            place = names.index(row[0].removeprefix("| ")) + 3
-            regrets = {cell[0].removeprefix("| "): float(cell[place].split()[0]) for cell in cells[2:]}
-            assert len(regrets) == 8
-            assert float(row[1].split()[0]) == pytest.approx(statistics.mean(regrets.values()), abs=0.001)
-            worst = row[2].rsplit(": ", 1)
-            assert float(worst[0].split()[0]) == max(regrets.values()) == regrets[worst[1]]
-        row = next(line for line in part.splitlines() if line.startswith("| anneal |")).split(" | ")
-        goal.append((row[1].split()[0].removeprefix("+"), row[2].split()[0].removeprefix("+")))
+DOCS = Path(__file__).parent.parent / "docs"
+LENGTHS = [f"{steps} steps, {name}" for steps in (100, 50, 200) for name in continuum.RULERS.values()]
+
+
+def tables_in(text):
+    """Return what stands above the first heading of a table, and heading -> what stands below it."""
+    above, *parts = re.split(r"\*\*(\d+ steps, .*)\*\*\n", text)
+    return above, dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def rows_in(table):
+    """Return the cells of a Markdown table's rows, its head first."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def test_the_tables_of_the_study_agree_with_each_other():
+    """Means and worst cells of the summaries are those over the rows of cells."""
+    _, tables = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
+    assert list(tables) == LENGTHS
+    for heading, part in tables.items():
+        summary, cells = map(rows_in, part.strip().split("\n\n"))
+        is_whole = heading.startswith(f"{anneal_study.STEPS} steps")
+        names = [anneal_study.name_of(arm) for arm in [ANNEAL, *(DESIGNS if is_whole else []), *FIXED]]
+        assert cells[0][3:] == names == [row[0] for row in summary[1:]]
+        assert len(cells[1:]) == (8 if is_whole else 4)
+        for name, mean, worst, *_ in summary[1:]:
+            regrets = {cell[0]: float(cell[cells[0].index(name)].split()[0]) for cell in cells[1:]}
+            assert float(mean.split()[0]) == pytest.approx(statistics.mean(regrets.values()), abs=0.001)
+            value, label = worst.rsplit(": ", 1)
+            assert float(value.split()[0]) == max(regrets.values()) == regrets[label]
+
+
+def test_the_page_agrees_with_the_study():
+    """Its tables are those of the study, and whether it calls the goal met is what they say."""
+    _, whole = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
+    page = (DOCS / "anneal.md").read_text(encoding="utf-8")
+    text, shown = tables_in(page.partition("\n## The study\n")[2].partition("\n## ")[0])
+    assert list(shown) == LENGTHS
+    for heading, table in shown.items():
+        assert table.strip() == whole[heading].strip().split("\n\n")[0]
+    flat = " ".join(text.split())
+    goal = [tuple(cell.split()[0].strip("+") for cell in rows_in(shown[heading])[1][1:3]) for heading in LENGTHS[:2]]
     assert f"greedy {goal[0][0]} and {goal[0][1]}, sampled {goal[1][0]} and {goal[1][1]}" in flat
     met = all(float(mean) <= anneal_study.MEAN_GOAL and float(worst) <= anneal_study.WORST_GOAL for mean, worst in goal)
     assert ("in the worst cell, is met" in flat) == met != ("in the worst cell, is missed" in flat)
