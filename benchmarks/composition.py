@@ -42,7 +42,7 @@ def pricing(options: Any, times: int = 50) -> dict[str, float]:
     """Return the median seconds that it takes to price a step's tokens, for each arm."""
     tokens = options.batch * options.length
     logp = torch.rand(tokens, device=options.device).log()
-    statistics_ = {"logp": logp, "progress": 0.75, "objective_weight": torch.ones_like(logp)}
+    statistics_ = {"logp": logp, "entropy": -logp, "progress": 0.75, "objective_weight": torch.ones_like(logp)}
     statistics_ |= {"is_special": torch.zeros_like(logp, dtype=torch.bool)}
     seconds: dict[str, list[float]] = {name: [] for name in step.ARMS}
     objectives = {name: Objective.parse(keys["objective"]) for name, (_, keys) in step.ARMS.items()}

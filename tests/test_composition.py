@@ -401,14 +401,14 @@ def test_the_alpha_of_anneal_is_logged(tokenizer, text_data, tmp_path):
     logs = trainer.state.log_history
     assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 0, 1]
     assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0, 0, 1, 2]
-    assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.25}
+    assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.5}
 
 
 def test_what_is_within_an_objective_has_its_alpha_logged_too():
     """At any depth."""
     mixed = {"name": "nll", "mix": [{"name": "nll", "weight": 1, "mix": {"anneal": 0.5}}], "special_tokens": "anneal"}
     at = Objective.parse(mixed).scheduled_at(0.75)
-    assert at == {"mix_nll_mix_anneal_alpha": 1.5, "special_tokens_alpha": 1.5}
+    assert at == {"mix_nll_mix_anneal_alpha": 2.75, "special_tokens_alpha": 2.75}
 
 
 def test_numbers_of_a_composition_may_be_in_quotes():

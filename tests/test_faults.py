@@ -416,14 +416,14 @@ def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_fol
     )
     main(["train", "--config", str(recipe)])
     record = json.loads((tmp_path / "out" / "checkpoint-2" / "bl_trainer.json").read_text())
-    assert record["objective"] == {"name": "anneal", "start": 0.0, "end": 3.0}  # which may be others in another version
+    assert record["objective"] == {"name": "anneal", "start": 0.5, "end": 5.0}  # which may be others in another version
     capsys.readouterr()
     again = {"resume_from_checkpoint": True, "save_only_model": False}
-    written = {"name": "anneal", "start": 0, "end": 3}
+    written = {"name": "anneal", "start": 0.5, "end": 5}
     for spec in ("anneal", written):
         assert resumed(tmp_path, checkpoint, data_folder, **again, objective=spec).checkpoint()
     assert "warning" not in capsys.readouterr().err
-    with pytest.raises(RecipeError, match=r"was trained with objective .*'end': 3.0}, the recipe says .*'end': 4"):
+    with pytest.raises(RecipeError, match=r"was trained with objective .*'end': 5.0}, the recipe says .*'end': 4"):
         resumed(tmp_path, checkpoint, data_folder, **again, objective={**written, "end": 4}).checkpoint()
     path = write_recipe(tmp_path, checkpoint, data_folder, save_steps=1, **again, objective="anneal", max_steps=4)
     Recipe.read(["--config", str(path)]).checkpoint()

@@ -131,7 +131,7 @@ ENDS = [{}, {"start": 0, "end": 0}, {"start": 0.5, "end": 5}, {"start": 2.5, "en
 @pytest.mark.parametrize("parameters", ENDS, ids=str)
 def test_anneal_matches_float64(parameters):
     anneal = Objective.parse({"name": "anneal", **parameters})
-    start, end = parameters.get("start", 0), parameters.get("end", 3)
+    start, end = parameters.get("start", 0.5), parameters.get("end", 5)
     alphas = {
         0.0: start,
         0.3: start,
@@ -142,37 +142,58 @@ def test_anneal_matches_float64(parameters):
         1.0: end,
     }
     for progress, alpha in alphas.items():
-        cost, weight = anneal(GRID, progress=progress), anneal.gradient_weight(GRID, progress=progress)
-        for x, f, w in zip(GRID.tolist(), cost.tolist(), weight.tolist(), strict=True):
-            assert f == pytest.approx(-math.expm1(alpha * x) / alpha if alpha else -x, rel=1e-6, abs=1e-30)
-            assert w == pytest.approx(math.exp(alpha * x), rel=1e-6, abs=1e-37)
+        for entropy in (0.0, 0.4, 3.0, 11.0):
+            given = {"progress": progress, "entropy": torch.full_like(GRID, entropy)}
+            cost, weight = anneal(GRID, **given), anneal.gradient_weight(GRID, **given)
+            a = alpha * math.exp(-given["entropy"][0].item())
+            for x, f, w in zip(GRID.tolist(), cost.tolist(), weight.tolist(), strict=True):
+                assert f == pytest.approx(-math.expm1(a * x) / a if a else -x, rel=1e-6, abs=1e-30)
+                assert w == pytest.approx(math.exp(a * x), rel=1e-6, abs=1e-37)
 
 
 @pytest.mark.parametrize("parameters", ENDS, ids=str)
 def test_anneal_gradcheck(parameters):
     objective = Objective.parse({"name": "anneal", **parameters})
     logp = torch.linspace(-5, -0.01, 30, dtype=torch.float64, requires_grad=True)
+    entropy = torch.linspace(0, 9, 30, dtype=torch.float64)
     for progress in (0.0, 0.7, 1.0):
-        assert torch.autograd.gradcheck(lambda x, progress=progress: objective(x, progress=progress), logp)
+        assert torch.autograd.gradcheck(lambda x, progress=progress: objective(x, progress=progress, entropy=entropy), logp)
 
 
-def test_anneal_is_a_schedule_of_power():
-    schedule = Objective.parse({"name": "power", "alpha": {"from": 0, "to": 3, "over": [0.5, 1]}})
+def test_anneal_has_no_gradient_through_the_entropy():
+    entropy = torch.full_like(GRID, 0.5, requires_grad=True)
+    assert not Objective.parse("anneal")(GRID, progress=0.7, entropy=entropy).requires_grad
+
+
+def test_anneal_is_a_schedule_of_power_where_the_model_is_sure():
+    schedule = Objective.parse({"name": "power", "alpha": {"from": 0.5, "to": 5, "over": [0.5, 1]}})
     for progress in (0.0, 0.2, 0.5, 0.6, 0.85, 1.0):
-        given = {"progress": progress}
-        assert torch.equal(Objective.parse("anneal")(GRID, **given), schedule(GRID, **given))
-        assert torch.equal(Objective.parse("anneal").gradient_weight(GRID, **given), schedule.gradient_weight(GRID, **given))
+        given = {"progress": progress, "entropy": torch.zeros_like(GRID)}
+        torch.testing.assert_close(Objective.parse("anneal")(GRID, **given), schedule(GRID, **given))
+        weights = (Objective.parse(each).gradient_weight(GRID, **given) for each in ("anneal", schedule.to_dict()))
+        torch.testing.assert_close(*weights, rtol=1e-6, atol=0)
+
+
+def test_anneal_with_one_alpha_is_near_deft():
+    """Where one token has all of the probability s = e^-H, and where the distribution is even."""
+    for size in (1, 2, 50):
+        given = {"entropy": torch.full_like(GRID, math.log(size)), "log_sum_sq_probs": torch.full_like(GRID, -math.log(size))}
+        same = Objective.parse({"name": "anneal", "start": 1, "end": 1})
+        torch.testing.assert_close(same(GRID, progress=0.7, **given), Objective.parse("deft")(GRID, **given))
 
 
 def test_anneal_of_an_impossible_token():
-    impossible = torch.tensor([-math.inf])
-    assert Objective.parse("anneal")(impossible, progress=1.0).item() == pytest.approx(1 / 3)
-    assert Objective.parse("anneal").gradient_weight(impossible, progress=1.0).item() == 0
-    assert Objective.parse("anneal").gradient_weight(impossible, progress=0.5).item() == 1
+    impossible, sure = torch.tensor([-math.inf]), torch.zeros(1)
+    anneal = Objective.parse("anneal")
+    assert anneal(impossible, progress=1.0, entropy=sure).item() == pytest.approx(1 / 5)
+    assert anneal.gradient_weight(impossible, progress=1.0, entropy=sure).item() == 0
+    begins = Objective.parse({"name": "anneal", "start": 0})
+    assert begins.gradient_weight(impossible, progress=0.5, entropy=sure).item() == 1
+    assert begins(impossible, progress=0.5, entropy=sure).item() == math.inf
 
 
 def test_statistics_that_are_not_given_are_named():
-    with pytest.raises(TypeError, match="Objective 'anneal' looks at more than p: give it progress too"):
+    with pytest.raises(TypeError, match="Objective 'anneal' looks at more than p: give it entropy, progress too"):
         Objective.parse("anneal").gradient_weight(torch.tensor([-1.0]))
 
 
@@ -401,6 +422,6 @@ def test_dropped_tokens_are_exactly_zero_even_where_f_is_infinite(spec):
 
 def test_every_objective_of_the_paper_and_anneal_fall_in_p():
     for name in ("nll", "neg_p", "power", "log_one_minus_p", "anneal"):
-        given = {"progress": 0.6}
+        given = {"progress": 0.6, "entropy": torch.full_like(GRID, 0.5)}
         cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID, **given)
         assert (cost.diff() <= 0).all(), name

@@ -1,6 +1,7 @@
 """The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
 
 import json
+import math
 import re
 import runpy
 from dataclasses import fields
@@ -57,8 +58,8 @@ def test_table_of_objectives():
         name = re.match(r"`(\w+)`", cells[0])[1]
         parameters = {"power": {"alpha": 0.7}, "log_one_minus_p": {"epsilon": 1e-3}}.get(name, {})
         objective = Objective.parse({"name": name, **parameters})
-        given = {"progress": 0.7}
-        values = {**parameters, **({"a": 3 * 0.4} if name == "anneal" else {})}
+        given = {"progress": 0.7, "entropy": torch.full_like(P, 0.3)}
+        values = {**parameters, **({"a": (0.5 + 4.5 * 0.4) * math.exp(-0.3)} if name == "anneal" else {})}
         torch.testing.assert_close(objective(P.log(), **given), evaluate(cells[1], **values))
         torch.testing.assert_close(objective.weight(P.log(), **given), evaluate(cells[2], **values).expand_as(P))
 
