@@ -110,11 +110,11 @@ def _annealed(progress: float, start: float = 0.5, end: float = 5.0) -> float:
 def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 5.0) -> Tensor:
     """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = sg(e^-H) (start + (end - start) max(0, 2 progress - 1)).
 
-    `power`, with an alpha for each token: near 0, which is `nll`, where the model is undecided (H is the entropy of its
-    next-token distribution in nats), so that what it lacks is learnt. Where it is sure, of the target or of something else,
-    alpha is `start` in the first half of training, and rises in the second, linearly to `end`: targets that it has had the
-    chance to learn and still finds improbable are let go. docs/negative-results.md says how it was found, docs/anneal.md
-    what it does.
+    `power`, with an alpha for each token, the smaller the less the model is decided (H is the entropy of its next-token
+    distribution in nats), and so the nearer to `nll`, which learns what it lacks. Where it is sure, of the target or of
+    something else, alpha is `start` in the first half of training, and rises in the second, linearly to `end`: targets that
+    it has had the chance to learn and still finds improbable are let go. docs/negative-results.md says how it was found,
+    docs/anneal.md what it does.
 
     `logp`: float tensor of any shape. `entropy`: the same shape. `progress`: of training, from 0 to 1. Returns the shape
     and dtype of `logp`. Raises ValueError unless start >= 0 and end >= 0.
@@ -222,7 +222,8 @@ class Objective:
         return chosen(statistics["is_special"], self.special_tokens, ordinary, {"logp": logp, **statistics})
 
     def at(self, progress: float) -> "Objective":
-        """Return what this objective is at this share of training, 0 to 1, with no schedule left."""
+        """Return this objective with its settings as they are at this share of training, 0 to 1, none of them scheduled. A
+        function that asks for `progress`, as `anneal` does, still goes by it."""
         return replace(
             self,
             parameters={key: value_at(value, progress) for key, value in self.parameters.items()},
@@ -306,11 +307,11 @@ class Objective:
         logp = torch.linspace(math.log(1e-5), 0, 400, dtype=torch.float64)
         no, names = torch.zeros(len(logp), dtype=torch.bool), ("logp", *self.statistics)
         surer = {"entropy": COIN_FLIP["entropy"] / 2, "log_sum_sq_probs": COIN_FLIP["log_sum_sq_probs"] / 2, "is_top1": True}
-        for ref_logp, is_special in itertools.product((-5.0, -0.7, -0.05), (no, ~no)):
+        for ref_logp, is_special, progress in itertools.product((-5.0, -0.7, -0.05), (no, ~no), (0.5, 1.0)):
             tokens: dict[str, Any] = {
                 name: torch.full_like(logp, value) for name, value in COIN_FLIP.items() if isinstance(value, float)
             }
-            tokens |= {"logp": logp, "ref_logp": torch.full_like(logp, ref_logp), "label": no.long(), "progress": 0.5}
+            tokens |= {"logp": logp, "ref_logp": torch.full_like(logp, ref_logp), "label": no.long(), "progress": progress}
             tokens |= {"is_top1": no, "is_special": is_special, "entropy": tokens["entropy"].requires_grad_()}
             cost = self._try({name: tokens[name] for name in names})
             if (cost.diff() > 1e-9).any():
@@ -383,9 +384,7 @@ class Objective:
             near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
             write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
             if function is anneal:
-                write = (
-                    " Another schedule is one of `power`: `objective: {name: power, alpha: {from: 0, to: 3, over: [0.3, 1]}}`."
-                )
+                write = " For another schedule give `start` and `end` the same one, as `{from: 0.5, to: 5, over: [0.3, 1]}`."
             takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}"
             raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
         for key in self.schedules:

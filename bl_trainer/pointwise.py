@@ -30,8 +30,8 @@ def _widen(logp: Tensor) -> Tensor:
 def _power(logp: Tensor, alpha: Tensor) -> Tensor:
     """Return (1 - p^alpha) / alpha with an alpha of at least 0 for each token, which has no gradient; -log p where it is 0."""
     wide = _widen(logp)
-    exponent = torch.where(alpha > 1e-16, alpha * wide, 0.0)  # 0 at p = 0 too, where alpha is
-    value = torch.where(alpha > 1e-16, -torch.expm1(exponent) / alpha.clamp(min=1e-16), -wide)
+    exponent = torch.where(alpha <= 1e-16, 0.0, alpha * wide)  # 0 at p = 0 too, where alpha is
+    value = torch.where(alpha <= 1e-16, -wide, -torch.expm1(exponent) / alpha.clamp(min=1e-16))
     return _Pointwise.apply(logp, value.to(logp.dtype), -exponent.exp().to(logp.dtype))
 
 

@@ -17,7 +17,7 @@ def linear(logp: Tensor, progress: float, to: float = 2.0) -> Tensor:
 
 
 def late(logp: Tensor, progress: float, to: float = 3.0) -> Tensor:
-    """alpha = `to` max(0, 2 t - 1): NLL for the first half, then as `linear`."""
+    """alpha = `to` max(0, 2 t - 1): NLL for the first half, then rising linearly."""
     return weighted(logp, (to * max(0.0, 2 * progress - 1) * logp).exp())
 
 

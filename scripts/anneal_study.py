@@ -3,7 +3,7 @@
 Trains on each cell of the miniature continuum with four fixed objectives and with `anneal`; `--full` adds the other designs
 of `anneal_designs`, and runs of half and of twice the steps. An objective's regret in a cell is by how much the best fixed
 one there exceeds it in exact match, each at its best learning rate. Leaves anneal.md and anneal.svg in `folder`; what is
-done is kept there, and the same command goes on.
+done is kept there, and the same command goes on; after a change of an objective take another folder.
 
 Pretraining seeds 0 to 3 (`--pretraining_seed`) are those by which the design and its numbers were chosen.
 """

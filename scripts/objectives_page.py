@@ -62,10 +62,10 @@ The weight on the NLL gradient against the probability p of the target. Where an
 values of what it looks at.
 
 **Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's;
-[`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the same
-rulers; whether any of them is better has not been tested, but for a trial of
-[`deft`'s weight](negative-results.md). Each can be scheduled, mixed, given a floor, and spare special
-tokens: see [the README](../README.md#composing-objectives).
+[`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the
+same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](negative-results.md), which
+does about as well as `anneal` on small synthetic tasks, and less well on a real model. Each can be scheduled, mixed,
+given a floor, and spare special tokens: see [the README](../README.md#composing-objectives).
 
 **Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
 becomes merely surer (where a weight is its entropy). Such a loss chooses no checkpoint: `metric_for_best_model: eval_loss`,

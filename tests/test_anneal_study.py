@@ -188,3 +188,13 @@ def test_the_page_agrees_with_the_study():
     assert f"greedy {goal[0][0]} and {goal[0][1]}, sampled {goal[1][0]} and {goal[1][1]}" in flat
     met = all(float(mean) <= anneal_study.MEAN_GOAL and float(worst) <= anneal_study.WORST_GOAL for mean, worst in goal)
     assert ("in the worst cell, is met" in flat) == met != ("in the worst cell, is missed" in flat)
+    figures = {abs(float(figure)) for part in whole.values() for figure in re.findall(r"[+-]?\d\.\d{3}", part)}
+    for part in whole.values():
+        head, *cells = rows_in(part.strip().split("\n\n")[1])
+        table = [[float(cell[1].split(": ")[1].split()[0]), *(float(each.split()[0]) for each in cell[2:])] for cell in cells]
+        figures |= {best - regret for best, *regrets in table for regret in regrets}  # what an objective has, and no training
+        for column in range(1, len(head) - 1):
+            regrets = [row[column] for row in table]
+            figures |= {statistics.mean(regrets[:k] + regrets[k + 1 :]) for k in range(len(regrets))}  # without one cell
+    for figure in re.findall(r"\d\.\d{3}", text):
+        assert any(abs(float(figure) - known) < 0.0011 for known in figures), figure

@@ -393,14 +393,13 @@ def test_a_resumed_run_goes_on_in_the_middle_of_a_schedule(chatty, weighted_chat
 
 
 def test_the_alpha_of_anneal_is_logged(tokenizer, text_data, tmp_path):
-    spec = {"name": "anneal", "start": 0, "end": 2}
     trainer = train(
-        BLTrainer, tokenizer, text_data, tmp_path, objective=spec, max_steps=4, eval_data=text_data.select(range(4)),
+        BLTrainer, tokenizer, text_data, tmp_path, objective="anneal", max_steps=4, eval_data=text_data.select(range(4)),
         eval_strategy="steps", eval_steps=1, learning_rate=0.0,
     )  # fmt: skip
     logs = trainer.state.log_history
-    assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0, 0, 0, 1]
-    assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0, 0, 1, 2]
+    assert [entry["objective_alpha"] for entry in logs if "loss" in entry] == [0.5, 0.5, 0.5, 2.75]
+    assert [entry["eval_objective_alpha"] for entry in logs if "eval_loss" in entry] == [0.5, 0.5, 2.75, 5]
     assert Objective.parse({"name": "anneal", "end": {"from": 1, "to": 3}}).scheduled_at(0.75) == {"end": 2.5, "alpha": 1.5}
 
 
@@ -468,7 +467,7 @@ BAD = [
     ({"name": "neg_p", "mix": [{"name": "nll", "wieght": 1}]}, "got {'name': 'nll', 'wieght': 1}. Did you mean 'weight'?"),
     ({"name": f"{__name__}:has_a_weight"}, "has a parameter 'weight', which in a recipe means the same for every objective"),
     ({"name": f"{__name__}:begins_at_once"}, "is not finite at log p = -50 and progress 0. It must be"),
-    ({"name": "anneal", "over": [0.2, 1]}, "'over' is not one of them. Another schedule is one of `power`: `obj"),
+    ({"name": "anneal", "over": [0.2, 1]}, "'over' is not one of them. For another schedule give `start` and `end` the"),
     ({"name": "focal", "gamma": "2"}, "`gamma` of objective 'focal' must be a finite number, got '2'. Leave out the qu"),
     ({"name": "neg_p", "special_tokens": True}, "it must be a name or a mapping with `name`, got True. Write `special_t"),
     ({"name": "neg_p", "mix": [{"name": "nll"}]}, "Each of `mix` must have a `name` and a `weight`, got {'name': 'nll'}"),
@@ -509,8 +508,9 @@ def test_a_wrong_composition_says_what_to_write(spec, message):
         Objective.parse(spec)
 
 
-def test_the_best_checkpoint_is_not_chosen_by_a_moving_loss(tmp_path):
-    options = {"output_dir": str(tmp_path), "use_cpu": True, "objective": SCHEDULED}
+@pytest.mark.parametrize("objective", [SCHEDULED, "anneal"], ids=["schedule", "anneal"])
+def test_the_best_checkpoint_is_not_chosen_by_a_moving_loss(objective, tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "objective": objective}
     with pytest.raises(
         ValueError, match=r"changes its meaning as the objective's alpha moves. Write `metric_for_best_model: eval"
     ):

@@ -583,6 +583,8 @@ def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_pat
     assert len(special["objectives"]) == 5
     annealed = diagnosis(tmp_path, checkpoint, data, objective="anneal").run()
     assert len(annealed["objectives"]) == 5
+    from_nll = diagnosis(tmp_path, checkpoint, data, objective={"name": "power", "alpha": {"from": 0, "to": 3}}).run()
+    assert [objective_name(item) for item in from_nll["objectives"][5:]] == ["power 3"]  # nll is there
     warning = "Where the gradient of anneal comes from is not shown: it depends on more than p (entropy, training progress)."
     assert warning in annealed["recommendation"]["warnings"]
     warning = "The column `objective_weight` is left out here: every target token counts once"

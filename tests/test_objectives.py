@@ -125,7 +125,7 @@ def test_numbers_may_come_as_text():
     assert Threshold.parse("0.2") == Threshold.parse(0.2) == Threshold.parse({"above": "2e-1"}) == Threshold(above=0.2)
 
 
-ENDS = [{}, {"start": 0, "end": 0}, {"start": 0.5, "end": 5}, {"start": 2.5, "end": 0.5}]
+ENDS = [{}, {"start": 0, "end": 0}, {"start": 0, "end": 3}, {"start": 2.5, "end": 0.5}]
 
 
 @pytest.mark.parametrize("parameters", ENDS, ids=str)
@@ -161,8 +161,16 @@ def test_anneal_gradcheck(parameters):
 
 
 def test_anneal_has_no_gradient_through_the_entropy():
-    entropy = torch.full_like(GRID, 0.5, requires_grad=True)
-    assert not Objective.parse("anneal")(GRID, progress=0.7, entropy=entropy).requires_grad
+    logp, entropy = GRID.clone().requires_grad_(), torch.full_like(GRID, 0.5, requires_grad=True)
+    cost = Objective.parse("anneal")(logp, progress=0.7, entropy=entropy).sum()
+    of_logp, of_entropy = torch.autograd.grad(cost, (logp, entropy), allow_unused=True)
+    assert of_entropy is None
+    assert (of_logp[GRID > -1] < 0).all()
+
+
+def test_anneal_of_an_unknown_entropy_is_unknown():
+    unknown = Objective.parse("anneal")(torch.tensor([-1.0]), progress=0.7, entropy=torch.tensor([math.nan]))
+    assert unknown.isnan().all()
 
 
 def test_anneal_is_a_schedule_of_power_where_the_model_is_sure():
