@@ -98,7 +98,7 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
 
 
-def _annealed(progress: float, start: float = 0.5, end: float = 5.0) -> float:
+def _annealed(progress: float, start: float, end: float) -> float:
     """Return the alpha of `anneal` at H = 0. Raises ValueError unless start >= 0 and end >= 0."""
     for name, value in (("start", start), ("end", end)):
         _require_number("anneal", name, value)
@@ -240,7 +240,7 @@ class Objective:
     def scheduled_at(self, progress: float) -> dict[str, float]:
         """Return what its schedules, and the alpha of `anneal` at H = 0, have come to at this share of training, by name."""
         found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
-        annealed = {f"{prefix}alpha": part.at(progress) for prefix, part in self.walk() if part.function is anneal}
+        annealed = {f"{prefix}alpha": part.resolved.at(progress) for prefix, part in self.walk() if part.function is anneal}
         return found | {name: _annealed(progress, **part.parameters) for name, part in annealed.items()}
 
     def walk(self, prefix: str = "") -> "Iterator[tuple[str, Objective]]":
