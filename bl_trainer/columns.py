@@ -120,6 +120,10 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
                         f"`{key}` has {len(each[key])} numbers for {len(each['input_ids'])} tokens. Give one for each."
                     )
             rows = [torch.tensor(each[key], dtype=torch.float32).expand(len(each["input_ids"])) for each in features]
+            wrong = [row[~(row.isfinite() & (row >= 0))] for row in rows if key == WEIGHT]
+            for values in wrong:  # of a stream that is not prepared
+                if len(values):
+                    raise RecipeError(f"`{WEIGHT}` of an example is {values[0]:g}: it must be a finite number, 0 or above.")
             rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
             laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
             batch[key] = pad(laid_out, (0, width - laid_out.shape[1]), value=fill)

@@ -27,10 +27,8 @@ from .interruption import REFERENCE
 from .learnability import Probe, halves, probe_adapter
 from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
-from .objectives import Objective
 from .parser import RecipeError
 from .recipe import Recipe
-from .reference import reference_source
 from .statistics import Comparison, Measurement
 from .trainer import BLTrainer
 
@@ -161,11 +159,8 @@ class Diagnosis:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
         if options.by is not None and isinstance(first[options.by], (list, dict)):
             raise RecipeError(f"`--by {options.by}` is a column of lists or mappings. Name one of words or numbers.")
-        args, columns = recipe.training, columns_of(dataset)
-        self.is_weighed = WEIGHT in columns
-        reference_source(
-            Objective.parse(args.objective or "nll"), recipe.peft_config, {"train": columns}, False
-        )  # as training refuses
+        args = recipe.training
+        self.is_weighed = WEIGHT in columns_of(dataset)
         if (
             getattr(args, "parallelism_config", None) is not None
             or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"

@@ -36,11 +36,12 @@ from .checkpoint import (
     refuse_other_recipe,
     why_broken,
 )
-from .columns import check_columns
+from .columns import check_columns, columns_of
 from .interruption import LossError
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
+from .reference import reference_source, refuse_lost_context
 from .refusals import refuse_lm_head_adapter
 from .statistics import MeasurementError
 from .trainer import METRICS, BLConfig
@@ -204,6 +205,10 @@ class Recipe:
             if next(iter(dataset), None) is None:
                 raise RecipeError(f"The {split} set is empty.")
             self.check_columns(split, dataset)
+        columns = {split: columns_of(dataset) for split, dataset in zip(wanted.values(), found, strict=True)}
+        objective = Objective.parse(training.objective or "nll")
+        if reference_source(objective, self.peft_config, columns, collates=False) == "column":
+            refuse_lost_context(training)
         return found[0], found[1] if len(found) > 1 else None
 
     def check_columns(self, split: str, dataset: Any) -> None:

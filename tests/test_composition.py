@@ -542,6 +542,15 @@ def test_a_wrong_weight_names_its_row(value, message, streamed, tokenizer, text_
             build(BLTrainer, tokenizer, text_data, tmp_path, eval_data=data)
 
 
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_a_wrong_weight_of_a_stream_that_is_not_prepared(weight, tokenizer, tmp_path):
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6], "objective_weight": [1.0, each, 1.0]} for each in (0.5, weight)]
+    data = Dataset.from_list(rows * 4).to_iterable_dataset()
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, max_steps=2)
+    with pytest.raises(RecipeError, match=f"`objective_weight` of an example is {weight:g}: it must be a finite number, 0 or"):
+        trainer.train()
+
+
 class TestWhatCanNotTell:
     SPEC = {"name": "neg_p", "special_tokens": "nll"}
 

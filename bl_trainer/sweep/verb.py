@@ -26,6 +26,7 @@ from .plan import Plan, check_arm, describe
 from .study import REASON, SETTING, ArmError, Study, sign
 
 COST_ROWS = 1000  # rows that the number of tokens is estimated from
+COSTLESS = {"objective", "threshold", "learning_rate", "seed"}  # keys that an arm's number of tokens doesn't depend on
 
 
 @dataclass
@@ -65,6 +66,7 @@ def sweep(argv: list[str]) -> None:
     devices = _devices(options.jobs, recipe.training.use_cpu)
     plan.launch = f"{options.launch or ''} {[share.count(',') + 1 for share in devices] if devices else 'cpu'}".strip()
     held_out = held_out_recipe(plan, recipe)
+    check_data(plan)
     if options.dry_run:
         if folder.is_dir():
             sign(plan, folder, write=False)
@@ -132,6 +134,12 @@ def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     return made
 
 
+def check_data(plan: Plan) -> None:
+    """Load all arms' data as they will. Raises RecipeError if data can't be had, or lack what an objective needs."""
+    for text in dict.fromkeys(_text(plan, point, COSTLESS - {"objective"}) for point in plan.points()):
+        check_arm(json.loads(text)).load_datasets()
+
+
 def dry_run(plan: Plan) -> str:
     """Return the arms, their number, and what they cost in tokens."""
     points, seeds = plan.points(), plan.seeds
@@ -142,7 +150,7 @@ def dry_run(plan: Plan) -> str:
     else:
         lines.append(f"{plan.count} arms: {len(points)} settings at seeds {', '.join(map(str, seeds))}:")
     lines += [f"  {describe(point)}" for point in points]
-    costs = [_tokens(json.dumps(recipe_of_cost(plan, point), sort_keys=True, default=str)) for point in points]
+    costs = [_tokens(_text(plan, point, COSTLESS)) for point in points]
     if any(tokens is None for tokens, _ in costs):
         lines.append("The data are streamed or can't be counted beforehand, so the cost isn't known.")
         return "\n".join(lines)
@@ -152,10 +160,10 @@ def dry_run(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def recipe_of_cost(plan: Plan, point: dict[str, Any]) -> dict[str, Any]:
-    """Return an arm's recipe without what costs no tokens."""
+def _text(plan: Plan, point: dict[str, Any], without: set[str]) -> str:
+    """Return an arm's recipe without some keys, as JSON."""
     recipe = plan.recipe_of({**{key: bounds["low"] for key, bounds in plan.ranges.items()}, **point})
-    return {key: value for key, value in recipe.items() if key not in ("objective", "threshold", "learning_rate", "seed")}
+    return json.dumps({key: value for key, value in recipe.items() if key not in without}, sort_keys=True, default=str)
 
 
 @cache
