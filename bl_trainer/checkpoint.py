@@ -194,7 +194,11 @@ def refuse_changed_keys(checkpoint: str, given: dict[str, Any], defaults: dict[s
         print(f"warning: since {checkpoint} the recipe has changed: {', '.join(changed.values())}.", file=sys.stderr)
         moves = "progress" in Objective.parse(now.get("objective") or "nll").statistics
         if moves and {"max_steps", "num_train_epochs"} & changed.keys():
-            print("warning: the objective goes by training progress, which jumps with its length.", file=sys.stderr)
+            print(
+                "warning: the objective goes by training progress, which the change of length moves: the next step is at "
+                "another point of its schedule.",
+                file=sys.stderr,
+            )
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:

@@ -5,6 +5,7 @@ is collated as the labels are.
 """
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = N
     """
     present = columns_of(dataset)
     weighs = WEIGHT in present
+    near = [] if weighs else get_close_matches(WEIGHT, present, 1, 0.85)
+    if near:
+        raise RecipeError(
+            f"The column {near[0]!r} of the {name} set would be ignored. Did you mean `{WEIGHT}`? Rename or remove it."
+        )
     obstacle = "the data set has images" if {"image", "images"} & {*present} else obstacle
     if obstacle and (weighs or marks):
         raise RecipeError(
@@ -113,20 +119,26 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
     """Add to a collated batch the columns that its examples have: (batch, length) tensors, right-padded, as the labels are."""
     height, width = batch["labels"].shape
     for key, fill in FILLS.items():
-        if key in features[0]:
-            for each in features:
-                if isinstance(each[key], list) and len(each[key]) != len(each["input_ids"]):  # of a set that is not prepared
-                    raise RecipeError(
-                        f"`{key}` has {len(each[key])} numbers for {len(each['input_ids'])} tokens. Give one for each."
-                    )
-            rows = [torch.tensor(each[key], dtype=torch.float32).expand(len(each["input_ids"])) for each in features]
-            wrong = [row[~(row.isfinite() & (row >= 0))] for row in rows if key == WEIGHT]
-            for values in wrong:  # of a stream that is not prepared
-                if len(values):
-                    raise RecipeError(f"`{WEIGHT}` of an example is {values[0]:g}: it must be a finite number, 0 or above.")
+        if any(key in each for each in features):
+            rows = [_row(key, each) for each in features]
             rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
             laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
             batch[key] = pad(laid_out, (0, width - laid_out.shape[1]), value=fill)
+
+
+def _row(key: str, example: dict[str, Any]) -> Tensor:
+    """Return a column of an example, a number for each token. Raises RecipeError on what only an unprepared set may hold."""
+    size, value = len(example["input_ids"]), example.get(key)
+    if isinstance(value, list) and len(value) != size:
+        raise RecipeError(f"`{key}` has {len(value)} numbers for {size} tokens. Give one for each.")
+    try:
+        row = torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise RecipeError(f"`{key}` of an example is {value!r}. Give every example a number, or one for each token.") from None
+    wrong = row[~(row.isfinite() & (row >= 0))]
+    if key == WEIGHT and len(wrong):
+        raise RecipeError(f"`{key}` of an example is {wrong[0]:g}: it must be a finite number, 0 or above.")
+    return row.expand(size)
 
 
 class TokenColumns:

@@ -139,8 +139,13 @@ def hidden(which: Tensor, tokens: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spell(spec: Mapping[str, Any]) -> str:
-    """Return an objective's mapping in a few words: `power 0 to 2 over 0.3 to 1 + 0.1 nll, floor 0.1, special tokens nll`."""
-    parts = [str(spec["name"]), *(_short(value) for key, value in spec.items() if key not in ("name", *KEYS))]
+    """Return an objective's mapping in a few words: `power 0 to 2 over 0.3 to 1 + 0.1 nll, floor 0.1, special tokens nll`.
+
+    Parameters are named, but for `alpha` of `power`.
+    """
+    named = {key: value for key, value in spec.items() if key not in ("name", *KEYS)}
+    bare = spec["name"] == "power"
+    parts = [str(spec["name"]), *(_short(value) if bare else f"{key} {_short(value)}" for key, value in named.items())]
     text = " ".join(parts)
     for other in spec.get("mix", ()):
         text += f" + {_short(other['weight'])} {spell({key: value for key, value in other.items() if key != 'weight'})}"

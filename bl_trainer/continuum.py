@@ -295,7 +295,8 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
     probe = report.get("learnability")
-    if probe and (probe["verdict"] == "both" or _is_doubtful(probe)):
+    is_open = (probe is None or probe["verdict"] == "undecided") and "intermediate" in regions
+    if is_open or (probe and (probe["verdict"] == "both" or _is_doubtful(probe))):
         arms.append({"objective": "anneal"})  # docs/anneal.md
     if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
@@ -311,6 +312,11 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     if not placement["decided"]:
         why = "there are too few examples for an interval" if total["prob_interval"] is None else "the interval crosses a cut"
         reasons = [f"Undecided, {' or '.join(placement['possible'])}: {why}. Measure more examples, or sweep them all."]
+    if is_open:
+        reasons.append(
+            "anneal is among them: on small synthetic tasks no fixed objective was near the best everywhere, greedy and by "
+            "samples; it was, or nearly so (docs/anneal.md)."
+        )
     if probe:
         if regions != placement["possible"]:  # the probe overrules what mean p advises
             reasons = [f"Mean p is {total['prob']:.3f}, model-{' or model-'.join(placement['possible'])}."]

@@ -385,7 +385,7 @@ class Objective:
             write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
             if function is anneal:
                 write = " For another schedule give `start` and `end` the same one, as `{from: 0.5, to: 5, over: [0.3, 1]}`."
-            takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters'}"
+            takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters of its own'}"
             raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
         for key in self.schedules:
             default = own[key].default if key in own else None

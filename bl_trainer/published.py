@@ -76,7 +76,7 @@ def infosft(logp: Tensor, P: float = 0.93) -> Tensor:
     """
     _require("infosft", "P", P, 0.5, 1, above=True, below=True)
     wide = _widen(logp)
-    logit = wide - torch.log(-torch.expm1(wide))
+    logit = (wide - torch.log(-torch.expm1(wide))).clamp(min=-1e3)  # at p = 0 too the weight is 0
     return _weighted(logp, wide.exp() * (1 - logit / math.log(P / (1 - P))).clamp(min=0))
 
 
@@ -108,7 +108,7 @@ def focal(logp: Tensor, gamma: float = 2.0, stop_gradient: bool = True) -> Tenso
     weight = q**gamma
     if stop_gradient:
         return _weighted(logp, weight)
-    ratio = torch.where(q > 0, -wide / q, 1.0)  # -log p / (1 - p), 1 at p = 1
+    ratio = torch.where(q > 0, -wide.clamp(min=-1e4) / q, 1.0)  # -log p / (1 - p), 1 at p = 1; finite at p = 0
     slope = -weight * (1 + gamma * wide.exp() * ratio)
     return _Pointwise.apply(logp, (-weight * wide).to(logp.dtype), slope.to(logp.dtype))
 
@@ -184,7 +184,7 @@ def asft(logp: Tensor, ref_logp: Tensor, kl_weight: float = 0.1) -> Tensor:
     near = ratio.clamp(max=ANCHOR_REACH)
     pull = torch.expm1(near)
     anchor = pull - near + pull * (ratio - near)
-    value = -p * wide + kl_weight * anchor
+    value = -p * wide.clamp(min=-1e4) + kl_weight * anchor  # at p = 0 the first is 0
     return _Pointwise.apply(logp, value.to(logp.dtype), -(p + kl_weight * pull).to(logp.dtype))
 
 

@@ -621,6 +621,8 @@ class BLTrainer(SFTTrainer):
             if self.reference is not None:
                 what = f"the column `{REFERENCE}`" if self.reference == "column" else "the model without its adapter"
                 self.accelerator.print(f"Reference: {what}.")
+            if self.train_dataset is not None and WEIGHT in columns_of(self.train_dataset):
+                self.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _take_up(self, checkpoint: str) -> TrainerState:

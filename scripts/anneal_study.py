@@ -10,6 +10,7 @@ Pretraining seeds 0 to 3 (`--pretraining_seed`) are those by which the design an
 
 import argparse
 import itertools
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -95,6 +96,26 @@ def regret(board: Leaderboard, arm: dict[str, Any], rate: float | None = None) -
     return Regret(found.mean, found.interval, by_seed, board.arms[arms[0]]["setting"]["learning_rate"])
 
 
+def regret_apart(board: Leaderboard, arm: dict[str, Any]) -> Regret:
+    """Return an objective's regret in a cell, of each seed at the learning rates, and against the fixed objective, of the
+    highest mean over the other seeds; of equals the least rate."""
+
+    def runs(arms: list[dict[str, Any]]) -> list[dict[int, float]]:
+        settings = {i: result["setting"] for i, result in board.arms.items()}
+        found = []
+        for arm, rate in itertools.product(arms, LEARNING_RATES):
+            mine = [i for i, one in settings.items() if board.plan.group_of(one) == arm and one["learning_rate"] == rate]
+            found.append(scores(board, mine))
+        return [run for run in found if run]
+
+    def judged(runs: list[dict[int, float]], seed: int) -> float:
+        return max(runs, key=lambda run: np.mean([value for other, value in run.items() if other != seed]))[seed]
+
+    own, fixed = runs([arm]), runs(FIXED)
+    by_seed = {seed: judged(fixed, seed) - judged(own, seed) for seed in own[0]}
+    return Regret(float(np.mean(list(by_seed.values()))), None, by_seed, math.nan)
+
+
 def mean_regret(regrets: list[Regret]) -> tuple[float, float | None]:
     """Return the mean regret over cells, and half its 95 % interval over seeds, None with one seed."""
     by_seed = np.array([[each.by_seed[seed] for each in regrets] for seed in regrets[0].by_seed]).mean(axis=1)
@@ -114,8 +135,12 @@ def arms_of(cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def summary(cells: list[Cell], ruler: str) -> str:
-    """Return a Markdown table of mean and worst regret, at the best learning rate of each cell and at one for all."""
+    """Return a Markdown table of mean and worst regret, at the best learning rate of each cell, at one for all, and, of several
+    seeds, at the best of the other seeds."""
+    apart = len(regret(cells[0].boards[ruler], ANNEAL).by_seed) > 1
     lines = ["| objective | mean regret | worst cell | at one rate: mean | worst cell |", "|---|---|---|---|---|"]
+    if apart:
+        lines = [lines[0] + " at the other seeds' rate: mean | worst cell |", lines[1] + "---|---|"]
     for arm in arms_of(cells):
         one = common_rate(cells, arm, ruler)
         parts = [name_of(arm)]
@@ -125,6 +150,11 @@ def summary(cells: list[Cell], ruler: str) -> str:
             worst = max(regrets, key=lambda label: regrets[label].mean)
             parts.append(f"{mean:+.3f}" + ("" if half is None else f" ± {half:.3f}") + ("" if rate is None else f" @ {one:g}"))
             parts.append(f"{shown(regrets[worst])}: {worst}")
+        if apart:
+            regrets = {cell.label: regret_apart(cell.boards[ruler], arm) for cell in cells}
+            mean, half = mean_regret(list(regrets.values()))
+            worst = max(regrets, key=lambda label: regrets[label].mean)
+            parts += [f"{mean:+.3f} ± {half:.3f}", f"{regrets[worst].mean:+.3f}: {worst}"]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
@@ -195,8 +225,9 @@ def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
         f"`{command}`, {count} arms: pretraining seed {seed}, seeds {FIRST_SEED} to "
         f"{FIRST_SEED + options.seeds - 1}, learning rates {rates}. Regret is in exact match on {examples} clean held-out "
         "examples, each objective at its best rate in a cell (@; edge: the least or the greatest tried), or at the one that is "
-        "best for it on average. 0 is the best fixed objective of the cell; below 0 is better than any. In brackets 95 % "
-        "intervals over seeds and examples, of means (±) over seeds."
+        "best for it on average, or each seed at the rate, and against the fixed objective, that are best by the other seeds. "
+        "0 is the best fixed objective of the cell; below 0 is better than any. In brackets 95 % intervals over seeds and "
+        "examples, of means (±) over seeds."
     ]
     for steps, cells in studies.items():
         for ruler, name in RULERS.items():

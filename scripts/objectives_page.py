@@ -63,9 +63,10 @@ values of what it looks at.
 
 **Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's;
 [`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the
-same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](negative-results.md), which
-does about as well as `anneal` on small synthetic tasks, and less well on a real model. Each can be scheduled, mixed,
-given a floor, and spare special tokens: see [the README](../README.md#composing-objectives).
+same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](anneal.md#the-study), which is
+behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
+[a real model](negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
+[the README](../README.md#composing-objectives).
 
 **Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
 becomes merely surer (where a weight is its entropy). Such a loss chooses no checkpoint: `metric_for_best_model: eval_loss`,

@@ -93,6 +93,23 @@ def test_regret_is_best_fixed_minus_own_best(study, ruler):
         assert half == pytest.approx(4.302653 * statistics.stdev(by_seed) / SEEDS**0.5, rel=1e-5)  # t of 2 degrees
 
 
+@pytest.mark.parametrize("ruler", ["greedy", "sampled"])
+def test_a_seed_is_judged_by_what_the_others_chose(study, ruler):
+    cells, ran = study
+    for cell in cells:
+        by_rate = partial(outcome, ran, cell.name, ruler=ruler)
+        for arm in [ANNEAL, *DESIGNS, *FIXED]:
+            expected = {}
+            for k in range(SEEDS):
+                fixed = [by_rate(each, rate) for each in FIXED for rate in LEARNING_RATES]
+                own = [by_rate(arm, rate) for rate in LEARNING_RATES]
+                chosen = [max(runs, key=lambda run: sum(run[:k] + run[k + 1 :])) for runs in (fixed, own)]
+                expected[anneal_study.FIRST_SEED + k] = chosen[0][k] - chosen[1][k]
+            found = anneal_study.regret_apart(cell.boards[ruler], arm)
+            assert found.by_seed == pytest.approx(expected)
+            assert found.mean == pytest.approx(statistics.mean(expected.values()))
+
+
 def test_best_fixed_has_no_regret(study):
     for cell in study[0]:
         for board in cell.boards.values():
@@ -189,13 +206,85 @@ def test_the_page_agrees_with_the_study():
     assert f"greedy {goal[0][0]} and {goal[0][1]}, sampled {goal[1][0]} and {goal[1][1]}" in flat
     met = all(float(mean) <= anneal_study.MEAN_GOAL and float(worst) <= anneal_study.WORST_GOAL for mean, worst in goal)
     assert ("in the worst cell, is met" in flat) == met != ("in the worst cell, is missed" in flat)
-    figures = {abs(float(figure)) for part in whole.values() for figure in re.findall(r"[+-]?\d\.\d{3}", part)}
-    for part in whole.values():
-        head, *cells = rows_in(part.strip().split("\n\n")[1])
-        table = [[float(cell[1].split(": ")[1].split()[0]), *(float(each.split()[0]) for each in cell[2:])] for cell in cells]
-        figures |= {best - regret for best, *regrets in table for regret in regrets}  # what an objective has, and no training
-        for column in range(1, len(head) - 1):
-            regrets = [row[column] for row in table]
-            figures |= {statistics.mean(regrets[:k] + regrets[k + 1 :]) for k in range(len(regrets))}  # without one cell
-    for figure in re.findall(r"\d\.\d{3}", text):
-        assert any(abs(float(figure) - known) < 0.0011 for known in figures), figure
+
+
+def test_every_figure_of_the_page_is_the_one_that_it_speaks_of():
+    _, whole = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
+    page = (DOCS / "anneal.md").read_text(encoding="utf-8")
+    text, _ = tables_in(page.partition("\n## The study\n")[2].partition("\n## ")[0])
+    summaries, cells = {}, {}
+    for heading, part in whole.items():
+        steps, ruler = re.match(r"(\d+) steps, (\w+)", heading).groups()
+        summary, by_cell = map(rows_in, part.strip().split("\n\n"))
+        for arm, *row in summary[1:]:
+            summaries[int(steps), ruler, arm] = [float(cell.split()[0].rstrip(":")) for cell in row]
+        for label, best, untrained, *regrets in by_cell[1:]:
+            best = float(best.split(": ")[1].split()[0])
+            found = {name: [float(each) for each in re.findall(r"[+-]?\d\.\d{3}\b", cell)[:3]]
+                     for name, cell in zip(by_cell[0][3:], regrets, strict=True)}  # fmt: skip
+            cells[int(steps), ruler, label] = best, float(untrained), found
+
+    def mean_worst(steps, ruler, arm="anneal"):
+        return summaries[steps, ruler, arm][:2]
+
+    def at_one_rate(ruler, arm="anneal"):
+        return summaries[100, ruler, arm][2:4]
+
+    def apart(steps, ruler, arm="anneal"):
+        return summaries[steps, ruler, arm][5]
+
+    def behind(steps, ruler, cell, arm):
+        return cells[steps, ruler, f"{cell}, 30% noise"][2][arm]
+
+    def has(ruler, cell, arm, steps=100):
+        best, untrained, found = cells[steps, ruler, f"{cell}, 30% noise"]
+        return best - (untrained if arm is None else found[arm][0])
+
+    def without_mid_rule(arm):
+        parts = [key for key in cells if key[:2] == (100, "sampled") and key[2] != "mid-rule, 30% noise"]
+        return statistics.mean(cells[key][2][arm][0] for key in parts)
+
+    ahead = [-behind(200, "sampled", cell, "anneal")[0] for cell in ("mid-rule", "mid-fact", "weak")]
+    expected = [
+        *(*mean_worst(100, "greedy"), *mean_worst(100, "sampled")),
+        *(cells[100, "sampled", "mid-rule, 30% noise"][0], has("sampled", "mid-rule", "anneal")),
+        *(*behind(100, "sampled", "mid-rule", "anneal")[1:], without_mid_rule("anneal")),
+        *(*mean_worst(50, "greedy"), *mean_worst(50, "sampled")),
+        *(has("greedy", "mid-rule", "anneal", 50), -behind(50, "greedy", "mid-rule", "anneal")[0]),
+        *(*behind(50, "greedy", "mid-rule", "anneal")[1:], -behind(50, "sampled", "mid-rule", "anneal")[0]),
+        *(*mean_worst(200, "greedy"), *mean_worst(200, "sampled"), min(ahead), max(ahead)),
+        *(apart(100, "sampled"), mean_worst(100, "sampled")[1]),
+        *(apart(100, "greedy", "power 0.5"), mean_worst(100, "greedy", "power 0.5")[1]),
+        *(apart(200, "sampled"), mean_worst(200, "sampled")[1]),
+        *(behind(100, "greedy", "mid-rule", "power 0.5")[0], behind(50, "greedy", "mid-rule", "power 0.5")[0]),
+        *(behind(100, "greedy", "strong", "nll")[0], *mean_worst(100, "sampled", "power 0.5"), without_mid_rule("power 0.5")),
+        *(mean_worst(200, "greedy", "power 0.5")[1], mean_worst(200, "sampled", "power 0.5")[1]),
+        *(has(ruler, "strong", arm) for arm in ("anneal", None, "power 10") for ruler in ("greedy", "sampled")),
+        mean_worst(100, "greedy", "power 10")[1],
+        *(at_one_rate("greedy")[0], at_one_rate("sampled")[0], at_one_rate("greedy")[1], at_one_rate("sampled")[1]),
+        *(at_one_rate("greedy", "nll")[0], at_one_rate("sampled", "power 0.5")[1]),
+        *(*mean_worst(100, "greedy", "conflict"), *mean_worst(100, "sampled", "conflict")),
+        *(*mean_worst(100, "greedy", "linear"), *mean_worst(100, "sampled", "linear")),
+        behind(100, "greedy", "mid-rule", "deft")[0],
+        *(behind(100, "sampled", "strong", arm)[0] for arm in ("late", "switch")),
+        behind(100, "greedy", "mid-rule", "gate")[0],
+    ]
+    figures = [float(figure) for figure in re.findall(r"(?<![\w.])[+-]?\d\.\d{3}\b", text)]
+    assert figures == pytest.approx(expected, abs=0.0011)
+    assert without_mid_rule("anneal") == pytest.approx(without_mid_rule("power 0.5"), abs=0.001)
+    assert max(ahead) - min(ahead) < 0.01
+    for cell in ("mid-rule", "mid-fact", "weak"):
+        assert behind(200, "sampled", cell, "anneal")[2] < 0  # beyond chance
+    assert behind(50, "sampled", "mid-rule", "anneal")[2] < 0
+    assert apart(50, "greedy") == mean_worst(50, "greedy")[1]
+    assert apart(50, "sampled") == mean_worst(50, "sampled")[1]
+    met = {
+        (steps, arm)
+        for steps, _, arm in summaries
+        if all(
+            mean_worst(steps, ruler, arm)[0] <= anneal_study.MEAN_GOAL
+            and mean_worst(steps, ruler, arm)[1] <= anneal_study.WORST_GOAL
+            for ruler in ("greedy", "sampled")
+        )
+    }
+    assert met == {(100, "linear"), (100, "conflict"), (50, "anneal")}

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.composition import Schedule, spell
@@ -457,7 +457,7 @@ BAD = [
     ({"name": "neg_p", "floor": -0.1}, "`floor` must be a number between 0 and 1"),
     ({"name": "neg_p", "floor": "low"}, "`floor` must be a number between 0 and 1, or a schedule of such, got 'low'"),
     ({"name": "neg_p", "floor": {"from": 0, "to": 2}}, "`floor` must be a number between 0 and 1"),
-    ({"name": "neg_p", "flor": 0.1}, "takes no parameters: 'flor' is not one of them. Did you mean 'floor'?"),
+    ({"name": "neg_p", "flor": 0.1}, "takes no parameters of its own: 'flor' is not one of them. Did you mean 'floor'?"),
     ({"name": "neg_p", "mix": {}}, "`mix` must be objectives with their weights, got {}. Write `mix: {nll: 0.1}`"),
     ({"name": "neg_p", "mix": "nll"}, "`mix` must be objectives with their weights, got 'nll'"),
     ({"name": "neg_p", "mix": {"nil": 0.1}}, "In `mix` of the objective: Unknown objective 'nil'. Did you mean 'nll'"),
@@ -475,7 +475,7 @@ BAD = [
     ({"name": "neg_p", "special_tokens": "nil"}, "In `special_tokens` of the objective: Unknown objective 'nil'"),
     ({"name": "neg_p", "special_tokens": {"name": "nll", "special_tokens": "nll"}}, "`special_tokens` within `special_tokens`"),
     ({"name": "neg_p", "special_tokens": {"from": 0, "to": 1}}, "In `special_tokens` of the objective: it must be a name"),
-    ({"name": "neg_p", "flor": 0.1}, "takes no parameters: 'flor' is not one of them. Did you mean 'floor'?"),
+    ({"name": "neg_p", "flor": 0.1}, "takes no parameters of its own: 'flor' is not one of them. Did you mean 'floor'?"),
     ({"name": "neg_p", "mix": {"power": 0.1}}, "'alpha' is missing. Write `mix: {nll: 0.1}`, or with parameters `mix: ["),
     ({"name": "neg_p", "special_tokens": "power"}, "'alpha' is missing. Write `special_tokens: {name: power, alpha: ...}`."),
     ({"name": "neg_p", "floor": {"from": 0, "to": 1, "shape": "log"}}, "got 'log'. Write e.g. `{from: 0, to: 1, over: [0.3"),
@@ -542,12 +542,45 @@ def test_a_wrong_weight_names_its_row(value, message, streamed, tokenizer, text_
             build(BLTrainer, tokenizer, text_data, tmp_path, eval_data=data)
 
 
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
-def test_a_wrong_weight_of_a_stream_that_is_not_prepared(weight, tokenizer, tmp_path):
-    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6], "objective_weight": [1.0, each, 1.0]} for each in (0.5, weight)]
-    data = Dataset.from_list(rows * 4).to_iterable_dataset()
-    trainer = build(BLTrainer, tokenizer, data, tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, max_steps=2)
-    with pytest.raises(RecipeError, match=f"`objective_weight` of an example is {weight:g}: it must be a finite number, 0 or"):
+@pytest.mark.parametrize("name", ["objective_weights", "objectiveweight", "Objective_weight"])
+def test_a_misspelt_weight_is_no_weight(name, text_data, tmp_path):
+    args = BLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    data = text_data.add_column(name, [1.0] * len(text_data))
+    message = f"The column '{name}' of the train set would be ignored. Did you mean `objective_weight`"
+    with pytest.raises(RecipeError, match=message):
+        BLTrainer("no-such-model", args, train_dataset=data)
+
+
+def test_weights_are_said_to_be_used(tokenizer, text_data, tmp_path, capsys):
+    train(BLTrainer, tokenizer, text_data, tmp_path)
+    assert "Weights of examples" not in capsys.readouterr().out
+    train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [1.0] * len(text_data)), tmp_path / "b")
+    assert "Weights of examples: the column `objective_weight`." in capsys.readouterr().out
+
+
+NUMBER = "it must be a finite number, 0 or above"
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ([1.0, -1.0, 1.0], f"is -1: {NUMBER}"),
+        ([1.0, math.nan, 1.0], f"is nan: {NUMBER}"),
+        (math.inf, f"is inf: {NUMBER}"),
+        (None, "is None. Give every example a number, or one for each token"),
+        ([1.0, None, 1.0], r"is \[1.0, None, 1.0\]. Give every example"),
+        ("heavy", "is 'heavy'. Give every example"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_wrong_weight_of_a_stream_that_is_not_prepared(weight, message, first, tokenizer, tmp_path):
+    tokens = {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}
+    rows = [{**tokens, "objective_weight": 0.5}, {**tokens, **({} if weight is None else {"objective_weight": weight})}]
+    data = IterableDataset.from_generator(lambda: iter(rows[::-1] * 4 if first else rows * 4))
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, **options)
+    with pytest.raises(RecipeError, match=f"`objective_weight` of an example {message}"):
         trainer.train()
 
 

@@ -268,7 +268,8 @@ def test_recommendation_follows_the_probe(possible, verdict, regions, learnable,
     assert advice["arms"][: len(arms)] == arms
     assert any("threshold" in arm for arm in advice["arms"]) == (regions != ["weak"])
     is_doubtful = verdict == "noise" and learnable >= DOUBTFUL
-    assert ({"objective": "anneal"} in advice["arms"]) == (verdict == "both" or is_doubtful)
+    assert ({"objective": "anneal"} in advice["arms"]) == (verdict in ("both", "undecided") or is_doubtful)
+    assert any(reason.startswith("anneal is among them") for reason in advice["reasons"]) == (verdict == "undecided")
     assert {"objective": "nll"} in advice["arms"]
     first, second, *_ = advice["reasons"]
     assert first.startswith(f"Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples {learnable:.3f} (")

@@ -330,7 +330,7 @@ BAD_OBJECTIVES = [
         {"name": "power", "alpa": 3},
         r"takes alpha: 'alpa' is not one of them and 'alpha' is missing. Did you mean 'alpha'\?$",
     ),
-    ({"name": "nll", "alpha": 3}, "takes no parameters: 'alpha' is not one of them. Write `objective: nll`"),
+    ({"name": "nll", "alpha": 3}, "takes no parameters of its own: 'alpha' is not one of them. Write `objective: nll`"),
     ({"name": "power", "alpha": "ten"}, "`alpha` of objective 'power' must be a finite number, got 'ten'"),
     ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),
     ({"name": "power", "alpha": True}, "must be a finite number, got True"),

@@ -72,6 +72,18 @@ FORMULAS = [
 SPECS = [spec for spec, _ in FORMULAS]
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_target_of_no_probability_has_a_value_and_a_weight(spec):
+    """Infinite ones where the formula says so, and none that is no number."""
+    logp = torch.tensor([-math.inf, -1.0]).requires_grad_()
+    statistics = {"entropy": torch.ones(2), "log_sum_sq_probs": -torch.ones(2), "ref_logp": -torch.ones(2)}
+    cost = Objective.parse(spec)(logp, **statistics)
+    (slope,) = torch.autograd.grad(cost.sum(), logp)
+    assert not cost.isnan().any()
+    assert not slope.isnan().any()
+    assert slope[1].isfinite()
+
+
 def cayley(logp, offset):
     p = logp.exp().detach()
     a = (offset + (1 - offset) * p / (2 - p)).clamp(0.001, 1)

@@ -120,7 +120,7 @@ def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
     logp = P.log()
     torch.testing.assert_close(namespace["power"](logp, 3), (1 - P**3) / 3)
     assert namespace["gated"](logp, torch.ones_like(logp)).shape == logp.shape
-    exec(weights, {"logp": logp})
+    exec(weights, {"logp": logp, "entropy": torch.ones_like(logp)})
     # The first screen, with a model and a data set that are here
     example = example.replace("Qwen/Qwen2.5-1.5B", str(checkpoint)).replace(
         'output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False, report_to="none", max_steps=1'

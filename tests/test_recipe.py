@@ -127,7 +127,7 @@ BAD_RECIPES = [
     ({"lerning_rate": 1e-4}, "Did you mean 'learning_rate'?"),
     ({"objective": "negp"}, "Unknown objective 'negp'. Did you mean 'neg_p'?"),
     ({"objective": "power"}, "Objective 'power' takes alpha: 'alpha' is missing."),
-    ({"objective": {"name": "nll", "alpha": 3}}, "takes no parameters: 'alpha' is not one of them"),
+    ({"objective": {"name": "nll", "alpha": 3}}, "takes no parameters of its own: 'alpha' is not one of them"),
     ({"threshold": 1.2}, "`threshold` `above` must be a probability between 0 and 1, got 1.2."),
     ({"threshold": {"above": 0.9, "below": 0.2}}, "`threshold` keeps no token: above = 0.9 exceeds below = 0.2."),
     ({"threshold": {"above_percentil": 10}}, "Unknown key 'above_percentil' in `threshold`."),

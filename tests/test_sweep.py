@@ -25,6 +25,7 @@ from bl_trainer.__main__ import main
 from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.sweep import guard
+from bl_trainer.sweep.arm import CPU_LAUNCH
 from bl_trainer.sweep.leaderboard import difference, rank
 from bl_trainer.sweep.page import _alphas, arms_csv, markdown, page, summary
 from bl_trainer.sweep.plan import Plan, describe
@@ -583,7 +584,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": "nobody/nothing"}))
     assert "error: Can't load the held-out data nobody/nothing" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "arms": [{"objective": "nll"}, {"objective": "asft"}]}))
-    assert "Objective 'asft' needs a reference model" in verb(capsys, *both, "--dry_run", "true")
+    assert "In the arm asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
     assert "Objective 'asft' needs a reference model" in verb(capsys, *both)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "A sweep launches its arms itself" in verb(capsys, *both)
@@ -599,6 +600,17 @@ def test_dry_run_shows_arms_and_cost(make, tmp_path, capsys):
     assert total == pytest.approx(12 * each, abs=12)
     assert "5 steps of 4 rows" in said
     assert not (tmp_path / "out-sweep").exists()
+
+
+def test_an_arm_s_data_are_looked_at_with_its_own_rate(make, tmp_path, capsys):
+    """A schedule that ends at 1e-3 is refused at TRL's own learning rate, and not at these."""
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}, "learning_rate": 1e-2}
+    ranges = {"arms": GRID["arms"], "learning_rate": {"low": 2e-3, "high": 1e-1}, "trials": 6}
+    for sweep in ({**GRID, "learning_rate": [1e-2, 1e-1]}, ranges):
+        make(sweep, **schedule)
+        config = ["--config", str(tmp_path / "recipe.yaml"), "--sweep", str(tmp_path / "sweep.yaml")]
+        main(["sweep", *config, "--launch", "--multi_gpu", "--dry_run", "true"])
+        assert "Each trains on about" in capsys.readouterr().out
 
 
 def test_gpus_are_shared_out(monkeypatch):
@@ -635,7 +647,8 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
             "--sweep",
             str(tmp_path / "sweep.yaml"),
         ]
-        return subprocess.Popen([*command, "--sweep_dir", str(tmp_path / "s")], stdout=subprocess.PIPE, text=True)
+        command += ["--sweep_dir", str(tmp_path / "s"), "--launch", f"{CPU_LAUNCH} 2"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     worker = start()
     model = tmp_path / "s" / "arms" / "000" / "model"

@@ -195,7 +195,7 @@ class Plan:
             if name in seen:
                 raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
             seen[name] = point
-            check_arm(self.recipe_of({**point, "seed": self.seeds[0], **self._lowest()}))
+            check_arm(self.recipe_at(point))
 
     def _check_evaluate(self) -> list[str]:
         """Return the tasks that arms are evaluated on. Raises RecipeError on options that the evaluate verb would refuse."""
@@ -214,8 +214,9 @@ class Plan:
         read.check()
         return read.tasks
 
-    def _lowest(self) -> dict[str, Any]:
-        return {key: value["low"] for key, value in self.ranges.items()}
+    def recipe_at(self, point: dict[str, Any]) -> dict[str, Any]:
+        """Return the recipe of a point's first arm, the lower bounds in place of ranges."""
+        return self.recipe_of({**point, "seed": self.seeds[0], **{key: value["low"] for key, value in self.ranges.items()}})
 
     def points(self) -> list[dict[str, Any]]:
         """Return the grid's points: each arm with each combination of the keys that it doesn't set, seeds and ranges apart."""

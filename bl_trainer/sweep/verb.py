@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ class SweepArguments:
 
 def sweep(argv: list[str]) -> None:
     """Run the sweep that `argv` names: `--config recipe.yaml --sweep sweep.yaml`. Raises RecipeError."""
+    argv = _with_launch(argv)
     recipe = Recipe.read(argv, "sweep", SweepArguments)
     options: SweepArguments = recipe.options
     if not options.sweep:
@@ -102,6 +102,14 @@ def sweep(argv: list[str]) -> None:
     print(summary(board, folder))
 
 
+def _with_launch(argv: list[str]) -> list[str]:
+    """Return `argv` with `--launch` and what follows it in one, since that begins with dashes as an option of its own does."""
+    if "--launch" not in argv[:-1]:
+        return argv
+    index = argv.index("--launch")
+    return [*argv[:index], f"--launch={argv[index + 1]}", *argv[index + 2 :]]
+
+
 def failures(study: Study) -> dict[int, tuple[dict[str, Any], str]]:
     """Return arm -> (settings, reason) of the arms that failed, were pruned, or whose results are gone."""
     found = {}
@@ -136,8 +144,11 @@ def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
 
 def check_data(plan: Plan) -> None:
     """Load all arms' data as they will. Raises RecipeError if data can't be had, or lack what an objective needs."""
-    for text in dict.fromkeys(_text(plan, point, COSTLESS - {"objective"}) for point in plan.points()):
-        check_arm(json.loads(text)).load_datasets()
+    for point in {_text(plan, point, COSTLESS - {"objective"}): point for point in plan.points()}.values():
+        try:
+            check_arm(plan.recipe_at(point)).load_datasets()
+        except RecipeError as error:
+            raise RecipeError(f"In the arm {describe(point)}: {error}") from error
 
 
 def dry_run(plan: Plan) -> str:
@@ -150,7 +161,9 @@ def dry_run(plan: Plan) -> str:
     else:
         lines.append(f"{plan.count} arms: {len(points)} settings at seeds {', '.join(map(str, seeds))}:")
     lines += [f"  {describe(point)}" for point in points]
-    costs = [_tokens(_text(plan, point, COSTLESS)) for point in points]
+    alike = {_text(plan, point, COSTLESS): point for point in points}
+    known = {text: _tokens(check_arm(plan.recipe_at(point))) for text, point in alike.items()}
+    costs = [known[_text(plan, point, COSTLESS)] for point in points]
     if any(tokens is None for tokens, _ in costs):
         lines.append("The data are streamed or can't be counted beforehand, so the cost isn't known.")
         return "\n".join(lines)
@@ -161,18 +174,13 @@ def dry_run(plan: Plan) -> str:
 
 
 def _text(plan: Plan, point: dict[str, Any], without: set[str]) -> str:
-    """Return an arm's recipe without some keys, as JSON."""
-    recipe = plan.recipe_of({**{key: bounds["low"] for key, bounds in plan.ranges.items()}, **point})
-    return json.dumps({key: value for key, value in recipe.items() if key not in without}, sort_keys=True, default=str)
+    """Return the recipe of a point without some keys, as JSON, by which points are told to be alike."""
+    recipe = {key: value for key, value in plan.recipe_at(point).items() if key not in without}
+    return json.dumps(recipe, sort_keys=True, default=str)
 
 
-@cache
-def _tokens(text: str) -> tuple[int | None, str]:
-    """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned.
-
-    `text`: its recipe as JSON.
-    """
-    recipe = check_arm(json.loads(text))
+def _tokens(recipe: Recipe) -> tuple[int | None, str]:
+    """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned."""
     dataset, _ = recipe.load_datasets()
     if not isinstance(dataset, Dataset):
         return None, ""
