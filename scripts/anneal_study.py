@@ -76,6 +76,12 @@ def scores(board: Leaderboard, arms: list[int]) -> dict[int, float]:
     return {board.arms[i]["setting"]["seed"]: board.arms[i]["rulers"][board.plan.rank_by] for i in arms}
 
 
+def arms_at(board: Leaderboard, arm: dict[str, Any], rate: float) -> list[int]:
+    """Return the arms of an objective at a learning rate, one for each seed."""
+    settings = {i: result["setting"] for i, result in board.arms.items()}
+    return [i for i, one in settings.items() if board.plan.group_of(one) == arm and one["learning_rate"] == rate]
+
+
 def best_fixed(board: Leaderboard) -> dict[str, Any]:
     """Return the fixed objective of the highest mean, at its best learning rate."""
     tried = [arm for arm in FIXED if any(row.group == arm for row in board.rows)]
@@ -87,8 +93,7 @@ def regret(board: Leaderboard, arm: dict[str, Any], rate: float | None = None) -
     ruler, row = board.plan.rank_by, row_of(board, arm)
     arms = row.arms
     if rate is not None:
-        settings = {i: result["setting"] for i, result in board.arms.items()}
-        arms = [i for i, one in settings.items() if board.plan.group_of(one) == arm and one["learning_rate"] == rate]
+        arms = arms_at(board, arm, rate)
     best = row_of(board, best_fixed(board)).arms
     found = compare(ruler, board.arms, lambda i: values_of(board.arms[i], ruler), best, arms)
     ours = scores(board, arms)
@@ -101,11 +106,7 @@ def regret_apart(board: Leaderboard, arm: dict[str, Any]) -> Regret:
     highest mean over the other seeds; of equals the least rate."""
 
     def runs(arms: list[dict[str, Any]]) -> list[dict[int, float]]:
-        settings = {i: result["setting"] for i, result in board.arms.items()}
-        found = []
-        for arm, rate in itertools.product(arms, LEARNING_RATES):
-            mine = [i for i, one in settings.items() if board.plan.group_of(one) == arm and one["learning_rate"] == rate]
-            found.append(scores(board, mine))
+        found = (scores(board, arms_at(board, *each)) for each in itertools.product(arms, LEARNING_RATES))
         return [run for run in found if run]
 
     def judged(runs: list[dict[int, float]], seed: int) -> float:

@@ -271,6 +271,12 @@ def test_every_figure_of_the_page_is_the_one_that_it_speaks_of():
     ]
     figures = [float(figure) for figure in re.findall(r"(?<![\w.])[+-]?\d\.\d{3}\b", text)]
     assert figures == pytest.approx(expected, abs=0.0011)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (said,) = re.findall(
+        r"within (\d\.\d{3}) \(greedy\) and (\d\.\d{3}) \(sampled\) of the best of four others in every", readme
+    )
+    worst = [max(mean_worst(steps, ruler)[1] for steps in (50, 100, 200)) for ruler in ("greedy", "sampled")]
+    assert [float(figure) for figure in said] == worst
     assert without_mid_rule("anneal") == pytest.approx(without_mid_rule("power 0.5"), abs=0.001)
     assert max(ahead) - min(ahead) < 0.01
     for cell in ("mid-rule", "mid-fact", "weak"):
