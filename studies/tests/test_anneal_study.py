@@ -4,13 +4,9 @@ import argparse
 import random
 import re
 import statistics
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import anneal_study
 import continuum
@@ -133,7 +129,7 @@ def test_the_report_holds_the_regrets(study):
     options = argparse.Namespace(seeds=SEEDS, full=True, pretraining_seed=1)
     text = anneal_study.report({100: cells}, options)
     count = 2 * SEEDS * len(LEARNING_RATES) * len([ANNEAL, *DESIGNS, *FIXED])
-    command = "python scripts/anneal_study.py --seeds 3 --full --pretraining_seed 1 --cells strong weak"
+    command = "python studies/anneal_study.py --seeds 3 --full --pretraining_seed 1 --cells strong weak"
     assert text.startswith(f"`{command}`, {count} arms: pretraining seed 1,")
     line = next(line for line in text.splitlines() if line.startswith("| anneal |"))
     regrets = {cell.label: anneal_study.regret(cell.boards["greedy"], ANNEAL).mean for cell in cells}
@@ -158,139 +154,3 @@ def test_other_steps_are_swept_apart(home):
     mean, half = anneal_study.mean_regret([anneal_study.regret(cell.boards["greedy"], ANNEAL)])
     assert half is None
     assert mean == anneal_study.regret(cell.boards["greedy"], ANNEAL).mean
-
-
-DOCS = Path(__file__).parent.parent / "docs"
-LENGTHS = [f"{steps} steps, {name}" for steps in (100, 50, 200) for name in continuum.RULERS.values()]
-
-
-def tables_in(text):
-    """Return what stands above the first heading of a table, and heading -> what stands below it."""
-    above, *parts = re.split(r"\*\*(\d+ steps, .*)\*\*\n", text)
-    return above, dict(zip(parts[::2], parts[1::2], strict=True))
-
-
-def rows_in(table):
-    """Return the cells of a Markdown table's rows, its head first."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
-    return [lines[0], *lines[2:]]
-
-
-def test_the_tables_of_the_study_agree_with_each_other():
-    """Means and worst cells of the summaries are those over the rows of cells."""
-    _, tables = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
-    assert list(tables) == LENGTHS
-    for heading, part in tables.items():
-        summary, cells = map(rows_in, part.strip().split("\n\n"))
-        is_main = heading in LENGTHS[:2]
-        names = [anneal_study.name_of(arm) for arm in [ANNEAL, *(DESIGNS if is_main else []), *FIXED]]
-        assert cells[0][3:] == names == [row[0] for row in summary[1:]]
-        assert len(cells[1:]) == (8 if is_main else 4)
-        for name, mean, worst, *_ in summary[1:]:
-            regrets = {cell[0]: float(cell[cells[0].index(name)].split()[0]) for cell in cells[1:]}
-            assert float(mean.split()[0]) == pytest.approx(statistics.mean(regrets.values()), abs=0.001)
-            value, label = worst.rsplit(": ", 1)
-            assert float(value.split()[0]) == max(regrets.values()) == regrets[label]
-
-
-def test_the_page_agrees_with_the_study():
-    """Its tables are those of the study, and whether it calls the goal met is what they say."""
-    _, whole = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
-    page = (DOCS / "anneal.md").read_text(encoding="utf-8")
-    text, shown = tables_in(page.partition("\n## The study\n")[2].partition("\n## ")[0])
-    assert list(shown) == LENGTHS
-    for heading, table in shown.items():
-        assert table.strip() == whole[heading].strip().split("\n\n")[0]
-    flat = " ".join(text.split())
-    goal = [tuple(cell.split()[0].strip("+") for cell in rows_in(shown[heading])[1][1:3]) for heading in LENGTHS[:2]]
-    assert f"greedy {goal[0][0]} and {goal[0][1]}, sampled {goal[1][0]} and {goal[1][1]}" in flat
-    met = all(float(mean) <= anneal_study.MEAN_GOAL and float(worst) <= anneal_study.WORST_GOAL for mean, worst in goal)
-    assert ("in the worst cell, is met" in flat) == met != ("in the worst cell, is missed" in flat)
-
-
-def test_every_figure_of_the_page_is_the_one_that_it_speaks_of():
-    _, whole = tables_in((DOCS / "anneal-study.md").read_text(encoding="utf-8"))
-    page = (DOCS / "anneal.md").read_text(encoding="utf-8")
-    text, _ = tables_in(page.partition("\n## The study\n")[2].partition("\n## ")[0])
-    summaries, cells = {}, {}
-    for heading, part in whole.items():
-        steps, ruler = re.match(r"(\d+) steps, (\w+)", heading).groups()
-        summary, by_cell = map(rows_in, part.strip().split("\n\n"))
-        for arm, *row in summary[1:]:
-            summaries[int(steps), ruler, arm] = [float(cell.split()[0].rstrip(":")) for cell in row]
-        for label, best, untrained, *regrets in by_cell[1:]:
-            best = float(best.split(": ")[1].split()[0])
-            found = {name: [float(each) for each in re.findall(r"[+-]?\d\.\d{3}\b", cell)[:3]]
-                     for name, cell in zip(by_cell[0][3:], regrets, strict=True)}  # fmt: skip
-            cells[int(steps), ruler, label] = best, float(untrained), found
-
-    def mean_worst(steps, ruler, arm="anneal"):
-        return summaries[steps, ruler, arm][:2]
-
-    def at_one_rate(ruler, arm="anneal"):
-        return summaries[100, ruler, arm][2:4]
-
-    def apart(steps, ruler, arm="anneal"):
-        return summaries[steps, ruler, arm][5]
-
-    def behind(steps, ruler, cell, arm):
-        return cells[steps, ruler, f"{cell}, 30% noise"][2][arm]
-
-    def has(ruler, cell, arm, steps=100):
-        best, untrained, found = cells[steps, ruler, f"{cell}, 30% noise"]
-        return best - (untrained if arm is None else found[arm][0])
-
-    def without_mid_rule(arm):
-        parts = [key for key in cells if key[:2] == (100, "sampled") and key[2] != "mid-rule, 30% noise"]
-        return statistics.mean(cells[key][2][arm][0] for key in parts)
-
-    ahead = [-behind(200, "sampled", cell, "anneal")[0] for cell in ("mid-rule", "mid-fact", "weak")]
-    expected = [
-        *(*mean_worst(100, "greedy"), *mean_worst(100, "sampled")),
-        *(cells[100, "sampled", "mid-rule, 30% noise"][0], has("sampled", "mid-rule", "anneal")),
-        *(*behind(100, "sampled", "mid-rule", "anneal")[1:], without_mid_rule("anneal")),
-        *(*mean_worst(50, "greedy"), *mean_worst(50, "sampled")),
-        *(has("greedy", "mid-rule", "anneal", 50), -behind(50, "greedy", "mid-rule", "anneal")[0]),
-        *(*behind(50, "greedy", "mid-rule", "anneal")[1:], -behind(50, "sampled", "mid-rule", "anneal")[0]),
-        *(*mean_worst(200, "greedy"), *mean_worst(200, "sampled"), min(ahead), max(ahead)),
-        *(apart(100, "sampled"), mean_worst(100, "sampled")[1]),
-        *(apart(100, "greedy", "power 0.5"), mean_worst(100, "greedy", "power 0.5")[1]),
-        *(apart(200, "sampled"), mean_worst(200, "sampled")[1]),
-        *(behind(100, "greedy", "mid-rule", "power 0.5")[0], behind(50, "greedy", "mid-rule", "power 0.5")[0]),
-        *(behind(100, "greedy", "strong", "nll")[0], *mean_worst(100, "sampled", "power 0.5"), without_mid_rule("power 0.5")),
-        *(mean_worst(200, "greedy", "power 0.5")[1], mean_worst(200, "sampled", "power 0.5")[1]),
-        *(has(ruler, "strong", arm) for arm in ("anneal", None, "power 10") for ruler in ("greedy", "sampled")),
-        mean_worst(100, "greedy", "power 10")[1],
-        *(at_one_rate("greedy")[0], at_one_rate("sampled")[0], at_one_rate("greedy")[1], at_one_rate("sampled")[1]),
-        *(at_one_rate("greedy", "nll")[0], at_one_rate("sampled", "power 0.5")[1]),
-        *(*mean_worst(100, "greedy", "conflict"), *mean_worst(100, "sampled", "conflict")),
-        *(*mean_worst(100, "greedy", "linear"), *mean_worst(100, "sampled", "linear")),
-        behind(100, "greedy", "mid-rule", "deft")[0],
-        *(behind(100, "sampled", "strong", arm)[0] for arm in ("late", "switch")),
-        behind(100, "greedy", "mid-rule", "gate")[0],
-    ]
-    figures = [float(figure) for figure in re.findall(r"(?<![\w.])[+-]?\d\.\d{3}\b", text)]
-    assert figures == pytest.approx(expected, abs=0.0011)
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    (said,) = re.findall(
-        r"within (\d\.\d{3}) \(greedy\) and (\d\.\d{3}) \(sampled\) of the best of four others in every", readme
-    )
-    worst = [max(mean_worst(steps, ruler)[1] for steps in (50, 100, 200)) for ruler in ("greedy", "sampled")]
-    assert [float(figure) for figure in said] == worst
-    assert without_mid_rule("anneal") == pytest.approx(without_mid_rule("power 0.5"), abs=0.001)
-    assert max(ahead) - min(ahead) < 0.01
-    for cell in ("mid-rule", "mid-fact", "weak"):
-        assert behind(200, "sampled", cell, "anneal")[2] < 0  # beyond chance
-    assert behind(50, "sampled", "mid-rule", "anneal")[2] < 0
-    assert apart(50, "greedy") == mean_worst(50, "greedy")[1]
-    assert apart(50, "sampled") == mean_worst(50, "sampled")[1]
-    met = {
-        (steps, arm)
-        for steps, _, arm in summaries
-        if all(
-            mean_worst(steps, ruler, arm)[0] <= anneal_study.MEAN_GOAL
-            and mean_worst(steps, ruler, arm)[1] <= anneal_study.WORST_GOAL
-            for ruler in ("greedy", "sampled")
-        )
-    }
-    assert met == {(100, "linear"), (100, "conflict"), (50, "anneal")}
