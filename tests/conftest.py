@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import random
 from contextlib import nullcontext
@@ -87,6 +88,22 @@ def sizes(tokenizer, **others):
 def make_llama(tokenizer, seed=0, **kwargs):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**sizes(tokenizer, **kwargs)))
+
+
+def make_double(tokenizer, **kwargs):
+    """Make a model in float64, in which the order of summation doesn't show, on any processor."""
+    return make_llama(tokenizer, **kwargs).double()
+
+
+def gap_near(p, near):
+    """Return the middle of the widest gap between probabilities within a factor of 2 of `near`.
+
+    A threshold there keeps the same tokens whatever the rounding.
+    """
+    p = torch.as_tensor(p).double().log().sort().values
+    p = p[(p - math.log(near)).abs() < math.log(2)]
+    widest = p.diff().argmax()
+    return ((p[widest] + p[widest + 1]) / 2).exp().item()
 
 
 def make_mixtral(tokenizer, seed=0):
