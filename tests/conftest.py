@@ -183,6 +183,15 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def double_checkpoint(tokenizer, tmp_path_factory):
+    """The same in float64, which `dtype: auto` loads."""
+    folder = tmp_path_factory.mktemp("double")
+    make_double(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data_folder(pair_data, tmp_path_factory):
     """A folder with train.jsonl and test.jsonl."""
     folder = tmp_path_factory.mktemp("data")

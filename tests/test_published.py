@@ -490,7 +490,7 @@ def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokeniz
         expected = torch.cat([logp_of(base, encoded(tokenizer, text)) for text in data["text"]])
     found = seen_references[-1]
     is_target = found.float() != torch.tensor(-math.log(2))  # what TRL's head shows of the others
-    torch.testing.assert_close(found[is_target].sort().values, expected.sort().values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[is_target].double().sort().values, expected.sort().values, rtol=1e-6, atol=1e-6)
 
 
 seen_references = []

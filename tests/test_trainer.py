@@ -159,7 +159,7 @@ def pushes_entropy(logp, entropy):
 
 
 def reference_tokens(model, tokenizer, texts, prompts=None):
-    """Return each target token's log-probabilities over the vocabulary, its label, and its p, by a plain forward of each text."""
+    """Return the target tokens' log-probabilities over the vocabulary, labels, and p, from a plain forward of each text."""
     logp, labels = [], []
     for i, text in enumerate(texts):
         ids = tokenizer(text)["input_ids"]
@@ -252,8 +252,8 @@ def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data,
     parts = {"a": text_data.select(range(9)), "b": text_data.select(range(9, 20))}
     trainer = train(
         BLTrainer, tokenizer, text_data, tmp_path, make_double(tokenizer), eval_data=parts, eval_strategy="steps",
-        eval_steps=1, learning_rate=0.0, per_device_eval_batch_size=4, load_best_model_at_end=True, save_strategy="steps", save_steps=1,
-        metric_for_best_model="eval_b_nll",
+        eval_steps=1, learning_rate=0.0, per_device_eval_batch_size=4, load_best_model_at_end=True, save_strategy="steps",
+        save_steps=1, metric_for_best_model="eval_b_nll",
     )  # fmt: skip
     logs = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     for name, part in parts.items():
@@ -582,7 +582,9 @@ def test_evaluation_does_not_depend_on_packing(tokenizer, text_data, tmp_path):
     """And in TRL it does where packing is for the evaluation alone, which is why that is refused."""
     common = {"eval_data": text_data, "max_length": 64}
     plain, alone, both = (
-        build(trainer_class, tokenizer, text_data, tmp_path, make_double(tokenizer), **common, **options).evaluate()["eval_loss"]
+        build(trainer_class, tokenizer, text_data, tmp_path, make_double(tokenizer), **common, **options).evaluate()[
+            "eval_loss"
+        ]
         for trainer_class, options in ((BLTrainer, {}), (SFTTrainer, {"eval_packing": True}), (BLTrainer, {"packing": True}))
     )
     assert both == pytest.approx(plain, rel=1e-9)
