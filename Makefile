@@ -12,7 +12,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum anneal-study pretrained-study test test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
+.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest lint compatibility bench bench-head figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -45,21 +45,25 @@ quickstart: $(VENV)/weights
 
 # The paper's claim on four tasks and a model of 0.1M parameters, in continuum/
 continuum: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/continuum.py --jobs $(CORES)
+	OMP_NUM_THREADS=1 $(BIN)/python studies/continuum.py --jobs $(CORES)
 
 # How near `anneal` comes to the best fixed objective on those tasks, in anneal/; FULL=--full for all designs and other lengths
 anneal-study: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/anneal_study.py --jobs $(CORES) $(FULL)
+	OMP_NUM_THREADS=1 $(BIN)/python studies/anneal_study.py --jobs $(CORES) $(FULL)
 
 # The same on SmolLM2-135M, in pretrained/; GSM8K=FOLDER, of train.jsonl and test.jsonl, in place of a download
 pretrained-study: $(VENV)/weights $(VENV)/tests
 	$(BIN)/python scripts/quickstart.py prepare
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/pretrained_study.py --jobs $(CORES) $(if $(GSM8K),--gsm8k $(GSM8K))
+	OMP_NUM_THREADS=1 $(BIN)/python studies/pretrained_study.py --jobs $(CORES) $(if $(GSM8K),--gsm8k $(GSM8K))
 
 test: lint test-pinned test-lowest
 
 test-pinned: $(VENV)/tests
 	$(BIN)/python -m pytest $(SHARED)
+
+# Not part of `make test`
+test-studies: $(VENV)/tests
+	$(BIN)/python -m pytest $(SHARED) studies/tests
 
 # The lower bounds of pyproject.toml
 test-lowest: $(LOWEST)/installed
@@ -96,8 +100,8 @@ bench-head: $(VENV)/weights
 	$(BIN)/python benchmarks/accuracy.py --output benchmarks
 
 figures: $(VENV)/installed
-	$(BIN)/python scripts/plot_weights.py
-	$(BIN)/python scripts/objectives_page.py
+	$(BIN)/python tools/plot_weights.py
+	$(BIN)/python tools/objectives_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST)

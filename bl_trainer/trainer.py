@@ -409,7 +409,7 @@ class BLTrainer(SFTTrainer):
                 per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
                 self._add(per_token, self._counted(outputs.label_mask, example_lengths), outputs.aux_loss)
             if self.threshold.normalize == "kept":
-                cost = cost * self._kept_scale(kept, outputs.label_mask, num_items_in_batch)
+                cost = cost * self._kept_scale(cost, kept, outputs.label_mask, num_items_in_batch)
             outputs.log_probs = -cost
             return outputs
 
@@ -487,9 +487,11 @@ class BLTrainer(SFTTrainer):
         found = self.objective.scheduled_at(self._progress(done))
         return {f"objective_{name}": value for name, value in found.items()}
 
-    def _kept_scale(self, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _kept_scale(
+        self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
-        scale = 1 / self._whole_count(kept)
+        scale = cost.new_ones(()) / self._whole_count(kept)
         if num_items_in_batch is None:
             return scale * is_target.sum().clamp(min=1)
         if self.args.average_tokens_across_devices:

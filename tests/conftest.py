@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import random
 from contextlib import nullcontext
@@ -89,6 +90,22 @@ def make_llama(tokenizer, seed=0, **kwargs):
     return LlamaForCausalLM(LlamaConfig(**sizes(tokenizer, **kwargs)))
 
 
+def make_double(tokenizer, **kwargs):
+    """Make a model in float64, in which the order of summation doesn't show, on any processor."""
+    return make_llama(tokenizer, **kwargs).double()
+
+
+def gap_near(p, near):
+    """Return the middle of the widest gap between probabilities within a factor of 2 of `near`.
+
+    A threshold there keeps the same tokens whatever the rounding.
+    """
+    p = torch.as_tensor(p).double().log().sort().values
+    p = p[(p - math.log(near)).abs() < math.log(2)]
+    widest = p.diff().argmax()
+    return ((p[widest] + p[widest + 1]) / 2).exp().item()
+
+
 def make_mixtral(tokenizer, seed=0):
     torch.manual_seed(seed)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5, "output_router_logits": True}
@@ -161,6 +178,15 @@ def checkpoint(tokenizer, tmp_path_factory):
     """A folder with a tiny model and its tokenizer, as a recipe names it."""
     folder = tmp_path_factory.mktemp("model")
     make_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def double_checkpoint(tokenizer, tmp_path_factory):
+    """The same in float64, which `dtype: auto` loads."""
+    folder = tmp_path_factory.mktemp("double")
+    make_double(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

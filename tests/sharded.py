@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from bl_trainer.head import add_scoring, objective_head
 from bl_trainer.objectives import Objective, Threshold, price
-from conftest import make_llama
+from conftest import make_double
 
 
 def gradient(model, ids):
@@ -31,7 +31,7 @@ def main(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.randint(4, 40, (processes, 12), generator=torch.Generator().manual_seed(0))
     for tied, own_unit in ((True, False), (False, False), (False, True)):
-        whole, sharded = (make_llama(tokenizer, tie_word_embeddings=tied) for _ in range(2))
+        whole, sharded = (make_double(tokenizer, tie_word_embeddings=tied) for _ in range(2))
         gradient(whole, ids)()
         step = gradient(sharded, ids[rank : rank + 1])
         for layer in sharded.model.layers:
@@ -43,7 +43,7 @@ def main(folder):
         for (name, parameter), wanted in zip(sharded.named_parameters(), whole.parameters(), strict=True):
             found = parameter.grad.full_tensor() * processes  # FSDP2 takes the mean
             error = (found - wanted.grad).norm() / wanted.grad.norm()
-            assert error < 1e-5, (tied, own_unit, name, error)
+            assert error < 1e-9, (tied, own_unit, name, error)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

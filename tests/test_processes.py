@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_llama, write_recipe
+from conftest import make_double, write_recipe
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "train.py"
@@ -72,6 +72,7 @@ CASES = {
     "reference": {"objective": "asft"},
     "composed": {"objective": COMPOSED, "padding_free": True},
     "nothing_for_one_process": {"objective": "neg_p", "completion_only_loss": True},
+    "float32": {"objective": "neg_p"},
 }
 
 
@@ -87,7 +88,7 @@ def examples(name, tokenizer, text_data):
             ids = tokenizer(row["text"])["input_ids"]
             train.append({"input_ids": ids, "completion_mask": [int(i % 4 < 2)] * len(ids)})
         return train, train[:4], None
-    ordered, peaks = most_probable_first(make_llama(tokenizer), tokenizer, text_data)
+    ordered, peaks = most_probable_first(make_double(tokenizer), tokenizer, text_data)
     threshold = (peaks[-2] + peaks[5]) / 2
     assert peaks[-2] < threshold < peaks[5]
     # 13 is no multiple of 2 x 3; where the length is unknown, so are the examples repeated to make it one
@@ -136,11 +137,12 @@ def test_two_processes_do_as_one(name, results):
     found, said = results
     one, two = found[1][name], found[2][name]
     assert one["gradient"].norm() > 0
-    assert (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm() < 1e-5
+    bound = 1e-4 if name == "float32" else 1e-9
+    assert (one["gradient"] - two["gradient"]).norm() / one["gradient"].norm() < bound
     for part in ("log", "eval"):
         for metric in ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
             key = metric if part == "log" else f"eval_{metric}"
-            assert two[part][key] == pytest.approx(one[part][key], rel=1e-6), key
+            assert two[part][key] == pytest.approx(one[part][key], rel=max(bound, 1e-6)), key  # losses are logged in float32
     assert said.count("count twice in the metrics") == 1  # of the stream alone
 
 

@@ -13,7 +13,7 @@ from bl_trainer.head import Head, objective_head
 from bl_trainer.objectives import OBJECTIVES, price
 from bl_trainer.parser import RecipeError
 from bl_trainer.published import PUBLISHED
-from conftest import make_llama
+from conftest import make_double
 from ways import Gradients, Ordered, build, relative_difference, train
 
 GRID = torch.cat([-torch.logspace(math.log10(50), -7, 2000), torch.zeros(1)])  # log p from -50 to 0, float32
@@ -321,7 +321,7 @@ def test_head_gives_the_gradient_of_full_logits(spec, monkeypatch):
 
 def make_adapted(tokenizer, dropout=0.0, **changes):
     """A tiny model with a LoRA adapter that does something already."""
-    model = make_llama(tokenizer, attention_dropout=dropout)
+    model = make_double(tokenizer, attention_dropout=dropout)
     torch.manual_seed(1)
     options = {"r": 4, "target_modules": "all-linear", "lora_dropout": dropout, "init_lora_weights": False, **changes}
     return get_peft_model(model, LoraConfig(**options))
@@ -337,7 +337,7 @@ def logp_of(model, ids):
 
 def loop(tokenizer, data, objective):
     """Return cost and gradient of the formula, example by example, the reference being another model."""
-    model, base = make_adapted(tokenizer).eval(), make_llama(tokenizer).eval()
+    model, base = make_adapted(tokenizer).eval(), make_double(tokenizer).eval()
     total, count = 0.0, 0
     for text in data["text"]:
         ids = encoded(tokenizer, text)
@@ -357,7 +357,7 @@ class Seen(Gradients):
         assert model.training
 
 
-SOURCES = ["asft", "psft", {"name": "asft", "kl_weight": 1.0}]
+ROUNDING = {"ours": 1e-9, "trl": 1e-6}  # of the heads, in float64; TRL's adds some of it in float32
 CUTS = {
     "whole": {},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -370,7 +370,7 @@ CUTS = {
 
 @pytest.mark.parametrize("head", ["ours", "trl"])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("spec", SOURCES, ids=str)
+@pytest.mark.parametrize("spec", ["asft", "psft"])
 def test_gradient_with_the_base_as_reference_is_that_of_a_loop(spec, cut, head, tokenizer, text_data, tmp_path, monkeypatch):
     monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
     data, seen = text_data.select(range(8)), Seen()
@@ -378,14 +378,14 @@ def test_gradient_with_the_base_as_reference_is_that_of_a_loop(spec, cut, head, 
         Ordered, tokenizer, data, tmp_path, model=make_adapted(tokenizer), objective=spec, callbacks=[seen], **CUTS[cut]
     )
     cost, gradient = loop(tokenizer, data, Objective.parse(spec))
-    assert relative_difference(seen.first, gradient) < 2e-5
+    assert relative_difference(seen.first, gradient) < ROUNDING[head]
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert log["loss"] == pytest.approx(cost, rel=1e-4)
+    assert log["loss"] == pytest.approx(cost, rel=1e-6)
 
 
 def with_column(tokenizer, data, model=None):
     """Tokens of `data` with log p under `model`; the first has no number."""
-    model = make_llama(tokenizer).eval() if model is None else model
+    model = make_double(tokenizer).eval() if model is None else model
     rows = []
     for text in data["text"]:
         ids = encoded(tokenizer, text)
@@ -395,7 +395,7 @@ def with_column(tokenizer, data, model=None):
 
 
 @pytest.mark.parametrize("head", ["ours", "trl"])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["accumulated", "padding_free", "padded"])
 def test_column_is_the_same_as_the_base_model(cut, head, tokenizer, text_data, tmp_path, monkeypatch):
     monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
     data, seen = text_data.select(range(8)), Seen()
@@ -403,7 +403,7 @@ def test_column_is_the_same_as_the_base_model(cut, head, tokenizer, text_data, t
         Ordered, tokenizer, with_column(tokenizer, data), tmp_path, model=make_adapted(tokenizer), objective="asft",
         callbacks=[seen], **CUTS[cut],
     )  # fmt: skip
-    assert relative_difference(seen.first, loop(tokenizer, data, Objective.parse("asft"))[1]) < 2e-5
+    assert relative_difference(seen.first, loop(tokenizer, data, Objective.parse("asft"))[1]) < 1e-6  # of a float32 column
 
 
 @pytest.mark.parametrize("stop_on_nan", [False, True])
@@ -439,7 +439,7 @@ def test_streamed_column(tokenizer, text_data, tmp_path):
     data, seen = text_data.select(range(8)), Seen()
     streamed = with_column(tokenizer, data).to_iterable_dataset()
     train(BLTrainer, tokenizer, streamed, tmp_path, model=make_adapted(tokenizer), objective="asft", callbacks=[seen])
-    assert relative_difference(seen.first, loop(tokenizer, data, Objective.parse("asft"))[1]) < 2e-5
+    assert relative_difference(seen.first, loop(tokenizer, data, Objective.parse("asft"))[1]) < 1e-6
 
 
 @pytest.mark.parametrize("source", ["adapter", "column"])
@@ -451,11 +451,11 @@ def test_evaluation_is_exact(source, tokenizer, text_data, tmp_path, capsys):
         per_device_eval_batch_size=2, learning_rate=0.0,
     )  # fmt: skip
     cost, _ = loop(tokenizer, data, Objective.parse("asft"))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(cost, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(cost, rel=1e-6)
     trainer.train()
     what = "the column `ref_logprobs`" if source == "column" else "the model without its adapter"
     assert f"Reference: {what}.\n" in capsys.readouterr().out
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(cost, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(cost, rel=1e-6)
 
 
 def test_reference_has_no_dropout_and_leaves_the_random_numbers_alone(tokenizer, text_data, tmp_path):
@@ -469,7 +469,7 @@ def test_reference_has_no_dropout_and_leaves_the_random_numbers_alone(tokenizer,
             callbacks=[seen], neftune_noise_alpha=5.0,
         )  # fmt: skip
         gradients.append(seen.first)
-    assert relative_difference(*gradients) < 2e-5
+    assert relative_difference(*gradients) < 1e-6
 
 
 @pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}])
@@ -485,12 +485,12 @@ def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokeniz
                 p += 0.1 * torch.randn(p.shape, generator=GENERATOR)
     trainer = build(Ordered, tokenizer, data, tmp_path, model=model, objective=f"{__name__}:remembers")
     trainer.train()
-    base = make_llama(tokenizer).eval()
+    base = make_double(tokenizer).eval()
     with torch.no_grad():
         expected = torch.cat([logp_of(base, encoded(tokenizer, text)) for text in data["text"]])
     found = seen_references[-1]
-    is_target = found != torch.tensor(-math.log(2))  # what TRL's head shows of the others
-    torch.testing.assert_close(found[is_target].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
+    is_target = found.float() != torch.tensor(-math.log(2))  # what TRL's head shows of the others
+    torch.testing.assert_close(found[is_target].double().sort().values, expected.sort().values, rtol=1e-6, atol=1e-6)
 
 
 seen_references = []

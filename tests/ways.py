@@ -52,7 +52,7 @@ class Ordered(BLTrainer):
 
 
 def gradient_of(model):
-    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
 def relative_difference(a, b):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from bl_trainer import BLConfig
 from bl_trainer.__main__ import end
-from conftest import make_llama
+from conftest import make_double, make_llama
 from ways import Gradients, Ordered
 
 
@@ -28,7 +28,7 @@ def run(case, tokenizer, output):
     evaluation = Dataset.from_list(case["eval"])
     if case["name"] == "streamed_evaluation":
         evaluation = evaluation.to_iterable_dataset()
-    model = make_llama(tokenizer)
+    model = make_llama(tokenizer) if case["name"] == "float32" else make_double(tokenizer)
     if case["name"] == "reference":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     trainer = Ordered(

@@ -6,14 +6,10 @@ import math
 import random
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import decoders
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import continuum
 import pretrained_study
@@ -208,7 +204,7 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
     assert len(main) == len(pilot) == 2 * 12
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith("`python scripts/pretrained_study.py --seeds 3 --tasks records`, 24 arms, seeds 100 to 102, each")
+    assert text.startswith("`python studies/pretrained_study.py --seeds 3 --tasks records`, 24 arms, seeds 100 to 102, each")
     assert "at another seed, on the same held-out examples, by greedy (records). By how much" in text
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
@@ -230,30 +226,3 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
         assert values[place] == f"{statistics.mean(found):.3f} ± {half:.3f}"
     (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | untrained |"))
     assert line.split(" | ")[3] == "0.250"
-
-
-def test_the_page_agrees_with_its_tables():
-    """Regrets are differences of the table of all rulers, and every figure of the text is one of a table's."""
-    page = (Path(__file__).parent.parent / "docs" / "anneal.md").read_text(encoding="utf-8")
-    section = page.partition("\n## On a pretrained model\n")[2].partition("\n## ")[0]
-    text, *parts = re.split(r"\*\*([A-Z][^*\n]*)\*\*", section.replace("**All rulers**: ", "**All rulers**\n"))
-    tables = {name: rows_in(part) for name, part in zip(parts[::2], parts[1::2], strict=True) if "|" in part}
-    assert list(tables) == [*pretrained_study.RULERS.values(), "All rulers"]
-    rulers = list(pretrained_study.FIGURES)
-    known = {(row[0], row[1].partition(" @ ")[0]): dict(zip(rulers, row[2:], strict=True)) for row in tables["All rulers"]}
-    for ruler, name in pretrained_study.RULERS.items():
-        for cell, best, untrained, *regrets in tables[name]:
-            means = {arm: float(of[ruler].split()[0]) for (label, arm), of in known.items() if label == cell and of[ruler]}
-            fixed = max(means[arm] for arm in ("nll", "power 0.5", "neg_p"))
-            assert float(best.split(": ")[1].split()[0]) == fixed
-            assert float(untrained) == pytest.approx(fixed - means["untrained"], abs=0.0011)
-            for arm, regret in zip(("anneal", "nll", "power 0.5", "neg_p"), regrets, strict=True):
-                assert float(regret.split()[0]) == pytest.approx(fixed - means[arm], abs=0.0011)
-    figures = {figure.strip("+-") for part in parts for figure in re.findall(r"[+-]?\d+\.\d{3}", part)}
-    assert {*re.findall(r"\d+\.\d{3}", text)} <= figures
-
-
-def rows_in(part):
-    """Return the cells of a Markdown table's rows."""
-    lines = [line for line in part.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

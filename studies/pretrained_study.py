@@ -1,4 +1,4 @@
-"""`anneal` and the fixed objectives on a pretrained model: `python scripts/pretrained_study.py [--folder pretrained]`.
+"""`anneal` and the fixed objectives on a pretrained model: `python studies/pretrained_study.py [--folder pretrained]`.
 
 Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
 
@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -37,6 +38,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import quickstart
 from anneal_study import ANNEAL, FIRST_SEED, FIXED, Cell, by_cell, name_of
@@ -366,7 +369,7 @@ def report(cells: list[Cell], seeds: int, model: str = "") -> str:
             chosen[task.pilot] = ", ".join(filter(None, [chosen.get(task.pilot), task.name]))
     tasks = "" if names == NAMES else f" --tasks {' '.join(names)}"
     parts = [
-        f"`python scripts/pretrained_study.py --seeds {seeds}{tasks}{model}`, {count} arms, seeds {FIRST_SEED} to "
+        f"`python studies/pretrained_study.py --seeds {seeds}{tasks}{model}`, {count} arms, seeds {FIRST_SEED} to "
         f"{FIRST_SEED + seeds - 1}, each objective at the learning rate (@) of {rates} that was best at another seed, on the "
         f"same held-out examples, by {' and '.join(f'{ruler} ({sets})' for ruler, sets in chosen.items())}. By how "
         "much the best fixed objective of a set exceeds each one on held-out examples, which are right; below 0 is better "

@@ -1,4 +1,4 @@
-"""Draw W_f(p) of the built-in objectives: `python scripts/plot_weights.py [docs/weights.svg]`."""
+"""Draw W_f(p) of the built-in objectives: `python tools/plot_weights.py [docs/weights.svg]`."""
 
 import sys
 from typing import Any

@@ -5,14 +5,10 @@ import json
 import random
 import re
 import string
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import continuum
 import miniature

@@ -1,4 +1,4 @@
-"""How near `anneal` comes to the best fixed objective: `python scripts/anneal_study.py [--folder anneal] [--jobs 2] [--full]`.
+"""How near `anneal` comes to the best fixed objective: `python studies/anneal_study.py [--folder anneal] [--jobs 2] [--full]`.
 
 Trains on each cell of the miniature continuum with four fixed objectives and with `anneal`; `--full` adds the other designs
 of `anneal_designs`, and runs of half and of twice the steps. An objective's regret in a cell is by how much the best fixed
@@ -217,7 +217,7 @@ def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     examples = len(studies[STEPS][0].boards["greedy"].arms[0]["items"]["greedy"])
     count = sum(len(cell.boards["greedy"].arms) for cells in studies.values() for cell in cells)
     seed = options.pretraining_seed
-    command = f"python scripts/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")
+    command = f"python studies/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")
     command += "" if seed == PRETRAINING_SEED else f" --pretraining_seed {seed}"
     names = list(dict.fromkeys(cell.name for cell in studies[STEPS]))
     command += "" if names == list(CELLS) else f" --cells {' '.join(names)}"

@@ -1,4 +1,4 @@
-"""Write docs/objectives.md and docs/objectives.svg, of all built-in objectives: `python scripts/objectives_page.py [docs]`.
+"""Write docs/objectives.md and docs/objectives.svg, of all built-in objectives: `python tools/objectives_page.py [docs]`.
 
 The page is made of the registry: formulas, texts and sources are the docstrings, parameters and statistics the signatures.
 """
@@ -46,7 +46,7 @@ COSTS = {
 }
 PAGE = """# Objectives
 
-<!-- Written by scripts/objectives_page.py (`make figures`) from the docstrings. -->
+<!-- Written by tools/objectives_page.py (`make figures`) from the docstrings. -->
 
 Every objective that can be named in a recipe. The gradient of a target token is that of NLL, times a weight; an objective is
 its weight.

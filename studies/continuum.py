@@ -1,4 +1,4 @@
-"""The continuum in miniature: `python scripts/continuum.py [--folder continuum] [--jobs 2] [--seeds 5] [--full]`.
+"""The continuum in miniature: `python studies/continuum.py [--folder continuum] [--jobs 2] [--seeds 5] [--full]`.
 
 Sweeps each of `miniature`'s cells over objectives, learning rates and seeds, and judges by exact match on clean held-out
 examples, greedy and sampled at temperature 1. Leaves continuum.md and continuum.svg in `folder`; what is done is kept
@@ -200,7 +200,7 @@ def draw(cells: list[dict[str, Any]], figure: Figure, theme: Any) -> None:
 
 def report(cells: list[dict[str, Any]], options: argparse.Namespace, arms: int) -> str:
     """Return continuum.md."""
-    command = f"python scripts/continuum.py --seeds {options.seeds}" + (" --full" if options.full else "")
+    command = f"python studies/continuum.py --seeds {options.seeds}" + (" --full" if options.full else "")
     if options.pretraining_seed:
         command += f" --pretraining_seed {options.pretraining_seed}"
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
