@@ -174,7 +174,7 @@ def refuse_other_head(checkpoint: str, loss_head: str) -> None:
     if recorded != loss_head:
         advice = "Add" if recorded == "trl" else "Remove"
         raise CheckpointError(
-            f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`, which rounds gradients "
+            f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
             f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
         )
 

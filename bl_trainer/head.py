@@ -39,8 +39,8 @@ class Head(NamedTuple):
         weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
         if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
             raise ValueError(
-                f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Leave the head "
-                "out of `trainable_token_indices`, or train it whole with `lora_modules_to_save: [lm_head]`."
+                f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
+                "head's tokens from `trainable_token_indices`."
             )
         if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.itemsize < 2:
             kind = "no weight" if weight is None else f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"

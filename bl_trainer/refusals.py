@@ -138,9 +138,11 @@ def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:
     """Raise ValueError if PEFT trains tokens in a copy of a tied LM head, which it can neither run nor load again."""
     head = base.get_output_embeddings()
     if isinstance(getattr(head, "original_module", None), ModulesToSaveWrapper):
-        cause = f"`chat_template_path: {chat_template_path}` adds tokens" if chat_template_path else "It trains single tokens"
+        cause, advice = "`trainable_token_indices` and `modules_to_save` both", "Remove one of them"
+        if chat_template_path:
+            cause = f"`chat_template_path: {chat_template_path}` adds tokens, for which TRL and PEFT both"
+            advice = "Write a template file (.jinja) whose tokens the model has, or train without `use_peft`"
         raise ValueError(
-            f"Cannot train an adapter of {type(base).__name__} with a copy of its tied LM head: PEFT can't use it. {cause}, and "
-            "`modules_to_save` holds the head. Write a template file (.jinja) of tokens that the model has, or train without "
-            "`use_peft`."
+            f"Cannot train an adapter of {type(base).__name__}: {cause} wrap its tied LM head, which PEFT can't run or load. "
+            f"{advice}."
         )

@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable

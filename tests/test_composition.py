@@ -311,12 +311,10 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("head", ["own", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("options", CUTS, ids=str)
-def test_training_follows_every_token(options, head, chatty, weighted_chats, tmp_path, monkeypatch):
-    if head == "trl":
-        monkeypatch.setenv("BL_HEAD", "trl")
-    cut = slice(None)
+def test_training_follows_every_token(options, head, chatty, weighted_chats, tmp_path):
+    options, cut = {**options, "loss_head": head}, slice(None)
     if options.get("max_length") == 20:
         cut = slice(-20, None) if "truncation_mode" in options else slice(20)
     model = build(BLTrainer, chatty, weighted_chats, tmp_path).model
@@ -329,16 +327,14 @@ def test_training_follows_every_token(options, head, chatty, weighted_chats, tmp
     assert relative_difference(other, expected_gradient(model, chatty, unweighted, cut=cut)) < 1e-5
 
 
-@pytest.mark.parametrize("head", ["own", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("steps", [4, 5])
-def test_later_steps_go_by_their_progress(steps, head, chatty, weighted_chats, tmp_path, monkeypatch):
-    if head == "trl":
-        monkeypatch.setenv("BL_HEAD", "trl")
+def test_later_steps_go_by_their_progress(steps, head, chatty, weighted_chats, tmp_path):
     seen = Gradients()
     model = build(BLTrainer, chatty, weighted_chats, tmp_path).model
     train(
         Ordered, chatty, weighted_chats, tmp_path, callbacks=[seen], objective=ALL, threshold=THRESHOLD, learning_rate=0.0,
-        per_device_train_batch_size=16, max_steps=steps,
+        per_device_train_batch_size=16, max_steps=steps, loss_head=head,
     )  # fmt: skip
     for i, actual in enumerate(seen.all):
         expected = expected_gradient(model, chatty, weighted_chats, progress=i / steps)
