@@ -409,7 +409,8 @@ class BLTrainer(SFTTrainer):
     def _verify(self, model: Any) -> None:
         self._is_verified = True
         for kind in sorted(self._heads_in_use()):
-            verify_head(model, kind, trains=not self._is_sharded())
+            with self.accelerator.autocast():
+                verify_head(model, kind, trains=not self._is_sharded())
 
     def ensure_verified(self) -> None:
         """Verify the loss head of a sharded model once it is in place. Raises ValueError as `verify_head`."""

@@ -27,7 +27,7 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
 
     Args:
         model: A causal language model after `add_scoring`, or a PEFT model around it. It is left as it was.
-        trains: Whether to compare the trainable parameters that both depend on, too; not for sharded models.
+        trains: Whether to compare the trainable parameters that both depend on, too; not possible in a sharded model.
 
     Raises:
         ValueError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
@@ -37,7 +37,7 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
     name, vocabulary = type(base).__name__, base.config.get_text_config().vocab_size
     ids = ((vocabulary // 2 + torch.arange(TOKENS, device=base.device)) % vocabulary).repeat(2, 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with _evaluating(model), torch.set_grad_enabled(trains):
+    with _evaluating(model, trains), torch.set_grad_enabled(trains):
         with _explained(f"Cannot train {name}: its own forward pass fails"):
             logits, precision = _own_logits(model, base, inputs)
         labels = _extremes(logits)
@@ -51,15 +51,21 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Run in evaluation mode; restore each module's mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _evaluating(model: Any, whole: bool) -> Iterator[None]:
+    """Run in evaluation mode; restore each module's mode, and in a whole model what modules keep of a forward pass."""
+    states: list[tuple[Any, dict[str, Any]]] = [
+        (module, dict(vars(module)) if whole else {"training": module.training}) for module in model.modules()
+    ]
+    for module, _ in states:
+        # A quantized layer is left in training mode: it may repack its weights for evaluation
+        module.training = not all(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, state in states:
+            if whole:
+                vars(module).clear()
+            vars(module).update(state)
 
 
 @contextmanager
@@ -97,7 +103,7 @@ def _extremes(logits: Tensor) -> Tensor:
     last = logits.detach()[:, -TOKENS:]
     possible = last.masked_fill(last == -torch.inf, torch.inf)
     labels = torch.stack([last[0].argmax(-1), possible[1].argmin(-1)])
-    return labels.roll(1, dims=1)
+    return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), -100)
 
 
 def _size(logits: Tensor) -> float:
