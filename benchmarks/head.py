@@ -58,7 +58,7 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -
 
 
 def trl(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
-    """TRL's head with `neg_p` on top, as bl_trainer uses it under BL_HEAD=trl; compacted, as TRL does on a GPU."""
+    """TRL's head with `neg_p` on top, as bl_trainer uses it under `loss_head: trl`; compacted, as TRL does on a GPU."""
     is_target = target != -100
     asked = ("log_probs", "entropy", "is_top1")
     logp, *_ = _ChunkedLogProbFunction.apply(hidden[is_target], weight, None, target[is_target], 1.0, 32768, None, 1.0, asked)

@@ -168,6 +168,17 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
     return threshold
 
 
+def refuse_other_head(checkpoint: str, loss_head: str) -> None:
+    """Raise CheckpointError if `checkpoint` records another loss head than `loss_head`: gradients are rounded differently."""
+    recorded = read_record(checkpoint).get("loss_head", loss_head)
+    if recorded != loss_head:
+        advice = "Add" if recorded == "trl" else "Remove"
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
+            f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
+        )
+
+
 # What a checkpoint can't be gone on with under another value; the others may change, which is said
 FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
 FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")

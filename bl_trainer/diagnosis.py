@@ -31,6 +31,7 @@ from .parser import RecipeError
 from .recipe import Recipe
 from .statistics import Comparison, Measurement
 from .trainer import BLTrainer
+from .verification import verify_head
 
 logger = get_logger(__name__)
 
@@ -111,6 +112,9 @@ class _Diagnoser(BLTrainer):
 
     def _find_reference(self, given: dict[str, Any], peft_config: Any) -> None:
         return None  # no cost is computed
+
+    def _heads_in_use(self) -> set[str]:
+        return super()._heads_in_use() | {"own"}
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         length, self.packs, by = args.max_length, packing, self.by
@@ -366,6 +370,7 @@ class _Pair:
             except (OSError, ValueError) as error:
                 raise RecipeError(f"Can't load the model `--compare {path}`: {' '.join(str(error).split())}") from error
             add_scoring(self.tuned)
+        verify_head(trainer.model if self.adapter else self.tuned, trains=False)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[TokenScores, TokenScores, TokenDivergences]:
         trainer = self.trainer

@@ -22,7 +22,6 @@ from .objectives import Price
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # and by which they bound them, the first as most do
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-UNKNOWN_TO_HEADS = ("unpadded_vocab_size", "logits_mup_width_multiplier")
 
 
 class Head(NamedTuple):
@@ -38,6 +37,11 @@ class Head(NamedTuple):
         """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
         weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
+        if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
+            raise ValueError(
+                f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
+                "head's tokens from `trainable_token_indices`."
+            )
         if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.itemsize < 2:
             kind = "no weight" if weight is None else f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
             raise ValueError(
@@ -213,6 +217,11 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     return torch.mul(grad, scale, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
+def _backbone(model: Any) -> Any:
+    """Return what makes the last hidden states; `base_model` is the model itself where its prefix names no module (Llama 4)."""
+    return model.get_decoder() if model.base_model is model else model.base_model
+
+
 def add_scoring(model: Any) -> None:
     """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens, and which are targets.
 
@@ -228,7 +237,7 @@ def add_scoring(model: Any) -> None:
             return original(self, *args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
+        hidden = _backbone(self)(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
         module = self.get_output_embeddings()
         parameters = [getattr(module, name) for name in ("weight", "bias") if getattr(module, name, None) is not None]
         with maybe_gather_lm_head_ctx(*parameters):

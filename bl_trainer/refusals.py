@@ -4,16 +4,18 @@ import os
 import re
 from typing import Any
 
+import transformers
+from accelerate.utils import is_peft_model
 from peft import PeftConfig, PrefixTuningConfig
-from transformers import TrainingArguments
-
-from .head import SOFTCAPS, UNKNOWN_TO_HEADS
+from peft.utils.other import ModulesToSaveWrapper
+from transformers import AutoConfig, TrainingArguments
 
 
 def refuse_bypass(args: Any) -> None:
     """Raise ValueError if `args`, or the environment, would train something else than is said."""
-    if os.environ.get("BL_HEAD", "") not in ("", "trl"):
-        raise ValueError(f"BL_HEAD={os.environ['BL_HEAD']} in the environment means nothing. Unset it, or set it to `trl`.")
+    loss_head = getattr(args, "loss_head", "auto")
+    if loss_head not in ("auto", "trl"):
+        raise ValueError(f"`loss_head: {loss_head}` is unknown. Write `auto` or `trl`.")
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":
         same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""
@@ -115,15 +117,32 @@ def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArgument
         )
 
 
-def refuse_other_logits(model: Any, reference_head: str | None) -> None:
-    """Raise ValueError if the model does something to its logits that the head leaves out.
+def refuse_no_causal_lm(model: Any, args: TrainingArguments | None) -> None:
+    """Raise ValueError if `model`, or what its path's configuration says, doesn't predict next tokens."""
+    if isinstance(model, str):
+        kwargs = getattr(args, "model_init_kwargs", None) or {}
+        trusted = kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+        config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trusted)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    else:
+        base = model.get_base_model() if is_peft_model(model) else model
+        config, kind = base.config, type(base)
+    if config.is_encoder_decoder:
+        name = model if kind is None else kind.__name__
+        raise ValueError(f"Cannot train {name}: it is an encoder-decoder. Choose a causal language model.")
+    if kind is not None and not (kind.can_generate() if hasattr(kind, "can_generate") else True):
+        raise ValueError(f"Cannot train {kind.__name__}: it has no LM head. Choose a causal language model.")
 
-    `reference_head`: why TRL's head is in use, or None.
-    """
-    config = model.config.get_text_config()
-    for name in (*UNKNOWN_TO_HEADS, *(SOFTCAPS[1:] if reference_head else ())):
-        if getattr(config, name, None) is not None:
-            which = f"TRL's loss head, in use since {reference_head}," if reference_head else "The loss head"
-            raise ValueError(
-                f"{which} leaves out what `{name}` of {type(model).__name__} does to the logits: it would train another model."
-            )
+
+def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:
+    """Raise ValueError if PEFT trains tokens in a copy of a tied LM head, which it can neither run nor load again."""
+    head = base.get_output_embeddings()
+    if isinstance(getattr(head, "original_module", None), ModulesToSaveWrapper):
+        cause, advice = "`trainable_token_indices` and `modules_to_save` both", "Remove one of them"
+        if chat_template_path:
+            cause = f"`chat_template_path: {chat_template_path}` adds tokens, for which TRL and PEFT both"
+            advice = "Write a template file (.jinja) whose tokens the model has, or train without `use_peft`"
+        raise ValueError(
+            f"Cannot train an adapter of {type(base).__name__}: {cause} wrap its tied LM head, which PEFT can't run or load. "
+            f"{advice}."
+        )

@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable
@@ -38,6 +37,7 @@ from .checkpoint import (
     last_whole,
     read_record,
     refuse_lost_epoch,
+    refuse_other_head,
     refuse_other_recipe,
     why_broken,
     writing,
@@ -60,8 +60,16 @@ from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
 from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
-from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
+from .refusals import (
+    is_context_parallel,
+    refuse_bypass,
+    refuse_copied_tied_head,
+    refuse_lm_head_adapter,
+    refuse_no_causal_lm,
+    refuse_virtual_tokens,
+)
 from .statistics import MeasurementError
+from .verification import verify_head
 
 logger = get_logger(__name__)
 
@@ -73,7 +81,7 @@ LOWER_IS_BETTER = ("nll", "perplexity")
 @dataclass
 class BLConfig(SFTConfig):
     r"""
-    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and three keys.
+    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and four keys.
 
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
@@ -83,6 +91,8 @@ class BLConfig(SFTConfig):
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
+        loss_head (`str`, *optional*, defaults to `"auto"`):
+            `"trl"` computes log-probabilities with TRL's loss head; `"auto"` does so only where `bl_trainer`'s doesn't apply.
         stop_on_nan (`bool`, *optional*, defaults to `False`):
             Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
             NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
@@ -107,6 +117,14 @@ class BLConfig(SFTConfig):
         metadata={
             "help": "Train only on target tokens with at least this probability, or a mapping such as "
             "{above: 0.2, below: 0.9, normalize: tokens}."
+        },
+    )
+
+    loss_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Loss head: trl uses TRL's, with which nll trains exactly SFTTrainer's weights; auto uses it only where "
+            "bl_trainer's doesn't apply."
         },
     )
 
@@ -160,13 +178,13 @@ class BLTrainer(SFTTrainer):
 
     The only change to what is trained is in `compute_loss`, which hands TRL's own the per-token -f(p) for log p; token
     counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. log p comes from `objective_head`.
-    Where that can't serve, which `train` says, and under `BL_HEAD=trl` in the environment, it comes from TRL's head: then
+    Where that can't serve, which `train` says, and under `loss_head: trl`, it comes from TRL's head: then
     `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s.
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
     `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
     `compute_loss_func` is refused (`ValueError`), and so are a PEFT adapter on the LM head, prompt-learning PEFT on packed or
-    flattened examples, and a model that does to its logits what the head doesn't.
+    flattened examples, and a model whose own log-probabilities the head doesn't compute (see [`verify_head`]).
 
     It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
     `nll` (nats), `target_prob` (p), `kept_fraction` (share of tokens within the threshold), `gradient_weight` (-f'(p) p, the
@@ -217,6 +235,7 @@ class BLTrainer(SFTTrainer):
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
         self._refuse_columns(given)
+        refuse_no_causal_lm(given["model"], given.get("args"))
         self.objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
@@ -227,9 +246,12 @@ class BLTrainer(SFTTrainer):
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
         add_scoring(base)
         self.reference_head = self._why_reference_head(base)
-        refuse_other_logits(base, self.reference_head)
+        refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
         self._observe: Callable[..., None] | None = None
-        self.add_callback(_ResolveThreshold(self))
+        self._is_verified = False
+        if not self._is_sharded():
+            self._verify(self.model)
+        self.add_callback(_MeasureFirst(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = _Collator(**vars(self.data_collator))
         if self.reference == "column" and (not isinstance(self.data_collator, _Collator) or self._is_shared_out("cp", "sp")):
@@ -258,6 +280,11 @@ class BLTrainer(SFTTrainer):
     def was_terminated(self) -> bool:
         """Whether SIGTERM ended training before its last step, with a checkpoint (`enable_jit_checkpoint: true`)."""
         return self._sigterm.stopped and self.state.global_step < self.state.max_steps
+
+    @property
+    def loss_head(self) -> str:
+        """The loss head in use: `own` or `trl`."""
+        return "own" if self.reference_head is None else "trl"
 
     @property
     def has_begun(self) -> bool:
@@ -334,7 +361,7 @@ class BLTrainer(SFTTrainer):
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
         config = base.config
         reasons = {
-            "BL_HEAD=trl asks for it": os.environ.get("BL_HEAD") == "trl",
+            "`loss_head: trl` asks for it": getattr(self.args, "loss_head", "auto") == "trl",
             "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
             "the model is multimodal": config.get_text_config() is not config,
             "the sequence or the head is shared out over devices": self._is_shared_out("cp", "sp", "tp"),
@@ -370,9 +397,32 @@ class BLTrainer(SFTTrainer):
             )
         self.threshold = replace(self.threshold, above=above)
 
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass needs the model as training places it."""
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return sharded or any(parameter.is_meta for parameter in self.model.parameters())
+
+    def _heads_in_use(self) -> set[str]:
+        """Return the loss heads that this run computes with; percentiles are measured with `bl_trainer`'s own."""
+        return {self.loss_head} | (set() if self.threshold.resolved else {"own"})
+
+    def _verify(self, model: Any) -> None:
+        self._is_verified = True
+        for kind in sorted(self._heads_in_use()):
+            with self.accelerator.autocast():
+                verify_head(model, kind, trains=not self._is_sharded())
+
+    def ensure_verified(self) -> None:
+        """Verify the loss head of a sharded model once it is in place. Raises ValueError as `verify_head`."""
+        if not self._is_verified:
+            self._is_verified = True  # the measurement below asks again
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            self.observe_instead(lambda model, batch: self._verify(model), [{"input_ids": ids, "labels": ids}])
+
     def observe_instead(self, observe: Callable[..., None], batches: Iterable[dict[str, Any]]) -> None:
         """Run the evaluation loop over `batches` with `observe(model, batch)` in place of an evaluation step."""
         self._shard()
+        self.ensure_verified()
         self._observe = observe
         try:
             super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
@@ -582,6 +632,7 @@ class BLTrainer(SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._shard()
+        self.ensure_verified()
         self.resolve_threshold()
         self._sums["eval"] = None
         processes = self.accelerator.num_processes
@@ -615,6 +666,7 @@ class BLTrainer(SFTTrainer):
                     raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
                 resume_from_checkpoint = str(last)
             if isinstance(resume_from_checkpoint, str):
+                refuse_other_head(resume_from_checkpoint, self.loss_head)
                 state = self._take_up(resume_from_checkpoint)
                 if 0 < self._steps_of(resume_from_checkpoint, state) <= state.global_step:
                     return self._finish(resume_from_checkpoint, state)
@@ -681,6 +733,7 @@ class BLTrainer(SFTTrainer):
         return {
             "objective": self.objective.resolved.to_dict(),
             "threshold": self.threshold.to_dict(),
+            "loss_head": self.loss_head,
             "recipe": self.recipe,
             "processes": self.accelerator.num_processes,
             "save_only_model": self.args.save_only_model,
@@ -728,13 +781,14 @@ class BLTrainer(SFTTrainer):
                 card.write("\n".join(lines))
 
 
-class _ResolveThreshold(TrainerCallback):
-    """Measures a percentile threshold when the model is in place and before the first step."""
+class _MeasureFirst(TrainerCallback):
+    """Verifies the loss head and measures a percentile threshold when the model is in place and before the first step."""
 
     def __init__(self, trainer: BLTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
 
 

@@ -22,7 +22,6 @@ from ways import (
     Ordered,
     build,
     gradient_of,
-    make_recurrent_gemma,
     relative_difference,
     resolve,
     train,
@@ -71,7 +70,10 @@ ROWS = {
     "tied_head": ("tied head", ""),
     "head_with_bias": ("head with a bias (Phi)", ""),
     "softcap": ("logit soft-capping (Gemma 2)", ""),
-    "softcap_recurrent_gemma": ("logit soft-capping (RecurrentGemma)", "TRL's head leaves it out; under `BL_HEAD=trl` refused"),
+    "softcap_recurrent_gemma": (
+        "logit soft-capping (RecurrentGemma)",
+        "TRL's head leaves it out; under `loss_head: trl` refused",
+    ),
     "logits_scaling": ("logit scaling (Granite)", ""),
     "logit_scale": ("logit scaling (Cohere)", ""),
     "mixture_of_experts": ("mixture of experts with auxiliary loss (Mixtral)", ""),
@@ -211,9 +213,8 @@ def test_gradient_is_that_of_the_full_logits(way, family, tokenizer, tmp_path, r
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl")
-    assert_gradient(way, family, tokenizer, tmp_path, request)
+def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request):
+    assert_gradient(way, family, tokenizer, tmp_path, request, loss_head="trl")
 
 
 def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request):
@@ -326,16 +327,6 @@ def test_activation_offloading_without_an_accelerator_is_trls_limit(tokenizer, t
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'type'"):
         build(SFTTrainer, tokenizer, text_data, tmp_path, activation_offloading=True)
-
-
-def test_logits_that_the_head_would_leave_out_are_refused(tokenizer, text_data, tmp_path, monkeypatch):
-    other = make_llama(tokenizer)
-    other.config.unpadded_vocab_size = 40
-    with pytest.raises(ValueError, match="The loss head leaves out what `unpadded_vocab_size` of LlamaForCausalLM does"):
-        build(BLTrainer, tokenizer, text_data, tmp_path, model=other)
-    monkeypatch.setenv("BL_HEAD", "trl")
-    with pytest.raises(ValueError, match=r"TRL's loss head, in use since BL_HEAD=trl .* leaves out what `logits_soft_cap`"):
-        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_recurrent_gemma(tokenizer))
 
 
 @pytest.mark.parametrize("config", [PROMPT, PREFIX], ids=lambda config: config.peft_type.value)

@@ -256,7 +256,7 @@ TEMPLATE = (
     "{% else %}{{ '<user>u' + message['content'] + '<end>' }}{% endif %}"
     "{% endfor %}"
 )
-ROUNDING = {"own": 1e-9, "trl": 1e-6}  # of the heads, in float64; TRL's adds some of it in float32
+ROUNDING = {"auto": 1e-9, "trl": 1e-6}  # of the heads, in float64; TRL's adds some of it in float32
 
 
 @pytest.fixture(scope="module")
@@ -323,12 +323,10 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("head", ["own", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("options", CUTS, ids=str)
-def test_training_follows_every_token(options, head, chatty, weighted_chats, threshold, tmp_path, monkeypatch):
-    if head == "trl":
-        monkeypatch.setenv("BL_HEAD", "trl")
-    cut = slice(None)
+def test_training_follows_every_token(options, head, chatty, weighted_chats, threshold, tmp_path):
+    options, cut = {**options, "loss_head": head}, slice(None)
     if options.get("max_length") == 20:
         cut = slice(-20, None) if "truncation_mode" in options else slice(20)
     expected = expected_gradient(chatty, weighted_chats, threshold, cut=cut)
@@ -336,25 +334,22 @@ def test_training_follows_every_token(options, head, chatty, weighted_chats, thr
     assert relative_difference(first_gradient(chatty, weighted_chats, tmp_path, **given), expected) < ROUNDING[head]
 
 
-@pytest.mark.parametrize("head", ["own", "trl"])
-def test_weights_of_examples_matter(head, chatty, weighted_chats, threshold, tmp_path, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
+@pytest.mark.parametrize("head", ["auto", "trl"])
+def test_weights_of_examples_matter(head, chatty, weighted_chats, threshold, tmp_path):
     plain = weighted_chats.remove_columns("objective_weight")
-    options = {"objective": ALL, "threshold": threshold, "per_device_train_batch_size": 16}
+    options = {"objective": ALL, "threshold": threshold, "per_device_train_batch_size": 16, "loss_head": head}
     actual = first_gradient(chatty, plain, tmp_path, **options)
     assert relative_difference(actual, expected_gradient(chatty, plain, threshold)) < ROUNDING[head]
     assert relative_difference(actual, expected_gradient(chatty, weighted_chats, threshold)) > 0.01
 
 
-@pytest.mark.parametrize("head", ["own", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("steps", [4, 5])
-def test_later_steps_go_by_their_progress(steps, head, chatty, weighted_chats, threshold, tmp_path, monkeypatch):
-    if head == "trl":
-        monkeypatch.setenv("BL_HEAD", "trl")
+def test_later_steps_go_by_their_progress(steps, head, chatty, weighted_chats, threshold, tmp_path):
     seen = Gradients()
     train(
         Ordered, chatty, weighted_chats, tmp_path, make_double(chatty), callbacks=[seen], objective=ALL, threshold=threshold,
-        learning_rate=0.0, per_device_train_batch_size=16, max_steps=steps,
+        learning_rate=0.0, per_device_train_batch_size=16, max_steps=steps, loss_head=head,
     )  # fmt: skip
     for i, actual in enumerate(seen.all):
         expected = expected_gradient(chatty, weighted_chats, threshold, progress=i / steps)

@@ -357,7 +357,7 @@ class Seen(Gradients):
         assert model.training
 
 
-ROUNDING = {"ours": 1e-9, "trl": 1e-6}  # of the heads, in float64; TRL's adds some of it in float32
+ROUNDING = {"auto": 1e-9, "trl": 1e-6}  # of the heads, in float64; TRL's adds some of it in float32
 CUTS = {
     "whole": {},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -368,14 +368,21 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("head", ["ours", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("spec", ["asft", "psft"])
-def test_gradient_with_the_base_as_reference_is_that_of_a_loop(spec, cut, head, tokenizer, text_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
+def test_gradient_with_the_base_as_reference_is_that_of_a_loop(spec, cut, head, tokenizer, text_data, tmp_path):
     data, seen = text_data.select(range(8)), Seen()
     trainer = train(
-        Ordered, tokenizer, data, tmp_path, model=make_adapted(tokenizer), objective=spec, callbacks=[seen], **CUTS[cut]
+        Ordered,
+        tokenizer,
+        data,
+        tmp_path,
+        model=make_adapted(tokenizer),
+        objective=spec,
+        callbacks=[seen],
+        loss_head=head,
+        **CUTS[cut],
     )
     cost, gradient = loop(tokenizer, data, Objective.parse(spec))
     assert relative_difference(seen.first, gradient) < ROUNDING[head]
@@ -394,14 +401,13 @@ def with_column(tokenizer, data, model=None):
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("head", ["ours", "trl"])
+@pytest.mark.parametrize("head", ["auto", "trl"])
 @pytest.mark.parametrize("cut", ["accumulated", "padding_free", "padded"])
-def test_column_is_the_same_as_the_base_model(cut, head, tokenizer, text_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
+def test_column_is_the_same_as_the_base_model(cut, head, tokenizer, text_data, tmp_path):
     data, seen = text_data.select(range(8)), Seen()
     train(
         Ordered, tokenizer, with_column(tokenizer, data), tmp_path, model=make_adapted(tokenizer), objective="asft",
-        callbacks=[seen], **CUTS[cut],
+        callbacks=[seen], loss_head=head, **CUTS[cut],
     )  # fmt: skip
     assert relative_difference(seen.first, loop(tokenizer, data, Objective.parse("asft"))[1]) < 1e-6  # of a float32 column
 
@@ -473,9 +479,8 @@ def test_reference_has_no_dropout_and_leaves_the_random_numbers_alone(tokenizer,
 
 
 @pytest.mark.parametrize("changes", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [5, 6]}])
-@pytest.mark.parametrize("head", ["ours", "trl"])
-def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokenizer, text_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
+@pytest.mark.parametrize("head", ["auto", "trl"])
+def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokenizer, text_data, tmp_path):
     if "modules_to_save" not in changes or "trainable_token_indices" in changes:
         changes = {"target_modules": ["q_proj", "v_proj"], **changes}
     data, model = text_data.select(range(4)), make_adapted(tokenizer, **{"target_modules": ["q_proj"], **changes})
@@ -483,7 +488,7 @@ def test_reference_is_the_base_whatever_the_adapter_is_of(head, changes, tokeniz
         for p in model.parameters():
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape, generator=GENERATOR)
-    trainer = build(Ordered, tokenizer, data, tmp_path, model=model, objective=f"{__name__}:remembers")
+    trainer = build(Ordered, tokenizer, data, tmp_path, model=model, objective=f"{__name__}:remembers", loss_head=head)
     trainer.train()
     base = make_double(tokenizer).eval()
     with torch.no_grad():

@@ -21,14 +21,13 @@ SPECS = ["nll", "neg_p", {"name": "power", "alpha": 10}, {"name": "power", "alph
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("ours", "theirs"), [("nll", "nll"), ("neg_p", "dft")])
-def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request, monkeypatch):
+def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request):
     """Bit for bit under TRL's own head."""
-    monkeypatch.setenv("BL_HEAD", "trl")
     processor, data, options = resolve(way, tokenizer, request)
     make = options.pop("make")
     options |= {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1.0}
     reference = train(SFTTrainer, processor, data, tmp_path, model=make(processor), loss_type=theirs, **options)
-    trainer = train(BLTrainer, processor, data, tmp_path, model=make(processor), objective=ours, **options)
+    trainer = train(BLTrainer, processor, data, tmp_path, model=make(processor), objective=ours, loss_head="trl", **options)
     start, expected, actual = dict(make(processor).named_parameters()), weights(reference), weights(trainer)
     moved = [name for name, p in expected.items() if name not in start or not torch.equal(p, start[name])]
     assert moved, "the reference didn't train"
@@ -43,12 +42,11 @@ def test_trains_as_trl_does(way, ours, theirs, tokenizer, tmp_path, request, mon
         ]
 
 
-def test_says_which_head(tokenizer, text_data, tmp_path, monkeypatch, capsys):
+def test_says_which_head(tokenizer, text_data, tmp_path, capsys):
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
     assert "Loss head: bl_trainer's own.\n" in capsys.readouterr().out
-    monkeypatch.setenv("BL_HEAD", "trl")
-    build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
-    assert "Loss head: TRL's, since BL_HEAD=trl asks for it.\n" in capsys.readouterr().out
+    build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, loss_head="trl").train()
+    assert "Loss head: TRL's, since `loss_head: trl` asks for it.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["cp", "sp", "tp", "zero3", None])
@@ -317,16 +315,15 @@ def remembers_labels(logp, label):
     return -logp
 
 
-@pytest.mark.parametrize("head", ["trl", "own"])
+@pytest.mark.parametrize("head", ["trl", "auto"])
 @pytest.mark.parametrize("virtual_tokens", [0, 5])
-def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, head, tokenizer, text_data, tmp_path, monkeypatch):
-    if head == "trl":
-        monkeypatch.setenv("BL_HEAD", head)
+def test_labels_are_aligned_with_virtual_tokens(virtual_tokens, head, tokenizer, text_data, tmp_path):
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual_tokens) if virtual_tokens else None
     seen_labels.clear()
     trainer = build(
-        BLTrainer, tokenizer, text_data, tmp_path, peft_config=peft_config, objective=f"{__name__}:remembers_labels"
-    )
+        BLTrainer, tokenizer, text_data, tmp_path, peft_config=peft_config, objective=f"{__name__}:remembers_labels",
+        loss_head=head,
+    )  # fmt: skip
     seen_labels.clear()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(trainer.model, dict(batch))
@@ -554,10 +551,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"TRL 1\.15\.0 computes the loss with Triton, which is not installed here"):
             BLTrainer("no-such-model")
 
-    def test_other_head(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("BL_HEAD", "TRL")
-        with pytest.raises(ValueError, match=r"BL_HEAD=TRL in the environment means nothing\. Unset it, or set it to `trl`"):
-            BLConfig(output_dir=str(tmp_path), use_cpu=True)
+    def test_other_head(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`loss_head: TRL` is unknown\. Write `auto` or `trl`"):
+            BLConfig(output_dir=str(tmp_path), use_cpu=True, loss_head="TRL")
 
     def test_compute_loss_func(self):
         with pytest.raises(ValueError, match="`compute_loss_func` would replace the objective"):
@@ -591,7 +587,7 @@ def test_evaluation_does_not_depend_on_packing(tokenizer, text_data, tmp_path):
     assert alone != pytest.approx(plain, rel=1e-3)
 
 
-def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path, monkeypatch):
+def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path):
     """Operations that make the host wait for a GPU, counted on a CPU: as many as TRL's own, and one copy per log.
 
     Our head waits three times more for a micro-batch of one block: which tokens are targets, whether their labels exist, and
@@ -600,9 +596,12 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
     waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
     options = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
     counts, pops = {}, []
-    for trainer_class, head in ((SFTTrainer, "trl"), (BLTrainer, "trl"), (BLTrainer, "own")):
-        monkeypatch.delenv("BL_HEAD", raising=False) if head == "own" else monkeypatch.setenv("BL_HEAD", head)
-        own = {"objective": f"{__name__}:uses_everything", "threshold": 0.01} if trainer_class is BLTrainer else {}
+    for trainer_class, head in ((SFTTrainer, "trl"), (BLTrainer, "trl"), (BLTrainer, "auto")):
+        own = (
+            {"objective": f"{__name__}:uses_everything", "threshold": 0.01, "loss_head": head}
+            if trainer_class is BLTrainer
+            else {}
+        )
         trainer = build(trainer_class, tokenizer, text_data, tmp_path, **options, **own)
         if trainer_class is BLTrainer:
             inner = trainer._pop_means
@@ -612,5 +611,5 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
         counts[trainer_class, head] = sum(event.count for event in profile.key_averages() if event.key in waits)
     assert counts[SFTTrainer, "trl"] > 0
     assert counts[BLTrainer, "trl"] <= counts[SFTTrainer, "trl"]
-    assert counts[BLTrainer, "own"] <= counts[SFTTrainer, "trl"] + 5 * 6 * 2
+    assert counts[BLTrainer, "auto"] <= counts[SFTTrainer, "trl"] + 5 * 6 * 2
     assert len(pops) == 2 * 3  # two logs, and the last, of the whole run, which has nothing left to fetch
