@@ -2,7 +2,8 @@
 
 import os
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from peft import PeftConfig, PrefixTuningConfig
 from transformers import TrainingArguments
@@ -127,3 +128,12 @@ def refuse_other_logits(model: Any, reference_head: str | None) -> None:
             raise ValueError(
                 f"{which} leaves out what `{name}` of {type(model).__name__} does to the logits: it would train another model."
             )
+
+
+def refuse_replaced_loss(compute_loss: Callable[..., Any]) -> NoReturn:
+    """Raise ValueError: `compute_loss`, in the place of TRL's, has not asked for log-probabilities, so no objective trains."""
+    module = getattr(compute_loss, "__globals__", {}).get("__name__", compute_loss.__module__)  # a wrapper copies `__module__`
+    raise ValueError(
+        f"Cannot compute the objective: the module `{module}` has replaced `SFTTrainer.compute_loss`, and its function trains "
+        f"the model's own loss. Import `bl_trainer` before `{module.partition('.')[0]}`, or remove the replacement."
+    )
