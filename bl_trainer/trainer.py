@@ -168,7 +168,8 @@ class BLTrainer(SFTTrainer):
     The only change to what is trained is in `compute_loss`, which hands TRL's own the per-token -f(p) for log p; token
     counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. log p comes from `objective_head`.
     Where that can't serve, which `train` says, and under `BL_HEAD=trl` in the environment, it comes from TRL's head: then
-    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s.
+    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s, where that counts target tokens rightly:
+    for a model with `accepts_loss_kwargs = False` its gradient depends on how a batch is cut, and this one's doesn't.
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
     `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
