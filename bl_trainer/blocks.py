@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers.utils import is_triton_available
 
@@ -23,6 +24,14 @@ BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
 ROW_MULTIPLE = 128  # of the rows of a block: by other numbers a CPU's head was up to a sixth slower
 CACHE_BYTES = 2 * 2**20  # of the rows that a CPU works on at a time: twice that fits two cores' second-level caches
 SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
+
+
+def adds_to_wide(version: str) -> bool:
+    """Return whether this torch adds a product of half-precision matrices to a float32 matrix on CUDA, as since 2.10."""
+    return Version(version) >= Version("2.10")
+
+
+ADDS_TO_WIDE = adds_to_wide(torch.__version__)
 
 
 @dataclass
@@ -226,8 +235,10 @@ class Gradients:
     def add(self, rows: slice, block: Any, price: Price) -> None:
         """Keep the rows of a block that weigh something."""
         scale = price.weight
-        if price.entropy_slope is not None:  # the block's rows are the whole gradient then
-            scale = ((price.weight != 0) | (price.entropy_slope != 0)).to(scale.dtype)
+        if price.entropy_slope is not None:  # the block's rows are the whole gradient then, over a scale that fits float16
+            scale = torch.maximum(price.weight.abs(), price.entropy_slope.abs())
+            unit = torch.where(scale == 0, 1, scale)
+            price = price._replace(weight=price.weight / unit, entropy_slope=price.entropy_slope / unit)
         index = scale.nonzero()[:, 0]
         block.write(index, price, self.gain, self.rows[self.filled : self.filled + len(index)])
         self.filled += len(index)
@@ -250,7 +261,7 @@ class Gradients:
             states = (blocks.hidden.index_select(0, index) * (scale / unit)).to(blocks.dtype)
             _add_in_weight(in_weight, rows, states, unit / self.gain)
         if in_bias is not None:
-            in_bias += rows.t().to(blocks.wide) @ (scale[:, 0] / self.gain)
+            _add_in_bias(in_bias, rows, scale[:, 0] / self.gain)
 
     def finish(self) -> list[Tensor | None]:
         """Return the gradients in hidden states, weight and bias, None where none is needed."""
@@ -270,6 +281,10 @@ def _free_bytes(device: torch.device) -> int:
 # vocabulary is widened a slice at a time.
 
 
+def _has_wide_products(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 def _slices(vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + SLICE) for start in range(0, vocabulary, SLICE))
 
@@ -278,7 +293,7 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write hidden @ weight^T into `out`."""
     if out.dtype == weight.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif out.device.type == "cuda":
+    elif _has_wide_products(out):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
@@ -290,7 +305,7 @@ def _in_hidden(rows: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     """Return rows @ weight in type `wide`."""
     if rows.dtype == wide:
         return torch.mm(rows, weight)
-    if rows.device.type == "cuda":
+    if _has_wide_products(rows):
         return torch.mm(rows, weight, out_dtype=wide)
     total = rows.new_zeros(len(rows), weight.shape[1], dtype=wide)
     for part in _slices(len(weight)):
@@ -302,9 +317,18 @@ def _add_in_weight(total: Tensor, rows: Tensor, hidden: Tensor, alpha: float) ->
     """Add alpha rows^T @ hidden to `total`."""
     if total.dtype == rows.dtype:
         total.addmm_(rows.t(), hidden, alpha=alpha)
-    elif total.device.type == "cuda":
+    elif _has_wide_products(total) and ADDS_TO_WIDE:
         torch.addmm(total, rows.t(), hidden, out_dtype=total.dtype, alpha=alpha, out=total)
+    elif _has_wide_products(total):
+        for part in _slices(len(total)):
+            total[part].add_(torch.mm(rows[:, part].t(), hidden, out_dtype=total.dtype), alpha=alpha)
     else:
         wide = hidden.to(total.dtype)
         for part in _slices(len(total)):
             total[part].addmm_(rows[:, part].to(total.dtype).t(), wide, alpha=alpha)
+
+
+def _add_in_bias(total: Tensor, rows: Tensor, scale: Tensor) -> None:
+    """Add rows^T @ scale to `total`; `scale` is not rounded to the type of `rows`."""
+    for part in _slices(len(total)):
+        total[part].addmv_(rows[:, part].to(total.dtype).t(), scale)

@@ -101,8 +101,8 @@ def floored(f: Callable[[Tensor], Tensor], logp: Tensor, floor: float) -> Tensor
     The value is f plus the share of NLL that f's weight lacks; what other gradients f has, as in the entropy, stay. f is
     evaluated once. `logp`: float tensor of any shape; the result is of its shape.
     """
-    with torch.enable_grad():
-        leaf = logp if logp.requires_grad else logp.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = logp if logp.requires_grad else logp.detach().clone().requires_grad_()
         cost = f(leaf)
         slope = None
         if cost.requires_grad:

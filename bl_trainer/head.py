@@ -139,11 +139,17 @@ def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) ->
             both = blocks.logits(rows, buffer), base_blocks.logits(rows, base_buffer)
             for logits, base_logits in zip(*(x.split(max(blocks.cached_rows, 1)) for x in both), strict=True):
                 base, tuned = base_logits.log_softmax(dim=1), logits.log_softmax(dim=1)
-                p, q, gap = base.exp(), tuned.exp(), base - tuned
                 middle = torch.logaddexp(base, tuned) - math.log(2)
-                js = (torch.linalg.vecdot(p, base - middle) + torch.linalg.vecdot(q, tuned - middle)) / 2
-                parts.append((torch.linalg.vecdot(p, gap), -torch.linalg.vecdot(q, gap), js))
+                js = (_divergence(base, middle) + _divergence(tuned, middle)) / 2
+                parts.append((_divergence(base, tuned), _divergence(tuned, base), js))
     return TokenDivergences(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """Return KL(p || q) of each row; a token with p = 0 adds nothing."""
+    gap = torch.where(logp == -torch.inf, 0, logp - logq)
+    p = logp.exp().clamp(min=torch.finfo(logp.dtype).tiny)  # where p underflows and q = 0, the divergence is infinite, not NaN
+    return torch.linalg.vecdot(p, gap)
 
 
 @torch.compiler.disable

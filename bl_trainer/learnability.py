@@ -156,6 +156,7 @@ class Probe:
         found: list[Means] = []
 
         def measure() -> None:
+            self.trainer.average_weights()
             found.append(self._measure(base, low, places, before))
 
         class HalfWay(TrainerCallback):
@@ -177,7 +178,7 @@ class Probe:
 
     def _train(self, callback: TrainerCallback) -> None:
         trainer, args = self.trainer, self.trainer.args
-        trainer.objective, trainer.train_dataset = Objective.parse("nll"), self.first
+        trainer.parsed_objective, trainer.train_dataset = Objective.parse("nll"), self.first
         own = {
             "max_steps": self.steps,
             "learning_rate": self.learning_rate,

@@ -400,6 +400,7 @@ class Objective:
         for progress in (0.0, 1.0, 0.5) if "progress" in self.statistics else (0.5,):  # the ends first, as the recipe has them
             self.at(progress)._check_contract_at(progress)
 
+    @torch.inference_mode(False)
     def _check_contract_at(self, progress: float) -> None:
         what, shape = f"Objective {self.name!r}", (2, 6)
         when = f" and progress {progress:g}" if "progress" in self.own_statistics else ""
@@ -574,15 +575,16 @@ def masked_cost(
     """
     if scale is not None:
         kept = kept & (scale != 0)
-    # Its graph is gone through twice, which activation offloading can't
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+    # Its graph is gone through twice, which activation offloading can't. Under `inference_mode` there would be none, and no
+    # tensor made there can be in one: all are copied
+    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         seen = hidden(~kept, {"logp": logp, **statistics})
         leaf = seen.pop("logp")
         if not leaf.requires_grad:
             leaf.requires_grad_()
         cost = objective(leaf, **seen)
         if scale is not None:
-            cost = cost * scale.to(cost.dtype)
+            cost = cost * scale.to(cost.dtype).clone()
         slope = None
         if cost.requires_grad:  # a function of the entropy alone has no gradient in evaluation
             (slope,) = torch.autograd.grad(cost.sum(), leaf, retain_graph=True, allow_unused=True)
@@ -614,9 +616,9 @@ def price(objective: Objective, threshold: Threshold, statistics: Mapping[str, A
     logp, slope = statistics["logp"].detach(), None
     given = {name: statistics[name] for name in objective.statistics}
     kept = trains(threshold, logp, given.get("is_special"))
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         if "entropy" in given:
-            given["entropy"] = given["entropy"].detach().requires_grad_()
+            given["entropy"] = given["entropy"].detach().clone().requires_grad_()
         cost, weight = masked_cost(objective, kept, logp, statistics.get("objective_weight"), **given)
         if "entropy" in given and cost.requires_grad:
             (slope,) = torch.autograd.grad(cost.sum(), given["entropy"], allow_unused=True)

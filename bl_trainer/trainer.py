@@ -66,6 +66,7 @@ from .refusals import (
     refuse_copied_tied_head,
     refuse_lm_head_adapter,
     refuse_no_causal_lm,
+    refuse_replaced_loss,
     refuse_virtual_tokens,
 )
 from .statistics import MeasurementError
@@ -179,7 +180,8 @@ class BLTrainer(SFTTrainer):
     The only change to what is trained is in `compute_loss`, which hands TRL's own the per-token -f(p) for log p; token
     counting, accumulation, distributed scaling and the MoE auxiliary loss are inherited. log p comes from `objective_head`.
     Where that can't serve, which `train` says, and under `loss_head: trl`, it comes from TRL's head: then
-    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s.
+    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s, where that counts target tokens rightly:
+    for a model with `accepts_loss_kwargs = False` its gradient depends on how a batch is cut, and this one's doesn't.
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
     `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
@@ -198,7 +200,7 @@ class BLTrainer(SFTTrainer):
     """
 
     model: Any  # transformers' declaration leaves out what TRL has made of it
-    objective: Objective
+    parsed_objective: Objective  # `objective` is the name that transformers' hyperparameter search writes its score to
     threshold: Threshold
 
     _tag_names = [*SFTTrainer._tag_names, "bl-trainer"]
@@ -236,22 +238,20 @@ class BLTrainer(SFTTrainer):
         refuse_virtual_tokens(peft_config, given.get("args"))
         self._refuse_columns(given)
         refuse_no_causal_lm(given["model"], given.get("args"))
-        self.objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
+        self.parsed_objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
         super().__init__(*args, **kwargs)
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        if "log_sum_sq_probs" in self.objective.statistics:
-            add_fused_lm_head(base, outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"))
-        add_scoring(base)
-        self.reference_head = self._why_reference_head(base)
-        refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
+        self._has_adapter = is_peft_model(self.model)
+        self._add_heads(self.model)
+        if not self._is_shared_out("sp"):
+            # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
+            self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self._observe: Callable[..., None] | None = None
-        self._is_verified = False
         if not self._is_sharded():
             self._verify(self.model)
-        self.add_callback(_MeasureFirst(self))
+        self.add_callback(_BeginTraining(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = _Collator(**vars(self.data_collator))
         if self.reference == "column" and (not isinstance(self.data_collator, _Collator) or self._is_shared_out("cp", "sp")):
@@ -272,6 +272,7 @@ class BLTrainer(SFTTrainer):
             signal.signal(signal.SIGTERM, previous)  # which that callback has replaced
             self.add_callback(self._sigterm)
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        self._tokens_before = 0  # that earlier calls of `train` have seen
         self.recipe: dict[str, Any] | None = None
         self._first_step = 0  # of this process; a resumed run begins later
         self.is_left = False  # whether a finished run was found that is left as it is
@@ -290,6 +291,35 @@ class BLTrainer(SFTTrainer):
     def has_begun(self) -> bool:
         """Whether a training step has been made in this process."""
         return self.state.global_step > self._first_step
+
+    def _add_heads(self, model: Any) -> None:
+        """Let `model` compute the loss. Raises ValueError if neither our head nor TRL's gives its logits."""
+        base = model.get_base_model() if is_peft_model(model) else model
+        sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
+        add_scoring(base)
+        self.reference_head, self._is_verified = self._why_reference_head(base), False
+        refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if self._has_adapter and not is_peft_model(model):
+            raise ValueError(
+                "Cannot train the model that `model_init` returns: the trainer's model has an adapter, this one has none. "
+                "Return `get_peft_model(model, peft_config)`."
+            )
+        self._add_heads(model)
+        return model
+
+    def _hp_search_setup(self, trial):
+        given = [getattr(self.args, key, None) for key in ("objective", "threshold")]
+        super()._hp_search_setup(trial)
+        if [getattr(self.args, key, None) for key in ("objective", "threshold")] != given:
+            raise ValueError(
+                "Cannot search over `objective` or `threshold` with `hyperparameter_search`: they are set when the trainer is "
+                "built. Remove them from `hp_space`, and compare objectives by `bl-trainer sweep`."
+            )
+        refuse_bypass(self.args)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         numbers = getattr(args, "stop_on_nan", False) and dataset_name == "train"
@@ -353,7 +383,7 @@ class BLTrainer(SFTTrainer):
 
     def _find_special_ids(self) -> Tensor | None:
         """Return the ids of end and special tokens, where the objective has `special_tokens`."""
-        if self.objective.special_tokens is None:
+        if self.parsed_objective.special_tokens is None:
             return None
         return torch.tensor(sorted(end_ids(self) | special_ids(tokenizer_of(self.processing_class))))
 
@@ -374,7 +404,7 @@ class BLTrainer(SFTTrainer):
         evaluated = given.get("eval_dataset")
         sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
         columns = {name: columns_of(each) for name, each in sets.items() if each is not None}
-        source = reference_source(self.objective, peft_config, columns, given.get("data_collator") is not None)
+        source = reference_source(self.parsed_objective, peft_config, columns, given.get("data_collator") is not None)
         if source == "column" and given.get("args") is not None:
             refuse_lost_context(given["args"])
         return source
@@ -444,11 +474,13 @@ class BLTrainer(SFTTrainer):
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
         if self.reference == "column" and REFERENCE not in inputs:
             raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
-        columns = TokenColumns(inputs, self._special_ids)
+        columns, has_asked = TokenColumns(inputs, self._special_ids), False
 
         def forward(**kwargs):
+            nonlocal has_asked
             if not kwargs.get("fused_lm_head"):
                 return model(**kwargs)
+            has_asked = True
             outputs, cost, weight, kept = (
                 self._own_head(model, kwargs, columns)
                 if self.reference_head is None
@@ -464,6 +496,8 @@ class BLTrainer(SFTTrainer):
             return outputs
 
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        if not has_asked:
+            refuse_replaced_loss(super().compute_loss)
         if self.stops_on_nan and self.model.training:
             loss, step = (result[0] if return_outputs else result).detach(), self.state.global_step + 1
             refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
@@ -490,15 +524,15 @@ class BLTrainer(SFTTrainer):
             "progress": self._progress,
             "is_special": lambda: known["is_special"],
         }
-        statistics = {name: available[name]() for name in self.objective.statistics}
-        return outputs, *masked_cost(self.objective, kept, logp, known.get(WEIGHT), **statistics), kept
+        statistics = {name: available[name]() for name in self.parsed_objective.statistics}
+        return outputs, *masked_cost(self.parsed_objective, kept, logp, known.get(WEIGHT), **statistics), kept
 
     def _own_head(
         self, model, inputs: dict[str, Any], columns: TokenColumns
     ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
         """The same from `objective_head`, which forms the gradient as it goes."""
         inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
-        extras, ref_logp = tuple({"log_sum_sq_probs"} & set(self.objective.statistics)), {}
+        extras, ref_logp = tuple({"log_sum_sq_probs"} & set(self.parsed_objective.statistics)), {}
         if self.reference == "adapter":
             with base_of(model, self.model):
                 ref_logp = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
@@ -525,7 +559,7 @@ class BLTrainer(SFTTrainer):
         return outputs, laid_out(costs.cost), laid_out(costs.weight), laid_out(costs.kept)
 
     def _price(self, statistics: dict[str, Tensor]) -> Price:
-        return price(self.objective, self.threshold, {**statistics, "progress": self._progress()})
+        return price(self.parsed_objective, self.threshold, {**statistics, "progress": self._progress()})
 
     def _progress(self, done: int | None = None) -> float:
         """Return the share of training that is done after `done` steps, now unless told."""
@@ -534,12 +568,10 @@ class BLTrainer(SFTTrainer):
 
     def _scheduled(self, done: int) -> dict[str, float]:
         """Return what the objective's schedules have come to after `done` steps, as it is logged."""
-        found = self.objective.scheduled_at(self._progress(done))
+        found = self.parsed_objective.scheduled_at(self._progress(done))
         return {f"objective_{name}": value for name, value in found.items()}
 
-    def _kept_scale(
-        self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
+    def _kept_scale(self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
         scale = cost.new_ones(()) / self._whole_count(kept)
         if num_items_in_batch is None:
@@ -656,8 +688,12 @@ class BLTrainer(SFTTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        self._sums["train"], self.is_left = None, False
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        self.is_left, self._tokens_before = False, self._total_train_tokens
+        if trial is not None:  # whose model is another, and its percentile too
+            self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         listens = getattr(self.args, "enable_jit_checkpoint", False)
         with self._sigterm.listening() if listens else nullcontext():
             if resume_from_checkpoint is True:
@@ -677,7 +713,26 @@ class BLTrainer(SFTTrainer):
                 self.accelerator.print(f"Reference: {what}.")
             if self.train_dataset is not None and WEIGHT in columns_of(self.train_dataset):
                 self.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
+            self.average_weights()
+            return output
+
+    def begin_counting(self) -> None:
+        """Forget what has been counted in this call of `train`: `auto_find_batch_size` begins again after a failed step."""
+        self._sums["train"], self._total_train_tokens = None, self._tokens_before
+        self._metrics["train"].clear()
+
+    def average_weights(self) -> None:
+        """Let the model have the averaged weights of a schedule-free optimizer, which are its result.
+
+        The next training step returns to the point that it trains at.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    def _load_best_model(self) -> None:
+        self.average_weights()  # or saving would average the best model's with the last step's
+        super()._load_best_model()
 
     def _take_up(self, checkpoint: str) -> TrainerState:
         """Return the state to go on from, and take over the threshold; says what can't be as in an uninterrupted run."""
@@ -731,7 +786,7 @@ class BLTrainer(SFTTrainer):
     def _record(self) -> dict[str, Any]:
         packages = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
         return {
-            "objective": self.objective.resolved.to_dict(),
+            "objective": self.parsed_objective.resolved.to_dict(),
             "threshold": self.threshold.to_dict(),
             "loss_head": self.loss_head,
             "recipe": self.recipe,
@@ -742,6 +797,7 @@ class BLTrainer(SFTTrainer):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.average_weights()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
@@ -754,7 +810,7 @@ class BLTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with writing(str(folder)):
             if self.args.should_save and folder.exists() and why_broken(folder):
                 shutil.rmtree(folder)  # what an earlier start left, of which some would stay
@@ -781,13 +837,14 @@ class BLTrainer(SFTTrainer):
                 card.write("\n".join(lines))
 
 
-class _MeasureFirst(TrainerCallback):
-    """Verifies the loss head and measures a percentile threshold when the model is in place and before the first step."""
+class _BeginTraining(TrainerCallback):
+    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place."""
 
     def __init__(self, trainer: BLTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_counting()
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
 

@@ -64,6 +64,7 @@ FAMILIES = {
     "import_path": ("by import path", {"objective": "test_trainer:uses_everything", "threshold": 0.02}, uses_everything),
 }
 IN_BFLOAT16 = "within 0.02: the logits that it is compared with are rounded to 8 bits"
+UNCOUNTED = "`SFTTrainer`'s gradient depends on how the batch is cut"
 # Row of the README, and what there is to say about it
 ROWS = {
     "full": ("full fine-tuning, untied head", ""),
@@ -78,6 +79,9 @@ ROWS = {
     "logit_scale": ("logit scaling (Cohere)", ""),
     "mixture_of_experts": ("mixture of experts with auxiliary loss (Mixtral)", ""),
     "vision_language": ("vision-language (LLaVA), with images", ""),
+    "qwen3_vl": ("Qwen3-VL, text alone", UNCOUNTED),
+    "qwen3_5": ("Qwen3.5, text alone", UNCOUNTED),
+    "gemma4": ("Gemma 4, text alone", UNCOUNTED),
     "vision_language_packed": ("vision-language, packed or padding-free", "TRL's limit"),
     "lora": ("LoRA", ""),
     "lora_trained_head": ("LoRA, `lora_modules_to_save: [lm_head]`", ""),

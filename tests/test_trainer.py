@@ -498,7 +498,7 @@ def test_recipe_is_recorded_and_another_one_is_not_resumed(tokenizer, text_data,
 def test_plain_sft_config_means_nll(tokenizer, text_data, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = BLTrainer(make_llama(tokenizer), args, train_dataset=text_data, processing_class=tokenizer)
-    assert trainer.objective == Objective("nll")
+    assert trainer.parsed_objective == Objective("nll")
 
 
 class TestRefusals:

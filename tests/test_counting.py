@@ -1,0 +1,80 @@
+"""The loss is divided by the target tokens of the whole batch, whatever the model's own loss would do."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
+
+from conftest import make_llama
+from ways import UNCOUNTED, Ordered, make_uncounted, relative_difference, train
+
+
+class Uncounted(LlamaForCausalLM):
+    accepts_loss_kwargs = False
+
+
+class WithoutKeywords(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=use_cache)
+
+
+def make_gpt2(tokenizer):
+    """A class whose name doesn't tell transformers that its loss shifts labels."""
+    torch.manual_seed(0)
+    kinds = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, **dict.fromkeys(kinds, 0.0), eos_token_id=1)
+    )
+
+
+def of_class(kind):
+    def make(tokenizer):
+        torch.manual_seed(0)
+        return kind(make_llama(tokenizer).config)
+
+    return make
+
+
+OWN = {"llama": make_llama, "uncounted": of_class(Uncounted), "without_keywords": of_class(WithoutKeywords), "gpt2": make_gpt2}
+
+
+class WideGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def step(model, tokenizer, data, tmp_path, **options):
+    """Train a step in float64; return its gradient and log."""
+    seen = WideGradients()
+    options = {"objective": {"name": "power", "alpha": 0.5}, **options}
+    trainer = train(Ordered, tokenizer, data, tmp_path, model=model.double(), callbacks=[seen], **options)
+    assert seen.first.dtype == torch.float64
+    return seen.first, trainer.state.log_history[0]
+
+
+def cuts(make, tokenizer, data, tmp_path):
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        yield step(
+            make(tokenizer), tokenizer, data, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+        )
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(kind, tokenizer, text_data, tmp_path):
+    (whole, log), *parts = cuts(OWN[kind], tokenizer, text_data, tmp_path)
+    for part, other in parts:
+        assert relative_difference(part, whole) < 1e-9
+        assert other["loss"] == pytest.approx(log["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_vision_language_models_trained_on_text(name, tokenizer, text_data, tmp_path):
+    """Under TRL's head, which computes in float32."""
+    whole, *parts = cuts(lambda tokenizer: make_uncounted(name, tokenizer), tokenizer, text_data, tmp_path)
+    for part in parts:
+        assert relative_difference(part[0], whole[0]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_the_first_token_is_no_target(kind, tokenizer, text_data, tmp_path):
+    _, log = step(OWN[kind](tokenizer), tokenizer, text_data, tmp_path, objective="nll")
+    assert log["loss"] == pytest.approx(log["nll"], rel=1e-6)
