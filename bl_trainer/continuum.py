@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from .composition import spell
-from .objectives import Objective, Threshold
+from .objectives import Objective, Threshold, spell_probability
 from .recipe import Recipe
 from .statistics import (
     CONFLICT_ENTROPY,
@@ -164,7 +164,7 @@ def summarise(
     if learnability is not None:
         verdict, why = judge(learnability)
         report["learnability"] = {**learnability, "verdict": verdict, "why": why}
-    cut, own = Threshold(above=max(quantiles[str(SWEPT_PERCENTILE)], 1e-38)), _own(recipe, histogram)
+    cut, own = Threshold(above=histogram.cut(SWEPT_PERCENTILE)), _own(recipe, histogram)
     report["objectives"] = _candidates(histogram, own, cut)
     report["recommendation"] = recommend(report, cut)
     if not _depends_on_p_alone(own[0]):
@@ -198,8 +198,8 @@ def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Th
     """Return the recipe's objective and threshold, a percentile being taken from the tokens measured."""
     threshold = Threshold.parse(recipe.training.threshold)
     if not threshold.resolved:
-        (value,) = histogram.percentiles([float(threshold.above_percentile or 0)])
-        above = min(max(value, 1e-38), threshold.below)  # training refuses what exceeds `below`
+        cut = histogram.cut(float(threshold.above_percentile or 0))
+        above = min(cut, threshold.below)  # training refuses what exceeds `below`
         threshold = replace(threshold, above=above, above_percentile=None)
     return Objective.parse(recipe.training.objective or "nll"), threshold
 
@@ -226,6 +226,9 @@ def judge(found: dict[str, Any]) -> tuple[str, str]:
     `undecided` where an interval crosses its cut, or the foretold share may still rise across it.
     """
     intervals, half_way = (found["learnable_interval"], found["noise_interval"]), found["half_way"]
+    lost = found.get("without_control", 0)
+    if lost and lost > found["low"] * found["tokens"]:
+        return "undecided", "most improbable targets have no control to compare them with: measure more, or other data"
     if None in intervals:
         return "undecided", "there are too few examples for an interval: measure more"
     (low, high), (low_noise, high_noise) = intervals
@@ -271,9 +274,11 @@ def _learnability_reason(found: dict[str, Any]) -> str:
     said = VERDICTS.get(found["verdict"], f"undecided, since {found['why']}")
     if _is_doubtful(found):
         said += ". But on one of three small models nll learnt so much, and neg_p did not: keep nll in the sweep"
+    lost = found.get("without_control", 0)
+    left_out = f" {lost:,} improbable targets are left out: they have no control to compare them with." if lost else ""
     return (
         f"Of the content {found['low']:.3f} is improbable (p < {found['below']:g}). After {found['steps']} steps on other "
-        f"examples {found['learnable']:.3f}{shown} can be foretold, {found['noise']:.3f} can't: {said}."
+        f"examples {found['learnable']:.3f}{shown} can be foretold, {found['noise']:.3f} can't: {said}.{left_out}"
     )
 
 
@@ -299,7 +304,7 @@ def recommend(report: dict[str, Any], threshold: Threshold) -> dict[str, Any]:
     if is_open or (probe and (probe["verdict"] == "both" or _is_doubtful(probe))):
         arms.append({"objective": "anneal"})  # docs/anneal.md
     if regions != ["weak"]:
-        arms.append({"objective": "nll", "threshold": float(f"{threshold.above:.10g}")})
+        arms.append({"objective": "nll", "threshold": threshold.above})
     recipe = report["recipe"]
     if recipe["threshold"] is not None:  # which an arm would inherit
         arms = [{"threshold": None, **arm} for arm in arms]
@@ -396,9 +401,9 @@ def _warnings(report: dict[str, Any], kinds: dict[str, Any], total: dict[str, An
 def objective_name(item: dict[str, Any]) -> str:
     """Return an objective with its parameters and threshold, for people."""
     limit = Threshold(**item["threshold"])
-    kept = f", p >= {limit.above:.3g}" if limit.above else ""
+    kept = f", p >= {spell_probability(limit.above)}" if limit.above else ""
     kept += "" if limit.resolved else f", above percentile {limit.above_percentile:g}"
-    kept += f", p <= {limit.below:.3g}" if limit.below < 1 else ""
+    kept += f", p <= {spell_probability(limit.below)}" if limit.below < 1 else ""
     return spell(item["objective"]) + kept
 
 

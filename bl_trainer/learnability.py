@@ -91,7 +91,7 @@ class Probe:
     out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
     taken at random, that at which its log p is nearest. With s the sign of the token's gain in log p at its own place less its
     gain at the other, training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
-    the token is.
+    the token is. An improbable target none of whose places will do is left out, and counted in `without_control`.
 
     Found are means over the second half's content, `VALUES`: `learnable`, the mean of s on improbable targets, 0 on others;
     `low`, the share of improbable targets; `noise` = low - learnable; `gain`, the mean rise of log p, in nats. `learnable` is
@@ -153,6 +153,7 @@ class Probe:
         base = self._base()
         low = self.content[base < math.log(BELOW)]
         places, before = self._controls(low)
+        left_out = sum(gather_object([int(before.isnan().sum())]))
         found: list[Means] = []
 
         def measure() -> None:
@@ -171,6 +172,7 @@ class Probe:
             "steps": self.steps,
             "learning_rate": self.learning_rate,
             "below": BELOW,
+            "without_control": left_out,
             "trained": {"rows": self.train_examples, "tokens": self.train_tokens},
             **parts[-1],
             "half_way": parts[0] if len(parts) > 1 else None,
@@ -252,9 +254,10 @@ class Probe:
         gain, control = (after[: len(base)] - base).double(), (after[len(base) :] - before).double()
         is_low = base < math.log(BELOW)
         learnable = torch.zeros_like(gain)
-        learnable[is_low] = (gain[is_low] - control).sign().nan_to_num()
-        values = torch.stack([learnable, is_low.double() - learnable, is_low.double(), gain])
-        owner, size = self.example[self.content], int(self.example.max()) + 1 if len(self.example) else 0
+        learnable[is_low] = (gain[is_low] - control).sign()
+        counts = ~learnable.isnan()
+        values = torch.stack([learnable, is_low.double() - learnable, is_low.double(), gain])[:, counts]
+        owner, size = self.example[self.content][counts], int(self.example.max()) + 1 if len(self.example) else 0
         sums = torch.zeros(len(values), size, dtype=torch.float64).index_add_(1, owner, values)
         means = Means(self.VALUES)
         means.add(torch.bincount(owner, minlength=size), sums)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .head import score
 from .interruption import NOT_FOR_THE_MODEL, local
+from .objectives import spell_probability
 from .statistics import PERCENTILE_ERROR, MeasurementError, ProbabilityHistogram
 
 logger = get_logger(__name__)
@@ -138,11 +139,10 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
         source = "measured now"
     else:
         histogram, source = ProbabilityHistogram.from_state(found[0]), f"from {path}"
-    (value,) = histogram.percentiles([percentile])
-    value = max(value, torch.finfo(torch.float32).tiny)
+    value = histogram.cut(percentile)
     trainer.accelerator.print(
-        f"The threshold is p >= {value:.6g}: percentile {percentile:g} of {int(histogram.counts.sum())} target tokens under "
-        f"the starting model ({source}), off by at most {PERCENTILE_ERROR:.2%} of min(p, 1 - p)."
+        f"The threshold is p >= {spell_probability(value, 6)}: percentile {percentile:g} of {int(histogram.counts.sum())} "
+        f"target tokens under the starting model ({source}), off by at most {PERCENTILE_ERROR:.2%} of min(p, 1 - p)."
     )
     return value
 
@@ -167,28 +167,44 @@ def _sample(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
-    """Return a hash of the model (its configuration, precision, a sample of each weight and its sum) and of the batches.
+    """Return a hash of the model (its configuration, precision, a sample of each tensor and its sum) and of the batches.
 
-    A LoRA adapter that does nothing yet is left out, so that runs of other rank or seed share the measurement.
+    Tensors are parameters, buffers, and what quantised layers store beside them. A LoRA adapter that does nothing yet is left
+    out, so that runs of other rank or seed share the measurement.
     """
     config = {k: v for k, v in trainer.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    setting = [2, trainer.args.bf16, trainer.args.fp16, json.dumps(config, sort_keys=True, default=str)]
+    setting = [3, trainer.args.bf16, trainer.args.fp16, json.dumps(config, sort_keys=True, default=str)]
     digest = hashlib.sha256(repr(setting).encode())
-    tensors = {name: local(tensor) for name, tensor in trainer.model.named_parameters()}
+    tensors = _tensors(trainer.model)
     for name, tensor in tensors.items():
         pair = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         if pair in tensors and "lora_" in name and not tensors[pair].any():
             continue
-        step = max(1, tensor.numel() // 1024)
-        summary = torch.cat([tensor.flatten()[::step].float(), tensor.sum(dtype=torch.float32)[None]])
         plain = name.replace("base_model.model.", "").replace(".base_layer", "")
         digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(summary.cpu().numpy().tobytes())
+        digest.update(_digest(tensor))
     for batch in sample:
         for name, value in sorted(batch.items()):
             if isinstance(value, torch.Tensor) and name not in NOT_FOR_THE_MODEL:
                 digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """Return by name all that the model computes with, of sharded tensors this process's part."""
+    found: dict[str, Tensor] = dict(model.named_buffers())  # among them those that aren't saved
+    for prefix, module in model.named_modules():
+        # One module at a time, since the state of a sharded model is gathered
+        module._save_to_state_dict(found, f"{prefix}." if prefix else "", True)
+    return {name: local(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Return a sample of a tensor and its sum."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    step = max(1, tensor.numel() // 1024)
+    wide = torch.float32 if tensor.is_floating_point() else torch.int64  # whose sum is exact
+    return torch.cat([tensor.flatten()[::step].to(wide), tensor.sum(dtype=wide)[None]]).cpu().numpy().tobytes()
 
 
 def _is_sharded(trainer: Any) -> bool:

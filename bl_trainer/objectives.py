@@ -477,11 +477,12 @@ def _probe(logp: list[float], shape: tuple[int, int], progress: float) -> dict[s
 class Threshold:
     """Train only on target tokens with above <= p <= below (paper, Eq. 4); p is the current model's, without gradient.
 
-    `above`, `below`: probabilities, both inclusive. `above_percentile`: `above` is to be this percentile (0 to 100) of the
-    starting model's p over the target tokens of the training set (section 5.1), which the trainer measures; until then it
-    is not `resolved`. `normalize`: what the sum of costs is divided by. `tokens`: all target tokens of the batch, exact under
-    gradient accumulation and on several processes. `kept`: the kept tokens of each micro-batch, all micro-batches weighing the
-    same, as the paper's code does. Raises ValueError on anything else.
+    `above`, `below`: probabilities, both inclusive: a token on a bound is kept, however its log p is rounded.
+    `above_percentile`: `above` is to be this percentile (0 to 100) of the starting model's p over the target tokens of the
+    training set (section 5.1), which the trainer measures; until then it is not `resolved`. `normalize`: what the sum of costs
+    is divided by. `tokens`: all target tokens of the batch, exact under gradient accumulation and on several processes. `kept`:
+    the kept tokens of each micro-batch, all micro-batches weighing the same, as the paper's code does. Raises ValueError on
+    anything else.
     """
 
     above: float = 0.0
@@ -546,8 +547,16 @@ class Threshold:
 
     def keep(self, logp: Tensor) -> Tensor:
         """Return which tokens train: bool tensor of the shape of `logp`."""
-        p = logp.detach().exp()
-        return ~((p < self.above) | (p > self.below))  # keeps NaN, so that a diverged model shows in the loss
+        logp = logp.detach()
+        low, high = self._log_bounds(logp.dtype)
+        return ~((logp < low) | (logp > high))  # keeps NaN, so that a diverged model shows in the loss
+
+    def _log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Return the log p of the bounds, each moved outwards by the rounding of log p in `dtype`."""
+        low = -math.inf if self.above == 0 else math.log(self.above) - _rounding(self.above, dtype)
+        if self.below in (0, 1):
+            return low, math.inf if self.below else -math.inf
+        return low, math.log(self.below) + _rounding(self.below, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mapping that `parse` reads."""
@@ -556,6 +565,17 @@ class Threshold:
             return spec
         resolved = {"above": self.above} if self.resolved else {}
         return {**resolved, "above_percentile": self.above_percentile, "below": self.below, "normalize": self.normalize}
+
+
+def _rounding(p: float, dtype: torch.dtype) -> float:
+    """Return how far in log p a token of this p may lie from log p in `dtype`; near p = 1 a small part of 1 - p."""
+    return min(torch.finfo(dtype).eps * (1 - math.log(p)), 2**-17 * (1 - p) / p)
+
+
+def spell_probability(p: float, digits: int = 3) -> str:
+    """Return p with so many digits, those of 1 - p if p would look like 1."""
+    rest = 1 - p
+    return f"1 - {rest:.{digits}g}" if 0 < rest < 10**-digits else f"{p:.{digits}g}"
 
 
 def trains(threshold: Threshold, logp: Tensor, is_special: Tensor | None = None) -> Tensor:

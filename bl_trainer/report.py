@@ -263,7 +263,8 @@ def _learnability(found: dict[str, Any]) -> str:
         f"<p>An adapter trained by nll on {found['trained']['rows']:,} rows of one half of the data was asked about "
         f"{found['tokens']:,} tokens of content of {found['examples']:,} examples of the other. Improbable: p &lt; "
         f"{found['below']:g}. Foretold: the token has gained more there than at other places. From {LEARNABLE:g} on that is "
-        f"too much to forgo; from {NOISE:g} on the rest, noise or what takes more steps, is too much to learn.</p>"
+        f"too much to forgo; from {NOISE:g} on the rest, noise or what takes more steps, is too much to learn. Left out: "
+        f"{found['without_control']:,} improbable tokens without a control, the same token where it is as improbable.</p>"
     ) + table(header, rows)
 
 

@@ -14,22 +14,33 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .head import TokenDivergences, TokenScores
 
-# p, or 1 - p from 1/2 on, is binned by the leading bits of its float32 form: exponent and MANTISSA bits. So every bin is
-# 2^-MANTISSA of min(p, 1 - p) wide, and a bin's middle is off by half of that.
-MANTISSA = 10
-_SHIFT = 23 - MANTISSA
-_HALF = 0x3F000000 >> _SHIFT  # the bin of 1/2
-PERCENTILE_ERROR = 2.0 ** -(MANTISSA + 1)
+# p, or 1 - p from 1/2 on, is binned by the leading bits of its float64 form: exponent and MANTISSA bits. So every bin is at
+# most 2^-MANTISSA of min(p, 1 - p) wide. Bin 0 has what is below 2^LEAST.
+MANTISSA, LEAST = 11, -126
+_SHIFT = 52 - MANTISSA
+_FIRST = (1023 + LEAST << MANTISSA) - 1  # the leading bits of bin 0
+_HALF = (1022 << MANTISSA) - _FIRST  # the bin of 1/2
+PERCENTILE_ERROR = 2.0**-MANTISSA
+TINY = 1e-300  # a threshold in place of p = 0, which would be none
 
 PAPER_CONFIDENT = 0.55  # the p above which the paper counts tokens (its Tab. 6)
 CONFLICT_ENTROPY = 0.5  # nats; and
 CONFLICT_PROB = 0.05  # p of the target: below both, the model is sure of something else
 KINDS = ("all", "eos", "special", "template", "content")
 VALUES = ("prob", "nll", "entropy", "top1", "above_paper", "conflicts")
+# Which values a mean can have, if not all
+BOUNDS = {
+    **dict.fromkeys(("prob", "base_prob", "top1", "base_top1", "above_paper", "conflicts", "low"), (0.0, 1.0)),
+    **dict.fromkeys(("nll", "base_nll", "entropy", "kl", "reverse_kl"), (0.0, math.inf)),
+    "js": (0.0, math.log(2)),
+    "learnable": (-1.0, 1.0),
+    "noise": (0.0, 2.0),
+}
 EDGE = 16  # positions counted one by one from the start and from the end of a response
 RELATIVE = 20  # bins of relative position in a response
 CONFIDENCE_BINS = 20
@@ -46,7 +57,7 @@ class ProbabilityHistogram:
     """Counts of tokens by p, fine enough for percentiles and for the mean of any function of p.
 
     Its resolution is `PERCENTILE_ERROR` = 2^-11 of min(p, 1 - p): 0.0005 relative, near 0 as near 1. `rows` histograms side
-    by side. Below 2^-126, p counts as 0 (and likewise 1 - p).
+    by side. Below 2^LEAST, p counts as 0 (and likewise 1 - p).
     """
 
     def __init__(self, rows: int = 1):
@@ -58,28 +69,41 @@ class ProbabilityHistogram:
         if wide.isnan().any():
             raise MeasurementError("The model gives probabilities that are NaN. Check the checkpoint, or try `dtype: float32`.")
         p, rest = wide.exp(), -wide.expm1()
-        small = torch.minimum(p, rest).clamp(min=0).float()
-        bins = small.view(torch.int32).long() >> _SHIFT
-        bins = torch.where(bins < 1 << MANTISSA, 0, bins)  # subnormal
+        small = torch.minimum(p, rest).clamp(min=0)
+        bins = ((small.view(torch.int64) >> _SHIFT) - _FIRST).clamp(min=0)
         bins = torch.where(p <= 0.5, bins, 2 * _HALF - bins)
         self.counts[row] += torch.bincount(bins, minlength=self.counts.shape[1])
 
     def values(self) -> tuple[Tensor, Tensor]:
         """Return log p and log(1 - p) at the middle of each bin, float64."""
-        edges = torch.arange(_HALF + 1, dtype=torch.int32) << _SHIFT
-        left = edges.view(torch.float32).double()
-        right = (edges + (1 << _SHIFT)).view(torch.float32).double()
-        middle = (left + right) / 2
-        middle[: 1 << MANTISSA] = 0
-        middle[-1] = 0.5  # of its own bin only p = 1/2 is in use
+        edges = self._edges()
+        middle = (edges[:-1] + edges[1:]) / 2
+        middle[0] = 0
+        middle = torch.cat([middle, edges[-1:]])  # of its own bin only p = 1/2 is in use
         log_p = torch.cat([middle.log(), torch.log1p(-middle[:-1].flip(0))])
         log_rest = torch.cat([torch.log1p(-middle), middle[:-1].flip(0).log()])
         return log_p, log_rest
 
+    @staticmethod
+    def _edges() -> Tensor:
+        """Return the lower edge of each bin up to that of 1/2, float64."""
+        edges = (torch.arange(_HALF + 1) + _FIRST << _SHIFT).view(torch.float64)
+        edges[0] = 0
+        return edges
+
+    def _lowest(self) -> Tensor:
+        """Return for each bin a p that none of its tokens is below, float64."""
+        edges = self._edges()
+        rest = edges[1:].flip(0)
+        above_half = 1 - rest
+        rounded_up = 1 - above_half < rest
+        return torch.cat([edges, torch.where(rounded_up, above_half.nextafter(torch.zeros(())), above_half)])
+
     def percentiles(self, ranks: Sequence[float], row: int = 0) -> list[float]:
         """Return for each of `ranks` (0 to 100) the smallest p with at least that share of tokens at or below it.
 
-        Off by at most `PERCENTILE_ERROR` * min(p, 1 - p). NaN if nothing was counted.
+        It is the lower edge of its bin, so that a threshold there keeps all tokens of that p. At most `PERCENTILE_ERROR` *
+        min(p, 1 - p) too low, or what a float64 can't hold. NaN if nothing was counted.
         """
         cumulative = self.counts[row].cumsum(0)
         total = int(cumulative[-1])
@@ -88,7 +112,11 @@ class ProbabilityHistogram:
         # rounded, so that 10 % of 30 tokens is the third although 0.1 * 30 exceeds 3 in floating point
         needed = torch.tensor([max(1, math.ceil(round(rank / 100 * total, 6))) for rank in ranks])
         found = torch.searchsorted(cumulative, needed).clamp(max=len(cumulative) - 1)
-        return self.values()[0][found].exp().tolist()
+        return self._lowest()[found].tolist()
+
+    def cut(self, rank: float) -> float:
+        """Return this percentile as a threshold, which has to be above 0."""
+        return max(self.percentiles([rank])[0], TINY)
 
     def buckets(self, count: int, row: int = 0) -> Tensor:
         """Return the number of tokens in each of `count` equal parts of [0, 1], by the middle of their bins."""
@@ -134,17 +162,18 @@ class Means:
     """Means over tokens whose uncertainty counts examples, not tokens, since the tokens of one example are alike.
 
     With s_i the sum of a value over the n_i tokens of example i, the mean is R = sum s_i / sum n_i, and its variance, by
-    linearisation, m/(m - 1) sum (s_i - R n_i)^2 / (sum n_i)^2 over m examples. All that is kept is the Gram matrix of
-    (1, n_i, s_i, ...).
+    linearisation, c sum (s_i - R n_i)^2 / (sum n_i)^2, with c of `unequal`. All that is kept is the Gram matrix of
+    (1, n_i, s_i, ..., n_i^2, n_i^3).
     """
 
     def __init__(self, names: Sequence[str] = VALUES):
         self.names = tuple(names)
-        self.gram = torch.zeros(len(names) + 2, len(names) + 2, dtype=torch.float64)
+        self.gram = torch.zeros(len(names) + 4, len(names) + 4, dtype=torch.float64)
 
     def add(self, num_tokens: Tensor, sums: Tensor) -> None:
         """Add m examples: `num_tokens` (m,), and `sums` (names, m) of each value over their tokens."""
-        rows = torch.cat([torch.ones_like(num_tokens)[None], num_tokens[None], sums]).double()[:, num_tokens > 0]
+        size = num_tokens.double()[None]
+        rows = torch.cat([torch.ones_like(size), size, sums.double(), size**2, size**3])[:, num_tokens > 0]
         self.gram += rows @ rows.T
 
     @property
@@ -162,16 +191,16 @@ class Means:
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of `mean`, or None below 10 examples, where it would be a guess.
 
-        It is for the source that the examples were drawn from.
+        It is for the source that the examples were drawn from, and within `BOUNDS`.
         """
-        m = self.num_examples
-        if m < 10:
+        if self.num_examples < 10:
             return None
-        j, mean = 2 + self.names.index(name), self.mean(name)
+        j, mean, total = 2 + self.names.index(name), self.mean(name), self.gram[0, 1]
         residual = self.gram[j, j] - 2 * mean * self.gram[1, j] + mean**2 * self.gram[1, 1]
-        deviation = math.sqrt(max(0.0, m / (m - 1) * residual.item())) / self.gram[0, 1].item()
-        reach = t_quantile(m - 1) * deviation
-        return mean - reach, mean + reach
+        sums = (self.gram[1, 1], self.gram[1, -2], self.gram[-2, -2], self.gram[-2, -1])
+        factor, free = unequal(*((each / total**k).item() for k, each in enumerate(sums, 2)))
+        reach = t_quantile(free) * math.sqrt(max(0.0, factor * residual.item())) / total.item()
+        return within((mean - reach, mean + reach), BOUNDS.get(name))
 
     def summary(self) -> dict[str, Any]:
         """Return counts, means and the interval of the first value."""
@@ -487,7 +516,26 @@ class Comparison:
             tensor.copy_(accelerator.reduce(tensor.to(accelerator.device), reduction="sum").cpu())
 
 
-def t_quantile(free: int) -> float:
-    """The 97.5 % quantile of Student's t with `free` degrees of freedom, 9 or more, in Cornish and Fisher's expansion."""
-    z = 1.959964
-    return z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+def unequal(second: float, third: float, fourth: float, fifth: float) -> tuple[float, float]:
+    """Return (c, degrees of freedom) for the mean of clusters of unequal weights.
+
+    The arguments are the sums of the 2nd to 5th powers of the weights w_i, which sum to 1. With e_i the deviation of a
+    cluster's mean from the mean, c sum (w_i e_i)^2 is the variance of the mean, without bias if all clusters vary alike.
+    The degrees of freedom are Satterthwaite's. m equal weights give m/(m - 1) and m - 1.
+
+    Source: Bell and McCaffrey, "Bias reduction in standard errors for linear regression with multi-stage samples", 2002.
+    """
+    trace = second - 2 * third + second**2
+    square = fourth - 4 * fifth + 4 * second * fourth + 2 * third**2 - 4 * second**2 * third + second**4
+    return second / trace, max(1.0, trace**2 / square)
+
+
+def t_quantile(free: float) -> float:
+    """Return the 97.5 % quantile of Student's t with `free` degrees of freedom."""
+    return float(stdtrit(free, 0.975))
+
+
+def within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Return what of an interval lies within the bounds of its metric, if it has any."""
+    low, high = bounds or (-math.inf, math.inf)
+    return max(low, interval[0]), min(high, interval[1])

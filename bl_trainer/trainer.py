@@ -57,7 +57,7 @@ from .composition import spell
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
 from .measurement import resolve_percentile
-from .objectives import Objective, Price, Threshold, masked_cost, price, trains
+from .objectives import Objective, Price, Threshold, masked_cost, price, spell_probability, trains
 from .parser import SECRETS
 from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import (
@@ -422,8 +422,9 @@ class BLTrainer(SFTTrainer):
         above = resolve_percentile(self, float(self.threshold.above_percentile or 0))
         if above > self.threshold.below:
             raise MeasurementError(
-                f"`threshold` keeps no token: percentile {self.threshold.above_percentile} is p = {above:.6g}, above "
-                f"`below: {self.threshold.below}`. Raise `below`, or lower `above_percentile`."
+                f"`threshold` keeps no token: percentile {self.threshold.above_percentile} is p = "
+                f"{spell_probability(above, 6)}, above `below: {self.threshold.below}`. Raise `below`, or lower "
+                "`above_percentile`."
             )
         self.threshold = replace(self.threshold, above=above)
 
@@ -740,8 +741,8 @@ class BLTrainer(SFTTrainer):
         refuse_lost_epoch(checkpoint)
         if self.threshold.above_percentile is not None:
             self.accelerator.print(
-                f"The threshold is p >= {self.threshold.above:.6g}: percentile {self.threshold.above_percentile:g}, as "
-                f"{checkpoint} records it."
+                f"The threshold is p >= {spell_probability(self.threshold.above, 6)}: percentile "
+                f"{self.threshold.above_percentile:g}, as {checkpoint} records it."
             )
         state_file = Path(checkpoint) / "trainer_state.json"
         state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()

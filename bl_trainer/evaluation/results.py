@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..parser import RecipeError
-from ..statistics import t_quantile
+from ..statistics import t_quantile, within
 from .options import Checkpoint, EvaluateArguments
 
 RESULTS = "results.json"
@@ -121,15 +121,18 @@ class Results:
             for entry in entries[1:]:
                 pair = {"checkpoint": entry["checkpoint"], "baseline": entries[0]["checkpoint"]}
                 parts: dict[str, list[dict[str, Any]]] = {}
+                most: dict[str, float] = {}
                 for old in entries[0]["scores"]:
                     for new in entry["scores"]:
                         key = {name: old[name] for name in ("task", "metric")}
                         if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
                             items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
                             found.append({**pair, **key, **paired_difference(*items)})
-                            parts.setdefault(old["metric"].partition(":")[0] + MACRO, []).append(found[-1])
+                            whole = old["metric"].partition(":")[0] + MACRO
+                            parts.setdefault(whole, []).append(found[-1])
+                            most[whole] = max(most.get(whole, 0.0), largest_difference(*items))
                         elif key.items() <= new.items() and old["metric"].endswith(MACRO):
-                            found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference")})
+                            found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", most[old["metric"]])})
         return found
 
 
@@ -177,15 +180,21 @@ def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str,
     The interval is None below 10 items, where it would be a guess.
     """
     values = [new[item] - old[item] for item in old.keys() & new.keys()]
-    mean, stderr = statistics.fmean(values) if values else None, standard_error(values)
-    return {"difference": mean, "stderr": stderr, "interval": _interval(mean, stderr, len(values)), "items": len(values)}
+    mean, stderr, most = statistics.fmean(values) if values else None, standard_error(values), largest_difference(new, old)
+    found = {"difference": mean, "stderr": stderr, "items": len(values)}
+    return {**found, "interval": _interval(mean, stderr, len(values), most)}
 
 
-def _interval(mean: float | None, stderr: float | None, items: int, groups: int = 1) -> list[float] | None:
+def largest_difference(*scores: dict[str, float]) -> float:
+    """Return by how much values of a metric can differ, as far as they tell: 1 if all lie between 0 and 1."""
+    return 1.0 if all(0 <= value <= 1 for items in scores for value in items.values()) else math.inf
+
+
+def _interval(mean: float | None, stderr: float | None, items: int, most: float, groups: int = 1) -> list[float] | None:
     if mean is None or stderr is None or items < 10 * groups:
         return None
     reach = t_quantile(items - groups) * stderr
-    return [mean - reach, mean + reach]
+    return list(within((mean - reach, mean + reach), (-most, most)))
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -193,16 +202,17 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def macro(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
+def macro(parts: list[dict[str, Any]], key: str, most: float = math.inf) -> dict[str, Any]:
     """Return the mean of `key`, "value" or "difference", over groups of items that count alike, and its standard error.
 
-    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item.
+    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item. `most`: the largest
+    difference there can be.
     """
     mean, errors = statistics.fmean(part[key] for part in parts), [part["stderr"] for part in parts]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     items = sum(part["items"] for part in parts)
     found = {key: mean, "stderr": stderr, "items": items}
-    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, len(parts))}
+    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, most, len(parts))}
 
 
 def table(results: Results) -> str:

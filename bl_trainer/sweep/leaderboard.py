@@ -7,18 +7,26 @@ the mean over seeds of the ruler that the sweep ranks by.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from ..statistics import unequal, within
 from .arm import arm_folder, is_higher_better, read_result, read_values, ruler_of, task_scores
 from .plan import RULERS, Plan, describe
 
 Values = dict[str, tuple[float, float]]  # by held-out item: weight, and weighted value of a ruler
 LEVEL = 0.05
+MIN_SEEDS = 3  # below which the values say more than an interval
+SHARE = (0.0, 1.0)
+BOUNDS = {  # which values a ruler can have
+    **dict.fromkeys(("accuracy", "target_prob", "calibration_error"), SHARE),
+    **dict.fromkeys(("nll", "drift"), (0.0, math.inf)),
+    "perplexity": (1.0, math.inf),
+}
 
 
 @dataclass
@@ -27,13 +35,14 @@ class Difference:
 
     Seeds and held-out examples are both samples: the variance is the sum of that of the mean over seeds and that of the mean
     over examples, each taken from paired differences, with Satterthwaite's degrees of freedom, which is Clark's min F' (1973).
-    `over`: what was sampled, of "seeds" and "examples".
+    `over`: what was sampled, of "seeds" and "examples". `by_seed`: the difference at each seed that both groups have.
     """
 
     mean: float
     interval: tuple[float, float] | None
     p_value: float | None
     over: tuple[str, ...]
+    by_seed: tuple[float, ...] = ()
 
     @property
     def is_significant(self) -> bool:
@@ -43,7 +52,10 @@ class Difference:
 
 @dataclass
 class Row:
-    """A group of the leaderboard. `values`: ruler -> (mean, 95 % interval over seeds or None), of the best setting."""
+    """A group of the leaderboard, at its best setting.
+
+    `values`: ruler -> (mean, 95 % interval over seeds, None below `MIN_SEEDS`). `each`: ruler -> value of each seed.
+    """
 
     group: dict[str, Any]
     best: dict[str, Any]
@@ -52,6 +64,7 @@ class Row:
     loss: float | None
     behind: Difference | None = None
     at_edge: list[str] = field(default_factory=list)
+    each: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -145,10 +158,8 @@ def rulers_of(result: dict[str, Any]) -> list[str]:
 
 
 def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int], rates: list[float]) -> Row:
-    values = {}
-    for name in rulers_of(arms[indices[0]]):
-        each = [ruler_of(arms[index], name) for index in indices]
-        values[name] = (float(np.mean(each)), _interval(each))
+    each = {name: [ruler_of(arms[index], name) for index in indices] for name in rulers_of(arms[indices[0]])}
+    values = {name: (float(np.mean(found)), _interval(found, bounds_of(name, arms))) for name, found in each.items()}
     losses = [arms[index]["loss"] for index in indices if arms[index]["loss"] is not None]
     edges = []
     rates = sorted(
@@ -157,7 +168,7 @@ def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indi
     rate = best.get("learning_rate")
     if len(rates) > 2 and not plan.trials and rate in (rates[0], rates[-1]):
         edges.append(f"its best learning rate, {rate:g}, is the {'least' if rate == rates[0] else 'greatest'} tried")
-    return Row(plan.group_of(best), best, indices, values, float(np.mean(losses)) if losses else None, None, edges)
+    return Row(plan.group_of(best), best, indices, values, float(np.mean(losses)) if losses else None, None, edges, each)
 
 
 def compare(
@@ -171,27 +182,50 @@ def compare(
         return Difference(sign * (_mean(arms, better, ruler) - _mean(arms, worse, ruler)), None, None, ())
     by_seed = np.array([sign * (ruler_of(arms[a], ruler) - ruler_of(arms[b], ruler)) for a, b in pairs])
     by_item = _by_item([(values_of(a), values_of(b)) for a, b in pairs], sign)
-    parts = [("seeds", by_seed)] + ([("examples", by_item)] if by_item is not None else [])
-    return difference(float(by_seed.mean()), {name: each for name, each in parts if len(each) > 1})
+    samples, weights = {"seeds": by_seed}, None
+    if by_item is not None:
+        samples["examples"], weights = by_item
+    low, high = bounds_of(ruler, arms)
+    found = difference(float(by_seed.mean()), {n: each for n, each in samples.items() if len(each) > 1}, high - low, weights)
+    return replace(found, by_seed=tuple(by_seed.tolist()))
 
 
-def difference(mean: float, samples: dict[str, np.ndarray]) -> Difference:
-    """Return `mean` with what samples of paired differences, each about it, say of its uncertainty."""
+def bounds_of(ruler: str, arms: dict[int, dict[str, Any]]) -> tuple[float, float]:
+    """Return which values a ruler can have; a task's that is better if higher is a share if all its values could be."""
+    if ruler in BOUNDS:
+        return BOUNDS[ruler]
+    every = [result["rulers"][ruler] for result in arms.values() if ruler in result["rulers"]]
+    is_share = _sign(ruler, arms) > 0 and all(0 <= value <= 1 for value in every)
+    return SHARE if is_share else (-math.inf, math.inf)
+
+
+def difference(
+    mean: float, samples: dict[str, np.ndarray], most: float = math.inf, weights: np.ndarray | None = None
+) -> Difference:
+    """Return `mean` with what samples of paired differences, each about it, say of its uncertainty.
+
+    `most`: the largest difference there can be. `weights`: those of the examples, equal if None.
+    """
     variances = {name: float(each.var(ddof=1)) / len(each) for name, each in samples.items()}
+    frees: dict[str, float] = {name: len(each) - 1 for name, each in samples.items()}
+    if weights is not None and "examples" in samples:
+        shares, m = weights / weights.sum(), len(weights)
+        factor, frees["examples"] = unequal(*(float((shares**k).sum()) for k in range(2, 6)))
+        variances["examples"] *= factor * (m - 1) / m
     total = sum(variances.values())
     over = tuple(samples)
     if not samples:
         return Difference(mean, None, None, over)
     if total == 0:
         return Difference(mean, (mean, mean), 1.0 if mean == 0 else 0.0, over)
-    free = total**2 / sum(variances[name] ** 2 / (len(samples[name]) - 1) for name in samples)
+    free = total**2 / sum(variances[name] ** 2 / frees[name] for name in samples)
     half = float(stats.t.ppf(1 - LEVEL / 2, free)) * math.sqrt(total)
     p_value = float(2 * stats.t.sf(abs(mean) / math.sqrt(total), free))
-    return Difference(mean, (mean - half, mean + half), p_value, over)
+    return Difference(mean, within((mean - half, mean + half), (-most, most)), p_value, over)
 
 
-def _by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> np.ndarray | None:
-    """Return for each held-out item its mean difference over seeds, so that the mean over items is the difference of rulers.
+def _by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return for each held-out item its mean difference over seeds, so that their mean is the difference of rulers; its weight.
 
     A ruler is sum s_i / sum n_i over m items of weight n_i; with equal n_i in both arms the difference D is sum d_i / sum n_i,
     and what is returned m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised. None where weights differ.
@@ -209,7 +243,7 @@ def _by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> np.
         return None
     sums = np.mean([[a[item][1] - b[item][1] for item in items] for a, b in both], axis=0) * sign
     mean = sums.sum() / weights.sum()
-    return (sums - mean * weights) * len(items) / weights.sum() + mean
+    return (sums - mean * weights) * len(items) / weights.sum() + mean, weights
 
 
 def _holm(differences: list[Difference]) -> None:
@@ -221,14 +255,14 @@ def _holm(differences: list[Difference]) -> None:
         each.p_value = least
 
 
-def _interval(values: list[float]) -> tuple[float, float] | None:
-    if len(values) < 2:
+def _interval(values: list[float], bounds: tuple[float, float]) -> tuple[float, float] | None:
+    if len(values) < MIN_SEEDS:
         return None
     mean = float(np.mean(values))
     if not math.isfinite(mean):
         return None
     half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean - half, mean + half
+    return within((mean - half, mean + half), bounds)
 
 
 def _mean(arms: dict[int, dict[str, Any]], indices: list[int], ruler: str) -> float:

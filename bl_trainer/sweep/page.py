@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import shlex
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..curves import Curve
 from ..objectives import Objective, Threshold
 from ..pages import document, escape, picture, table
 from .arm import arm_folder, ruler_of
-from .leaderboard import Difference, Leaderboard, Row
+from .leaderboard import MIN_SEEDS, Difference, Leaderboard, Row
 from .plan import RULERS, describe
 
 MAX_CURVES = 8
@@ -82,10 +83,7 @@ def summary(board: Leaderboard, folder: Path) -> str:
     ruler = board.plan.rank_by
     lines = [board.verdict()]
     for row in board.rows:
-        mean, interval = row.values[ruler]
-        lines.append(
-            f"  {row.name}: {ruler} {_value(mean, interval)}{_behind(row)} with {_tuned(row) or 'the recipe as it is'}"
-        )
+        lines.append(f"  {row.name}: {ruler} {_value(row, ruler)}{_behind(row)} with {_tuned(row) or 'the recipe as it is'}")
     lines += [f"  ! {each}" for each in (*_warnings(board), *_failed(board))]
     winner = f"   winner: {folder / 'winner.yaml'}" if board.rows else ""
     lines.append(f"Leaderboard: {folder / 'leaderboard.html'}{winner}")
@@ -99,9 +97,9 @@ def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     header = ["", "with", "seeds", ruler, f"behind by {ruler}", *others, "own loss"]
     rows = []
     for row in board.rows:
-        values = [_value(*row.values[name]) for name in others]
+        values = [_value(row, name) for name in others]
         loss = "" if row.loss is None else f"{row.loss:.4g}"
-        first = [row.name, _tuned(row), str(len(row.arms)), _value(*row.values[ruler]), _difference(row.behind)]
+        first = [row.name, _tuned(row), str(len(row.arms)), _value(row, ruler), _difference(row.behind)]
         rows.append([*first, *values, loss])
     if board.base is not None:
         base = (
@@ -147,9 +145,10 @@ def _explained(board: Leaderboard) -> list[str]:
     measured = f"Measured on {data['examples']:,} held-out examples, {data['tokens']:,} target tokens." if data else ""
     return [
         f"{measured} Ranked by {board.plan.rank_by}.",
-        "Each stands for its best setting, chosen by the mean over seeds on the same held-out data; in brackets 95 % intervals "
-        "over seeds. What it is behind by is paired by seed and by held-out example, where there are several of each, and the "
-        "interval counts both; p is Holm's, for all of these comparisons, the interval that of the one.",
+        "Each stands for its best setting, chosen by the mean over seeds on the same held-out data. In brackets are 95 % "
+        f"intervals over seeds, or the seeds' values if there are fewer than {MIN_SEEDS}. What it is behind by is paired by "
+        "seed and by held-out example, where there are several of each, and the interval counts both; p is Holm's, for all of these "
+        "comparisons, the interval that of the one.",
         *lines,
     ]
 
@@ -196,14 +195,23 @@ def _difference(behind: Difference | None) -> str:
     if behind.interval is None:
         return f"{behind.mean:.4g} (no interval: {'nothing' if not behind.over else 'too little'} to pair by)"
     shown = f"{behind.mean:.4g} ({behind.interval[0]:.4g} to {behind.interval[1]:.4g})"
+    if "seeds" in behind.over and len(behind.by_seed) < MIN_SEEDS:
+        shown = f"{behind.mean:.4g} (by seed: {_listed(behind.by_seed)})"
     if "seeds" not in behind.over:
         return f"{shown} over examples alone"
     shown += f", p = {behind.p_value:.2g}" + ("" if "examples" in behind.over else " over seeds alone")
     return shown + ("" if behind.is_significant else ": no significant difference")
 
 
-def _value(mean: float, interval: tuple[float, float] | None) -> str:
-    return f"{mean:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+def _value(row: Row, ruler: str) -> str:
+    mean, interval = row.values[ruler]
+    if interval:
+        return f"{mean:.4g} ({interval[0]:.4g} to {interval[1]:.4g})"
+    return f"{mean:.4g}" + (f" ({_listed(row.each[ruler])})" if len(row.each[ruler]) > 1 else "")
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _paragraphs(lines: list[str]) -> str:
@@ -214,7 +222,7 @@ def _picture(name: str, board: Leaderboard) -> str:
     if name == "rulers":
         height = 0.9 + 0.22 * len(board.rows)
         return picture(
-            partial(_draw_rulers, board), (7.2, max(1.6, height)), "Each ruler of each objective, with 95 % intervals"
+            partial(_draw_rulers, board), (7.2, max(1.6, height)), "Each ruler of each objective, with 95 % intervals or values"
         )
     return picture(partial(_draw_pareto, board), (7.2, 2.9), "The ruler against drift from the base model")
 
@@ -235,6 +243,8 @@ def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:
             mean, interval = row.values[name]
             if interval:
                 axes.plot(interval, [place, place], "-", color=theme[3][0], lw=1.5)
+            else:
+                axes.plot(row.each[name], [place] * len(row.each[name]), "|", color=theme[3][0], ms=6)
             axes.plot([mean], [place], "o", color=theme[3][0], ms=4)
         if board.base is not None and name in board.base:
             axes.axvline(board.base[name], color=theme[1], lw=1, ls="--")
