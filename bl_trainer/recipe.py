@@ -36,8 +36,9 @@ from .checkpoint import (
     refuse_other_recipe,
     why_broken,
 )
-from .columns import check_columns, columns_of
+from .columns import check_columns
 from .interruption import LossError
+from .labels import check_labels, columns_of
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
@@ -205,6 +206,7 @@ class Recipe:
             if next(iter(dataset), None) is None:
                 raise RecipeError(f"The {split} set is empty.")
             self.check_columns(split, dataset)
+        check_labels(dict(zip(wanted.values(), found, strict=True)), training)
         columns = {split: columns_of(dataset) for split, dataset in zip(wanted.values(), found, strict=True)}
         objective = Objective.parse(training.objective or "nll")
         if reference_source(objective, self.peft_config, columns, collates=False) == "column":
