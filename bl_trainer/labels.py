@@ -19,16 +19,17 @@ OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers ad
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """Return the names of a data set's columns, also of a stream's."""
-    return list(dataset.column_names or next(iter(dataset), {}))
+    """Return the names of the columns that a data set's rows have, also a stream's."""
+    if not isinstance(dataset, Dataset):
+        return list(dataset.column_names or next(iter(dataset), {}))
+    return list(dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"])
 
 
 def plain(dataset: Any) -> Any:
     """Return a data set that gives lists and numbers, not tensors or arrays; a `with_transform` is left to the user."""
     if not isinstance(dataset, Dataset):
         return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
-    kind, shown = dataset.format["type"], dataset.format["columns"]
-    shown = dataset.column_names if dataset.format["output_all_columns"] else shown
+    kind, shown = dataset.format["type"], columns_of(dataset)
     if kind == "custom" or (kind is None and shown == dataset.column_names):
         return dataset
     return dataset.select_columns(shown).with_format(None)
@@ -182,6 +183,16 @@ def check_example(example: dict[str, Any]) -> None:
     _check_row({key: example[key] for key in ("input_ids", "labels") if key in example}, None, "train or evaluation")
 
 
+def refuse_misaligned(batch: Mapping[str, Any]) -> None:
+    """Raise RecipeError on a batch, of whatever collator, that has not one label for each token."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if labels is not None and ids is not None and labels.shape != ids.shape:
+        raise RecipeError(
+            f"Cannot train: the `data_collator` gives labels of shape {(*labels.shape,)} for tokens of shape {(*ids.shape,)}. "
+            "Give one label for each token, -100 where none is to train."
+        )
+
+
 def _labels_of(example: dict[str, Any]) -> list[int]:
     return example.get("labels", example["input_ids"])
 
@@ -198,12 +209,12 @@ def refuse_without_target(
     """Raise RecipeError if no row has a target. `uncut`: gives the same rows before they are cut to length."""
     if any(map(targets_of, rows)):
         return
-    lengths = [found[0] + 1 for example in uncut() if (found := targets_of(example))]
-    if lengths:
-        kept = f"`truncation_mode: {args.truncation_mode}`" if args.truncation_mode != "keep_start" else "the beginning"
+    firsts = [found[0] for example in uncut() if (found := targets_of(example))]
+    if firsts:
+        starts = args.packing or args.truncation_mode == "keep_start"
+        how = f" to at least {min(firsts) + 1}" if starts else ", or write `truncation_mode: keep_start`"
         raise RecipeError(
-            f"Cannot use the {name} set: `max_length: {args.max_length}` leaves no target in any row ({kept} is kept). Raise "
-            f"`max_length`; the first target of a row is its token {min(lengths)} or later."
+            f"Cannot use the {name} set: `max_length: {args.max_length}` cuts every target off, in all rows. Raise it{how}."
         )
     raise RecipeError(
         f"Cannot use the {name} set: no row has a target. Every label is -100, or that of a row's first token, which nothing "

@@ -395,6 +395,8 @@ class Recipe:
         if (script.dataset_streaming or mixture.streaming) and self.training.max_steps <= 0:
             key = "streaming" if mixture.streaming else "dataset_streaming"
             raise RecipeError(f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps.")
+        if (script.dataset_streaming or mixture.streaming) and self.training.dataloader_drop_last:
+            raise RecipeError("`dataloader_drop_last` has no effect on a streamed data set. Remove it.")
         template = self.training.chat_template_path
         if template:
             self._check_template(Path(template))

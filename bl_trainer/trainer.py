@@ -58,7 +58,7 @@ from .composition import spell
 from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
-from .labels import check_example, check_labels, check_rows, columns_of, plain, refuse_without_target
+from .labels import check_example, check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS, RecipeError
@@ -424,6 +424,7 @@ class BLTrainer(SFTTrainer):
         return None, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        refuse_misaligned(inputs)
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
         if self.reference == "column" and REFERENCE not in inputs:
             raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
