@@ -17,17 +17,13 @@ from trl.data_utils import is_conversational
 
 from .annotation import template_mask
 from .interruption import REFERENCE, ROW
+from .labels import columns_of, plain
 from .parser import RecipeError
 from .specs import is_number
 
 WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
 TEMPLATE = "bl_template"  # 1 for a token that the chat template made
 FILLS = {WEIGHT: 1.0, TEMPLATE: 0, REFERENCE: 0.0}
-
-
-def columns_of(dataset: Any) -> list[str]:
-    """Return the names of a data set's columns, also of a stream's."""
-    return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def check_weights(dataset: Any, name: str) -> Any:
@@ -37,7 +33,7 @@ def check_weights(dataset: Any, name: str) -> Any:
     """
     has_tokens = "input_ids" in columns_of(dataset)
     if isinstance(dataset, Dataset):
-        for row, value in enumerate(dataset.select_columns([WEIGHT])[:][WEIGHT]):
+        for row, value in enumerate(plain(dataset).select_columns([WEIGHT])[:][WEIGHT]):
             _check_weight(value, row, name, has_tokens)
         return dataset
 
@@ -129,6 +125,7 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
 def _row(key: str, example: dict[str, Any]) -> Tensor:
     """Return a column of an example, a number for each token. Raises RecipeError on what only an unprepared set may hold."""
     size, value = len(example["input_ids"]), example.get(key)
+    value = value.tolist() if hasattr(value, "tolist") else value  # of a set `with_format`
     if isinstance(value, list) and len(value) != size:
         raise RecipeError(f"`{key}` has {len(value)} numbers for {size} tokens. Give one for each.")
     try:

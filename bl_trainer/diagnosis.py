@@ -20,10 +20,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
 from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
-from .columns import WEIGHT, columns_of
+from .columns import WEIGHT
 from .continuum import summarise, summarise_comparison
 from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
 from .interruption import REFERENCE
+from .labels import columns_of
 from .learnability import Probe, halves, probe_adapter
 from .local_data import load_dataset
 from .measurement import count_targets, measure, score_batch
@@ -115,6 +116,9 @@ class _Diagnoser(BLTrainer):
 
     def _heads_in_use(self) -> set[str]:
         return super()._heads_in_use() | {"own"}
+
+    def _refuse_without_target(self, prepared: Any, name: str, args: Any, uncut: Any = tuple) -> None:
+        return  # one process's share of the rows may have none
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         length, self.packs, by = args.max_length, packing, self.by

@@ -36,8 +36,9 @@ from .checkpoint import (
     refuse_other_recipe,
     why_broken,
 )
-from .columns import check_columns, columns_of
+from .columns import check_columns
 from .interruption import LossError
+from .labels import check_labels, columns_of
 from .local_data import find_fault, is_path, load_dataset, local_files
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
@@ -205,6 +206,7 @@ class Recipe:
             if next(iter(dataset), None) is None:
                 raise RecipeError(f"The {split} set is empty.")
             self.check_columns(split, dataset)
+        check_labels(dict(zip(wanted.values(), found, strict=True)), training)
         columns = {split: columns_of(dataset) for split, dataset in zip(wanted.values(), found, strict=True)}
         objective = Objective.parse(training.objective or "nll")
         if reference_source(objective, self.peft_config, columns, collates=False) == "column":
@@ -393,6 +395,8 @@ class Recipe:
         if (script.dataset_streaming or mixture.streaming) and self.training.max_steps <= 0:
             key = "streaming" if mixture.streaming else "dataset_streaming"
             raise RecipeError(f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps.")
+        if (script.dataset_streaming or mixture.streaming) and self.training.dataloader_drop_last:
+            raise RecipeError("`dataloader_drop_last` has no effect on a streamed data set. Remove it.")
         template = self.training.chat_template_path
         if template:
             self._check_template(Path(template))

@@ -1,13 +1,13 @@
 """What would train something else than the recipe says: each is refused by name, before the model loads where that can be."""
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PrefixTuningConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoConfig, TrainingArguments
 
@@ -91,10 +91,9 @@ def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
     """Raise ValueError if `peft_config` puts an adapter on `lm_head`, which the fused head would pass by."""
     targets = getattr(peft_config, "target_modules", None) or []
     parameters = getattr(peft_config, "target_parameters", None) or []
-    names = [targets] if isinstance(targets, str) else list(targets)
-    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(targets, "lm_head"):
-        names.append("lm_head")
-    if any(name.split(".")[-1] == "lm_head" for name in names) or any("lm_head" in name for name in parameters):
+    spelt = [] if isinstance(targets, str) else [name for name in targets if name.split(".")[-1] == "lm_head"]
+    adapted = targets and any(check_target_module_exists(peft_config, key) for key in ("lm_head", *spelt))
+    if adapted or any("lm_head" in name for name in parameters):
         raise ValueError(
             "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
             "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."

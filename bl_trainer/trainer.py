@@ -1,5 +1,6 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
+import copy
 import functools
 import inspect
 import json
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,17 @@ from .columns import (
     TokenColumns,
     check_columns,
     check_weights,
-    columns_of,
     for_each_token,
     lay_out,
 )
 from .composition import spell
+from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
+from .labels import check_example, check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, spell_probability, trains
-from .parser import SECRETS
+from .parser import SECRETS, RecipeError
 from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import (
     is_context_parallel,
@@ -219,6 +222,7 @@ class BLTrainer(SFTTrainer):
 }""",
     }
 
+    @leaves_no_empty_folder
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if Version(version("trl")) < Version("1.16") and find_spec("triton") is None:
             raise ValueError(
@@ -241,7 +245,10 @@ class BLTrainer(SFTTrainer):
         self.parsed_objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
+        self.made_folders = missing_folders(Path(given["args"].output_dir)) if given.get("args") is not None else []
         super().__init__(*args, **kwargs)
+        if given.get("peft_config") is not None:
+            refuse_unmatched(self.model)
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         self._has_adapter = is_peft_model(self.model)
         self._add_heads(self.model)
@@ -274,6 +281,7 @@ class BLTrainer(SFTTrainer):
         self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
         self._tokens_before = 0  # that earlier calls of `train` have seen
         self.recipe: dict[str, Any] | None = None
+        self._has_met_targets = False
         self._first_step = 0  # of this process; a resumed run begins later
         self.is_left = False  # whether a finished run was found that is left as it is
 
@@ -322,6 +330,25 @@ class BLTrainer(SFTTrainer):
         refuse_bypass(self.args)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = check_rows(plain(dataset), dataset_name)
+        prepared = self._prepare_rows(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        def uncut():
+            whole = copy.copy(args)
+            whole.max_length = None
+            return self._prepare_rows(dataset, processing_class, whole, False, formatting_func, dataset_name)
+
+        self._refuse_without_target(prepared, dataset_name, args, uncut)
+        return prepared
+
+    def _refuse_without_target(self, prepared: Any, name: str, args: Any, uncut: Callable[[], Any] = tuple) -> None:
+        """Raise RecipeError if a prepared set has no target, in what is used of it, and say if cutting took it."""
+        used = None
+        if isinstance(prepared, IterableDataset) and name == "train" and args.max_steps > 0:
+            used = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+        refuse_without_target(islice(prepared, used), name, args, lambda: islice(uncut(), used))
+
+    def _prepare_rows(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         numbers = getattr(args, "stop_on_nan", False) and dataset_name == "train"
         marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
         present = columns_of(dataset)
@@ -377,9 +404,15 @@ class BLTrainer(SFTTrainer):
             obstacle = "context parallelism cuts sequences up"
         evaluated = given.get("eval_dataset")
         evaluated = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
-        for name, dataset in {"train": given.get("train_dataset"), **evaluated}.items():
-            if dataset is not None and not isinstance(dataset, str):
-                check_columns(dataset, name, marks, obstacle)
+        sets = {"train": given.get("train_dataset"), **evaluated}
+        sets = {name: dataset for name, dataset in sets.items() if dataset is not None and not isinstance(dataset, str)}
+        for name, dataset in sets.items():
+            check_columns(dataset, name, marks, obstacle)
+        if collator is None or type(collator) is DataCollatorForLanguageModeling:
+            check_labels(sets, args, given.get("formatting_func") is not None)
+            for name, dataset in sets.items():
+                if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") and isinstance(dataset, Dataset):
+                    self._refuse_without_target(plain(dataset), name, args)
 
     def _find_special_ids(self) -> Tensor | None:
         """Return the ids of end and special tokens, where the objective has `special_tokens`."""
@@ -472,6 +505,7 @@ class BLTrainer(SFTTrainer):
         return None, None, None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        refuse_misaligned(inputs)
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
         if self.reference == "column" and REFERENCE not in inputs:
             raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
@@ -634,12 +668,31 @@ class BLTrainer(SFTTrainer):
                 if name in means:
                     self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
                     logs[name] = means[name]
+            self._has_met_targets |= math.isfinite(means.get("kept_fraction", math.nan))
             self._warn(means, logs.get("grad_norm"))
             logs.update(self._scheduled(max(self.state.global_step - 1, 0)))  # by which the last step was made
         super().log(logs, start_time)
 
+    def _refuse_unlearnt(self) -> None:
+        """Raise RecipeError if training has ended without a step, or without a target in all its steps."""
+        if not self.has_begun:
+            raise RecipeError(
+                "Nothing trained: the training set gave no complete batch, so no step was made. Check its size, "
+                "`dataloader_drop_last` and `per_device_train_batch_size`."
+            )
+        if not self._has_met_targets:
+            raise RecipeError(
+                "Nothing trained: no row of any step had a target. Every label was -100. Check `labels`, the masks and the "
+                "`data_collator`."
+            )
+
     def _warn(self, means: dict[str, float], grad_norm: float | None = None) -> None:
-        if means.get("kept_fraction") == 0:
+        if math.isnan(means.get("kept_fraction", 0)):
+            logger.warning(
+                "Nothing trains: since the last log no row had a target; every label was -100. Check `labels`, the masks and "
+                "`max_length`."
+            )
+        elif means.get("kept_fraction") == 0:
             logger.warning(
                 f"Nothing trains: since the last log no target token was within the threshold {self.threshold.to_dict()} "
                 f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
@@ -676,6 +729,10 @@ class BLTrainer(SFTTrainer):
             )
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
+        if self._observe is None and math.isnan(means.get("kept_fraction", math.nan)):
+            raise RecipeError(
+                f"Cannot evaluate the {metric_key_prefix} set: no row has a target. It is empty, or every label is -100."
+            )
         if means and output.metrics is not None:
             self._warn(means)
             for name in METRICS:
@@ -689,12 +746,29 @@ class BLTrainer(SFTTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def _refuse_dropped(self) -> None:
+        """Raise RecipeError if `dataloader_drop_last` leaves nothing of a set; of a stream nothing is dropped."""
+        if not self.args.dataloader_drop_last:
+            return
+        sharers = getattr(self.accelerator.parallelism_config, "non_data_parallel_size", 1)
+        processes = 1 if self.accelerator.split_batches else self.accelerator.num_processes // sharers
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        evaluated = {} if self.args.eval_strategy == "no" else evaluated
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            kind = "train" if name == "train" else "eval"
+            if isinstance(dataset, Dataset):
+                size = getattr(self.args, f"{kind}_batch_size") * processes
+                refuse_dropped(len(dataset), size, name, f"per_device_{kind}_batch_size")
+
+    @leaves_no_empty_folder
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         self.is_left, self._tokens_before = False, self._total_train_tokens
         if trial is not None:  # whose model is another, and its percentile too
             self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
+        refuse_frozen(self.model)
+        self._refuse_dropped()
         listens = getattr(self.args, "enable_jit_checkpoint", False)
         with self._sigterm.listening() if listens else nullcontext():
             if resume_from_checkpoint is True:
@@ -716,6 +790,7 @@ class BLTrainer(SFTTrainer):
                 self.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
             output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
             self.average_weights()
+            self._refuse_unlearnt()
             return output
 
     def begin_counting(self) -> None:
@@ -854,6 +929,8 @@ class _Collator(DataCollatorForLanguageModeling):
     """TRL's collator, which also lays columns out, and says where one example ends in the one row of padding-free mode."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            check_example(example)
         batch = super().torch_call(examples)
         lay_out(examples, batch)
         if self.padding_free:

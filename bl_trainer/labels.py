@@ -1,0 +1,222 @@
+"""Which tokens of a data set train: its labels and masks, and the keys and columns that would have no say in it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from .interruption import REFERENCE
+from .parser import RecipeError
+
+MASKS = ("completion_mask", "assistant_masks")
+OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
+CHATS = ("prompt", "completion", "messages", "conversations")
+OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers add of themselves
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Return the names of the columns that a data set's rows have, also a stream's."""
+    if not isinstance(dataset, Dataset):
+        return list(dataset.column_names or next(iter(dataset), {}))
+    return list(dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"])
+
+
+def plain(dataset: Any) -> Any:
+    """Return a data set that gives lists and numbers, not tensors or arrays; a `with_transform` is left to the user."""
+    if not isinstance(dataset, Dataset):
+        return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
+    kind, shown = dataset.format["type"], columns_of(dataset)
+    if kind == "custom" or (kind is None and shown == dataset.column_names):
+        return dataset
+    return dataset.select_columns(shown).with_format(None)
+
+
+def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) -> None:
+    """Raise RecipeError on labels and masks that are wrong, and on keys and columns that choose targets without effect.
+
+    Args:
+        sets: The training set, then the evaluation sets, by name.
+        args: An `SFTConfig`, or None.
+        owns_text: Whether a `formatting_func` renders the examples.
+    """
+    firsts = {name: next(iter(plain(dataset)), None) for name, dataset in sets.items()}
+    asks = getattr(args, "completion_only_loss", None)
+    trained = next(iter(firsts.values())) or {}
+    asks = True if asks is None and {"prompt", "completion"} <= trained.keys() else asks
+    for name, first in firsts.items():
+        if first is None:
+            raise RecipeError(f"The {name} set is empty.")
+        if "input_ids" in first:
+            _refuse_idle_on_tokens(first, name, args, asks)
+        else:
+            _refuse_idle_on_text(first, name, args, owns_text)
+        if isinstance(sets[name], Dataset):
+            check_rows(sets[name], name)
+
+
+def _refuse_idle_on_text(first: dict[str, Any], name: str, args: Any, owns_text: bool) -> None:
+    for column in (*OF_TOKENS, "seq_lengths"):
+        if column in first:
+            raise RecipeError(
+                f"Cannot use the column `{column}` of the {name} set: it has no `input_ids` to go with. Remove the column, or "
+                "give `input_ids` as well."
+            )
+    if owns_text:
+        return
+    is_chat = any(isinstance(first.get(key), list) for key in CHATS)
+    if getattr(args, "completion_only_loss", None) and not {"prompt", "completion"} <= first.keys():
+        instead = "Write `assistant_only_loss: true` instead" if is_chat else "Remove it"
+        raise RecipeError(
+            f"`completion_only_loss: true` has no effect on the {name} set: it has no prompt and completion. {instead}, or "
+            "split each row into the columns `prompt` and `completion`."
+        )
+    if getattr(args, "assistant_only_loss", False) and not is_chat:
+        instead = "Write `completion_only_loss: true` instead" if "completion" in first else "Remove it"
+        raise RecipeError(
+            f"`assistant_only_loss: true` has no effect on the {name} set: it has no messages. {instead}, or give messages "
+            "with roles."
+        )
+
+
+def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completion_only: bool | None) -> None:
+    """Raise RecipeError on what has no effect beside `input_ids`. `completion_only`: None where nobody has decided."""
+    _refuse_unread(first, name)
+    labelled, masked = "labels" in first, "completion_mask" in first
+    ruled = [mask for mask in MASKS if mask in first and (mask != "completion_mask" or completion_only is not False)]
+    if labelled and ruled:
+        raise RecipeError(
+            f"The column `{ruled[0]}` of the {name} set has no effect: its `labels` choose the targets. Remove one of the two."
+        )
+    if getattr(args, "completion_only_loss", None) and not masked:
+        why = "its `labels` choose the targets" if labelled else "it has `input_ids` without `completion_mask`"
+        how = "Remove the key" if labelled else "Add the column `completion_mask`, or `labels` with -100 for each prompt token"
+        raise RecipeError(f"`completion_only_loss: true` has no effect on the {name} set: {why}. {how}.")
+    if masked and completion_only is None:
+        raise RecipeError(
+            f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
+            "true`, or remove the column."
+        )
+    if getattr(args, "assistant_only_loss", False):
+        raise RecipeError(
+            f"`assistant_only_loss: true` has no effect on the {name} set: it has `input_ids`, not messages. Remove the key; "
+            "a column `assistant_masks` works without it."
+        )
+    if "seq_lengths" in first and (getattr(args, "packing", False) or not getattr(args, "padding_free", False)):
+        raise RecipeError(
+            f"The column `seq_lengths` of the {name} set has no effect: packed examples would see each other. Write "
+            "`padding_free: true` without `packing`, or give one example per row."
+        )
+
+
+def _refuse_unread(first: dict[str, Any], name: str) -> None:
+    """Raise RecipeError on a column of numbers for each token whose name is nearly right, or that of an unknown mask."""
+    for column, value in first.items():
+        known = column in (*OF_TOKENS, *OF_TOKENIZERS, REFERENCE)
+        if known or not isinstance(value, list) or len(value) != len(first["input_ids"]):
+            continue
+        near = get_close_matches(column, {*OF_TOKENS, REFERENCE} - first.keys(), 1, 0.85)
+        if near or "mask" in column:
+            instead = f"`{near[0]}`" if near else "`labels` with -100 for what is masked, or rename it to `completion_mask`"
+            raise RecipeError(f"The column {column!r} of the {name} set has no effect. Write {instead}, or remove it.")
+
+
+def check_rows(dataset: Any, name: str) -> Any:
+    """Return a data set, its labels and masks checked against `input_ids`; a stream's are checked as it is read.
+
+    Raises RecipeError with the number of the first row that is wrong.
+    """
+    present = columns_of(dataset)
+    columns = [column for column in (*OF_TOKENS, "attention_mask") if column in present]
+    if "input_ids" not in present or not columns:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name})
+    if dataset.format["type"] != "custom":
+        start = 0
+        for table in plain(dataset).select_columns(["input_ids", *columns]).with_format("arrow").iter(1000):
+            if not _is_aligned(table, columns):
+                for row, example in enumerate(table.to_pylist(), start):
+                    _check_row(example, row, name)
+            start += len(table)
+    return dataset
+
+
+def _is_aligned(table: pa.Table, columns: list[str]) -> bool:
+    """Whether nothing in a table needs a look, row by row: much faster than that look."""
+    sizes = _sizes(table["input_ids"])
+    aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in columns)
+    return aligned and ("attention_mask" not in columns or pc.min(pc.list_flatten(table["attention_mask"])).as_py() != 0)
+
+
+def _sizes(lists: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = lists.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return pc.list_value_length(lists) if is_list else pa.nulls(len(lists), pa.int32())
+
+
+def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:
+    which = f"row {row} of the {name} set, counted from 0" if row is not None else f"an example of the {name} set"
+    size = len(example["input_ids"])
+    for column in OF_TOKENS:
+        if column in example and (not hasattr(example[column], "__len__") or len(example[column]) != size):
+            value = example[column]
+            count = f"{len(value)} numbers" if hasattr(value, "__len__") else repr(value)
+            raise RecipeError(
+                f"Cannot train on {which}: `{column}` has {count} for {size} tokens. Give one number for each of `input_ids`."
+            )
+    mask = example.get("attention_mask") or ()
+    targets = [not hidden and label != -100 for hidden, label in zip(mask, _labels_of(example), strict=False)]
+    if any(targets) or 0 in mask[: sum(map(bool, mask))]:
+        raise RecipeError(
+            f"Cannot train on {which}: its `attention_mask` hides tokens and is not read. Leave the padding out; the trainer "
+            "pads."
+        )
+    return {}
+
+
+def check_example(example: dict[str, Any]) -> None:
+    """Raise RecipeError on an example for the collator whose labels are not as many as its tokens."""
+    _check_row({key: example[key] for key in ("input_ids", "labels") if key in example}, None, "train or evaluation")
+
+
+def refuse_misaligned(batch: Mapping[str, Any]) -> None:
+    """Raise RecipeError on a batch, of whatever collator, that has not one label for each token."""
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if labels is not None and ids is not None and labels.shape != ids.shape:
+        raise RecipeError(
+            f"Cannot train: the `data_collator` gives labels of shape {(*labels.shape,)} for tokens of shape {(*ids.shape,)}. "
+            "Give one label for each token, -100 where none is to train."
+        )
+
+
+def _labels_of(example: dict[str, Any]) -> list[int]:
+    return example.get("labels", example["input_ids"])
+
+
+def targets_of(example: dict[str, Any]) -> list[int]:
+    """Return the positions of a prepared example's targets: labels of tokens that others stand before."""
+    starts = {0, *accumulate(example.get("seq_lengths") or ())}
+    return [i for i, label in enumerate(_labels_of(example)) if label != -100 and i not in starts]
+
+
+def refuse_without_target(
+    rows: Iterable[dict[str, Any]], name: str, args: Any, uncut: Callable[[], Iterable[dict[str, Any]]] = tuple
+) -> None:
+    """Raise RecipeError if no row has a target. `uncut`: gives the same rows before they are cut to length."""
+    if any(map(targets_of, rows)):
+        return
+    firsts = [found[0] for example in uncut() if (found := targets_of(example))]
+    if firsts:
+        starts = args.packing or args.truncation_mode == "keep_start"
+        how = f" to at least {min(firsts) + 1}" if starts else ", or write `truncation_mode: keep_start`"
+        raise RecipeError(
+            f"Cannot use the {name} set: `max_length: {args.max_length}` cuts every target off, in all rows. Raise it{how}."
+        )
+    raise RecipeError(
+        f"Cannot use the {name} set: no row has a target. Every label is -100, or that of a row's first token, which nothing "
+        "predicts. Check `labels`, the masks and the chat template."
+    )

@@ -1,0 +1,463 @@
+"""Runs that could not learn, and labels, keys and columns that would have no effect: refused before training, in words."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import BatchSampler
+from trl import SFTTrainer
+
+from bl_trainer import BLConfig, BLTrainer
+from bl_trainer.__main__ import main
+from bl_trainer.guards import refuse_dropped
+from bl_trainer.parser import RecipeError
+from conftest import make_llama, write_recipe
+from ways import Gradients, build, train, weights
+
+TEXT = {"text": "hello there"}
+PAIR = {"prompt": "abc", "completion": "de"}
+CHAT = {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "abc"}, {"from": "gpt", "value": "de"}]}
+IDS = {"input_ids": [5, 6, 7, 8]}
+GOOD = {**IDS, "labels": [-100, 6, 7, 8]}
+MASKED = {**IDS, "labels": [-100] * 4}
+
+kinds = pytest.mark.parametrize("streamed", [False, True], ids=["set", "stream"])
+
+
+def as_data(rows, streamed=False):
+    data = Dataset.from_list(rows)
+    return data.to_iterable_dataset() if streamed else data
+
+
+def refused(tokenizer, tmp_path, rows, message, streamed=False, trains=False, **options):
+    """A trainer over `rows` isn't built, or doesn't begin to train, says why, and leaves no folder behind."""
+    rows = as_data(rows, streamed) if isinstance(rows, list) else rows
+    with pytest.raises(ValueError, match=message):
+        (train if trains else build)(BLTrainer, tokenizer, rows, tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def verb_refuses(tmp_path, checkpoint, rows, message, capsys, test_rows=None, **changes):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, part in (("train", rows), ("test", test_rows)):
+        if part is not None:
+            (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data, **changes))])
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = (line for line in printed.err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert "Model saved" not in printed.out
+    assert not (tmp_path / "out").exists()
+
+
+class TestNoTarget:
+    @kinds
+    @pytest.mark.parametrize(
+        ("rows", "options"),
+        [
+            ([MASKED] * 8, {}),
+            ([MASKED] * 8, {"packing": True, "max_length": 16}),
+            ([MASKED] * 8, {"objective": "neg_p", "stop_on_nan": True}),
+            ([{"input_ids": [5], "labels": [5]}] * 8, {}),  # which nothing predicts
+            ([{"input_ids": [5], "labels": [5]}] * 8, {"packing": True, "max_length": 16}),
+            ([{**MASKED, "objective_weight": 2.0}] * 8, {"packing": True, "max_length": 16}),
+        ],
+        ids=str,
+    )
+    def test_of_the_whole_training_set(self, rows, options, streamed, tokenizer, tmp_path):
+        refused(tokenizer, tmp_path, rows, "Cannot use the train set: no row has a target", streamed, **options)
+
+    def test_one_target_is_enough(self, tokenizer, tmp_path):
+        train(BLTrainer, tokenizer, as_data([MASKED] * 7 + [GOOD]), tmp_path)
+
+    def test_of_a_set_that_is_not_prepared(self, tokenizer, tmp_path):
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        refused(tokenizer, tmp_path, [MASKED] * 8, "Cannot use the train set: no row has a target", **options)
+
+    @kinds
+    def test_of_an_evaluation_set(self, streamed, tokenizer, tmp_path):
+        sets = {"good": as_data([GOOD] * 4), "bad": as_data([MASKED] * 4, streamed)}
+        message = "Cannot use the bad set: no row has a target"
+        refused(tokenizer, tmp_path, [GOOD] * 8, message, eval_data=sets, eval_strategy="epoch")
+
+    def test_of_a_set_given_to_evaluate(self, tokenizer, tmp_path):
+        trainer = build(BLTrainer, tokenizer, as_data([GOOD] * 8), tmp_path)
+        with pytest.raises(RecipeError, match="Cannot use the eval set: no row has a target"):
+            trainer.evaluate(as_data([MASKED] * 4))
+
+    def test_that_a_collator_makes(self, tokenizer, tmp_path, monkeypatch):
+        """Only training shows it: the logs warn, and no model counts as trained."""
+        said = []
+        monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+        trainer = build(BLTrainer, tokenizer, as_data([GOOD] * 8), tmp_path, eval_data=as_data([GOOD] * 8))
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: collate([{**row, "labels": [-100] * len(row["labels"])} for row in rows])
+        with pytest.raises(RecipeError, match="Cannot evaluate the eval set: no row has a target"):
+            trainer.evaluate()
+        with pytest.raises(RecipeError, match="Nothing trained: no row of any step had a target"):
+            trainer.train()
+        assert said[0].startswith("Nothing trains: since the last log no row had a target")
+
+    def test_in_the_verb(self, checkpoint, tmp_path, capsys):
+        verb_refuses(tmp_path, checkpoint, [MASKED] * 8, "Cannot use the train set: no row has a target", capsys, max_steps=1)
+
+
+class TestCutOff:
+    LONG = {"prompt": "a" * 30, "completion": "bc"}
+
+    @kinds
+    @pytest.mark.parametrize("options", [{}, {"packing": True}, {"packing": True, "objective": "neg_p", "stop_on_nan": True}])
+    def test_every_target(self, options, streamed, tokenizer, tmp_path):
+        message = "Cannot use the train set: `max_length: 16` cuts every target off, in all rows. Raise it to at least 31."
+        refused(tokenizer, tmp_path, [self.LONG] * 8, message, streamed, max_length=16, **options)
+        train(BLTrainer, tokenizer, as_data([self.LONG] * 8, streamed), tmp_path, **{**options, "max_length": 31})
+
+    def test_at_the_end(self, tokenizer, tmp_path):
+        row = {"input_ids": [5] * 30, "labels": [5] * 10 + [-100] * 20}
+        message = "`max_length: 16` cuts every target off, in all rows. Raise it, or write `truncation_mode: keep_start`"
+        refused(tokenizer, tmp_path, [row] * 8, message, max_length=16, truncation_mode="keep_end")
+
+    def test_of_an_evaluation_set(self, checkpoint, tmp_path, capsys):
+        changes = {"max_length": 16, "max_steps": 1, "eval_strategy": "steps"}
+        message = "Cannot use the eval set: `max_length: 16` cuts every target off"
+        verb_refuses(tmp_path, checkpoint, [PAIR] * 8, message, capsys, [self.LONG] * 4, **changes)
+
+    def test_of_the_training_set_in_the_verb(self, checkpoint, tmp_path, capsys):
+        message = "`max_length: 16` cuts every target off"
+        verb_refuses(tmp_path, checkpoint, [self.LONG] * 8, message, capsys, max_length=16, max_steps=1)
+
+    def test_an_empty_set(self, tokenizer, tmp_path):
+        empty = Dataset.from_dict({"text": []})
+        refused(tokenizer, tmp_path, empty, "The train set is empty")
+        refused(tokenizer, tmp_path, [TEXT] * 4, "The eval set is empty", eval_data=empty)
+
+
+class TestFrozen:
+    def test_an_adapter_that_is_loaded_for_inference(self, tokenizer, text_data, tmp_path):
+        get_peft_model(make_llama(tokenizer), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        load = lambda **how: PeftModel.from_pretrained(make_llama(tokenizer), tmp_path / "adapter", **how)  # noqa: E731
+        message = "Cannot train PeftModel.*: all its parameters are frozen. .*`is_trainable=True`"
+        refused(tokenizer, tmp_path, text_data, message, trains=True, model=load())
+        start = load(is_trainable=True)
+        before = {name: p.detach().clone() for name, p in start.named_parameters() if p.requires_grad}
+        after = weights(train(BLTrainer, tokenizer, text_data, tmp_path, model=start))
+        assert any(not torch.equal(after[name], p) for name, p in before.items())
+
+    def test_an_adapter_that_transformers_loads(self, tokenizer, text_data, tmp_path):
+        make_llama(tokenizer).save_pretrained(tmp_path / "base")
+        base = type(make_llama(tokenizer)).from_pretrained(tmp_path / "base")
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        model = type(base).from_pretrained(tmp_path / "adapter")
+        refused(tokenizer, tmp_path, text_data, "all its parameters are frozen", trains=True, model=model)
+
+    def test_a_frozen_model_can_be_evaluated(self, tokenizer, text_data, tmp_path):
+        model = make_llama(tokenizer).requires_grad_(False)
+        refused(tokenizer, tmp_path, text_data, "Cannot train LlamaForCausalLM: all its", trains=True, model=model)
+        options = {"model": model, "eval_data": text_data}
+        assert "eval_nll" in build(BLTrainer, tokenizer, text_data, tmp_path, **options).evaluate()
+
+    def test_an_adapter_for_inference(self, tokenizer, text_data, tmp_path):
+        config = LoraConfig(target_modules=["q_proj"], inference_mode=True)
+        refused(tokenizer, tmp_path, text_data, "all its parameters are frozen", trains=True, peft_config=config)
+
+
+class TestNoStep:
+    @pytest.mark.parametrize(
+        ("rows", "batch", "processes"), [(3, 4, 1), (7, 4, 2), (8, 4, 2), (4, 4, 1), (9, 4, 3), (12, 4, 3)]
+    )
+    def test_as_accelerate_drops(self, rows, batch, processes):
+        sampler = BatchSampler(range(rows), batch, drop_last=True)
+        steps = len(BatchSamplerShard(sampler, processes, 0))
+        if steps:
+            refuse_dropped(rows, batch * processes, "train", "key")
+        else:
+            with pytest.raises(RecipeError, match=f"drops its only batch, {rows} rows where all processes take"):
+                refuse_dropped(rows, batch * processes, "train", "key")
+
+    @pytest.mark.parametrize("options", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+    def test_of_training(self, options, tokenizer, text_data, tmp_path):
+        options = {"dataloader_drop_last": True, "per_device_train_batch_size": 4, **options}
+        message = "Cannot use the train set: `dataloader_drop_last: true` drops its only batch, 3 rows where all"
+        refused(tokenizer, tmp_path, text_data.select(range(3)), message, trains=True, **options)
+        assert train(BLTrainer, tokenizer, text_data.select(range(4)), tmp_path, **options).state.global_step > 0
+
+    def test_of_training_on_several_processes(self, tokenizer, text_data, tmp_path, monkeypatch):
+        options = {"dataloader_drop_last": True, "per_device_train_batch_size": 2}
+        trainer = build(BLTrainer, tokenizer, text_data.select(range(5)), tmp_path, **options)
+        trainer._refuse_dropped()
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+        with pytest.raises(RecipeError, match="5 rows where all processes take 6"):
+            trainer._refuse_dropped()
+
+    def test_of_evaluation(self, tokenizer, text_data, tmp_path):
+        options = {"eval_data": text_data.select(range(3)), "per_device_eval_batch_size": 4, "dataloader_drop_last": True}
+        message = "Cannot use the eval set: `dataloader_drop_last: true` .* lower `per_device_eval_batch_size`"
+        refused(tokenizer, tmp_path, text_data, message, trains=True, eval_strategy="epoch", **options)
+
+    def test_packing_counts_packed_rows(self, checkpoint, tmp_path, capsys):
+        changes = {"dataloader_drop_last": True, "packing": True, "max_length": 64, "per_device_train_batch_size": 2}
+        message = "Cannot use the train set: `dataloader_drop_last: true` drops its only batch, 1 rows where all"
+        verb_refuses(tmp_path, checkpoint, [PAIR] * 8, message, capsys, **changes)
+
+    def test_of_a_loader_that_gives_nothing(self, tokenizer, text_data, tmp_path):
+        trainer = build(BLTrainer, tokenizer, text_data, tmp_path)
+        trainer.get_train_dataloader = lambda: []
+        with pytest.raises(RecipeError, match="Nothing trained: the training set gave no complete batch"):
+            trainer.train()
+
+    def test_a_stream_has_no_last_batch(self, checkpoint, tmp_path, capsys):
+        changes = {"dataloader_drop_last": True, "dataset_streaming": True, "max_steps": 1}
+        verb_refuses(tmp_path, checkpoint, [PAIR] * 3, "`dataloader_drop_last` has no effect on a streamed", capsys, **changes)
+
+
+WITHOUT_EFFECT = [
+    ([TEXT], {"completion_only_loss": True}, "has no prompt and completion. Remove it, or split each row"),
+    ([CHAT], {"completion_only_loss": True}, "Write `assistant_only_loss: true` instead"),
+    ([SHAREGPT], {"completion_only_loss": True}, "Write `assistant_only_loss: true` instead"),
+    ([IDS], {"completion_only_loss": True}, "it has `input_ids` without `completion_mask`"),
+    ([GOOD], {"completion_only_loss": True}, "its `labels` choose the targets. Remove the key"),
+    ([TEXT], {"assistant_only_loss": True}, "it has no messages. Remove it, or give messages"),
+    ([PAIR], {"assistant_only_loss": True}, "Write `completion_only_loss: true` instead"),
+    ([{**IDS, "assistant_masks": [0, 0, 1, 1]}], {"assistant_only_loss": True}, "`assistant_masks` works without it"),
+    ([{**IDS, "completion_mask": [0, 0, 1, 1]}], {}, "no effect without its key. Write `completion_only_loss: true`"),
+    ([{**GOOD, "completion_mask": [0, 0, 1, 1]}], {}, "`completion_mask` of the train set has no effect: its `labels` choose"),
+    ([{**GOOD, "assistant_masks": [0, 0, 1, 1]}], {}, "`assistant_masks` of the train set has no effect: its `labels` choose"),
+    (
+        [{**IDS, "assistant_mask": [0, 0, 1, 1]}],
+        {},
+        "The column 'assistant_mask' of the train set has no effect. Write `a",
+    ),
+    ([{**IDS, "label": [5, 6, 7, 8]}], {}, "The column 'label' of the train set has no effect. Write `labels`"),
+    (
+        [{**IDS, "loss_mask": [0, 0, 1, 1]}],
+        {},
+        "The column 'loss_mask' of the train set has no effect. Write `labels` wi",
+    ),
+    ([{**GOOD, "seq_lengths": [2, 2]}], {}, "`seq_lengths` of the train set has no effect: packed examples would see each"),
+    ([{**TEXT, "labels": [2, 7]}], {}, "Cannot use the column `labels` of the train set: it has no `input_ids`"),
+    ([{**PAIR, "completion_mask": [0, 1]}], {}, "Cannot use the column `completion_mask` of the train set: it has no `inp"),
+    ([{**CHAT, "assistant_masks": [0, 1]}], {}, "Cannot use the column `assistant_masks` of the train set: it has no `inp"),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), WITHOUT_EFFECT, ids=str)
+def test_what_has_no_effect_is_an_error(rows, options, message, tokenizer, checkpoint, tmp_path, capsys):
+    args = BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **options)
+    for kind in (Dataset.from_list(rows * 8), Dataset.from_list(rows * 8).to_iterable_dataset()):
+        with pytest.raises(RecipeError) as caught:  # before the model loads
+            BLTrainer("no-such-model", args, train_dataset=kind)
+        assert message in str(caught.value)
+    verb_refuses(tmp_path, checkpoint, rows * 8, message, capsys, **options)
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), WITHOUT_EFFECT, ids=str)
+def test_in_an_evaluation_set_too(rows, options, message, tmp_path):
+    args = BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **options)
+    train_row = CHAT if args.assistant_only_loss else PAIR if args.completion_only_loss else GOOD
+    sets = [Dataset.from_list([row] * 8) for row in (train_row, rows[0])]
+    with pytest.raises(RecipeError) as caught:
+        BLTrainer("no-such-model", args, train_dataset=sets[0], eval_dataset=sets[1])
+    assert message.replace("train set", "eval set") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "targets"),
+    [
+        (PAIR, {"completion_only_loss": True}, None),
+        (PAIR, {"completion_only_loss": False}, None),
+        (CHAT, {"assistant_only_loss": True}, None),
+        (IDS, {}, [5, 6, 7, 8]),
+        ({**IDS, "text": "abc", "attention_mask": [1] * 4}, {}, [5, 6, 7, 8]),
+        ({**IDS, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": True}, [-100, -100, 7, 8]),
+        ({**IDS, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": False}, [5, 6, 7, 8]),
+        ({**GOOD, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": False}, [-100, 6, 7, 8]),
+        ({**IDS, "assistant_masks": [0, 0, 1, 1]}, {}, [-100, -100, 7, 8]),
+        ({**GOOD, "seq_lengths": [2, 2]}, {"padding_free": True}, [-100, 6, 7, 8]),
+        ({**GOOD, "attention_mask": [1, 1, 1, 1], "special_tokens_mask": [0] * 4}, {}, [-100, 6, 7, 8]),
+        ({"input_ids": [5, 6, 0, 0], "labels": [5, 6, -100, -100], "attention_mask": [1, 1, 0, 0]}, {}, [5, 6, -100, -100]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_has_an_effect_is_taken(row, options, targets, tokenizer, tmp_path):
+    for streamed in (False, True):
+        prepared = build(BLTrainer, tokenizer, as_data([row] * 8, streamed), tmp_path, **options).train_dataset
+        assert targets is None or next(iter(prepared))["labels"] == targets
+
+
+def test_a_prepared_set_may_be_evaluated_again(tokenizer, pair_data, tmp_path):
+    options = {"eval_data": pair_data, "completion_only_loss": True}
+    trainer = build(BLTrainer, tokenizer, pair_data, tmp_path, **options)
+    assert trainer.evaluate(trainer.train_dataset)["eval_nll"] == pytest.approx(trainer.evaluate()["eval_nll"], rel=1e-6)
+
+
+class TestLabels:
+    WRONG = [
+        ({**IDS, "labels": [7, 8]}, "`labels` has 2 numbers for 4 tokens. Give one number for each of `input_ids`"),
+        ({**IDS, "labels": [5, 6, 7, 8, 9]}, "`labels` has 5 numbers for 4 tokens"),
+        ({**IDS, "labels": None}, "`labels` has None for 4 tokens"),
+        ({**IDS, "assistant_masks": [1]}, "`assistant_masks` has 1 numbers for 4 tokens"),
+        ({"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}, "its `attention_mask` hides tokens and is not read"),
+        ({**GOOD, "attention_mask": [0, 1, 1, 1]}, "its `attention_mask` hides tokens"),
+    ]
+
+    @kinds
+    @pytest.mark.parametrize(("row", "message"), WRONG, ids=str)
+    def test_of_a_wrong_length(self, row, message, streamed, tokenizer, tmp_path):
+        fine = {**IDS, **{key: [1] * 4 for key in row if key != "input_ids"}}
+        rows = [fine] * 6 + [row] + [fine]
+        message = f"Cannot train on row 6 of the train set, counted from 0: {message}"
+        refused(tokenizer, tmp_path, rows, message, streamed, trains=streamed)
+
+    def test_of_a_wrong_length_among_thousands(self, tokenizer, tmp_path):
+        rows = Dataset.from_list([GOOD] * 2500 + [{**IDS, "labels": [7]}])
+        with pytest.raises(RecipeError, match="row 2500 of the train set"):
+            BLTrainer("no-such-model", BLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows)
+        order = [2500, *range(2500)]
+        with pytest.raises(RecipeError, match="row 0 of the train set"):  # of a view the rows as they are seen
+            BLTrainer(
+                "no-such-model", BLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows.select(order)
+            )
+
+    @kinds
+    def test_of_a_wrong_length_in_a_set_that_is_not_prepared(self, streamed, tokenizer, tmp_path):
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        rows = [GOOD] * 7 + [{**IDS, "labels": [7, 8]}]
+        message = "Cannot train on .*: `labels` has 2 numbers for 4 tokens"
+        refused(tokenizer, tmp_path, rows, message, streamed, trains=streamed, **options)
+
+    def test_that_a_collator_makes(self, tokenizer, tmp_path):
+        trainer = build(BLTrainer, tokenizer, as_data([GOOD] * 8), tmp_path)
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: {**(batch := collate(rows)), "labels": batch["labels"][:, :3]}
+        with pytest.raises(ValueError, match=r"labels of shape \(8, 3\) .* tokens of shape \(8, 4\)"):
+            trainer.train()
+
+    def test_in_the_verb(self, checkpoint, tmp_path, capsys):
+        message = "Cannot train on row 1 of the train set, counted from 0: `labels` has 2 numbers for 4 tokens"
+        verb_refuses(tmp_path, checkpoint, [GOOD, {**IDS, "labels": [7, 8]}], message, capsys)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", None])
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [(0.5, {}), (0.5, {"packing": True, "max_length": 16}), ([0.0, 1.0, 2.0, 3.0], {"max_length": 3})],
+    ids=str,
+)
+@pytest.mark.parametrize("prepares", [True, False])
+def test_formats_of_a_set_change_nothing(kind, weight, options, prepares, tokenizer, tmp_path):
+    options = options if prepares else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    data = as_data([{**GOOD, "objective_weight": weight}, {**IDS, "labels": [5, 6, -100, 8], "objective_weight": weight}] * 4)
+    found = []
+    for given in (data, data.with_format(kind), data.to_iterable_dataset().with_format(kind)):
+        gradients = Gradients()
+        options = {"optim": "sgd", "shuffle_dataset": False, **options}
+        train(BLTrainer, tokenizer, given, tmp_path, callbacks=[gradients], **options)
+        found.append(gradients.first)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_format_hides_columns(tokenizer, tmp_path):
+    data = as_data([{**GOOD, "objective_weight": 0.0}] * 8).with_format("numpy", columns=["input_ids", "labels"])
+    trainer = train(BLTrainer, tokenizer, data, tmp_path)
+    assert trainer.state.log_history[0]["gradient_weight"] == pytest.approx(1)
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (
+                {"modules_to_save": ["lm_haed"]},
+                "Cannot apply `lora_modules_to_save`: 'lm_haed' matches nothing in Llama",
+            ),
+            ({"target_modules": ["q_proj", "w_proj"]}, "Cannot apply `lora_target_modules`: 'w_proj' matches nothing"),
+            ({"exclude_modules": ["lm_haed"]}, "Cannot apply `exclude_modules`: 'lm_haed' .* Did you mean 'lm_head'"),
+            ({"exclude_modules": r".*\.9\.self_attn"}, "Cannot apply `exclude_modules`: "),
+            ({"target_parameters": ["mlp.gate_proj.weigth"]}, "Cannot apply `lora_target_parameters`: 'mlp.gate_proj.weigth'"),
+        ],
+        ids=str,
+    )
+    def test_that_match_nothing(self, config, message, tokenizer, text_data, tmp_path):
+        config = LoraConfig(**{"target_modules": ["q_proj"], **config})
+        refused(tokenizer, tmp_path, text_data, message, peft_config=config)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"target_modules": "all-linear"},
+            {"target_modules": r".*\.(q|k)_proj"},
+            {"target_modules": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+            {"target_parameters": ["mlp.gate_proj.weight"]},
+        ],
+        ids=str,
+    )
+    def test_that_match(self, config, tokenizer, text_data, tmp_path):
+        build(BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **config}))
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("lora_modules_to_save", "lm_haed"), ("lora_target_modules", ["q_proj", "w_proj"])]
+    )
+    def test_in_the_verb(self, key, value, checkpoint, tmp_path, capsys):
+        changes = {"use_peft": True, "lora_target_modules": ["q_proj"], key: value}
+        verb_refuses(tmp_path, checkpoint, [PAIR] * 8, f"Cannot apply `{key}`: ", capsys, **changes)
+
+
+class TestHeadAdapter:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+            {"target_modules": ["q_proj", "lm_head"], "exclude_modules": "lm_.*"},
+            {"target_modules": ".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]},
+        ],
+        ids=str,
+    )
+    def test_an_excluded_head_trains_without_one(self, config, tokenizer, text_data, tmp_path):
+        """As TRL's does, whose head is checked when the model is built."""
+        losses = [
+            train(
+                trainer_class, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**config), max_steps=2
+            ).state.log_history[1]["loss"]
+            for trainer_class in (SFTTrainer, BLTrainer)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["k_proj"]},
+            {"target_modules": ".*(q_proj|lm_head)", "exclude_modules": "head"},
+            {"target_modules": ["base.lm_head"]},
+        ],
+        ids=str,
+    )
+    def test_another_exclusion_is_none(self, config):
+        with pytest.raises(ValueError, match="A PEFT adapter on `lm_head` would not train"):
+            BLTrainer("no-such-model", peft_config=LoraConfig(**config))
+
+
+def test_rows_of_a_generator_are_read_when_they_come(tokenizer, tmp_path):
+    """A stream's first rows are looked at before training, the rest as they are trained on."""
+    read = []
+
+    def rows():
+        for i in range(64):
+            read.append(i)
+            yield {**GOOD, "labels": [-100, 6, 7, 8] if i != 40 else [7]}
+
+    trainer = build(BLTrainer, tokenizer, IterableDataset.from_generator(rows), tmp_path, max_steps=8)
+    assert max(read) < 8
+    with pytest.raises(RecipeError, match="Cannot train on row 40 of the train set, counted from 0: `labels` has 1 numbers"):
+        trainer.train()
