@@ -22,7 +22,6 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
@@ -38,7 +37,8 @@ from .checkpoint import (
 )
 from .columns import check_columns, columns_of
 from .interruption import LossError
-from .local_data import find_fault, is_path, load_dataset, local_files
+from .layouts import CHATS, RowError, arrange
+from .local_data import find_fault, is_path, load_dataset, load_mixture, local_files
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .reference import reference_source, refuse_lost_context
@@ -165,8 +165,11 @@ class Recipe:
         self._check_end()
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
-            loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(self.script)
+            text_field = self.training.dataset_text_field
+            loaded = load_mixture(self.mixture, text_field) if self.mixture.datasets else load_dataset(self.script)
             return self._splits(loaded)
+        except RowError as error:
+            raise RecipeError(self.located(error)) from error
         except RecipeError:
             raise
         except Exception as error:  # the libraries raise many kinds for a broken file
@@ -179,7 +182,13 @@ class Recipe:
 
     def data_fault(self) -> str | None:
         """Return which line of the recipe's local files TRL can't make a training text of, and why; None if there is none."""
-        return find_fault(self.local_files(), [("prompt", "completion"), ("messages",), (self.training.dataset_text_field,)])
+        chats = [(column,) for column in CHATS]
+        return find_fault(self.local_files(), [("prompt", "completion"), *chats, (self.training.dataset_text_field,)])
+
+    def located(self, error: RowError) -> str:
+        """Return an error about a row with the line of the local file that it stands in, if there is one."""
+        fault = find_fault(self.local_files(), [error.columns])
+        return f"Cannot train on {fault}. Correct the line, or remove it." if fault else sentence(error)
 
     def local_files(self) -> Iterator[Path]:
         """The recipe's local data files."""
@@ -194,44 +203,38 @@ class Recipe:
             wanted["dataset_test_split"] = script.dataset_test_split
         for key, split in wanted.items():
             if split not in loaded:
-                other = ", or `eval_strategy: no`, or `test_split_size` for a mixture"
-                instead = other if key == "dataset_test_split" else ""
                 raise RecipeError(
-                    f"The data set has no split {split!r}, only {', '.join(map(repr, loaded))}. Write `{key}: "
-                    f"{next(iter(loaded))}`{instead}."
+                    f"The data set has no split {split!r}, only {', '.join(map(repr, loaded))}. "
+                    f"Write {self._advice(key, list(loaded))}."
                 )
-        found = [loaded[split] for split in wanted.values()]
-        for split, dataset in zip(wanted.values(), found, strict=True):
-            if next(iter(dataset), None) is None:
-                raise RecipeError(f"The {split} set is empty.")
-            self.check_columns(split, dataset)
+        found = [self.arranged(split, loaded[split]) for split in wanted.values()]
         columns = {split: columns_of(dataset) for split, dataset in zip(wanted.values(), found, strict=True)}
         objective = Objective.parse(training.objective or "nll")
         if reference_source(objective, self.peft_config, columns, collates=False) == "column":
             refuse_lost_context(training)
         return found[0], found[1] if len(found) > 1 else None
 
-    def check_columns(self, split: str, dataset: Any) -> None:
-        """Raise RecipeError if TRL can't make a training text of the data set's columns."""
-        text = self.training.dataset_text_field
-        columns = set(dataset.column_names or next(iter(dataset)))
-        usable = columns & {text, "messages", "conversations", "input_ids"} or {"prompt", "completion"} <= columns
+    def _advice(self, key: str, splits: list[str]) -> str:
+        """Return what to write where a data set lacks the split that `key` names."""
+        if key == "dataset_train_split":
+            return f"`{key}: {splits[0]}`"
+        others = [split for split in splits if split != self.script.dataset_train_split]
+        others = [split for split in others if split.startswith(("val", "dev", "eval"))] or others
+        own = [f"`{key}: {others[0]}`"] if others else []
+        return ", or ".join([*own, "`eval_strategy: no`", "`test_split_size` for a mixture"])
+
+    def arranged(self, split: str, dataset: Any) -> Any:
+        """Return a split in a layout that TRL reads. Raises RecipeError if it is empty, or makes no training text."""
+        if next(iter(dataset), None) is None:
+            raise RecipeError(f"The {split} set is empty.")
         options: Any = self.training.dataset_kwargs or {}
-        if not usable and not options.get("skip_prepare_dataset"):
-            raise RecipeError(
-                f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
-                f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
-            )
+        if not options.get("skip_prepare_dataset"):
+            dataset = arrange(dataset, f"the {split} set", self.training.dataset_text_field)
         try:
             check_columns(dataset, split, Objective.parse(self.training.objective or "nll").special_tokens is not None)
         except ValueError as error:
             raise RecipeError(sentence(error)) from error
-        first = next(iter(dataset))
-        for column in (text, "prompt", "completion"):
-            if first.get(column) is not None and not isinstance(first[column], (str, list)):
-                raise RecipeError(
-                    f"The column {column!r} of the {split} set must hold texts or messages; it begins with {first[column]!r}."
-                )
+        return dataset
 
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
@@ -489,7 +492,7 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = sentence(error)
+        message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None
             message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"

@@ -56,11 +56,13 @@ from .columns import (
 from .composition import spell
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
+from .layouts import arrange_all
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, trains
 from .parser import SECRETS
 from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_other_logits, refuse_virtual_tokens
+from .rendering import check_rows
 from .statistics import MeasurementError
 
 logger = get_logger(__name__)
@@ -216,11 +218,12 @@ class BLTrainer(SFTTrainer):
         peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
+        given = arrange_all(given)
         self._refuse_columns(given)
         self.objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
-        super().__init__(*args, **kwargs)
+        super().__init__(**{key: value for key, value in given.items() if key != "self"})
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if "log_sum_sq_probs" in self.objective.statistics:
@@ -267,6 +270,9 @@ class BLTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         numbers = getattr(args, "stop_on_nan", False) and dataset_name == "train"
         marks = Objective.parse(getattr(args, "objective", "nll")).special_tokens is not None
+        if formatting_func is None:
+            where = f"the {dataset_name} set"
+            dataset = check_rows(dataset, processing_class, self.chat_template, where, args)
         present = columns_of(dataset)
         check_columns(dataset, dataset_name, marks)
         refers = self.reference == "column" and REFERENCE in present
