@@ -16,8 +16,20 @@ from typing import Any
 import jinja2
 import torch
 from accelerate.utils import gather_object, is_bnb_available
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    get_scheduler,
+    set_seed,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -25,6 +37,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.data_utils import is_conversational
 
 from .checkpoint import (
     CheckpointError,
@@ -43,6 +56,7 @@ from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .reference import reference_source, refuse_lost_context
 from .refusals import refuse_lm_head_adapter
+from .rendering import RenderedRow
 from .statistics import MeasurementError
 from .trainer import METRICS, BLConfig
 
@@ -88,6 +102,8 @@ RANGES = {
 
 # What a run writes to `output_dir`, so that none of it may be there already
 WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
+
+ROWS_RENDERED = 32  # that are rendered before the model loads
 
 CARD_TAG = "- bl-trainer"  # in the model cards of `BLTrainer`
 
@@ -136,6 +152,8 @@ class Recipe:
             given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, argv)}
         recipe.given = without_secrets(given)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
+        if verb == "train":
+            recipe._check_reporting()
         return recipe
 
     @property
@@ -234,7 +252,22 @@ class Recipe:
             check_columns(dataset, split, Objective.parse(self.training.objective or "nll").special_tokens is not None)
         except ValueError as error:
             raise RecipeError(sentence(error)) from error
+        self._check_messages(split, dataset)
         return dataset
+
+    def _check_messages(self, split: str, dataset: Any) -> None:
+        """Raise RowError if the first rows lose a message in the chat template; the trainer checks all of them."""
+        first, path = next(iter(dataset)), self.training.chat_template_path
+        if "input_ids" in first or {"image", "images"} & {*first} or not is_conversational(first):
+            return
+        processing_class, template = self._load(AutoProcessor, "tokenizer"), None
+        if path and Path(path).suffix in (".jinja", ".j2"):
+            template = Path(path).read_text(encoding="utf-8")
+        elif path:
+            template = AutoTokenizer.from_pretrained(path).chat_template
+        check = RenderedRow(processing_class, template, f"the {split} set")
+        for row, example in enumerate(dataset.take(ROWS_RENDERED)):
+            check(example, row)
 
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
@@ -424,21 +457,56 @@ class Recipe:
         model, end = self.model, self.training.eos_token
         if end is None:
             return
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.model_name_or_path,
-                revision=self.model_init_kwargs()["revision"],
-                trust_remote_code=self.training.trust_remote_code,
-            )
-        except Exception as error:  # it can be told in many ways that there is no such model
-            raise RecipeError(
-                f"`model_name_or_path: {model.model_name_or_path}` has no tokenizer that can be loaded: {sentence(error)}"
-            ) from error
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
         if end not in tokenizer.get_vocab():
             raise RecipeError(
                 f"`eos_token: {end}` is not in the vocabulary of {model.model_name_or_path}. Write `--eos_token` with what "
                 f"ends a turn in its chat template, or, for data without one, its own `--eos_token '{tokenizer.eos_token}'`."
             )
+
+    def _load(self, loader: Any, what: str) -> Any:
+        """Return what an Auto class of transformers makes of the model's name. Raises RecipeError if that fails."""
+        name = self.model.model_name_or_path
+        try:
+            return loader.from_pretrained(
+                name, revision=self.model_init_kwargs()["revision"], trust_remote_code=self.training.trust_remote_code
+            )
+        except Exception as error:  # it can be told in many ways that there is no such model
+            raise RecipeError(f"`model_name_or_path: {name}` has no {what} that can be loaded: {sentence(error)}") from error
+
+    def _check_reporting(self) -> None:
+        """Raise RecipeError on a tracker that isn't installed, and on a push to the Hub without a token."""
+        training: Any = self.training
+        try:
+            for callback in get_reporting_integration_callbacks(training.report_to):
+                callback()
+        except Exception as error:  # each asks for its package in its own way
+            names = ", ".join(training.report_to)
+            raise RecipeError(
+                f"Cannot report to `report_to: {names}`: {sentence(error)} Install it, or set `report_to: none`."
+            ) from error
+        if not training.push_to_hub:
+            return
+        if HF_HUB_OFFLINE:
+            raise RecipeError("Cannot push to the Hub: HF_HUB_OFFLINE is set. Unset it, or set `push_to_hub: false`.")
+        if not (training.hub_token or get_token()):
+            raise RecipeError("Cannot push to the Hub: there is no token. Run `hf auth login`, or set HF_TOKEN.")
+
+    def _check_attention(self) -> None:
+        """Raise RecipeError on an attention implementation that the model or this machine doesn't have."""
+        asked: Any = self.model_init_kwargs()["attn_implementation"]
+        if not isinstance(asked, str) or asked in ("eager", "sdpa"):
+            return
+        config = self._load(AutoConfig, "configuration")
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(
+                    config, attn_implementation=asked, trust_remote_code=self.training.trust_remote_code
+                )
+        except Exception as error:  # a kernel may come from the Hub
+            raise RecipeError(
+                f"Cannot use `attn_implementation: {asked}`: {sentence(error)} Install it, or set `attn_implementation: sdpa`."
+            ) from error
 
     def _check_model(self, given: set[str]) -> None:
         model = self.model
@@ -462,6 +530,7 @@ class Recipe:
             raise RecipeError(f"`{key}`: such a model can't be trained as it is. Write `use_peft: true` for QLoRA.")
         if quantised and not is_bnb_available():
             raise RecipeError("`load_in_4bit` and `load_in_8bit` need bitsandbytes. Run `pip install bitsandbytes`.")
+        self._check_attention()
         try:
             refuse_lm_head_adapter(self.peft_config)
         except ValueError as error:

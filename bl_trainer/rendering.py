@@ -16,7 +16,7 @@ from .parser import sentence
 logger = get_logger(__name__)
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
-MARK = re.compile(r"content(\d+)tnetnoc")
+MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
 
 
 def check_rows(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -110,7 +110,7 @@ def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[dic
             return content
         number = str(len(contents))
         contents[number] = message, content
-        return f"{content}content{number}tnetnoc"
+        return f"{content}~#~{number}~#~"
 
     marked = [{**each, "content": mark(each, each["content"])} if "content" in each else each for each in messages]
     return marked, contents
