@@ -305,15 +305,15 @@ class Diagnosis:
         except Exception as error:
             raise RecipeError(f"Can't load `--probe {name}`: {' '.join(str(error).split())}") from error
         split = next(s for s in (script.dataset_test_split, script.dataset_train_split, *loaded) if s in loaded)
-        first = next(iter(loaded[split]), None)
-        if first is None:
-            raise RecipeError(f"`--probe {name}`: the {split} set is empty.")
-        self.recipe.check_columns(split, loaded[split])
+        try:
+            dataset = self.recipe.arranged(split, loaded[split])
+        except RecipeError as error:
+            raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
         trainer.by = None
         if trainer.args.completion_only_loss is None:
-            trainer.completion_only_loss = "prompt" in first
+            trainer.completion_only_loss = "prompt" in columns_of(dataset)
         prepared = trainer._prepare_dataset(
-            _deal(loaded[split], trainer.args), trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"
+            _deal(dataset, trainer.args), trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"
         )
         return split, self._load(prepared)
 

@@ -16,16 +16,28 @@ from typing import Any
 import jinja2
 import torch
 from accelerate.utils import gather_object, is_bnb_available
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftConfig
-from transformers import AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    get_scheduler,
+    set_seed,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
+from trl.data_utils import is_conversational
 
 from .checkpoint import (
     CheckpointError,
@@ -39,11 +51,13 @@ from .checkpoint import (
 from .columns import check_columns
 from .interruption import LossError
 from .labels import check_labels, columns_of
-from .local_data import find_fault, is_path, load_dataset, local_files
+from .layouts import CHATS, RowError, arrange
+from .local_data import find_fault, is_path, load_dataset, load_mixture, local_files
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .reference import reference_source, refuse_lost_context
 from .refusals import refuse_lm_head_adapter
+from .rendering import RenderedRow
 from .statistics import MeasurementError
 from .trainer import METRICS, BLConfig
 
@@ -89,6 +103,8 @@ RANGES = {
 
 # What a run writes to `output_dir`, so that none of it may be there already
 WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
+
+ROWS_RENDERED = 32  # that are rendered before the model loads
 
 CARD_TAG = "- bl-trainer"  # in the model cards of `BLTrainer`
 
@@ -137,6 +153,8 @@ class Recipe:
             given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, argv)}
         recipe.given = without_secrets(given)
         recipe._check(given={key for key in parser.known if key in config or parser.is_given(key, argv)})
+        if verb == "train":
+            recipe._check_reporting()
         return recipe
 
     @property
@@ -166,8 +184,11 @@ class Recipe:
         self._check_end()
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
-            loaded = get_dataset(self.mixture) if self.mixture.datasets else load_dataset(self.script)
+            text_field = self.training.dataset_text_field
+            loaded = load_mixture(self.mixture, text_field) if self.mixture.datasets else load_dataset(self.script)
             return self._splits(loaded)
+        except RowError as error:
+            raise RecipeError(self.located(error)) from error
         except RecipeError:
             raise
         except Exception as error:  # the libraries raise many kinds for a broken file
@@ -180,7 +201,13 @@ class Recipe:
 
     def data_fault(self) -> str | None:
         """Return which line of the recipe's local files TRL can't make a training text of, and why; None if there is none."""
-        return find_fault(self.local_files(), [("prompt", "completion"), ("messages",), (self.training.dataset_text_field,)])
+        chats = [(column,) for column in CHATS]
+        return find_fault(self.local_files(), [("prompt", "completion"), *chats, (self.training.dataset_text_field,)])
+
+    def located(self, error: RowError) -> str:
+        """Return an error about a row with the line of the local file that it stands in, if there is one."""
+        fault = find_fault(self.local_files(), [error.columns])
+        return f"Cannot train on {fault}. Correct the line, or remove it." if fault else sentence(error)
 
     def local_files(self) -> Iterator[Path]:
         """The recipe's local data files."""
@@ -195,17 +222,11 @@ class Recipe:
             wanted["dataset_test_split"] = script.dataset_test_split
         for key, split in wanted.items():
             if split not in loaded:
-                other = ", or `eval_strategy: no`, or `test_split_size` for a mixture"
-                instead = other if key == "dataset_test_split" else ""
                 raise RecipeError(
-                    f"The data set has no split {split!r}, only {', '.join(map(repr, loaded))}. Write `{key}: "
-                    f"{next(iter(loaded))}`{instead}."
+                    f"The data set has no split {split!r}, only {', '.join(map(repr, loaded))}. "
+                    f"Write {self._advice(key, list(loaded))}."
                 )
-        found = [loaded[split] for split in wanted.values()]
-        for split, dataset in zip(wanted.values(), found, strict=True):
-            if next(iter(dataset), None) is None:
-                raise RecipeError(f"The {split} set is empty.")
-            self.check_columns(split, dataset)
+        found = [self.arranged(split, loaded[split]) for split in wanted.values()]
         check_labels(dict(zip(wanted.values(), found, strict=True)), training)
         columns = {split: columns_of(dataset) for split, dataset in zip(wanted.values(), found, strict=True)}
         objective = Objective.parse(training.objective or "nll")
@@ -213,27 +234,42 @@ class Recipe:
             refuse_lost_context(training)
         return found[0], found[1] if len(found) > 1 else None
 
-    def check_columns(self, split: str, dataset: Any) -> None:
-        """Raise RecipeError if TRL can't make a training text of the data set's columns."""
-        text = self.training.dataset_text_field
-        columns = set(dataset.column_names or next(iter(dataset)))
-        usable = columns & {text, "messages", "conversations", "input_ids"} or {"prompt", "completion"} <= columns
+    def _advice(self, key: str, splits: list[str]) -> str:
+        """Return what to write where a data set lacks the split that `key` names."""
+        if key == "dataset_train_split":
+            return f"`{key}: {splits[0]}`"
+        others = [split for split in splits if split != self.script.dataset_train_split]
+        others = [split for split in others if split.startswith(("val", "dev", "eval"))] or others
+        own = [f"`{key}: {others[0]}`"] if others else []
+        return ", or ".join([*own, "`eval_strategy: no`", "`test_split_size` for a mixture"])
+
+    def arranged(self, split: str, dataset: Any) -> Any:
+        """Return a split in a layout that TRL reads. Raises RecipeError if it is empty, or makes no training text."""
+        if next(iter(dataset), None) is None:
+            raise RecipeError(f"The {split} set is empty.")
         options: Any = self.training.dataset_kwargs or {}
-        if not usable and not options.get("skip_prepare_dataset"):
-            raise RecipeError(
-                f"The {split} set has the columns {', '.join(sorted(columns))}, of which TRL can't make a training text. "
-                f"Rename them to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
-            )
+        if not options.get("skip_prepare_dataset"):
+            dataset = arrange(dataset, f"the {split} set", self.training.dataset_text_field)
         try:
             check_columns(dataset, split, Objective.parse(self.training.objective or "nll").special_tokens is not None)
         except ValueError as error:
             raise RecipeError(sentence(error)) from error
-        first = next(iter(dataset))
-        for column in (text, "prompt", "completion"):
-            if first.get(column) is not None and not isinstance(first[column], (str, list)):
-                raise RecipeError(
-                    f"The column {column!r} of the {split} set must hold texts or messages; it begins with {first[column]!r}."
-                )
+        self._check_messages(split, dataset)
+        return dataset
+
+    def _check_messages(self, split: str, dataset: Any) -> None:
+        """Raise RowError if the first rows lose a message in the chat template; the trainer checks all of them."""
+        first, path = next(iter(dataset)), self.training.chat_template_path
+        if "input_ids" in first or {"image", "images"} & {*first} or not is_conversational(first):
+            return
+        processing_class, template = self._load(AutoProcessor, "tokenizer"), None
+        if path and Path(path).suffix in (".jinja", ".j2"):
+            template = Path(path).read_text(encoding="utf-8")
+        elif path:
+            template = AutoTokenizer.from_pretrained(path).chat_template
+        check = RenderedRow(processing_class, template, f"the {split} set")
+        for row, example in enumerate(dataset.take(ROWS_RENDERED)):
+            check(example, row)
 
     def checkpoint(self) -> str | None:
         """Return the checkpoint to resume from, or None for a new run.
@@ -425,21 +461,56 @@ class Recipe:
         model, end = self.model, self.training.eos_token
         if end is None:
             return
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.model_name_or_path,
-                revision=self.model_init_kwargs()["revision"],
-                trust_remote_code=self.training.trust_remote_code,
-            )
-        except Exception as error:  # it can be told in many ways that there is no such model
-            raise RecipeError(
-                f"`model_name_or_path: {model.model_name_or_path}` has no tokenizer that can be loaded: {sentence(error)}"
-            ) from error
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
         if end not in tokenizer.get_vocab():
             raise RecipeError(
                 f"`eos_token: {end}` is not in the vocabulary of {model.model_name_or_path}. Write `--eos_token` with what "
                 f"ends a turn in its chat template, or, for data without one, its own `--eos_token '{tokenizer.eos_token}'`."
             )
+
+    def _load(self, loader: Any, what: str) -> Any:
+        """Return what an Auto class of transformers makes of the model's name. Raises RecipeError if that fails."""
+        name = self.model.model_name_or_path
+        try:
+            return loader.from_pretrained(
+                name, revision=self.model_init_kwargs()["revision"], trust_remote_code=self.training.trust_remote_code
+            )
+        except Exception as error:  # it can be told in many ways that there is no such model
+            raise RecipeError(f"`model_name_or_path: {name}` has no {what} that can be loaded: {sentence(error)}") from error
+
+    def _check_reporting(self) -> None:
+        """Raise RecipeError on a tracker that isn't installed, and on a push to the Hub without a token."""
+        training: Any = self.training
+        try:
+            for callback in get_reporting_integration_callbacks(training.report_to):
+                callback()
+        except Exception as error:  # each asks for its package in its own way
+            names = ", ".join(training.report_to)
+            raise RecipeError(
+                f"Cannot report to `report_to: {names}`: {sentence(error)} Install it, or set `report_to: none`."
+            ) from error
+        if not training.push_to_hub:
+            return
+        if HF_HUB_OFFLINE:
+            raise RecipeError("Cannot push to the Hub: HF_HUB_OFFLINE is set. Unset it, or set `push_to_hub: false`.")
+        if not (training.hub_token or get_token()):
+            raise RecipeError("Cannot push to the Hub: there is no token. Run `hf auth login`, or set HF_TOKEN.")
+
+    def _check_attention(self) -> None:
+        """Raise RecipeError on an attention implementation that the model or this machine doesn't have."""
+        asked: Any = self.model_init_kwargs()["attn_implementation"]
+        if not isinstance(asked, str) or asked in ("eager", "sdpa"):
+            return
+        config = self._load(AutoConfig, "configuration")
+        try:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(
+                    config, attn_implementation=asked, trust_remote_code=self.training.trust_remote_code
+                )
+        except Exception as error:  # a kernel may come from the Hub
+            raise RecipeError(
+                f"Cannot use `attn_implementation: {asked}`: {sentence(error)} Install it, or set `attn_implementation: sdpa`."
+            ) from error
 
     def _check_model(self, given: set[str]) -> None:
         model = self.model
@@ -463,6 +534,7 @@ class Recipe:
             raise RecipeError(f"`{key}`: such a model can't be trained as it is. Write `use_peft: true` for QLoRA.")
         if quantised and not is_bnb_available():
             raise RecipeError("`load_in_4bit` and `load_in_8bit` need bitsandbytes. Run `pip install bitsandbytes`.")
+        self._check_attention()
         try:
             refuse_lm_head_adapter(self.peft_config)
         except ValueError as error:
@@ -493,7 +565,7 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = sentence(error)
+        message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None
             message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"

@@ -59,6 +59,7 @@ from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, ref
 from .head import Head, TokenCosts, add_scoring, objective_head, score
 from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
 from .labels import check_example, check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
+from .layouts import arrange_all
 from .measurement import resolve_percentile
 from .objectives import Objective, Price, Threshold, masked_cost, price, spell_probability, trains
 from .parser import SECRETS, RecipeError
@@ -72,6 +73,7 @@ from .refusals import (
     refuse_replaced_loss,
     refuse_virtual_tokens,
 )
+from .rendering import check_rendering
 from .statistics import MeasurementError
 from .verification import verify_head
 
@@ -240,13 +242,14 @@ class BLTrainer(SFTTrainer):
         peft_config = given.get("peft_config") or getattr(given.get("model"), "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, given.get("args"))
+        given = arrange_all(given)
         self._refuse_columns(given)
         refuse_no_causal_lm(given["model"], given.get("args"))
         self.parsed_objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
         self.made_folders = missing_folders(Path(given["args"].output_dir)) if given.get("args") is not None else []
-        super().__init__(*args, **kwargs)
+        super().__init__(**{key: value for key, value in given.items() if key != "self"})
         if given.get("peft_config") is not None:
             refuse_unmatched(self.model)
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
@@ -330,7 +333,10 @@ class BLTrainer(SFTTrainer):
         refuse_bypass(self.args)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        dataset = check_rows(plain(dataset), dataset_name)
+        dataset = plain(dataset)
+        if formatting_func is None:
+            dataset = check_rendering(dataset, processing_class, self.chat_template, f"the {dataset_name} set", args)
+        dataset = check_rows(dataset, dataset_name)
         prepared = self._prepare_rows(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def uncut():

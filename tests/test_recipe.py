@@ -50,7 +50,7 @@ def test_reads_file_and_command_line(write):
 
 
 TAKEN = {
-    "lora_target_modules": "all-linear", "report_to": ["tensorboard"],
+    "lora_target_modules": "all-linear", "report_to": ["none"],
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "learning_rate": "2e-5", "max_steps": -1, "num_train_epochs": 1, "eval_steps": 0.1, "logging_first_step": True,
     "hub_strategy": "every_save", "dataset_kwargs": {"add_special_tokens": False},
@@ -274,7 +274,7 @@ def test_data_that_is_not_there(changes, message, write, tmp_path, capsys):
 
 def test_data_without_a_format(write, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(RecipeError, match="columns answer, question, of which TRL can't make a training text"):
+    with pytest.raises(RecipeError, match="TRL can't make a training text of its columns answer, question"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.jsonl"))).load_datasets()
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecipeError, match=r"Can't load the data set .*empty\.jsonl: a file is empty"):

@@ -136,7 +136,7 @@ def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
             f"{name} has no split {split!r} to hold out, only {', '.join(map(repr, loaded))}. Write `dataset_test_split: ...` "
             "in the recipe, or `held_out: test.jsonl` in the sweep file."
         )
-    recipe.check_columns(split, loaded[split])
+    recipe.arranged(split, loaded[split])
     made = plan.held_out_recipe(str(name), split)
     check_arm(made)
     return made

@@ -1,0 +1,298 @@
+"""Layouts of training rows: the common ones turned into TRL's columns, and the row that can't be trained on as it stands."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, Json, List
+
+from .interruption import ROW
+from .parser import RecipeError
+
+Keys = tuple[tuple[str, ...], tuple[str, ...]]
+SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
+PLAIN: Keys = (("role",), ("content",))  # TRL's own
+CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
+# What the speakers of ShareGPT's layout are called in chat templates
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "assistant"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+# Columns that TRL would take for a layout of their own where they stand beside the one that is trained
+RIVALS = ("prompt", "completion", "chosen", "rejected", *CHATS)
+
+
+class RowError(RecipeError):
+    """A row that can't be trained on. `columns`: those that hold its training text."""
+
+    def __init__(self, message: str, columns: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.columns = columns
+
+
+def arrange(dataset: Any, where: str, text_field: str) -> Any:
+    """Return a data set or stream with its training text in the columns that TRL reads.
+
+    Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. The rows of a data set are
+    checked here, those of a stream by `check_rendering` as they are read.
+
+    Raises:
+        RecipeError: if the columns make no training text. RowError: on the first row that has none.
+    """
+    first = None if _is_transformed(dataset) else first_row(dataset)
+    if first is None:
+        return dataset  # TRL refuses a transform, or takes what it makes as prepared
+    columns = find_layout(first, where, text_field)
+    if columns == ("input_ids",):
+        return dataset
+    is_chat = are_chats(first, columns)
+    kept = {*columns} if columns[0] == "prompt" else {*columns, text_field}
+    rivals = [key for key in first if key in {*RIVALS, text_field} - kept]
+    dataset = dataset.remove_columns(rivals) if rivals else dataset
+    names = columns if len(columns) > 1 or not is_chat else ("messages",)
+    if is_chat and (names != columns or not all(_is_plain(first[column]) for column in columns)):
+        return _convert(dataset, columns, names, where)
+    if isinstance(dataset, Dataset):
+        _check_rows(dataset, columns, is_chat, where)
+    return dataset
+
+
+def check_stream(dataset: IterableDataset, where: str, text_field: str) -> IterableDataset:
+    """Return an arranged stream that raises RowError when it comes to a row without a training text."""
+    first = first_row(dataset)
+    columns = find_layout(first, where, text_field)
+    is_chat = are_chats(first, columns)
+
+    def check(example: dict[str, Any], row: int) -> dict[str, Any]:
+        _check_row(example, row, columns, is_chat, where, PLAIN)
+        return {}
+
+    return dataset.map(check, with_indices=True, features=dataset.features)
+
+
+def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
+    """Return a trainer's arguments with its data sets arranged, unless they are not to be prepared as they are."""
+    args, evaluated = given.get("args"), given.get("eval_dataset")
+    options = getattr(args, "dataset_kwargs", None) or {}
+    if given.get("formatting_func") is not None or options.get("skip_prepare_dataset"):
+        return given
+
+    def arranged(name: str, dataset: Any) -> Any:
+        is_set = isinstance(dataset, (Dataset, IterableDataset))
+        return arrange(dataset, f"the {name} set", getattr(args, "dataset_text_field", "text")) if is_set else dataset
+
+    made = {"train_dataset": arranged("train", given.get("train_dataset"))}
+    if isinstance(evaluated, dict):
+        made["eval_dataset"] = {name: arranged(name, dataset) for name, dataset in evaluated.items()}
+    elif evaluated is not None:
+        made["eval_dataset"] = arranged("eval", evaluated)
+    return {**given, **made}
+
+
+def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str, ...]:
+    """Return the columns that hold the training text, by a data set's first row. Raises RecipeError if there are none."""
+    standard = [("input_ids",), ("prompt", "completion"), *((column,) for column in CHATS), (text_field,)]
+    filled = {key for key, value in first.items() if value is not None}
+    others = [key for key in first if key not in {*RIVALS, text_field} and _keys(parsed(first[key])) is not None]
+    found = next((each for each in standard if {*each} <= filled), None)
+    if found is None and len(others) == 1:
+        return (others[0],)
+    found = found or next((each for each in standard if {*each} <= {*first}), None)
+    if found is None and others:
+        raise RecipeError(
+            f"Cannot choose among the columns {', '.join(others)} of {where}: each holds messages. Remove all but one, or "
+            "rename one to messages."
+        )
+    if found is None:
+        raise RecipeError(
+            f"Cannot train on {where}: TRL can't make a training text of its columns {', '.join(sorted(first))}. Rename them "
+            "to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
+        )
+    if found == ("prompt",):
+        raise RecipeError("Cannot train on `dataset_text_field: prompt`: TRL takes this column for half of a pair. Rename it.")
+    for column in found:
+        _refuse_keys(parsed(first[column]), column, where)
+    return found
+
+
+def parsed(value: Any) -> Any:
+    """Return the messages that a text holds as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:  # a text that begins with a bracket
+        return value
+    return found if _keys(found) is not None else value
+
+
+def are_chats(first: dict[str, Any], columns: tuple[str, ...]) -> bool:
+    """Whether the columns of a training text hold messages rather than texts, by the first row."""
+    return columns[0] in CHATS or (columns != ("input_ids",) and any(_are_mappings(parsed(first[key])) for key in columns))
+
+
+def first_row(dataset: Any) -> Any:
+    """Return the first row, None if there is none."""
+    return next(iter(_plain(dataset)), None)
+
+
+def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
+    """Return why a value is no training text, or no messages if `is_chat`; None if it is.
+
+    `keys`: what speaker and content may be called, `PLAIN` where nothing converts the messages.
+    """
+    if not is_chat:
+        return None if isinstance(value, str) else f"is {short(value)}, not a text"
+    messages = value if keys == PLAIN else parsed(value)
+    if not _are_mappings(messages) or not all(_is_message(message, keys) for message in messages):
+        return f"is {short(value)}, not messages with role and content"
+    unknown = [message["from"] for message in messages if _role(message) is None]
+    if unknown:
+        return f"has a message from {short(unknown[0])}, which is none of {', '.join(ROLES)}"
+    return None
+
+
+def as_messages(value: Any) -> list[dict[str, Any]]:
+    """Return messages of any layout that `fault_of` passes with role and content."""
+    made = []
+    for message in parsed(value):
+        rest = {key: each for key, each in message.items() if key not in (*SPEAKERS, *CONTENTS) and each is not None}
+        made.append({"role": _role(message), "content": _first_of(message, CONTENTS), **rest})
+    return made
+
+
+def short(value: Any) -> str:
+    """Return the beginning of a value as JSON."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _is_transformed(dataset: Any) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _plain(dataset: Any) -> Any:
+    return dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _first_of(message: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
+def _role(message: dict[str, Any]) -> str | None:
+    """Return the role of a message, None if its speaker is unknown; roles by that name go as they are."""
+    return message.get("role") or ROLES.get(str(message["from"]).lower())
+
+
+def _keys(value: Any) -> tuple[str, str] | None:
+    """Return the keys for speaker and content of messages; None if they lack them."""
+    if not _are_mappings(value):
+        return None
+    speaker, content = (next((key for key in keys if key in value[0]), None) for keys in (SPEAKERS, CONTENTS))
+    return (speaker, content) if speaker and content else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether messages are in TRL's own keys."""
+    return _are_mappings(value) and not any(key in message for message in value for key in ("from", "value"))
+
+
+def _is_message(message: dict[str, Any], keys: Keys) -> bool:
+    speakers, contents = keys
+    has_content = isinstance(_first_of(message, contents), (str, list)) or bool(message.get("tool_calls"))
+    return has_content and isinstance(_first_of(message, speakers), str)
+
+
+def _refuse_keys(value: Any, column: str, where: str) -> None:
+    """Raise RecipeError on messages in keys of no known layout."""
+    if _are_mappings(value) and _keys(value) is None and not value[0].get("tool_calls"):
+        raise RecipeError(
+            f"Cannot read the messages in `{column}` of {where}: their keys are {', '.join(value[0])}. Rename these to role "
+            "and content."
+        )
+
+
+def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_chat: bool, where: str, keys: Keys) -> None:
+    for column in columns:
+        fault = fault_of(example.get(column), is_chat, keys)
+        if fault:
+            raise RowError(
+                f"Cannot train on row {example.get(ROW, row)} of {where}, counted from 0: {column!r} {fault}. Correct the row, "
+                "or remove it.",
+                columns,
+            )
+
+
+def _check_rows(dataset: Dataset, columns: tuple[str, ...], is_chat: bool, where: str) -> None:
+    """Raise RowError on the first row of a data set that has no training text."""
+    if all(_is_sound(dataset.data.column(column), is_chat) for column in columns):
+        return
+    for row, example in enumerate(_plain(dataset).select_columns(list(columns))):
+        _check_row(example, row, columns, is_chat, where, PLAIN)
+
+
+def _is_sound(column: pa.ChunkedArray, is_chat: bool) -> bool:
+    """Whether Arrow's counts rule out that a row is at fault, which spares reading all of them."""
+    if column.null_count or not is_chat:
+        return not column.null_count and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+    return all(_is_sound_chunk(chunk) for chunk in column.chunks)
+
+
+def _is_sound_chunk(chunk: pa.Array) -> bool:
+    is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+    if not is_list or not pa.types.is_struct(chunk.type.value_type) or not len(chunk):
+        return not len(chunk)
+    messages = chunk.flatten()
+    names = {chunk.type.value_type.field(i).name for i in range(chunk.type.value_type.num_fields)}
+    return (
+        {"role", "content"} <= names
+        and pc.min(pc.list_value_length(chunk)).as_py() > 0
+        and not messages.null_count
+        and not any(pc.struct_field(messages, key).null_count for key in ("role", "content"))
+    )
+
+
+def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str) -> Any:
+    """Return a data set or stream with the messages of `columns` as `names`, in TRL's keys."""
+
+    def convert(example: dict[str, Any], row: int) -> dict[str, Any]:
+        _check_row(example, row, columns, True, where, (SPEAKERS, CONTENTS))
+        made = {name: as_messages(example[column]) for name, column in zip(names, columns, strict=True)}
+        system, head = example.get("system"), made[names[0]]
+        if isinstance(system, str) and system.strip() and head[0]["role"] != "system":  # ShareGPT has a column for it
+            head.insert(0, {"role": "system", "content": system})
+        return made
+
+    features = dataset.features
+    if features is not None:  # JSON keeps each message's own keys
+        others = {key: features[key] for key in features if key not in columns}
+        features = Features(others | {name: List(Json()) for name in names})
+    removed = [column for column in columns if column not in names]
+    return dataset.map(convert, with_indices=True, remove_columns=removed, features=features)
+
+
+def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]:
+    """Return the parts of a mixture, all arranged, with columns that can be joined. Raises RecipeError if layouts differ."""
+    layouts: dict[str, str] = {}
+    columns: tuple[str, ...] = ()
+    for dataset, source in zip(datasets, sources, strict=True):
+        first = first_row(dataset)
+        if first is not None:
+            columns = find_layout(first, source, text_field)
+            kind = "messages" if are_chats(first, columns) else "texts"
+            layouts.setdefault(" and ".join(columns) + (f" ({kind})" if columns != ("input_ids",) else ""), source)
+    if len(layouts) > 1:
+        found = "; ".join(f"{source} has {layout}" for layout, source in layouts.items())
+        raise RecipeError(f"Cannot mix data sets of different layouts: {found}. Give all of them the same columns.")
+    for column in columns:
+        kinds = [(dataset.features or {}).get(column) for dataset in datasets]
+        if all(isinstance(kind, List) for kind in kinds) and any(kind != kinds[0] for kind in kinds):
+            datasets = [dataset.cast_column(column, List(Json())) for dataset in datasets]
+    return datasets

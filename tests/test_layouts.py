@@ -1,0 +1,490 @@
+"""Layouts of training rows: the common ones train as they read, and what can't be trained on is named."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from bl_trainer import BLConfig, BLTrainer
+from bl_trainer.__main__ import main
+from bl_trainer.layouts import RowError, arrange
+from bl_trainer.recipe import Recipe
+from bl_trainer.rendering import RenderedRow
+from conftest import make_llama, write_recipe
+
+# Leaves out messages of any other role, and begins with a prompt of its own, as Qwen's does
+STRICT = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<user>' + 'you are helpful.' + '<end>' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] in ('system', 'user') %}{{ '<user>' + message['content'] + '<end>' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<end>' }}{% endif %}"
+    "{% endfor %}"
+)
+CHAT = [[{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": f"say {i}"}] for i in range(4)]
+
+
+def renamed(messages, speaker, content, names=None):
+    names = names or {}
+    return [{speaker: names.get(each["role"], each["role"]), content: each["content"]} for each in messages]
+
+
+SHAREGPT = [renamed(each, "from", "value", {"user": "human", "assistant": "gpt"}) for each in CHAT]
+# Name -> rows that hold the conversations of CHAT
+LAYOUTS = {
+    "sharegpt": [{"conversations": each} for each in SHAREGPT],
+    "sharegpt, other names": [
+        {"conversations": renamed(each, "from", "value", {"user": "Human", "assistant": "chatgpt"})} for each in CHAT
+    ],
+    "sharegpt in messages": [{"messages": each} for each in SHAREGPT],
+    "from and content": [{"messages": renamed(each, "from", "content")} for each in CHAT],
+    "role and value": [{"conversations": renamed(each, "role", "value")} for each in CHAT],
+    "conversations": [{"conversations": each} for each in CHAT],
+    "conversation": [{"conversation": each, "id": i} for i, each in enumerate(CHAT)],
+    "chat": [{"chat": each, "source": "a"} for each in SHAREGPT],
+    "dialog": [{"id": "x", "dialog": each} for each in CHAT],
+    "any name": [{"turns of talk": each} for each in CHAT],
+    "JSON text": [{"messages": json.dumps(each)} for each in CHAT],
+    "JSON text of sharegpt": [{"conversations": json.dumps(each)} for each in SHAREGPT],
+    "ultrachat": [{"prompt": each[0]["content"], "prompt_id": str(i), "messages": each} for i, each in enumerate(CHAT)],
+    "prompt of messages": [{"prompt": each[:1], "messages": each} for each in CHAT],
+    "preferences": [{"chosen": "a", "rejected": "b", "messages": each} for each in CHAT],
+    "keys of other rows": [{"messages": [{**turn, "name": None} for turn in each]} for each in CHAT],
+}
+PAIRS = {
+    "sharegpt": [{"prompt": each[:1], "completion": each[1:]} for each in SHAREGPT],
+    "JSON text": [{"prompt": json.dumps(each[:1]), "completion": json.dumps(each[1:])} for each in CHAT],
+    "messages besides": [{"prompt": each[:1], "completion": each[1:], "messages": "?", "text": "?"} for each in CHAT],
+}
+
+
+@pytest.fixture
+def strict(tokenizer):
+    before, tokenizer.chat_template = tokenizer.chat_template, STRICT
+    yield tokenizer
+    tokenizer.chat_template = before
+
+
+@pytest.fixture
+def write(tmp_path, checkpoint):
+    """Write a recipe for rows or a file of data, and give the arguments that name it."""
+
+    def write(data=None, **changes):
+        if isinstance(data, list):
+            path = tmp_path / "data.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in data))
+            data = path
+        return ["--config", str(write_recipe(tmp_path, checkpoint, data or tmp_path, **changes))]
+
+    return write
+
+
+def refusal(argv, capsys, verb="train"):
+    """Return the one line that the verb ends in, with exit code 2."""
+    with pytest.raises(SystemExit) as caught:
+        main([verb, *argv])
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    return line
+
+
+def trained_ids(rows, tokenizer, folder, stream=False, **options):
+    """Return the token ids and labels that a trainer makes of rows."""
+    args = BLConfig(str(folder), use_cpu=True, bf16=False, report_to="none", max_steps=1, **options)
+    dataset = rows if isinstance(rows, (Dataset, IterableDataset)) else Dataset.from_list(rows)
+    dataset = dataset.to_iterable_dataset() if stream else dataset
+    trainer = BLTrainer(make_llama(tokenizer), args, train_dataset=dataset, processing_class=tokenizer)
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+
+@pytest.fixture
+def expected(strict, tmp_path):
+    return trained_ids([{"messages": each} for each in CHAT], strict, tmp_path)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_common_layouts_train_as_messages_do(name, stream, expected, strict, tmp_path):
+    assert trained_ids(LAYOUTS[name], strict, tmp_path, stream) == expected
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_common_layouts_train_as_pairs_do(name, stream, strict, tmp_path):
+    plain = [{"prompt": each[:1], "completion": each[1:]} for each in CHAT]
+    assert trained_ids(PAIRS[name], strict, tmp_path, stream) == trained_ids(plain, strict, tmp_path)
+
+
+def test_a_text_beside_a_pair_leaves_the_pair_its_end(tokenizer, tmp_path):
+    pairs = [{"prompt": "a", "completion": "b"}]
+    beside = [{**row, "text": "c"} for row in pairs]
+    assert trained_ids(beside, tokenizer, tmp_path) == trained_ids(pairs, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[{"text": '[{"a": 1}] b'}], [{"text": '[{"a": 1}]'}], [{"text": "[b"}]], ids=str)
+def test_texts_that_look_like_lists_stay_texts(rows):
+    assert arrange(Dataset.from_list(rows), "the train set", "text")[:] == Dataset.from_list(rows)[:]
+
+
+def test_all_keys_of_all_messages_are_kept():
+    tool = {"from": "gpt", "value": "b", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    rows = [{"c": json.dumps([{"from": "human", "value": "a"}])}] * 1500 + [{"c": json.dumps([tool])}]
+    made = arrange(Dataset.from_list(rows), "the train set", "text")
+    assert made[0]["messages"] == [{"role": "user", "content": "a"}]
+    assert made[1500]["messages"] == [{"role": "assistant", "content": "b", "tool_calls": tool["tool_calls"]}]
+
+
+def test_the_system_column_of_sharegpt_comes_first():
+    rows = [{"system": system, "conversations": SHAREGPT[0]} for system in ("be kind", None, " ")]
+    made = arrange(Dataset.from_list(rows), "the train set", "text")["messages"]
+    assert made[0] == [{"role": "system", "content": "be kind"}, *CHAT[0]]
+    assert made[1] == made[2] == CHAT[0]
+
+
+def test_rows_in_trl_s_layouts_are_not_touched(text_data, pair_data, chat_data):
+    for dataset in (text_data, pair_data, chat_data, Dataset.from_list([{"input_ids": [1], "messages": None}])):
+        assert arrange(dataset, "the train set", "text") is dataset
+
+
+UNKNOWN = [
+    ([{"conversations": [{"speaker": "a", "utterance": "b"}]}], "`conversations` of the train set: their keys are speaker, utt"),
+    ([{"conversations": [{"from": "narrator", "value": "b"}]}], "a message from \"narrator\", which is none of human, user, gpt"),
+    ([{"a": CHAT[0], "b": CHAT[0]}], "Cannot choose among the columns a, b of the train set: each holds messages. Remove all"),
+    ([{"instruction": "a", "output": "b"}], "can't make a training text of its columns instruction, output. Rename them to"),
+    ([{"prompt": CHAT[0][:1], "completion": "b"}], "'completion' is \"b\", not messages with role and content"),
+    ([{"conversations": ["a", "b"]}], "'conversations' is [\"a\", \"b\"], not messages with role and content"),
+    ([{"messages": "[{'role': 'user', 'content': 'a'}]"}], "\"[{'role': 'user', 'content': 'a'}]\", not messages with"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "message"), UNKNOWN, ids=[message for _, message in UNKNOWN])
+def test_layouts_that_are_not_known_are_refused_by_name(rows, message, write, tmp_path, capsys):
+    assert message in refusal(write(rows), capsys)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError) as caught:  # before the model would be looked for
+        BLTrainer("no/model", BLConfig(use_cpu=True, bf16=False, report_to="none"), train_dataset=Dataset.from_list(rows))
+    assert message in str(caught.value)
+
+
+HOLES = [
+    ([{"messages": CHAT[0]}, {"messages": None}], "'messages' is null, not messages"),
+    ([{"messages": CHAT[0]}, {"messages": []}], "'messages' is [], not messages"),
+    ([{"messages": CHAT[0]}, {"messages": [{"role": "user", "content": None}]}], "not messages with role and content"),
+    ([{"messages": CHAT[0]}, {"messages": [{"role": None, "content": "a"}]}], "not messages with role and content"),
+    ([{"text": "a", "messages": None}, {"text": None, "messages": CHAT[0]}], "'text' is null, not a text"),
+    ([{"messages": CHAT[0], "text": None}, {"messages": None, "text": "a"}], "'messages' is null, not messages"),
+    ([{"text": "a"}, {"text": None}], "'text' is null, not a text"),
+    ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}], "'completion' is null, not a text"),
+    ([{"conversations": SHAREGPT[0]}, {"conversations": None}], "'conversations' is null, not messages"),
+    ([{"messages": json.dumps(CHAT[0])}, {"messages": "a"}], "'messages' is \"a\", not messages"),
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "streamed parquet", "trainer", "streamed trainer"])
+@pytest.mark.parametrize(("rows", "message"), HOLES, ids=[str(rows[1]) for rows, _ in HOLES])
+def test_the_row_without_a_text_is_named(rows, message, kind, write, tokenizer, tmp_path, capsys):
+    dataset = Dataset.from_list(rows)
+    if "parquet" in kind:
+        dataset.to_parquet(tmp_path / "data.parquet")
+        stream = {"dataset_streaming": True, "max_steps": 3} if "streamed" in kind else {}
+        line = refusal(write(tmp_path / "data.parquet", per_device_train_batch_size=1, **stream), capsys)
+    else:
+        with pytest.raises(RowError) as caught:
+            trained_ids(dataset, tokenizer, tmp_path, stream="streamed" in kind)
+        line = str(caught.value)
+    assert "Cannot train on row 1 of the train set, counted from 0: " in line
+    assert message in line
+    assert "Correct the row, or remove it." in line
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_first_row_without_a_text_is_named(tokenizer, tmp_path):
+    for rows in ([{"messages": None}, {"messages": CHAT[0]}], [{"text": None}, {"text": "a"}]):
+        with pytest.raises(RowError, match="row 0 of the train set"):
+            trained_ids(rows, tokenizer, tmp_path)
+
+
+def test_the_line_of_a_local_file_is_named_in_any_layout(write, tmp_path, capsys):
+    rows = [{"conversations": each} for each in SHAREGPT]
+    line = refusal(write([*rows, {"conversations": [{"from": "narrator", "value": "a"}]}]), capsys)
+    assert f"Cannot train on {tmp_path}/data.jsonl, line 5: 'conversations' has a message from \"narrator\"" in line
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(CHAT[0])], ["hi"]])
+    line = refusal(write(tmp_path / "data.csv"), capsys)
+    assert f"{tmp_path}/data.csv, line 3: 'messages' is \"hi\", not messages" in line
+
+
+def test_messages_as_json_text_in_csv_and_parquet(write, expected, strict, tmp_path):
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(each)] for each in CHAT)])
+    Dataset.from_list([{"messages": json.dumps(each)} for each in CHAT]).to_parquet(tmp_path / "data.parquet")
+    for name in ("data.csv", "data.parquet"):
+        for stream in ({}, {"dataset_streaming": True, "max_steps": 1}):
+            train, _ = Recipe.read(write(tmp_path / name, **stream)).load_datasets()
+            assert trained_ids(train, strict, tmp_path / "out") == expected
+
+
+# Rendering
+
+
+def render(tokenizer, rows, template, **columns):
+    check = RenderedRow(tokenizer, template, "the train set")
+    for i, row in enumerate(rows):
+        check({"messages": row, **columns}, i)
+
+
+LOST = {
+    "unknown role": [{"role": "human", "content": "you"}, CHAT[0][1]],  # which the template's own prompt holds
+    "later": [*CHAT[0], {"role": "critic", "content": "no"}],
+    "a part": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+}
+FIRST_PART = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_message_that_the_template_leaves_out_is_an_error(name, tokenizer):
+    with pytest.raises(RowError, match="row 1 of the train set, counted from 0: the chat template leaves out"):
+        render(tokenizer, [CHAT[0], LOST[name]], FIRST_PART if name == "a part" else STRICT)
+
+
+THINKING = (
+    "{% for m in messages %}{% set c = m.content %}{% if not loop.last and '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}{{ c | trim + '\\n' }}{% endfor %}"
+)
+KEPT = {
+    "white space": ([{"role": "user", "content": "  a\n b "}], THINKING),
+    "thinking": ([{"role": "assistant", "content": "<think>\nhm\n</think>\n\nso"}, *CHAT[0]], THINKING),
+    "only thinking": ([{"role": "assistant", "content": "<think>hm</think>"}, *CHAT[0]], THINKING),
+    "blank": ([{"role": "system", "content": " "}, *CHAT[0]], STRICT.replace("'system', ", "")),
+    "as JSON": ([{"role": "tool", "content": 'a "b"\nc'}], "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"),
+    "moved": ([{"role": "system", "content": "s"}, *CHAT[0]],
+              "{% for m in messages[1:] %}{{ m.content }}{% endfor %}{{ messages[0].content }}"),
+    "tool call": ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}],
+                  "{% for m in messages %}{{ m.content or '' }}{% endfor %}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_templates_may_do_to_a_message(name, tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.rendering.logger.warning_once", said.append)
+    messages, template = KEPT[name]
+    render(tokenizer, [messages], template)
+    assert not said
+
+
+def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.rendering.logger.warning_once", said.append)
+    render(tokenizer, [CHAT[0], CHAT[1]], "{% for m in messages %}{{ m.content[2:] }}{% endfor %}")
+    assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said[0]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
+def test_every_row_is_rendered(stream, strict, tmp_path):
+    rows = [{"messages": each} for each in [*CHAT * 10, [{"role": "human", "content": "a"}]]]
+    with pytest.raises(RowError, match='row 40 of the train set, counted from 0: the chat template leaves out "a"'):
+        trained_ids(rows, strict, tmp_path, stream)
+    pairs = [{"prompt": each[:1], "completion": each[1:]} for each in [*CHAT, [{"role": "human", "content": "a"}, *CHAT[0]]]]
+    with pytest.raises(RowError, match="row 4 of the train set"):
+        trained_ids(pairs, strict, tmp_path, stream)
+
+
+def test_an_evaluation_set_is_treated_alike(strict, tmp_path):
+    args = BLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", eval_strategy="steps", eval_steps=1)
+    sets = {name: Dataset.from_list(LAYOUTS[name]) for name in ("sharegpt", "conversations")}
+    model, train = make_llama(strict), Dataset.from_list([{"messages": each} for each in CHAT])
+    trainer = BLTrainer(model, args, train_dataset=train, eval_dataset=sets, processing_class=strict)
+    found = [dataset["input_ids"] for dataset in trainer.eval_dataset.values()]
+    assert list(found[0]) == list(found[1]) == list(trainer.train_dataset["input_ids"])
+    of_messages, of_sharegpt = trainer.evaluate(train), trainer.evaluate(sets["sharegpt"])
+    assert of_messages["eval_nll"] == pytest.approx(of_sharegpt["eval_nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["train", "diagnose"])
+def test_a_lost_message_is_said_before_the_model_loads(verb, write, tmp_path, capsys, monkeypatch):
+    (tmp_path / "t.jinja").write_text(STRICT)
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", lambda *args, **kwargs: pytest.fail("loaded"))
+    argv = write([{"messages": [{"role": "human", "content": "a"}]}], chat_template_path=str(tmp_path / "t.jinja"))
+    argv += ["--report", str(tmp_path / "report")] if verb == "diagnose" else []
+    line = refusal(argv, capsys, verb)
+    assert "row 0 of the train set, counted from 0: the chat template leaves out \"a\", a message with the role 'human'" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_that_can_not_be_rendered_is_named(write, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('roles must alternate') if messages | length > 2 }}")
+    rows = [{"messages": CHAT[0]}, {"messages": [*CHAT[0], *CHAT[1]]}]
+    (tmp_path / "t.jinja").write_text(
+        "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + STRICT
+    )
+    line = refusal(write(rows, chat_template_path=str(tmp_path / "t.jinja")), capsys)
+    assert "Cannot render row 1 of the train set, counted from 0, by the chat template: roles must alternate." in line
+
+
+# Mixtures
+
+
+def mixture(tmp_path, *parts, **changes):
+    entries = []
+    for i, rows in enumerate(parts):
+        (tmp_path / f"part{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entries.append({"path": "json", "data_files": str(tmp_path / f"part{i}.jsonl")})
+    return {"dataset_name": None, "datasets": entries, **changes}
+
+
+@pytest.mark.parametrize("stream", [{}, {"streaming": True, "max_steps": 1}], ids=["loaded", "streamed"])
+def test_chats_of_different_layouts_mix(stream, write, tmp_path):
+    tools = [{"messages": [*CHAT[3][:1], {**CHAT[3][1], "name": "x"}]}]
+    parts = mixture(tmp_path, LAYOUTS["sharegpt"], LAYOUTS["conversation"], LAYOUTS["ultrachat"], tools, **stream)
+    train, _ = Recipe.read(write(**parts)).load_datasets()
+    made = [[{key: turn[key] for key in ("role", "content")} for turn in row["messages"]] for row in train]
+    assert made == CHAT * 3 + CHAT[3:]
+
+
+@pytest.mark.parametrize("stream", [{}, {"streaming": True, "max_steps": 1}], ids=["loaded", "streamed"])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            ([{"text": "a"}], [{"prompt": "a", "completion": "b"}]),
+            "part0.jsonl has text (texts); TMP/part1.jsonl has prompt and",
+        ),
+        (([{"prompt": "a", "completion": "b"}], [{"messages": CHAT[0]}]), "TMP/part1.jsonl has messages (messages)"),
+        (([{"prompt": "a", "completion": "b"}], PAIRS["sharegpt"]), "part1.jsonl has prompt and completion (messages)"),
+    ],
+    ids=str,
+)
+def test_data_sets_of_different_kinds_do_not_mix(parts, message, stream, write, tmp_path, capsys):
+    line = refusal(write(**mixture(tmp_path, *parts, **stream)), capsys)
+    assert "Cannot mix data sets of different layouts: " in line
+    assert message.replace("TMP", str(tmp_path)) in line
+    assert "Give all of them the same columns." in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_is_what_trl_makes_of_it(write, tmp_path):
+    from trl import get_dataset
+
+    rows = [[{"text": f"{part} {i}", "extra": i} for i in range(size)] for part, size in (("a", 10), ("b", 6))]
+    changes = mixture(tmp_path, *rows, test_split_size=0.25, eval_strategy="epoch")
+    for entry, fraction in zip(changes["datasets"], (0.5, 0.5), strict=True):
+        entry |= {"columns": ["text"], "fraction": fraction}
+    recipe = Recipe.read(write(**changes))
+    ours = recipe.load_datasets()
+    from transformers import set_seed
+
+    set_seed(recipe.training.seed)
+    theirs = get_dataset(recipe.mixture)
+    assert [part[:] for part in ours] == [theirs[split][:] for split in ("train", "test")]
+
+
+# Files
+
+LINES = b"".join(json.dumps({"text": f"a{i}"}).encode() + b"\n" for i in range(3))
+FILES = {
+    "data.jsonl.gz": gzip.compress(LINES),
+    "data.json.gz": gzip.compress(json.dumps([{"text": f"a{i}"} for i in range(3)]).encode()),
+    "data.jsonl.bz2": bz2.compress(LINES),
+    "data.jsonl.xz": lzma.compress(LINES),
+    "data.csv.gz": gzip.compress(b"text\na0\na1\na2\n"),
+    "data.txt.xz": lzma.compress(b"a0\na1\na2\n"),
+    "da[t]a*?.jsonl": LINES,
+    "[0-9].jsonl.gz": gzip.compress(LINES),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("name", FILES)
+def test_compressed_files_and_names_with_glob_characters(name, stream, write, tmp_path):
+    folder = tmp_path / "f[1]"
+    folder.mkdir()
+    (folder / name).write_bytes(FILES[name])
+    format = {"csv": "csv", "txt": "text"}.get(name.split(".")[1], "json")
+    on = {"max_steps": 1, "dataset_streaming": True} if stream else {}
+    mixed = {"max_steps": 1, "streaming": True} if stream else {}
+    entries = [
+        {"path": format, "data_files": str(folder / name)},
+        {"path": format, "data_files": {"train": [str(folder / name)]}},
+        {"path": str(folder / name)},
+        {"path": str(folder)},
+    ]
+    sources = [{"dataset_name": str(source), **on} for source in (folder / name, folder)]
+    for source in [*sources, *({"dataset_name": None, "datasets": [entry], **mixed} for entry in entries)]:
+        train, _ = Recipe.read(write(**source)).load_datasets()
+        assert [row["text"] for row in train] == ["a0", "a1", "a2"]
+
+
+def test_faults_in_compressed_files(write, tmp_path, capsys):
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(LINES + b"{\n"))
+    assert "data.jsonl.gz, line 4: Expecting property name" in refusal(write(tmp_path / "data.jsonl.gz"), capsys)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(LINES)[:-12])
+    assert "cut.jsonl.gz: the compressed file is truncated or damaged" in refusal(write(tmp_path / "cut.jsonl.gz"), capsys)
+    (tmp_path / "none.jsonl.zip").write_bytes(b"")
+    assert "'.zip' is none of .jsonl, .json, .parquet, .csv, .txt" in refusal(write(tmp_path / "none.jsonl.zip"), capsys)
+
+
+def test_zstandard_is_asked_for(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    (tmp_path / "data.jsonl.zst").write_bytes(bytes.fromhex("28b52ffd") + b"x")
+    assert "data.jsonl.zst: it is compressed. Run `pip install zstandard`." in refusal(
+        write(tmp_path / "data.jsonl.zst"), capsys
+    )
+
+
+def test_the_folder_that_one_is_in(write, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_bytes(LINES)
+    monkeypatch.chdir(tmp_path / "data")
+    for source in ({"dataset_name": "."}, {"dataset_name": None, "datasets": [{"path": "."}]}, {"dataset_name": "../data/."}):
+        train, _ = Recipe.read(write(**source)).load_datasets()
+        assert len(train) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (["train", "validation"], "Write `dataset_test_split: validation`, or `eval_strategy: no`"),
+        (["train", "extra", "dev"], "Write `dataset_test_split: dev`"),
+        (["train"], "Write `eval_strategy: no`, or `test_split_size` for a mixture."),
+    ],
+    ids=str,
+)
+def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / "data" / f"{name}-00000-of-00001.jsonl").write_bytes(LINES)
+    (tmp_path / "data" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {name}\n    path: {name}-*\n" for name in names)
+        + "---\n"
+    )
+    line = refusal(write(tmp_path / "data", eval_strategy="epoch"), capsys)
+    assert "no split 'test'" in line
+    assert advice in line
+
+
+# What isn't installed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "nosuch"}, "Cannot report to `report_to: nosuch`: nosuch is not supported"),
+        ({"report_to": "wandb"}, "Cannot report to `report_to: wandb`: WandbCallback requires wandb to be installed."),
+        ({"attn_implementation": "flash_attention_2"}, "Cannot use `attn_implementation: flash_attention_2`: "),
+        ({"model_init_kwargs": {"attn_implementation": "nosuch"}}, "Cannot use `attn_implementation: nosuch`: "),
+        ({"push_to_hub": True}, "Cannot push to the Hub: there is no token. Run `hf auth login`, or set HF_TOKEN."),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_said_before_data_and_model_load(changes, message, write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr("bl_trainer.recipe.get_token", lambda: None)
+    monkeypatch.setattr("bl_trainer.recipe.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(Recipe, "load_datasets", lambda self: pytest.fail("loaded"))
+    assert message in refusal(write([{"text": "a"}], **changes), capsys)
+    assert not (tmp_path / "out").exists()
