@@ -5,7 +5,7 @@ import unicodedata
 from functools import lru_cache
 
 MOST_CHARACTERS = 2000  # of an expression that is read; longer ones are compared as they are
-MOST_NESTED = 40  # braces within braces, of an expression that is read
+MOST_NESTED = 40  # arguments and braces within each other, of an expression that is read
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
@@ -49,14 +49,10 @@ class _Reader:
         self.tokens, self.at, self.depth = TOKEN.findall(text), 0, 0
 
     def read(self, closing: str = "") -> str:
-        self.depth += 1
-        if self.depth > MOST_NESTED:
-            raise Unreadable
         said = []
         while self.at < len(self.tokens):
             token = self._take()
             if token == closing:
-                self.depth -= 1
                 return "".join(said)
             said.append(self._one(token))
         if closing:
@@ -76,6 +72,14 @@ class _Reader:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
     def _one(self, token: str) -> str:
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            raise Unreadable
+        said = self._read_one(token)
+        self.depth -= 1
+        return said
+
+    def _read_one(self, token: str) -> str:
         if token == "{":
             return self.read("}")
         if token == "}":
@@ -99,12 +103,18 @@ class _Reader:
         if name in STYLES:
             return self._argument()
         if name in ("begin", "end"):
-            return f"\\{name}{{{self._argument().strip()}}}"
+            return self._environment(name)
         root = self._option() if name == "sqrt" else ""
         arguments = "".join(f"{{{self._argument()}}}" for _ in range(ARGUMENTS.get(name, 0)))
         if name in ("{", "}", "i"):
             return name if name == "i" else f"\\{name}"
         return f"\\{name}{root}{arguments}" if arguments else f"\\{name} "
+
+    def _environment(self, name: str) -> str:
+        kind = self._argument().strip()
+        if (name, kind) == ("begin", "array"):
+            self._argument()  # its columns
+        return f"\\{name}{{{kind}}}"
 
     def _argument(self) -> str:
         return self._one(self._take()) if self._next() else self._take()
@@ -116,9 +126,10 @@ class _Reader:
         return f"[{self.read(']')}]"
 
     def _script(self) -> str:
-        begin = self._next()
-        if begin in ("+", "-"):
-            return self._take() + self._script()
+        sign = self._take() if self._next() in ("+", "-") else ""
+        return sign + self._script_of(self._next())
+
+    def _script_of(self, begin: str) -> str:
         if begin == "(" and ")" in self.tokens[self.at :]:
             self._take()
             return f"{self._within('(', ')')}"
@@ -143,7 +154,7 @@ class _Reader:
         if self._next() != "{":
             return self._argument()
         inner = self._argument()
-        words = " ".join(inner.split())
+        words = re.sub("[{}]", "", " ".join(inner.split()))
         if words in ("i", "e", "d") or not re.search(r"[A-Za-z]", words) or "\\" in words:
             return inner
         return rf"{' ' if inner[:1].isspace() else ''}\text{{{words}}}{' ' if inner[-1:].isspace() else ''}"
@@ -167,6 +178,7 @@ def spelled(text: str) -> str | None:
 
 
 def _ascii(text: str) -> str:
+    text = text.strip().strip("*_` ")
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
     text = re.sub(r"[¼½¾⅐-⅞]", lambda match: " \\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", match[0]).split("⁄")), text)

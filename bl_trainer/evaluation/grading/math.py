@@ -102,8 +102,8 @@ def _is_same(one: str, other: str) -> bool:
     bases = [BASED.fullmatch(compact(text)) for text in (one, other)]
     if any(bases):  # math-verify passes over the base
         return bool(bases[0] and bases[1] and bases[0].groups() == bases[1].groups())
-    if all(re.fullmatch(r"[A-Za-z]{2,}", compact(text)) for text in (one, other)):
-        return compact(one).casefold() == compact(other).casefold()
+    if all(re.fullmatch(r"[A-Za-z]{2,}", compact(text)) for text in (one, other)) and len(one) > len("abc"):
+        return compact(one).casefold() == compact(other).casefold()  # words, not products
     (kind, parts), (other_kind, others) = _structure(one), _structure(other)
     if kind == other_kind == "":
         return _is_same_scalar(one, other)
@@ -144,7 +144,7 @@ def _structure(text: str) -> tuple[str, list[str]]:
     parts = _split(text, r"\\cup(?![a-z])")
     if len(parts) > 1:
         return r"\cup", parts
-    matrix = re.fullmatch(r"[(\[]?\\begin\{([a-zA-Z]*matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}[)\]]?", text, re.DOTALL)
+    matrix = re.fullmatch(r"[(\[]?\\begin\{([a-zA-Z]*matrix|array)\}(.*)\\end\{\1\}[)\]]?", text, re.DOTALL)
     if matrix and matrix[1] not in ("vmatrix", "Vmatrix"):
         rows = [_split(row, "&") for row in _split(matrix[2], r"\\\\") if row.strip()]
         return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
@@ -204,9 +204,9 @@ def _is_same_scalar(one: str, other: str) -> bool:
     (value, unit), (other_value, other_unit) = measured(one), measured(other)
     if unit and other_unit and unit != other_unit:
         return False
-    if (value, other_value) != (one, other):
+    if any(_structure(text)[0] for text in (value, other_value)):
         return _is_same(value, other_value)
-    return is_same_value(one, other)
+    return compact(value) == compact(other_value) or is_same_value(value, other_value)
 
 
 def _verify(one: str, other: str) -> bool:
@@ -254,6 +254,7 @@ def _expression(text: str, which: int) -> list[str]:
         text = text.rpartition("=")[2]
     said = PROSE.split(text.replace("*", "").strip(), maxsplit=1)[0].strip(" .:")
     numbers = NUMBERS.findall(text)
-    if which < 0 and "=" not in text and not re.search(r"\\[A-Za-z]", said):
+    is_prose = re.match(r"[A-Za-z]{2,} [A-Za-z]", said) and len(numbers) == 1
+    if is_prose or (which < 0 and not re.search(r"\\[A-Za-z]", said)):
         return numbers[-1:]
     return [said]

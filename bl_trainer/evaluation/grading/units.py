@@ -38,7 +38,7 @@ POWER = r"(?:\^\{-?\d\})?"
 STYLED = rf"\\text\{{[^{{}}]*\}}{POWER}"
 WORD = rf"(?:[A-Za-z]{{2,}}|(?<= )[mgshlLNJWVK])\.?{POWER}"
 BEHIND = re.compile(
-    rf"(.*?[\d)}}!]|.*?\\(?:pi|infty) |.*? ?[a-z])(?<!\\text\{{) *((?:{STYLED})(?:[ /]*(?:{STYLED}|{WORD}))*)"
+    rf"(.*?[\d)}}!]|.*?\\(?:pi|infty) |.*? ?[a-z])(?<!\\text\{{) *((?:{STYLED})(?:[ /]*{STYLED}|[ /]+{WORD})*)"
     rf"|(.*?(?<![A-Za-z])[\d)}}!]) ((?:{WORD})(?:[ /]+(?:{WORD}|{STYLED}))*)"
     rf"|(-?[\d.]+)((?:{GLUED})s?{POWER})"
 )

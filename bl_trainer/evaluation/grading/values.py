@@ -10,12 +10,14 @@ from typing import Any
 from ...parser import RecipeError
 
 MOST_BITS = 1 << 17  # of a number that is computed; what is larger is compared as it is written
+MOST_SUMMED = 32  # of the limits of a sum, likewise
 DIGITS = 40  # of numbers that aren't rational
 MOST_READ = 600  # characters of an expression that math-verify reads
-MOST_BRACKETS = 12  # within each other
+MOST_BRACKETS = 8  # within each other, and bars; math-verify's time doubles with each
 SECONDS = 3  # math-verify's own limit, which no expression of this size is meant to reach
 POINTS = (("1.7", "2.3", "0.6"), ("0.37", "3.1", "1.9"), ("-1.3", "0.8", "2.7"), ("2.9", "-0.7", "-1.6"), ("-2.2", "-1.1", "0.9"))
-UNTRIED = re.compile(r"\\(?:int|lim|sum|prod|begin)(?![a-z])")  # what may take long to compute
+COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
+TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
 
@@ -51,14 +53,22 @@ def parsed(text: str) -> Any:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether an expression is small, and has no numbers side by side, which sympy would add, nor a huge binomial."""
+    """Whether an expression is small, and has no numbers side by side, which sympy would add."""
     depth = most = 0
     for sign in text:
-        depth += (sign in "({[") - (sign in ")}]")
+        depth += (sign in "([") - (sign in ")]")
         most = max(most, depth)
     beside = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d", text)
-    chosen = re.search(r"\\binom\{[^{}]*(?:\d{5}|[!^])|\\binom\{[^{}]*\}\{[^{}]*(?:\d{5}|[!^])", text)
-    return bool(text.strip()) and len(text) <= MOST_READ and most <= MOST_BRACKETS and not (beside or chosen)
+    return bool(text.strip()) and len(text) <= MOST_READ and most <= MOST_BRACKETS and text.count("|") <= MOST_BRACKETS and not beside and _are_small(text)
+
+
+def _are_small(text: str) -> bool:
+    """Whether what math-verify computes as it reads is small: binomials of numbers below 10,000, no rounding of towers."""
+    if COMPUTED.search(text) and TOWER.search(text):
+        return False
+    pairs = re.findall(r"\\binom\{([^{}!^]*)\}\{([^{}!^]*)\}", text)
+    digits = [len(re.sub(r"\D", "", part)) for pair in pairs for part in pair]
+    return len(pairs) == text.count(r"\binom") and max(digits, default=0) <= 4
 
 
 def _with_products(text: str) -> str:
@@ -166,7 +176,7 @@ def _at(left: Any, right: Any, at: dict[Any, Any], is_rounded: bool) -> bool | N
 
 def _bits(value: Any) -> float:
     """Return a bound of the base-2 logarithm of a value's size. Raises TooLarge where it would take too much to compute."""
-    from sympy import Number, Pow, exp, factorial
+    from sympy import Number, Pow, Product, Sum, exp, factorial
 
     args = [_bits(arg) for arg in getattr(value, "args", ())]
     if isinstance(value, Number):
@@ -178,7 +188,7 @@ def _bits(value: Any) -> float:
         found = 2.0 ** min(args[0], 60) * max(args[0], 1.0)
     else:
         found = sum(args) + len(args)
-    if found > MOST_BITS:
+    if found > (MOST_SUMMED if isinstance(value, (Sum, Product)) else MOST_BITS):
         raise TooLarge
     return found
 
