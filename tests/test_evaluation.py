@@ -33,7 +33,7 @@ from conftest import LETTERS, make_llama, sentence
 pytest.importorskip("lm_eval")
 from bl_trainer.evaluation import harness
 from bl_trainer.evaluation.completion import normalise, score
-from bl_trainer.evaluation.graders import grade_math
+from bl_trainer.evaluation.grading import grade_math
 
 GENERATION_PROMPT = "{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}"
 TASK = """
@@ -866,7 +866,7 @@ def exam(models, tmp_path):
 def test_medical_scores_by_source(models, tmp_path, exam, monkeypatch):
     path, made = exam
     monkeypatch.setattr(
-        "bl_trainer.evaluation.graders.letter", lambda text, choices: "AB"[len(text.split()) % 2] if choices else text
+        "bl_trainer.evaluation.grading.letters.letter", lambda text, choices: "AB"[len(text.split()) % 2] if choices else text
     )
     options = {"tasks": ["medical"], "data": [f"medical={path}"], "max_new_tokens": 6}
     found = run(models, tmp_path, "adapter", "plain", **options)

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 pytest.importorskip("math_verify")
-from bl_trainer.evaluation.graders import (
+from bl_trainer.evaluation.grading import (
     final_answer,
     grade_letter,
     grade_math,

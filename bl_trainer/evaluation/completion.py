@@ -8,6 +8,7 @@ from trl import maybe_convert_to_chatml
 from trl.data_utils import is_conversational
 
 from .generation import Generation
+from .grading.reasoning import without_reasoning
 from .options import EvaluateArguments
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def gold(doc: dict[str, Any]) -> str:
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Compare an answer with the gold one, whitespace at the ends apart."""
-    answer, right = results[0], gold(doc)
+    answer, right = without_reasoning(results[0]), gold(doc)
     return {
         "exact_match": float(answer.strip() == right.strip()),
         "normalised_match": float(normalise(answer) == normalise(right)),

@@ -8,11 +8,15 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 
 from ..data.format import ASSISTANT, USER, Format
 from ..parser import RecipeError
+from .grading.reasoning import split_reasoning
 from .options import EvaluateArguments
+
+ANSWER = "ANSWER"  # stands where a rendered conversation has an answer
 
 
 class Generation(ConfigurableTask):
@@ -20,7 +24,7 @@ class Generation(ConfigurableTask):
 
     Both are rendered as TRL renders them in training.
 
-    `process_results` of its configuration grades one answer. With several answers to an item a metric is the list of their
+    `process_results` of its configuration grades one answer, without its reasoning. With several answers to an item a metric is the list of their
     values, and the score the mean of the items' means (Avg@k).
     """
 
@@ -65,7 +69,8 @@ class Generation(ConfigurableTask):
                 f"The longest prompt of {self.task_name!r} has {longest} tokens, and the model takes {lm.max_length} in all: "
                 + (f"`--max_new_tokens` can be {room} at most." if room > 0 else "take it out of the data.")
             )
-        kwargs: dict[str, Any] = {"max_gen_toks": asked or min(self.most_tokens, room), "do_sample": False, "temperature": 0.0}
+        most = self.most_tokens + max(len(self._encode(self.lead(doc))) for doc in self.asked(options))
+        kwargs: dict[str, Any] = {"max_gen_toks": asked or min(most, room), "do_sample": False, "temperature": 0.0}
         if options.is_sampled:
             # without cuts of the distribution, which generation_config.json may ask for, and transformers does (top_k 50)
             kwargs |= {"do_sample": True, "temperature": options.sampling_temperature, "top_p": 1.0, "top_k": 0}
@@ -84,14 +89,35 @@ class Generation(ConfigurableTask):
         **kwargs: Any,
     ) -> str:
         """Return the prompt, in the chat template if it is one of messages or `apply_chat_template`."""
-        prompt, options = self.own_prompt(doc), doc.get("chat_template_kwargs") or {}
-        if prompt is None:
-            prompt, options = self.format.prompt(self.doc_to_text(doc), self.config.description or ""), self.format.options
+        prompt, options = self._asked_as(doc)
+        return prompt if isinstance(prompt, str) else self._render(doc, prompt, add_generation_prompt=True, **options)
+
+    def lead(self, doc: dict[str, Any]) -> str:
+        """Return what the template writes between the prompt and an answer in training, such as an empty think block."""
+        prompt, options = self._asked_as(doc)
         if isinstance(prompt, str):
-            return prompt
+            return ""
+        asked = self._render(doc, prompt, add_generation_prompt=True, **options)
+        try:
+            trained = self._render(doc, [*prompt, {"role": "assistant", "content": ANSWER}], **options)
+        except TemplateError:  # it takes no answer here, so that none was trained
+            return ""
+        before = trained.rpartition(ANSWER)[0]
+        return before.removeprefix(asked) if before.startswith(asked) else ""
+
+    def _asked_as(self, doc: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the prompt, a text or messages, and the options of the template."""
+        prompt = self.own_prompt(doc)
+        if prompt is not None:
+            return prompt, doc.get("chat_template_kwargs") or {}
+        return self.format.prompt(self.doc_to_text(doc), self.config.description or ""), self.format.options
+
+    def _render(self, doc: dict[str, Any], messages: list[Any], **options: Any) -> str:
         tools = json.loads(doc["tools"]) if isinstance(doc.get("tools"), str) else doc.get("tools")
-        render = self.format.tokenizer.apply_chat_template
-        return render(prompt, tools=tools, tokenize=False, add_generation_prompt=True, **options)
+        return self.format.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.format.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def apply_filters(self) -> None:
         """Keep all answers to an item, of which the harness would take the first."""
@@ -100,8 +126,12 @@ class Generation(ConfigurableTask):
 
     def process_results(self, doc: dict[str, Any], results: list[list[str]]) -> dict[str, Any]:
         """Return each metric of an item: a value, or one for each of several answers."""
-        blank = " " if _is_written(self.fewshot_context(doc, 0)) else ""  # which the format puts before an answer
-        graded = [self.config.process_results(doc, [answer.removeprefix(blank)]) for answer in results[0]]
+        prompt = self.fewshot_context(doc, 0)
+        blank = " " if _is_written(prompt) else ""  # which the format puts before an answer
+        lead = self.format.tokenizer.decode(self._encode(self.lead(doc)), skip_special_tokens=True)
+        unsaid = split_reasoning(lead, prompt)[0]
+        said = [split_reasoning(answer.removeprefix(blank), prompt)[0].removeprefix(unsaid) for answer in results[0]]
+        graded = [self.config.process_results(doc, [answer]) for answer in said]
         if len(graded) == 1:
             return graded[0]
         return {metric: [each[metric] for each in graded] for metric in graded[0]}

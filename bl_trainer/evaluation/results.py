@@ -11,10 +11,12 @@ from typing import Any
 
 from ..parser import RecipeError
 from ..statistics import t_quantile, within
+from .grading.reasoning import split_reasoning
 from .options import Checkpoint, EvaluateArguments
 
 RESULTS = "results.json"
 MACRO = ":macro"  # of a metric's name: the mean over groups of items
+COUNTED = {"empty": "empty answers", "unfinished": "unfinished reasoning"}  # columns of the table, where there are any
 PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
 
 
@@ -220,10 +222,11 @@ def table(results: Results) -> str:
     entries = [entry for task in results.options.tasks for entry in results.of(task)]
     scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
     scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
-    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", "empty answers")]
-    rows += [(*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), _empty(s)) for s in scores]
-    if not any(score.get("empty") for score in scores):
-        rows = [row[:-1] for row in rows]
+    counted = {key: name for key, name in COUNTED.items() if any(score.get(key) for score in scores)}
+    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", *counted.values())]
+    for s in scores:
+        counts = [_share(s, key) for key in counted]
+        rows.append((*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), *counts))
     lines, differences = _columns(rows), results.differences()
     if differences:
         wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
@@ -237,9 +240,9 @@ def _names(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["task"], row["metric"] + (f", Avg@{answers}" if answers > 1 else ""), row["checkpoint"]
 
 
-def _empty(score: dict[str, Any]) -> str:
-    empty, answers = score.get("empty"), score.get("answers", 1)
-    return "" if empty is None else f"{empty} of {score['items'] * answers}"
+def _share(score: dict[str, Any], key: str) -> str:
+    count, answers = score.get(key), score.get("answers", 1)
+    return "" if count is None else f"{count} of {score['items'] * answers}"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -292,10 +295,12 @@ def _scores(
 
 
 def _counts(rows: Any, items: int | None) -> dict[str, Any]:
-    """How many items and answers to each there are, and how many of the answers are empty."""
+    """Count items, answers to each, and the answers that are empty or whose reasoning is unfinished."""
     given = [row["answer"] if isinstance(row["answer"], list) else [row["answer"]] for row in rows]
-    empty = sum(not answer.strip() for answers in given for answer in answers) if rows else None
-    return {"items": items, "answers": len(given[0]) if rows else 1, "empty": empty}
+    said = [split_reasoning(answer, row["prompt"]) for row, answers in zip(rows, given, strict=True) for answer in answers]
+    empty = sum(is_finished and not text.strip() for text, is_finished in said) if rows else None
+    unfinished = sum(not is_finished for _, is_finished in said) if rows else None
+    return {"items": items, "answers": len(given[0]) if rows else 1, "empty": empty, "unfinished": unfinished}
 
 
 def _json(value: Any, **kwargs: Any) -> str:

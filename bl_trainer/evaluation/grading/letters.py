@@ -1,0 +1,209 @@
+"""Options, by the letter that an answer settles on."""
+
+import json
+import re
+from string import ascii_uppercase
+from typing import Any
+
+from ...data.format import USER
+from .docs import read_docs
+from .math import boxes
+from .reasoning import without_reasoning
+
+LETTER_GOLD = ("answer_idx", "answer_letter", "answer", "completion")
+
+
+def letter_docs(docs: Any) -> Any:
+    """Rows with `question`, the options below it, `choices` in the order of their letters, and `gold`, a letter."""
+    return read_docs(docs, LETTER_GOLD, _letter_row)
+
+
+def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
+    choices = _choices(doc.get("options"))
+    listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+    letters, gold = ascii_uppercase[: len(choices) or 10], right
+    is_number = not isinstance(next(doc[name] for name in LETTER_GOLD if name in doc), str)
+    if right in choices and not is_number:  # a number is an index, a text of digits may be an option
+        gold = ascii_uppercase[choices.index(right)]
+    elif right.isdigit() and choices:
+        gold = ascii_uppercase[int(right)] if int(right) < len(choices) else right
+    if gold.isdigit() or (len(gold) == 1 and gold.isalpha() and gold.upper() not in letters):
+        lacks = "" if choices else ", and there is no column `options` that it could be one of"
+        raise ValueError(f"the gold answer {right!r} is none of the options {letters[0]} to {letters[-1]}{lacks}.")
+    question = f"{doc['question']}\n{listed}" if listed else doc["question"]
+    return {"question": question, "choices": choices, "gold": letter(gold, choices) or ""}
+
+
+def _choices(options: Any) -> list[str]:
+    """The options' texts, of a list, or of a mapping from letters, which may be written as JSON."""
+    if isinstance(options, str):
+        options = json.loads(options)
+    if isinstance(options, dict):  # Arrow gives each row the letters of all rows
+        options = [options[key] for key in sorted(options) if options[key] is not None]
+    return [str(option) for option in options or []]
+
+
+def grade_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Whether the answer is the letter `gold`."""
+    return {"accuracy": float(letter(results[0], doc["choices"]) == doc["gold"])}
+
+
+# What may stand between the words that announce a letter and the letter, of which "not" and the like are none
+LEAD = (
+    r"(?i:\b(?:the|is|are|be|was|as|but|rather|therefore|thus|most|either|answer|option|choice|letter|\w{1,20}ly)\b"
+    r"|[\s:=*_`'\"$(\[{>-]){0,14}"
+)
+# "A" and "I" are words too: before a word in lower case other than these
+GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
+ANNOUNCED = (
+    r"\b(?:answer|option|choice)\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
+    r"|\b(?:choose|pick|select|go(?:ing)? with)\b"
+)
+IS = r"(?:is|are|was|would be|can be|must be|should be|seems)\s"
+BEST = r"(?:the |my )?(?:final )?(?:most |\w{1,20}ly )?"
+RIGHT_WORDS = ("correct", "right", "true", "yes", "\u2713", "\u2714", "\u2705")
+WRONG_WORDS = ("wrong", "incorrect", "false", "no", "not correct", "not right", "excluded", "eliminated", "ruled out", "\u2717")
+RIGHT = rf"{IS}{BEST}(?:correct|right|best|appropriate|answer)\b"
+WRONG = rf"{IS}(?:\w{{1,20}}ly )?(?:not|wrong|incorrect|false|excluded|ruled out|eliminated)\b"
+NOT = r"(?:not|\w{1,20}n['\u2019]t|cannot|never|neither|nor|than|instead of|eliminate|exclude)"
+BEGIN = r"(?:^|[.,;:\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|that|and|but)\b)"
+APART = r"[\s)*\].:=(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
+END = r"(?=[\s*]{0,3}(?:[.,;:!)\n]|$|(?:because|since|as)\b))"
+MARK = re.compile(r"(?<![\w'\u2019\\])(?:\(([A-J])\)|([A-J])[.):](?!\w))")  # as options are listed
+MOST_APART = 300  # characters between two options of a list
+
+
+class _Exam:
+    """The patterns for the letters and texts of a question's options."""
+
+    def __init__(self, choices: list[str]):
+        self.letters = ascii_uppercase[: len(choices) or 10]
+        self.texts = {_words(choice): name for name, choice in zip(self.letters, choices, strict=False)}
+        self.both = self.letters + self.letters.lower()
+        self.one = (
+            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w'\u2019-])"
+            rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
+        )
+        self.right = rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}"
+        self.wrong = rf"[\s)*]{{0,4}}(?i:{WRONG})|{APART}(?i:{self._verdicts(WRONG_WORDS)}){END}"
+
+    def _verdicts(self, words: tuple[str, ...]) -> str:
+        """Match words that say what an option is worth, unless they are an option themselves."""
+        return rf"(?:is |was )?(?:{'|'.join(word for word in words if word not in self.texts) or '(?!)'})"
+
+    def without_texts(self, said: str) -> str:
+        """Take the text of an option away between its letter and a verdict on it."""
+        verdict = rf"(?:is |was )?(?:{'|'.join((*RIGHT_WORDS, *WRONG_WORDS))})\b"
+        for words, name in self.texts.items():
+            text = r"\W{1,3}".join(map(re.escape, words.split()))
+            said = re.sub(rf"\b({name})[).:*]{{1,3}} ?\*{{0,2}}{text}(?={APART}{verdict})", r"\1", said, flags=re.IGNORECASE)
+        return said
+
+    def without_denied(self, said: str) -> str:
+        """Take away the letters that are said to be wrong, or not to be the answer."""
+        said = re.sub(rf"(?i:\b(?:option|choice|answer)\s)?[\s(*]{{0,4}}\b{self.one}(?:{self.wrong})", " ", said)
+        more = rf"(?:(?:, ?{self.one}){{0,8}},? ?(?i:or|nor) {self.one})?"
+        return re.sub(rf"(?i:\b{NOT}\b){LEAD}{self.one}{more}", " ", said)
+
+    def without_list(self, said: str) -> str:
+        """Blank the letters of options that are listed in their order."""
+        run: list[re.Match[str]] = []
+        blank = list(said)
+        for mark in (*MARK.finditer(said), None):
+            name = mark and (mark[1] or mark[2])
+            if mark and run and name == ascii_uppercase[len(run)] and mark.start() - run[-1].end() <= MOST_APART:
+                run.append(mark)
+                continue
+            if len(run) >= min(3, len(self.letters)):
+                for each in run:
+                    blank[each.start() : each.end()] = " " * len(each[0])
+            run = [mark] if mark and name == "A" else []
+        return "".join(blank)
+
+    def stated(self, said: str) -> str | None:
+        """Return the letter of the last statement, "" if it names two, None if there is none."""
+        second = rf"\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"  # but "A, I think" is one letter
+        announced = re.finditer(rf"(?i:{ANNOUNCED}){LEAD}(?P<name>{self.one})(?P<second>{second})?", self.without_list(said))
+        judged = re.finditer(rf"{BEGIN}[\s(*]{{0,4}}(?P<name>{self.one})(?P<second>(?!))?(?:{self.right})", said)
+        last = max((*announced, *judged), key=lambda match: match.start("name"), default=None)
+        return last and ("" if last["second"] else last["name"].upper())
+
+    def named(self, said: str) -> set[str]:
+        """Return the letters of the options whose words are in a text."""
+        words = f" {_words(said)} "
+        return {name for text, name in self.texts.items() if text and f" {text} " in words}
+
+    def boxed(self, content: str) -> str | None:
+        """Return the letter of what a box holds, "" if it is no option though it names one or none, None if it's another thing."""
+        found = re.fullmatch(rf"{LEAD}([{self.both}])\b(\W{{0,8}})(.*)", content, re.DOTALL)
+        rest = found and _words(found[3])
+        if found and (not rest or re.match(r"\W*[.):-]\s", found[2]) or self.texts.get(rest) == found[1].upper()):
+            return found[1].upper()
+        if _words(content) in self.texts:
+            return self.texts[_words(content)]
+        denies = rf"(?i:\b(?:{NOT}|none|no)\b)|(?<![\w'])[{self.letters}](?![\w'])|^\W*[A-Za-z]\W*$"
+        names = self.named(content)
+        if re.search(denies, content) or len(names) > 1:
+            return ""
+        return names.pop() if names else None
+
+    def alone(self, said: str) -> str | None:
+        """Return the letter that is the whole last line, or the only one that stands out."""
+        alone = re.fullmatch(rf"[\s*_`(\[$]{{0,8}}([{self.both}])[\s*_`)\].:$]{{0,8}}", said.strip().split("\n")[-1])
+        if alone:
+            return alone[1].upper()
+        said = self.without_list(said)
+        second = rf"\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"
+        for names in (
+            re.findall(rf"^[\s*_`(\[]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$))(?![^\n]*[\s(][A-J][.):]\s)", said, re.MULTILINE),
+            re.findall(rf"(?:\*\*|\()([{self.letters}])(?:\*\*|\))", said),
+            re.findall(rf"\b(?i:option|choice|answer)\b{LEAD}({self.one})(?!{second})", said),
+        ):
+            if len({name.upper() for name in names}) == 1:
+                return names[0].upper()
+        return None
+
+
+def letter(text: str, choices: list[str]) -> str | None:
+    r"""Return the letter of the option that an answer settles on, or None.
+
+    The first of these that is there, in the answer without its reasoning, up to a next turn of its own making:
+
+    1. the last closed \boxed{} about the options, if it is a letter, one with its option, or an option; other boxes count as
+       not there;
+    2. the last statement: "the answer is C", "answer: C", "I choose C", "C is correct", "C: right";
+    3. a last line that is a letter alone, or the only letter that begins a line;
+    4. the only letter in bold or in parentheses;
+    5. the only one named as "option C", "choice C" or "answer C";
+    6. the only option whose words are in the text.
+
+    A letter after "not", or one said to be wrong, counts nowhere, nor do options that are listed in their order; "B or C" is no
+    answer. Nothing is guessed: neither a letter in prose nor the nearest option. All patterns are bounded, so that the work
+    grows with the length of an answer and no faster.
+    """
+    exam, said = _Exam(choices), _tidy(without_reasoning(text))
+    for begin, content, end in reversed(boxes(said)):
+        found = exam.boxed(said[content:end].strip()) if end - content <= MOST_APART else None
+        if found:
+            return found
+        if found == "":
+            return exam.stated(exam.without_denied(exam.without_texts(said[end + 1 :]))) or None
+        said = f"{said[:begin]} {said[end + 1 :]}"
+    said = exam.without_denied(exam.without_texts(said))
+    found = exam.stated(said)
+    if found is not None:
+        return found or None
+    named = exam.named(said)
+    return exam.alone(said) or (named.pop() if len(named) == 1 else None)
+
+
+def _tidy(text: str) -> str:
+    """Return an answer up to a next turn, without commands of style, and with runs of spaces and signs cut short."""
+    text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r" ?\n[ \n]*", "\n", text)
+    return re.sub(r"([^\w\s{}\\])\1{2,}", r"\1\1", text)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))

@@ -1,0 +1,229 @@
+"""Whether two expressions have the same value: exactly where they are rational, else to many digits, in bounded work."""
+
+import logging
+import math
+import re
+from fractions import Fraction
+from functools import lru_cache, reduce
+from typing import Any
+
+from ...parser import RecipeError
+
+MOST_BITS = 1 << 17  # of a number that is computed; what is larger is compared as it is written
+MOST_SUMMED = 32  # of the limits of a sum, likewise
+DIGITS = 40  # of numbers that aren't rational
+MOST_READ = 600  # characters of an expression that math-verify reads
+MOST_BRACKETS = 8  # within each other, and bars; math-verify's time doubles with each
+SECONDS = 3  # math-verify's own limit, which no expression of this size is meant to reach
+POINTS = (("1.7", "2.3", "0.6"), ("0.37", "3.1", "1.9"), ("-1.3", "0.8", "2.7"), ("2.9", "-0.7", "-1.6"), ("-2.2", "-1.1", "0.9"))
+COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
+TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
+
+
+class TooLarge(ValueError):
+    """A number that would take too much time or memory."""
+
+
+def math_verify() -> Any:
+    """Import math-verify. Raises RecipeError where it isn't installed."""
+    try:
+        import math_verify
+    except ImportError as error:
+        raise RecipeError(f"grading it needs math-verify ({error}). Run `pip install '.[evaluation]'`.") from error
+    return math_verify
+
+
+@lru_cache(maxsize=4096)
+def parsed(text: str) -> Any:
+    """Return an expression in the one spelling as sympy's, None if it isn't one."""
+    if not _is_readable(text):
+        return None
+    from latex2sympy2_extended import NormalizationConfig
+
+    plain = NormalizationConfig(
+        basic_latex=False, units=False, malformed_operators=False, nits=False, boxed="last", equations=False
+    )
+    config = math_verify().LatexExtractionConfig(normalization_config=plain)
+    found = math_verify().parse(
+        rf"\boxed{{{_with_products(text)}}}", [config], fallback_mode="no_fallback", parsing_timeout=SECONDS
+    )
+    return _with_imaginary_unit(found[0]) if found else None
+
+
+def _is_readable(text: str) -> bool:
+    """Whether an expression is small, and has no numbers side by side, which sympy would add."""
+    depth = most = 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        most = max(most, depth)
+    beside = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d", text)
+    return bool(text.strip()) and len(text) <= MOST_READ and most <= MOST_BRACKETS and text.count("|") <= MOST_BRACKETS and not beside and _are_small(text)
+
+
+def _are_small(text: str) -> bool:
+    """Whether what math-verify computes as it reads is small: binomials of numbers below 10,000, no rounding of towers."""
+    if COMPUTED.search(text) and TOWER.search(text):
+        return False
+    pairs = re.findall(r"\\binom\{([^{}!^]*)\}\{([^{}!^]*)\}", text)
+    digits = [len(re.sub(r"\D", "", part)) for pair in pairs for part in pair]
+    return len(pairs) == text.count(r"\binom") and max(digits, default=0) <= 4
+
+
+def _with_products(text: str) -> str:
+    """Write the signs that math-verify needs: 2(3) is a product, and i stands alone."""
+    text = re.sub(r"(?<=[\d)]) *(?=\()|(?<=\)) *(?=\d)|(?<=\d) *(?=\\frac)", r"\\cdot ", text)
+    return re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)
+
+
+def _with_imaginary_unit(value: Any) -> Any:
+    from sympy import I, Symbol
+
+    symbols = getattr(value, "free_symbols", ())
+    renamed = {symbol: I if symbol.name == "i" else Symbol(symbol.name, real=True) for symbol in symbols}
+    if all(symbol == other for symbol, other in renamed.items()):
+        return value
+    try:
+        return value.xreplace(renamed)
+    except (AttributeError, TypeError, ValueError):  # of a matrix, or of a relation between complex numbers
+        return value
+
+
+def is_same_value(one: str, other: str) -> bool:
+    """Whether two expressions in the one spelling have the same value."""
+    left, right = parsed(one), parsed(other)
+    if left is None or right is None:
+        return False
+    try:
+        is_same = _compare(left, right)
+    except TooLarge:
+        return bool(left == right)
+    if is_same is None:
+        return bool(math_verify().verify(left, right, timeout_seconds=SECONDS))
+    return is_same
+
+
+def _compare(left: Any, right: Any) -> bool | None:
+    """Whether two values are equal; None where that isn't decided by computing them."""
+    from sympy import Expr, Float
+
+    for value in (left, right):
+        _bits(value)
+    if not (isinstance(left, Expr) and isinstance(right, Expr)):
+        return None
+    is_rounded = left.has(Float) or right.has(Float)
+    one, other = _rational(left), _rational(right)
+    if one is not None and other is not None:
+        return one == other or (is_rounded and _is_near(float(abs(one - other)), _size(one), _size(other)))
+    if not left.free_symbols and not right.free_symbols:
+        return _agree(left, right, is_rounded)
+    return _agree_everywhere(left, right, is_rounded)
+
+
+def _size(value: Fraction) -> float:
+    return float(abs(value)) if abs(value) < Fraction(10) ** 300 else math.inf
+
+
+def _is_near(gap: float, one: float, other: float) -> bool:
+    """Whether a rounded number is within 6 decimals of another one, and of its size."""
+    return gap <= 5e-7 and gap <= 1e-5 * max(one, other)
+
+
+def _agree(left: Any, right: Any, is_rounded: bool) -> bool | None:
+    """Compare two numbers to many digits; None if one can't be computed."""
+    from sympy import nan, oo, zoo
+
+    one, other = left.evalf(DIGITS), right.evalf(DIGITS)
+    if any(value.has(nan, oo, zoo) for value in (one, other)):
+        return bool(one == other) if not one.has(nan) else None
+    if not (one.is_number and other.is_number and _is_computed(one) and _is_computed(other)):
+        return None
+    gap, size = abs(one - other), max(abs(one), abs(other))
+    if is_rounded and size < 1e300:
+        return _is_near(float(gap), float(abs(one)), float(abs(other)))
+    return bool(gap <= size * 10 ** (5 - DIGITS)) if size else True
+
+
+def _is_computed(value: Any) -> bool:
+    from sympy import Float, Integer, Rational
+
+    return all(part.is_zero or isinstance(part, (Float, Integer, Rational)) for part in value.as_real_imag())
+
+
+def _agree_everywhere(left: Any, right: Any, is_rounded: bool) -> bool | None:
+    """Compare two expressions at a few points; None if too few of these are in their domain."""
+    symbols = sorted(left.free_symbols | right.free_symbols, key=lambda symbol: symbol.name)
+    if left.free_symbols != right.free_symbols and len(symbols) > len(POINTS[0]):
+        return None
+    from sympy import Rational
+
+    tried = []
+    for point in POINTS:
+        at = {symbol: Rational(point[i % 3]) + Rational(i, 7) for i, symbol in enumerate(symbols)}
+        tried.append(_at(left, right, at, is_rounded))
+        if tried[-1] is False:
+            return False
+    return True if tried.count(True) >= 3 else None
+
+
+def _at(left: Any, right: Any, at: dict[Any, Any], is_rounded: bool) -> bool | None:
+    one, other = left.subs(at), right.subs(at)
+    for value in (one, other):
+        _bits(value)
+    return _agree(one, other, is_rounded)
+
+
+def _bits(value: Any) -> float:
+    """Return a bound of the base-2 logarithm of a value's size. Raises TooLarge where it would take too much to compute."""
+    from sympy import Number, Pow, Product, Sum, exp, factorial
+
+    args = [_bits(arg) for arg in getattr(value, "args", ())]
+    if isinstance(value, Number):
+        found = _length(value)
+    elif isinstance(value, (Pow, exp)):
+        base = args[0] if isinstance(value, Pow) else 1.5
+        found = max(base, 1.0) * 2.0 ** min(args[-1], 60)
+    elif isinstance(value, factorial):
+        found = 2.0 ** min(args[0], 60) * max(args[0], 1.0)
+    else:
+        found = sum(args) + len(args)
+    if found > (MOST_SUMMED if isinstance(value, (Sum, Product)) else MOST_BITS):
+        raise TooLarge
+    return found
+
+
+def _length(value: Any) -> float:
+    if not value.is_finite:
+        return 1.0
+    if value.is_Rational:
+        return float(max(abs(value.p), value.q).bit_length()) if value.q != 1 else math.log2(max(abs(value.p), 1) + 1)
+    return max(1.0, abs(float(value._mpf_[2] + value._mpf_[3])))
+
+
+def _rational(value: Any) -> Fraction | None:
+    """Return the exact value of a rational expression, whose decimals are as they are written; None if it isn't one."""
+    from sympy import Add, Float, Mul, Pow, Rational, factorial
+
+    if isinstance(value, Rational):
+        return Fraction(value.p, value.q) if value.is_finite else None
+    if isinstance(value, Float):
+        return Fraction(str(value))
+    if not isinstance(value, (Add, Mul, Pow, factorial)):
+        return None
+    args = [_rational(arg) for arg in value.args]
+    if any(arg is None for arg in args):
+        return None
+    numbers = [arg for arg in args if arg is not None]
+    if isinstance(value, (Add, Mul)):
+        return reduce(lambda one, other: one + other if isinstance(value, Add) else one * other, numbers)
+    return _power(*numbers) if isinstance(value, Pow) else _factorial(numbers[0])
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    is_defined = exponent.denominator == 1 and (base or exponent > 0)
+    return base**exponent.numerator if is_defined else None
+
+
+def _factorial(of: Fraction) -> Fraction | None:
+    return Fraction(math.factorial(of.numerator)) if of.denominator == 1 and of >= 0 else None
