@@ -1,5 +1,6 @@
 """Data sets from local files, and the line of a file that is at fault when one can't be read or trained on."""
 
+import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,16 @@ import datasets
 from trl import ScriptArguments
 
 OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
+BOM = codecs.BOM_UTF8  # the libraries read over it
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 def load_dataset(script: ScriptArguments) -> Any:
     """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
     path = Path(script.dataset_name or "")
+    shifted = (file for file in local_files(script.dataset_name) if file.suffix == ".csv" and _is_shifted(file))
+    if fault := find_fault(shifted):
+        raise ValueError(fault)
     if path.is_file():
         if path.suffix not in LOCAL_FORMATS:
             raise ValueError(f"{path.suffix!r} is none of {', '.join(LOCAL_FORMATS)}")
@@ -97,14 +102,14 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
 def _is_one_value(path: Path) -> bool:
     """Whether a file is one value of JSON, not one in each line: an array, or an object over several lines."""
     with path.open("rb") as file:
-        if LOCAL_FORMATS.get(path.suffix) != "json" or file.read(1024).lstrip().startswith(b"["):
+        if LOCAL_FORMATS.get(path.suffix) != "json" or file.read(1024).removeprefix(BOM).lstrip().startswith(b"["):
             return LOCAL_FORMATS.get(path.suffix) == "json"
         file.seek(0)
-        return path.suffix == ".json" and file.readline().strip() == b"{"
+        return path.suffix == ".json" and file.readline().removeprefix(BOM).strip() == b"{"
 
 
 def _fault_in_whole(path: Path) -> str | None:
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(BOM)
     try:
         json.loads(content)
     except json.JSONDecodeError as error:
@@ -119,7 +124,7 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = line.decode().rstrip("\r\n")
+                text = line.removeprefix(BOM if number == 1 else b"").decode().rstrip("\r\n")
                 if LOCAL_FORMATS.get(path.suffix) != "json" or not text.strip():
                     continue
                 row = json.loads(text)
@@ -138,11 +143,25 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
     return None
 
 
+def _is_shifted(path: Path) -> bool:
+    """Whether the first row has more values than the header, so that pandas moves them to the wrong columns in silence."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        return None in next(_csv_rows(lines), {})
+
+
+def _csv_rows(lines: Any) -> Any:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the default
+    return csv.DictReader(lines)
+
+
 def _fault_in_csv(path: Path, formats: list[tuple[str, ...]]) -> str | None:
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        rows = _csv_rows(lines)
         columns: tuple[str, ...] = next((each for each in formats if set(each) <= set(rows.fieldnames or ())), ())
         for row in rows:
+            if None in row:
+                given = len(row) - 1 + len(row[None])
+                return f"line {rows.line_num}: it has {given} values, the header {len(row) - 1}. Quote values with commas"
             for column in columns:
                 if not row[column]:
                     return f"line {rows.line_num}: {column!r} is empty"
