@@ -62,7 +62,11 @@ def test_a_row_with_fewer_labels_has_no_options_of_other_rows():
         (LAYOUTS["mapping"]("1234"), "A", "the gold answer 'A' is none of the options 1, 2, 3, 4."),
         (LAYOUTS["pairs"]("ABDE"), "C", "the gold answer 'C' is none of the options A, B, D, E."),
         (LAYOUTS["mapping"](["i", "ii", "iii", "iv"]), "(B)", "none of the options i, ii, iii, iv."),
-        ([{"letter": "A", "content": "rest"}], "A", "one of its options is {'.*'}. Write texts, or mappings with key and value"),
+        (
+            [{"letter": "A", "content": "rest"}],
+            "A",
+            "one of its options is {'.*'}. Write texts, or mappings with key and value",
+        ),
         ([["rest"], ["work"]], "A", r"one of its options is \['rest'\], not a text."),
         ({"A": ["rest"], "B": ["work"]}, "A", r"one of its options is \['rest'\], not a text."),
         (["rest", None], "A", "one of its options is None, not a text."),
