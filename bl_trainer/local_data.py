@@ -1,6 +1,7 @@
 """Data sets from local files, and the line of a file that is at fault when one can't be read or trained on."""
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -20,6 +21,7 @@ from .layouts import CONTENTS, SPEAKERS, align, are_chats, arrange, fault_of, sh
 from .parser import RecipeError
 
 OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
+BOM = codecs.BOM_UTF8  # the libraries read over it
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what may stand behind these
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins
@@ -29,6 +31,9 @@ def load_dataset(script: ScriptArguments) -> Any:
     """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
     name = script.dataset_name or ""
     path = Path(name).expanduser()
+    shifted = (file for file in local_files(script.dataset_name) if format_of(file) == "csv" and _is_shifted(file))
+    if fault := find_fault(shifted):
+        raise ValueError(fault)
     if path.is_file():
         return _load_file(path, script.dataset_train_split, script.dataset_streaming)
     if is_path(name) and not path.exists():
@@ -205,15 +210,15 @@ def _is_one_value(path: Path) -> bool:
     if format_of(path) != "json":
         return False
     with open_binary(path) as file:
-        if file.read(1024).lstrip().startswith(b"["):
+        if file.read(1024).removeprefix(BOM).lstrip().startswith(b"["):
             return True
     with open_binary(path) as file:
-        return file.readline().strip() == b"{"
+        return file.readline().removeprefix(BOM).strip() == b"{"
 
 
 def _fault_in_whole(path: Path) -> str | None:
     with open_binary(path) as file:
-        content = file.read()
+        content = file.read().removeprefix(BOM)
     try:
         json.loads(content)
     except json.JSONDecodeError as error:
@@ -229,7 +234,7 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
     with open_binary(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = line.decode().rstrip("\r\n")
+                text = line.removeprefix(BOM if number == 1 else b"").decode().rstrip("\r\n")
                 if format_of(path) != "json" or not text.strip():
                     continue
                 row = json.loads(text)
@@ -248,12 +253,26 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
     return None
 
 
+def _is_shifted(path: Path) -> bool:
+    """Whether the first row has more values than the header, so that pandas moves them to the wrong columns in silence."""
+    with io.TextIOWrapper(open_binary(path), newline="", encoding="utf-8-sig", errors="replace") as lines:
+        return None in next(_csv_rows(lines), {})
+
+
+def _csv_rows(lines: Any) -> Any:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the default
+    return csv.DictReader(lines)
+
+
 def _fault_in_csv(path: Path, formats: list[tuple[str, ...]]) -> str | None:
-    with io.TextIOWrapper(open_binary(path), newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
+    with io.TextIOWrapper(open_binary(path), newline="", encoding="utf-8-sig") as lines:
+        rows = _csv_rows(lines)
         columns: tuple[str, ...] = next((each for each in formats if set(each) <= set(rows.fieldnames or ())), ())
         is_chat: bool | None = None
         for row in rows:
+            if None in row:
+                given = len(row) - 1 + len(row[None])
+                return f"line {rows.line_num}: it has {given} values, the header {len(row) - 1}. Quote values with commas"
             empty = next((column for column in columns if not row[column]), None)
             if empty:
                 return f"line {rows.line_num}: {empty!r} is empty"

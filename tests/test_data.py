@@ -635,7 +635,7 @@ def test_parquet_that_cannot_be_read(kind, tmp_path, capsys):
     pq.write_table(pa.table({"problem": pa.array([], pa.string()), "solution": pa.array([], pa.string())}), path)
     if kind == "broken":
         path.write_bytes(b"PAR1 nonsense")
-    message = {"without rows": "rows.parquet has no rows.", "broken": "rows.parquet is no whole Parquet file."}[kind]
+    message = {"without rows": "rows.parquet: it has no rows.", "broken": "rows.parquet: it is no complete Parquet file."}[kind]
     assert message in fails(capsys, "coding", "--output", tmp_path / "out", "--source", path)
 
 

@@ -64,10 +64,10 @@ def prepare(options: PrepareArguments) -> Path:
     paths = [source_of(part, options.source) for part in SETS[options.name].parts]
     form = Format(options.model)
     settings = _settings(options, form, paths)
-    if _is_done(output, settings, options.overwrite):
-        print(f"{output} is there already, prepared with the same options.")
-        return output
     try:
+        if _is_done(output, settings, options.overwrite):
+            print(f"{output} is there already, prepared with the same options.")
+            return output
         record = _open_part(part_folder, settings, options)
         counts, digests = _build(part_folder, list(_pieces(options, paths, record["revisions"])), form, options)
         record["files"] = sorted(path.name for path in part_folder.glob("*.parquet"))
@@ -114,7 +114,7 @@ def _is_done(output: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if not found:
         return False
     made = _read_card(output / CARD)
-    if made is None or "sha256" not in made:
+    if made is None or not {"sha256", "files"} <= made.keys():
         raise RecipeError(f"`--output {output}` holds {min(found)}, and is no finished data set. Write another folder.")
     if overwrite:
         foreign = found - {CARD, *made["files"]}
@@ -148,7 +148,10 @@ def _read_card(path: Path) -> dict[str, Any] | None:
     except yaml.YAMLError:
         return None
     record = noted.get(KEY) if isinstance(noted, dict) else None
-    return record if isinstance(record, dict) and {"settings", "revisions"} <= record.keys() else None
+    if not isinstance(record, dict) or not {"settings", "revisions"} <= record.keys():
+        return None
+    kinds = {"settings": dict, "revisions": dict, "files": list, "sha256": dict}
+    return record if all(isinstance(record.get(key, kind()), kind) for key, kind in kinds.items()) else None
 
 
 def _read_table(path: Path) -> pa.Table | None:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from trl import ScriptArguments
 
-from ..local_data import LOCAL_FORMATS, find_fault, load_dataset, local_files
+from ..local_data import BOM, LOCAL_FORMATS, find_fault, load_dataset, local_files
 from ..parser import RecipeError, sentence
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -269,7 +270,31 @@ def source_of(part: Part, source: str | None) -> Path | None:
             raise RecipeError(f"`--source {source}` must hold a file or folder for each of {names}; {part.name} is missing.")
     if not any(local_files(path)):
         raise RecipeError(f"`--source {path}` holds no {', '.join(LOCAL_FORMATS)} file.")
+    fault = _fault_in(path)  # before the libraries read it, whose errors name no line
+    if fault:
+        raise RecipeError(f"Cannot read `--source {source}`: {fault}.")
     return path
+
+
+def _fault_in(path: Path) -> str | None:
+    files = [file for file in local_files(path) if file.suffix != ".txt"]  # beside data a text file is but a note
+    try:
+        return find_fault(files) or next((f"{file}: {why}" for file in files if (why := _why_empty(file))), None)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+
+
+def _why_empty(file: Path) -> str | None:
+    """Return why no row can be read from a file whose lines have no fault, None if one can."""
+    if file.suffix == ".parquet":
+        try:
+            return None if pq.read_metadata(file).num_rows else "it has no rows"
+        except pa.ArrowInvalid:
+            return "it is no complete Parquet file"
+    lines = (line.removeprefix(BOM).strip() for line in file.read_bytes().split(b"\n"))
+    written = list(islice(filter(None, lines), 2))
+    is_empty = len(written) < 2 if file.suffix == ".csv" else written in ([], [b"[]"], [b"{}"])
+    return "it has no rows" if is_empty else None
 
 
 def revision_of(part: Part, revision: str | None) -> str:
@@ -299,8 +324,8 @@ def load(part: Part, path: Path | None, revision: str | None, seed: int) -> dict
         else:
             loaded = datasets.load_dataset(part.hub, part.config, revision=revision)
     except Exception as error:  # the libraries raise many kinds for a broken file
-        fault = (find_fault(local_files(path)) or _without_rows(path)) if path else None
-        raise RecipeError(f"Can't load {where}: {fault or sentence(error)}") from error
+        fault = find_fault(local_files(path)) if path else None
+        raise RecipeError(f"Cannot load {where}: {fault or sentence(error)}") from error
     for _, split in part.splits:
         if split not in loaded:
             raise RecipeError(f"{where} has no split {split!r}, only {', '.join(map(repr, loaded))}.")
@@ -309,17 +334,6 @@ def load(part: Part, path: Path | None, revision: str | None, seed: int) -> dict
     return {
         split: loaded[split].shuffle(seed=seed).select(range(min(part.rows, len(loaded[split])))) for _, split in part.splits
     }
-
-
-def _without_rows(path: Path) -> str | None:
-    for file in local_files(path):
-        if file.suffix == ".parquet":
-            try:
-                if not pq.read_metadata(file).num_rows:
-                    return f"{file} has no rows."
-            except pa.ArrowInvalid:
-                return f"{file} is no whole Parquet file."
-    return None
 
 
 def reader(part: Part, rows: Sequence[Row], where: str) -> Callable[[Row], Example]:

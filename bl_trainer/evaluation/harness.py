@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import lm_eval
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
@@ -160,17 +161,35 @@ def _splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
     """
     if path.suffix not in (".json", ".jsonl"):
         return {"test": datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")}
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError:  # a value in each line
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(rows, dict):
-        lists = all(isinstance(value, list) for value in rows.values())
-        rows = [{**row, "source": source} for source in rows for row in rows[source]] if lists else [rows]
+    rows = _json_rows(path)
     if not rows:
         raise RecipeError("it is empty.")
-    return {"test": datasets.Dataset.from_list(rows)}
+    columns = dict.fromkeys(column for row in rows for column in row)  # `from_list` takes those of the first row alone
+    return {"test": datasets.Dataset(pa.table({column: _column(column, rows) for column in columns}))}
+
+
+def _column(name: str, rows: list[dict[str, Any]]) -> pa.Array:
+    try:
+        return pa.array([row.get(name) for row in rows])
+    except pa.ArrowException as error:
+        raise RecipeError(f"its column {name!r} mixes types: {sentence(error)}. Write values of one type.") from error
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:  # a value in each line; a text may hold U+2028 and U+0085, where `splitlines` splits too
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(rows, dict) and rows and all(isinstance(part, list) for part in rows.values()):
+        return [{**_object(row), "source": source} for source, part in rows.items() for row in part]
+    return [_object(row) for row in (rows if isinstance(rows, list) else [rows])]
+
+
+def _object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RecipeError(f"it holds {str(row)[:40]!r} where a row should be. Write each row as an object.")
+    return row
 
 
 def find_model(checkpoint: Checkpoint) -> None:

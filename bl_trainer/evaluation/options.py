@@ -9,14 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..local_data import LOCAL_FORMATS, find_fault, is_path
+import yaml
+
+from ..local_data import LOCAL_FORMATS, find_fault, is_path, local_files
 from ..parser import Parser, RecipeError, sentence
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")
 
 # What tells whether a checkpoint is still the one that was evaluated
-READ = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
+READ = (
+    "*.safetensors", "*.bin", "*config.json", "*.index.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json", "*.jinja", "*.py",
+)  # fmt: skip
 
 
 @dataclass
@@ -35,16 +40,14 @@ class Checkpoint:
         return label if label.replace("__", "/") == self.name else f"{label}-{digest}"
 
     def fingerprint(self) -> str:
-        """Return a hash of a sample of each of the checkpoint's files."""
+        """Return a hash of the checkpoint's files, whole: some ways of training change a few bytes in a gigabyte."""
         digest = hashlib.sha256()
         for folder in filter(None, (self.model, self.adapter)):
-            for path in sorted({path for pattern in READ for path in Path(folder).glob(pattern)}):
-                size = path.stat().st_size
-                digest.update(f"{path.name} {size}".encode())
+            for path in sorted({path for pattern in READ for path in Path(folder).glob(pattern) if path.is_file()}):
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
                 with path.open("rb") as file:
-                    for start in range(0, size, max(4096, size // 256)):
-                        file.seek(start)
-                        digest.update(file.read(4096))
+                    while part := file.read(2**20):
+                        digest.update(part)
         return digest.hexdigest()[:16]
 
 
@@ -171,9 +174,48 @@ class EvaluateArguments:
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
         keys = ("limit", "num_fewshot", "samples", "temperature", "max_new_tokens", "apply_chat_template", "backend")
-        files = [path for path in (self.files().get(task), Path(task)) if path and path.is_file()]
+        own = self.files().get(task)
+        files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
         return {**{key: getattr(self, key) for key in (*keys, "dtype", "seed")}, "files": digests}
+
+
+def task_files(path: Path) -> Iterator[Path]:
+    """Yield a task's YAML file, and the local files that it names: what it includes, its code and its data.
+
+    Raises RecipeError if it is not YAML.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        raise RecipeError(f"Cannot read the task file {path}: line {line}: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Cannot read the task file {path}: {sentence(error)}.") from error
+    yield path
+    for node in _scalars(root):
+        if node.tag == "!function":
+            code = path.parent / f"{node.value.rpartition('.')[0].replace('.', '/')}.py"
+            yield from [code] if code.is_file() else []
+        elif Path(node.value).suffix in (".yaml", ".yml") and (path.parent / node.value).is_file():
+            yield from task_files(path.parent / node.value)
+        elif _names_data(node.value):
+            yield from local_files(node.value)
+
+
+def _names_data(value: str) -> bool:
+    """Whether a value can only be a path of local data, not a text such as a delimiter `/`."""
+    is_folder = "/" in value and bool(value.strip("./ ")) and len(value) < 256 and Path(value).is_dir()
+    return is_folder or ("\n" not in value and Path(value).suffix in LOCAL_FORMATS)
+
+
+def _scalars(node: Any) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            for each in part if isinstance(part, tuple) else (part,):
+                yield from _scalars(each)
 
 
 def is_adapter(folder: str) -> bool:

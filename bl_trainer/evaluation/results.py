@@ -4,11 +4,15 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from ..files import write_text
 from ..parser import RecipeError
 from ..statistics import t_quantile, within
 from .grading.reasoning import split_reasoning
@@ -26,12 +30,10 @@ class Results:
     def __init__(self, options: EvaluateArguments, checkpoints: list[Checkpoint]):
         self.options, self.folder = options, Path(options.output or ".")
         self.prints = {checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints}
-        self.entries = self._read()
-        if options.overwrite:
-            asked = [(name, task) for name in self.prints for task in options.tasks]
-            self.entries = [e for e in self.entries if (e["checkpoint"], e["task"]) not in asked and not self._fault(e)]
-        for fault in filter(None, map(self._fault, self.entries)):
-            raise self._refusal(fault)
+        self.replaced = [entry for entry in self._read()[0] if self._is_to_go(entry)]
+        self.own: list[dict[str, Any]] = []  # those of this evaluation
+        self.earlier: list[tuple[str, ...]] = []  # differences that other evaluations have computed
+        self._merge()
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
@@ -39,28 +41,51 @@ class Results:
         except OSError as error:
             raise RecipeError(f"`--output {self.folder}` can't be written: {error.strerror}. Write another folder.") from error
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _is_to_go(self, entry: dict[str, Any]) -> bool:
+        """Whether `--overwrite` is given, and is about this entry."""
+        asked = entry["checkpoint"] in self.prints and entry["task"] in self.options.tasks
+        return self.options.overwrite and (asked or self._fault(entry) is not None)
+
+    def _merge(self) -> None:
+        """Take what results.json holds by now, with this evaluation's entries in place of those that they replace.
+
+        Raises RecipeError if it holds other results than those that are asked for.
+        """
+        found, self.earlier = self._read()
+        gone = {_json(entry) for entry in (*self.replaced, *self.own)}
+        others = [entry for entry in found if _json(entry) not in gone]
+        for fault in filter(None, map(self._fault, [] if self.options.overwrite else others)):
+            raise self._refusal(fault)
+        keys = [_key(entry) for entry in self.own]
+        self.entries = [entry for entry in others if _key(entry) not in keys] + self.own
+
+    def _read(self) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
+        """Return the entries of results.json, and which differences it holds: of which checkpoints, in which task."""
         path = self.folder / RESULTS
         if not path.exists():
-            return []
+            return [], []
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-            for entry in entries:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for entry in found["evaluations"]:
                 self._fault(entry)
+            pairs = [(each["checkpoint"], each["baseline"], each["task"]) for each in found.get("differences", [])]
+            return found["evaluations"], list(dict.fromkeys(pairs))
+        except RecipeError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self.options.overwrite:
-                return []
+                return [], []
             raise self._refusal("a results.json of something else") from error
-        return entries
 
     def _refusal(self, what: str) -> RecipeError:
         return RecipeError(f"`--output {self.folder}` holds {what}. Write another folder, or add `--overwrite`.")
 
     def _fault(self, entry: dict[str, Any]) -> str | None:
         """Why results can't stand beside those that are asked for, None if they can."""
-        task, checkpoint, now = entry["task"], entry["checkpoint"], self.options.deciding(entry["task"])
+        task, checkpoint = entry["task"], entry["checkpoint"]
+        now = self.options.deciding(task) if task in self.options.tasks else {}
         defaults = {key: each.default for key, each in EvaluateArguments.__dataclass_fields__.items()}
-        for key, value in now.items() if task in self.options.tasks else ():
+        for key, value in now.items():
             then = entry["options"].get(key, defaults.get(key))
             is_same = sorted(then.values()) == sorted(value.values()) if key == "files" else then == value  # under any path
             if not is_same:
@@ -77,11 +102,11 @@ class Results:
 
     def add(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], chat: bool) -> None:
         """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
-        scores = []
+        scores, files = [], {}
         for name, samples in found["samples"].items():
             path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
             rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"))
-            _write(self.folder / path, "".join(_json(row) for row in rows))
+            files[path] = "".join(_json(row) for row in rows)
             scores += _scores(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
         for name in found.get("groups", {}):
             scores += _scores(found["results"][name], name, None, None)
@@ -100,16 +125,20 @@ class Results:
             "task_versions": found["versions"],
             "versions": {name: version(name) for name in PACKAGES},
         }
-        self.entries.append(entry)
-        self.write()
+        self.own.append(json.loads(_json(entry)))
+        self.write(files)
 
-    def write(self) -> None:
-        """Write results.json."""
-        _write(self.folder / RESULTS, _json(self.content(), indent=1))
+    def write(self, files: dict[str, str] | None = None) -> None:
+        """Write results.json and `files`, by their path; other evaluations may write to the same folder."""
+        with _locked(self.folder):
+            self._merge()
+            for path, text in (files or {}).items():
+                _write(self.folder / path, text)
+            _write(self.folder / RESULTS, _json(self.content(), indent=1))
 
     def content(self) -> dict[str, Any]:
         """What results.json holds."""
-        return {"evaluations": self.entries, "differences": self.differences()}
+        return {"evaluations": self.entries, "differences": self.differences() + self._other_differences()}
 
     def of(self, task: str) -> list[dict[str, Any]]:
         """The entries of a task, in the command line's order of checkpoints."""
@@ -118,24 +147,45 @@ class Results:
 
     def differences(self) -> list[dict[str, Any]]:
         """Return how each checkpoint differs from the first one of the command line, on the same items, for each metric."""
+        return [each for new, old in self._pairs() for each in self._difference(new, old)]
+
+    def _pairs(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return [(entry, entries[0]) for entries in map(self.of, self.options.tasks) for entry in entries[1:]]
+
+    def _other_differences(self) -> list[dict[str, Any]]:
+        """Return the differences that other evaluations have computed, as the entries are now."""
+        own = [(_key(new), _key(old)) for new, old in self._pairs()]
+        others = {
+            (_key(new), _key(old)): (new, old)
+            for checkpoint, baseline, task in self.earlier
+            for new in self.entries
+            for old in self.entries
+            if (new["checkpoint"], old["checkpoint"]) == (checkpoint, baseline) and new["task"] == old["task"]
+            if any(score["task"] == task for score in new["scores"])
+        }
+        return [each for pair, entries in others.items() if pair not in own for each in self._difference(*entries)]
+
+    def _difference(self, new_entry: dict[str, Any], old_entry: dict[str, Any]) -> list[dict[str, Any]]:
         found = []
-        for entries in map(self.of, self.options.tasks):
-            for entry in entries[1:]:
-                pair = {"checkpoint": entry["checkpoint"], "baseline": entries[0]["checkpoint"]}
-                parts: dict[str, list[dict[str, Any]]] = {}
-                most: dict[str, float] = {}
-                for old in entries[0]["scores"]:
-                    for new in entry["scores"]:
-                        key = {name: old[name] for name in ("task", "metric")}
-                        if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
-                            items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
-                            found.append({**pair, **key, **paired_difference(*items)})
-                            whole = old["metric"].partition(":")[0] + MACRO
-                            parts.setdefault(whole, []).append(found[-1])
-                            most[whole] = max(most.get(whole, 0.0), largest_difference(*items))
-                        elif key.items() <= new.items() and old["metric"].endswith(MACRO):
-                            found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", most[old["metric"]])})
+        pair = {"checkpoint": new_entry["checkpoint"], "baseline": old_entry["checkpoint"]}
+        parts: dict[str, list[dict[str, Any]]] = {}
+        most: dict[str, float] = {}
+        for old in old_entry["scores"]:
+            for new in new_entry["scores"]:
+                key = {name: old[name] for name in ("task", "metric")}
+                if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
+                    items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
+                    found.append({**pair, **key, **paired_difference(*items)})
+                    whole = old["metric"].partition(":")[0] + MACRO
+                    parts.setdefault(whole, []).append(found[-1])
+                    most[whole] = max(most.get(whole, 0.0), largest_difference(*items))
+                elif key.items() <= new.items() and old["metric"].endswith(MACRO):
+                    found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", most[old["metric"]])})
         return found
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, str]:
+    return entry["checkpoint"], entry["task"]
 
 
 def item_rows(samples: list[dict[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
@@ -310,11 +360,24 @@ def _json(value: Any, **kwargs: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=plain, **kwargs) + "\n"
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other evaluation write to a folder of results meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{RESULTS}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise RecipeError(f"Cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise RecipeError(f"Can't write {path}: {error.strerror}.") from error

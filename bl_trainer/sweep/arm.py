@@ -1,7 +1,6 @@
 """One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
 
 import csv
-import fcntl
 import json
 import math
 import os
@@ -19,10 +18,12 @@ from typing import Any
 
 import optuna
 import yaml
+from filelock import FileLock
 
 from ..curves import Curve
 from ..evaluation import read_items
-from ..parser import RecipeError
+from ..files import write_text
+from ..parser import RecipeError, sentence
 from . import guard
 from .plan import LOGGED, MODEL_KEYS, RULERS, Plan, evaluate_argv
 from .study import POLL, ArmError
@@ -100,9 +101,7 @@ class Arm:
         for name, value in result["rulers"].items():
             if not math.isfinite(value):
                 raise ArmError(f"measure: {name} is {value}")
-        part = self.folder / "result.json.part"
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self.folder / "result.json")
+        write_text(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
     def _held_out(self) -> dict[str, Any]:
@@ -218,9 +217,7 @@ def arm_folder(folder: Path, index: int) -> Path:
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
     """Write a recipe in one go."""
-    part = path.with_suffix(".part")
-    part.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    part.replace(path)
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -228,8 +225,12 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result.get("schema") != RESULT_SCHEMA:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        schema = result.get("schema")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder}, and the arm runs again.") from error
+    if schema != RESULT_SCHEMA:
         raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
     return result
 
@@ -247,8 +248,7 @@ def evaluate_base(plan: Plan, folder: Path) -> None:
     """
     base = folder / "base"
     base.mkdir(exist_ok=True)
-    with (base / "evaluate.log").open("a+", encoding="utf-8") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+    with FileLock(base / "evaluate.lock"), (base / "evaluate.log").open("a+", encoding="utf-8") as log:
         start = log.seek(0, os.SEEK_END)
         command = evaluation(plan, plan.base["model_name_or_path"], base / "tasks")
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode

@@ -140,8 +140,7 @@ def rank(
         most = max(map(len, settings.values()))  # a setting of which seeds failed doesn't stand for the group
         whole = {name: indices for name, indices in settings.items() if len(indices) == most}
         best = max(whole, key=lambda name: _merit(arms, whole[name], plan.rank_by, sign))
-        rates = {json.loads(name).get("learning_rate") for name in settings} - {None}
-        rows.append(_row(plan, arms, json.loads(best), settings[best], sorted(rates)))
+        rows.append(_row(plan, arms, json.loads(best), settings[best]))
     rows.sort(key=lambda row: _merit(arms, row.arms, plan.rank_by, sign), reverse=True)
     compared = rows[1:]
     for row in compared:
@@ -157,18 +156,19 @@ def rulers_of(result: dict[str, Any]) -> list[str]:
     return [*(name for name in RULERS if name in measured), *(name for name in result["rulers"] if name not in RULERS)]
 
 
-def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int], rates: list[float]) -> Row:
+def _row(plan: Plan, arms: dict[int, dict[str, Any]], best: dict[str, Any], indices: list[int]) -> Row:
     each = {name: [ruler_of(arms[index], name) for index in indices] for name in rulers_of(arms[indices[0]])}
     values = {name: (float(np.mean(found)), _interval(found, bounds_of(name, arms))) for name, found in each.items()}
     losses = [arms[index]["loss"] for index in indices if arms[index]["loss"] is not None]
-    edges = []
+    edges, group = [], plan.group_of(best)
+    # also those that failed
     rates = sorted(
-        {result["setting"].get("learning_rate", plan.base.get("learning_rate")) for result in arms.values()} - {None}
+        {each["learning_rate"] for each in plan.points() if "learning_rate" in each and plan.group_of(each) == group}
     )
     rate = best.get("learning_rate")
     if len(rates) > 2 and not plan.trials and rate in (rates[0], rates[-1]):
         edges.append(f"its best learning rate, {rate:g}, is the {'least' if rate == rates[0] else 'greatest'} tried")
-    return Row(plan.group_of(best), best, indices, values, float(np.mean(losses)) if losses else None, None, edges, each)
+    return Row(group, best, indices, values, float(np.mean(losses)) if losses else None, None, edges, each)
 
 
 def compare(

@@ -5,7 +5,6 @@ out twice and none has to be written down beforehand. A trial whose worker is go
 """
 
 import copy
-import fcntl
 import hashlib
 import json
 import random
@@ -20,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ..files import write_text
 from ..parser import RecipeError, sentence
+from .journal import open_journal
 from .plan import RULERS, Plan, are_whole, pruner_of, sampler_of
 
 SCHEMA = 1  # of what a study holds; a study of another one is refused
@@ -56,13 +57,15 @@ class Study:
         (folder / "workers").mkdir(parents=True, exist_ok=True)
         self.worker = uuid.uuid4().hex
         self.is_local = storage is None
-        self.lock = (folder / "workers" / f"{self.worker}.lock").open("w")  # held for as long as this process lives
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.lock = self._lock_of(self.worker)  # held for as long as this process lives
+        self.lock.acquire()
         self.sampler = _Arms(self)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sign(plan, folder)
         try:
             self.study = self._open(storage)
+        except RecipeError:
+            raise
         except Exception as error:  # of whatever database it is
             where = f"`--storage {storage.partition(':')[0]}:...`" if storage else f"The study in {folder}"
             raise RecipeError(f"{where} can't be used: {sentence(error)}") from error
@@ -87,7 +90,7 @@ class Study:
 
     def _storage(self, url: str | None) -> Any:
         if url is None:
-            return JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
+            return JournalStorage(open_journal(self.folder / "study.journal"))
         retry = RetryHeartbeatStaleTrialCallback()
         return RDBStorage(
             url,
@@ -241,13 +244,13 @@ class Study:
         if worker == self.worker or not (self.is_local or host == socket.gethostname()):
             return False
         try:
-            with (self.folder / "workers" / f"{worker}.lock").open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return True
-        except BlockingIOError:
+            with self._lock_of(worker).acquire(timeout=0):
+                return True
+        except Timeout:
             return False
-        return True
+
+    def _lock_of(self, worker: str) -> FileLock:
+        return FileLock(self.folder / "workers" / f"{worker}.lock")
 
     def _ask_again(self, trial: FrozenTrial, user_attrs: dict[str, Any]) -> None:
         again = copy.copy(trial)
@@ -266,14 +269,11 @@ def sign(plan: Plan, folder: Path, write: bool = True) -> None:
     if not write and not path.exists():
         return
     own = {"schema": SCHEMA, "parts": plan.fingerprint()}
-    with path.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        if not text:
-            file.write(json.dumps(own, indent=1) + "\n")
+    with FileLock(folder / "sweep.lock"):
+        if not path.exists() or not path.stat().st_size:
+            write_text(path, json.dumps(own, indent=1) + "\n")
             return
-    found = json.loads(text)
+        found = _read_signature(path)
     what, instead = f"The sweep in {folder}", "Write another `--sweep_dir`, or remove that one"
     if found.get("schema") != SCHEMA:
         raise RecipeError(
@@ -286,6 +286,18 @@ def sign(plan: Plan, folder: Path, write: bool = True) -> None:
             f"{what} had another {', another '.join(changed)}, and its arms can't be compared with these. {instead}; or go "
             "back to what it was."
         )
+
+
+def _read_signature(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and (found.get("schema") != SCHEMA or isinstance(found.get("parts"), dict)):
+            return found
+        raise ValueError("it holds something else")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"Cannot read {path}: {sentence(error)}. Remove the sweep's folder, or choose another `--sweep_dir`."
+        ) from error
 
 
 def _is_over(trials: list[FrozenTrial]) -> bool:

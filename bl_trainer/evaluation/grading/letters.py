@@ -1,11 +1,12 @@
 """Options, by the letter that an answer settles on."""
 
-import json
 import re
 from string import ascii_uppercase
 from typing import Any
 
 from ...data.format import USER
+from ..choices import COLUMNS as CHOICES
+from ..choices import read_choices, right_index
 from .docs import read_docs
 from .math import boxes
 from .reasoning import without_reasoning
@@ -19,28 +20,29 @@ def letter_docs(docs: Any) -> Any:
 
 
 def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
-    choices = _choices(doc.get("options"))
+    choices, labels = read_choices(next((doc[name] for name in CHOICES if doc.get(name) is not None), None))
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
     letters, gold = ascii_uppercase[: len(choices) or 10], right
     is_number = not isinstance(next(doc[name] for name in LETTER_GOLD if name in doc), str)
-    if right in choices and not is_number:  # a number is an index, a text of digits may be an option
-        gold = ascii_uppercase[choices.index(right)]
-    elif right.isdigit() and choices:
-        gold = ascii_uppercase[int(right)] if int(right) < len(choices) else right
-    if gold.isdigit() or (len(gold) == 1 and gold.isalpha() and gold.upper() not in letters):
+    index = right_index(right, is_number, choices, labels)
+    if index is not None:
+        gold = ascii_uppercase[index]
+    elif gold.isdigit() or not (_are_letters(labels, letters) and _may_be_letter(gold, letters)):
+        among = f"{letters[0]} to {letters[-1]}" if labels is None else ", ".join(labels)
         lacks = "" if choices else ", and there is no column `options` that it could be one of"
-        raise ValueError(f"the gold answer {right!r} is none of the options {letters[0]} to {letters[-1]}{lacks}.")
+        raise ValueError(f"the gold answer {right!r} is none of the options {among}{lacks}.")
     question = f"{doc['question']}\n{listed}" if listed else doc["question"]
     return {"question": question, "choices": choices, "gold": letter(gold, choices) or ""}
 
 
-def _choices(options: Any) -> list[str]:
-    """The options' texts, of a list, or of a mapping from letters, which may be written as JSON."""
-    if isinstance(options, str):
-        options = json.loads(options)
-    if isinstance(options, dict):  # Arrow gives each row the letters of all rows
-        options = [options[key] for key in sorted(options) if options[key] is not None]
-    return [str(option) for option in options or []]
+def _are_letters(labels: list[str] | None, letters: str) -> bool:
+    """Whether the options are labelled as they are shown: A, B and so on."""
+    return labels is None or [label.upper() for label in labels] == [*letters]
+
+
+def _may_be_letter(gold: str, letters: str) -> bool:
+    """Whether `gold` may hold one of `letters`, such as `(B)`."""
+    return len(gold) != 1 or not gold.isalpha() or gold.upper() in letters
 
 
 def grade_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -155,7 +157,9 @@ class _Exam:
         said = self.without_list(said)
         second = rf"\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"
         for names in (
-            re.findall(rf"^[\s*_`(\[]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$))(?![^\n]*[\s(][A-J][.):]\s)", said, re.MULTILINE),
+            re.findall(
+                rf"^[\s*_`(\[]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$))(?![^\n]*[\s(][A-J][.):]\s)", said, re.MULTILINE
+            ),
             re.findall(rf"(?:\*\*|\()([{self.letters}])(?:\*\*|\))", said),
             re.findall(rf"\b(?i:option|choice|answer)\b{LEAD}({self.one})(?!{second})", said),
         ):

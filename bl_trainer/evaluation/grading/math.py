@@ -170,7 +170,9 @@ def _each_sign(parts: list[str]) -> list[str]:
 def _tokens(text: str, separator: str) -> Iterator[tuple[int, re.Match[str]]]:
     """Yield each bracket and separator with the depth at which it stands."""
     depth = 0
-    for token in re.finditer(rf"(?P<open>\\\{{|[{{(\[]|\\langle |\\begin)|(?P<close>\\\}}|[}})\]]|\\rangle|\\end)|{separator}", text):
+    for token in re.finditer(
+        rf"(?P<open>\\\{{|[{{(\[]|\\langle |\\begin)|(?P<close>\\\}}|[}})\]]|\\rangle|\\end)|{separator}", text
+    ):
         depth -= bool(token["close"])
         yield depth, token
         depth += bool(token["open"])
@@ -220,7 +222,9 @@ def _verify(one: str, other: str) -> bool:
 
 STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
 MATH = re.compile(r"\$\$?([^$]{1,300})\$\$?|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]", re.DOTALL)
-PROSE = re.compile(r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b|[,;]\s+[A-Za-z]{2}|\s-\s")
+PROSE = re.compile(
+    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b|[,;]\s+[A-Za-z]{2}|\s-\s"
+)
 NUMBERS = re.compile(r"-?(?<![\w.])\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<=[$€£])\d[\d,]*(?:\.\d+)?")
 
 
@@ -247,9 +251,11 @@ def _expression(text: str, which: int) -> list[str]:
     if found:
         between = [text[one.end() : other.start()] for one, other in zip(found, found[1:], strict=False)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
-        return [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])] if is_one and between else [
-            next(filter(None, found[which].groups()))
-        ]
+        return (
+            [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])]
+            if is_one and between
+            else [next(filter(None, found[which].groups()))]
+        )
     if which < 0:
         text = text.rpartition("=")[2]
     said = PROSE.split(text.replace("*", "").strip(), maxsplit=1)[0].strip(" .:")

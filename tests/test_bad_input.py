@@ -1,0 +1,109 @@
+"""Bad input of every kind, for each verb: one sentence and exit code 2, with nothing written."""
+
+import json
+
+import pytest
+
+from bl_trainer.__main__ import main
+from bl_trainer.local_data import load_dataset
+from preparing import ROWS
+
+GOOD = json.dumps({"problem": "a", "solution": "b"}) + "\n"
+MARK = b"\xef\xbb\xbf"  # a byte order mark
+
+
+@pytest.fixture
+def fails(capsys):
+    """Returns a function that runs a verb and returns the one line with which it fails."""
+
+    def fails(*argv):
+        with pytest.raises(SystemExit) as caught:
+            main([*map(str, argv)])
+        assert caught.value.code == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert "Error" not in line  # a bare class of an exception
+        return line
+
+    return fails
+
+
+# Sources of prepare-data: the file's name, what it holds, and what is said
+
+SOURCES = [
+    ("bad.jsonl", GOOD.encode() + b'{"problem": "\xff", "solution": "b"}\n', "bad.jsonl, line 2: byte 0xff is not UTF-8 text."),
+    ("bad.json", b'[\n{"problem": "\xff", "solution": "b"}]', "bad.json, line 2: byte 0xff is not UTF-8 text."),
+    ("bad.csv", b"problem,solution\na,\xffb\n", "bad.csv, line 2: byte 0xff is not UTF-8 text."),
+    ("utf16.jsonl", GOOD.encode("utf-16"), "utf16.jsonl, line 1: byte 0xff is not UTF-8 text."),
+    ("latin.csv", "problem,solution\né,b\n".encode("latin-1"), "latin.csv, line 2: byte 0xe9 is not UTF-8 text."),
+    *((f"empty.{kind}", b"", f"empty.{kind}: it has no rows.") for kind in ("jsonl", "json", "csv")),
+    ("empty.parquet", b"", "empty.parquet: it is no complete Parquet file."),
+    ("mark.jsonl", MARK, "mark.jsonl: it has no rows."),
+    ("blank.jsonl", b"\n \n", "blank.jsonl: it has no rows."),
+    ("list.json", b"[]", "list.json: it has no rows."),
+    ("header.csv", b"problem,solution\n\n", "header.csv: it has no rows."),
+    ("torn.jsonl", GOOD.encode() + b'{"problem": "a", "sol', "torn.jsonl, line 2: Unterminated string starting at column 18."),
+    ("zeros.jsonl", b"\0\0\0\n", "zeros.jsonl, line 1: Expecting value at column 1."),
+    ("number.jsonl", b"5\n", "number.jsonl, line 1: it holds 5, not an object."),
+    ("null.jsonl", b"null\n", "null.jsonl, line 1: it holds null, not an object."),
+    ("text.jsonl", b'"x"\n', 'text.jsonl, line 1: it holds "x", not an object.'),
+    ("wide.csv", b"problem,solution\na,b,c\n", "wide.csv, line 2: it has 3 values, the header 2. Quote values with commas."),
+    ("type.jsonl", b'{"problem": 5, "solution": "b"}\n', "row 1 of train: 5 stands where a text should."),
+    ("type.json", b'[{"problem": ["a"], "solution": "b"}]', "row 1 of train: ['a'] stands where a text should."),
+    ("sheet.xlsx", b"x", "'.xlsx' is none of .jsonl, .json, .parquet, .csv, .txt"),
+    ("words.txt", b"a\n", "has no column 'problem', 'solution'."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), SOURCES, ids=[name for name, *_ in SOURCES])
+def test_source_that_cannot_be_read(name, content, message, fails, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert message in fails("prepare-data", "coding", "--output", tmp_path / "out", "--source", tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_that_cannot_be_opened(fails, tmp_path):
+    (tmp_path / "rows" / "train.jsonl").mkdir(parents=True)
+    argv = ("prepare-data", "coding", "--output", tmp_path / "out", "--source", tmp_path / "rows")
+    assert "train.jsonl: Is a directory." in fails(*argv)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_byte_order_marks_are_read_over(kind, tmp_path):
+    content = {"jsonl": GOOD, "json": f"[{GOOD}]", "csv": "problem,solution\na,b\n"}[kind]
+    (tmp_path / f"rows.{kind}").write_bytes(MARK + content.encode())
+    main(["prepare-data", "coding", "--output", str(tmp_path / "out"), "--source", str(tmp_path / f"rows.{kind}")])
+    (row,) = load_dataset_of(tmp_path / "out")
+    assert row["completion"] == [{"role": "assistant", "content": "b"}]
+
+
+def load_dataset_of(path):
+    from trl import ScriptArguments
+
+    return load_dataset(ScriptArguments(dataset_name=str(path)))["train"]
+
+
+@pytest.mark.parametrize("rows", ["hi,hello, world\n", "hi,hello, world\nhi,hello\n"], ids=["all", "the first"])
+def test_values_without_a_header_are_not_moved_to_other_columns(rows, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + rows)
+    with pytest.raises(ValueError, match="line 2: it has 3 values, the header 2"):
+        load_dataset_of(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text('prompt,completion\nhi,"hello, world"\n')
+    assert load_dataset_of(tmp_path / "rows.csv")[0] == {"prompt": "hi", "completion": "hello, world"}
+
+
+CARDS = [
+    "bl_trainer: 5",
+    "bl_trainer: {settings: 5, revisions: {}, files: [], sha256: {}}",
+    "bl_trainer: {settings: {}, revisions: {}, files: 5, sha256: {}}",
+    "bl_trainer: {settings: {}, revisions: {}, sha256: {}}",
+    "bl_trainer: {settings: {}, revisions: {}, files: [], sha256: 5}",
+]
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_card_of_another_shape_is_no_data_set(card, fails, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["coding"](0)) + "\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text(f"---\n{card}\n---\n")
+    argv = ("prepare-data", "coding", "--output", tmp_path / "out", "--source", tmp_path / "rows.jsonl", "--overwrite")
+    assert "is no finished data set" in fails(*argv)
