@@ -40,6 +40,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def checkpoint(double_checkpoint):
+    """The tests' model, which `diagnosis` takes in float64, so that no token is by its rounding above a cut."""
+    return double_checkpoint
+
+
 def save(rows, folder, name="train"):
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +105,7 @@ def oracle(model, sequences):
 
 def diagnosis(folder, checkpoint, data, *flags, **changes):
     unlimited = changes.pop("unlimited", False)
-    recipe = write_recipe(folder, checkpoint, data, **changes)
+    recipe = write_recipe(folder, checkpoint, data, dtype="auto", **changes)
     if unlimited:
         recipe.write_text(recipe.read_text() + "max_length: null\n")
     argv = ["--config", str(recipe), "--report", str(folder / "report"), *flags]
@@ -255,61 +261,72 @@ def test_a_stream_has_no_row_numbers_and_says_what_its_sample_is(checkpoint, tmp
     assert "(the beginning of a stream)" in terminal_summary(report, "out")
 
 
+STREAM = [{**row, "text": row["text"] + "x"} for row in rows_of("text", count=60)] + [{"text": "the same", "source": "a"}] * 10
+SHARED = ("completion_only", "packed_text")
+
+
+@pytest.fixture(scope="module")
+def two_processes(checkpoint, tmp_path_factory):
+    """The folder of what two processes found: a report and what they printed, for each of some diagnoses."""
+    home, jobs = tmp_path_factory.mktemp("two"), {}
+
+    def add(name, rows, *flags, **options):
+        (home / name).mkdir()
+        data = save(rows, home / name / "data")
+        recipe = write_recipe(home / name, checkpoint, data, dtype="auto", **options)
+        report = str(home / name / "report")
+        jobs[name] = ["diagnose", "--config", str(recipe), "--report", report, "--by", "source", *flags]
+
+    for way in SHARED:
+        kind, options = WAYS[way]
+        add(way, rows_of(kind, count=41), per_device_train_batch_size=3, **options)  # odd: one process runs out first
+    for strategy in ("bfd", "wrapped"):
+        options = {"packing": True, "max_length": 32, "packing_strategy": strategy, "dataset_streaming": True, "max_steps": 1}
+        for name, limit in (("whole", 0), ("sample", 600)):
+            add(f"{strategy}-{name}", STREAM, "--max_tokens", str(limit), **options)
+    (home / "jobs.json").write_text(json.dumps(jobs))
+    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return home
+
+
+def found_by(two_processes, name, file="report"):
+    return json.loads((two_processes / name / "report" / f"{file}.json").read_text())
+
+
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_two_processes_share_a_packed_stream(strategy, tokenizer, checkpoint, tmp_path):
-    rows = [{**row, "text": row["text"] + "x"} for row in rows_of("text", count=60)] + [
-        {"text": "the same", "source": "a"}
-    ] * 10
-    recipe = write_recipe(
-        tmp_path, checkpoint, save(rows, tmp_path / "data"), packing=True, max_length=32, packing_strategy=strategy,
-        dataset_streaming=True, max_steps=1,
-    )  # fmt: skip
-    tokens = sum(len(by_hand(row, tokenizer, False)[0]) - 1 for row in rows)
-    for limit, folder in ((0, "whole"), (600, "sample")):
-        done = launch(
-            2,
-            SCRIPT,
-            "--config",
-            recipe,
-            "--report",
-            tmp_path / folder,
-            "--max_tokens",
-            str(limit),
-            "--by",
-            "source",
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-    whole, sample = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "sample"))
+def test_two_processes_share_a_packed_stream(strategy, tokenizer, two_processes):
+    tokens = sum(len(by_hand(row, tokenizer, False)[0]) - 1 for row in STREAM)
+    whole, sample = (found_by(two_processes, f"{strategy}-{name}") for name in ("whole", "sample"))
     assert whole["total"]["examples"] == 70
     assert not whole["sampled"]
     assert sample["sampled"]
     assert 560 <= sample["total"]["tokens"] <= 800
     if strategy == "bfd":
-        lengths = [min(32, len(by_hand(row, tokenizer, False)[0])) for row in rows]
+        lengths = [min(32, len(by_hand(row, tokenizer, False)[0])) for row in STREAM]
         assert whole["total"]["tokens"] == sum(lengths) - 70 < tokens
 
 
-@pytest.mark.parametrize("way", ["completion_only", "packed_text"])
-def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, tmp_path):
+@pytest.mark.parametrize("way", SHARED)
+def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, two_processes, tmp_path):
     kind, options = WAYS[way]
-    rows = rows_of(kind, count=41)  # odd: one process runs out first
-    data = save(rows, tmp_path / "data")
-    recipe = write_recipe(tmp_path, checkpoint, data, per_device_train_batch_size=3, **options)
-    done = launch(2, SCRIPT, "--config", recipe, "--report", tmp_path / "two", "--by", "source")
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    rows = rows_of(kind, count=41)
+    report = found_by(two_processes, way)
     sequences = [by_hand(row, tokenizer, False) for row in rows]
     check_against(report, oracle(make_llama(tokenizer), sequences), [row["source"] for row in rows])
+    data = save(rows, tmp_path / "data")
     alone = diagnosis(tmp_path, checkpoint, data, "--by", "source", per_device_train_batch_size=3, **options).run()
-    examples = json.loads((tmp_path / "two" / "examples.json").read_text())
+    examples = found_by(two_processes, way, "examples")
     assert {name: [r["row"] for r in records] for name, records in examples.items()} == {
         name: [r["row"] for r in records] for name, records in alone["reader"].items()
     }
     for ours, theirs in zip(report["objectives"], alone["objectives"], strict=True):
         assert ours["buckets"] == pytest.approx(theirs["buckets"], abs=1e-6)
         assert ours["effective_tokens"] == pytest.approx(theirs["effective_tokens"], rel=1e-5)
-    assert len(done.stdout.strip().splitlines()) <= 25
-    assert "Placement: " in done.stdout
+    printed = (two_processes / f"{way}.0.txt").read_text()
+    assert len(printed.strip().splitlines()) <= 25
+    assert "Placement: " in printed
+    assert not (two_processes / f"{way}.1.txt").read_text()
 
 
 def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
@@ -945,18 +962,18 @@ def test_what_cannot_be_measured_ends_training_in_one_sentence(checkpoint, data_
     assert "error: `threshold` keeps no token: percentile 90 is p =" in capsys.readouterr().err
 
 
-def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_path, monkeypatch):
-    found = []
-    for processes in (1, 2):
-        monkeypatch.setenv("HF_HOME", str(tmp_path / f"home{processes}"))  # each measures for itself
-        recipe = write_recipe(
-            tmp_path, checkpoint, data_folder, threshold={"above_percentile": 40}, max_steps=1, per_device_train_batch_size=5
-        )
-        done = launch(processes, "-m", "bl_trainer", "train", "--config", recipe, "--output_dir", tmp_path / f"out{processes}")
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stdout.count("(measured now)") == 1
-        assert len(list((tmp_path / f"home{processes}" / "bl_trainer" / "probabilities").iterdir())) == 1
-        found.append(json.loads((tmp_path / f"out{processes}" / "bl_trainer.json").read_text())["threshold"]["above"])
+def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_path, monkeypatch, capsys, cache):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # they measure for themselves
+    recipe = write_recipe(
+        tmp_path, checkpoint, data_folder, threshold={"above_percentile": 40}, max_steps=1, per_device_train_batch_size=5
+    )
+    done = launch(2, "-m", "bl_trainer", "train", "--config", recipe, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-4000:]
+    main(["train", "--config", str(recipe), "--output_dir", str(tmp_path / "one")])
+    for said, home in ((done.stdout, tmp_path / "home" / "bl_trainer" / "probabilities"), (capsys.readouterr().out, cache)):
+        assert said.count("(measured now)") == 1
+        assert len(list(home.iterdir())) == 1
+    found = [json.loads((tmp_path / each / "bl_trainer.json").read_text())["threshold"]["above"] for each in ("one", "two")]
     assert found[0] == pytest.approx(found[1], rel=2 * PERCENTILE_ERROR)
 
 

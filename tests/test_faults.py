@@ -105,7 +105,11 @@ CUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("where", "name", "to"), CUTS, ids=str)
+# An adapter's checkpoint differs in its weights alone
+CUTS_OF = [("full", *cut) for cut in CUTS] + [("lora", *cut) for cut in CUTS if cut[1] == "{weights}"]
+
+
+@pytest.mark.parametrize(("kind", "where", "name", "to"), CUTS_OF, ids=str, indirect=["kind"], scope="module")
 def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, uninterrupted, tmp_path):
     name = name.format(weights=FILE[kind])
     recipe = make(tmp_path, save_total_limit=2)
@@ -123,7 +127,7 @@ def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, unint
     assert_same(tmp_path, kind, uninterrupted)
 
 
-@pytest.mark.parametrize(("where", "number"), [("step", 1), ("step", 7), ("evaluation", 3), ("weights", 1), ("card", 1)])
+@pytest.mark.parametrize(("where", "number"), [("step", 1), ("step", 7), ("evaluation", 3), ("card", 1)])
 def test_killed_in_a_step_an_evaluation_or_the_first_checkpoint(where, number, make, kind, uninterrupted, tmp_path):
     recipe = make(tmp_path)
     code, _ = run(recipe, crashing.kill, where, number)

@@ -1,4 +1,4 @@
-"""What `test_processes.py` launches: steps and evaluations of `BLTrainer`, dumped by the first process."""
+"""What `test_processes.py` launches: steps and evaluations of `BLTrainer`, and sharded heads, dumped by the first process."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
+import sharded
 from bl_trainer import BLConfig
 from bl_trainer.__main__ import end
 from conftest import make_double, make_llama
@@ -47,6 +48,7 @@ def main(folder, cases):
     results = {}
     for case in json.loads(path.read_text()):
         trainer, results[case["name"]] = run(case, tokenizer, str(path.parent / "out"))
+    results["sharded"] = sharded.errors(tokenizer)
     if trainer.is_world_process_zero():
         torch.save({**results, "processes": trainer.accelerator.num_processes}, path.with_suffix(".pt"))
     end(trainer)
