@@ -809,8 +809,9 @@ class BLTrainer(SFTTrainer):
 
         The next training step returns to the point that it trains at.
         """
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        average = getattr(self.optimizer, "eval", None)
+        if callable(average):
+            average()
 
     def _load_best_model(self) -> None:
         self.average_weights()  # or saving would average the best model's with the last step's
