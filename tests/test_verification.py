@@ -199,15 +199,13 @@ def test_small_differences_show_in_every_type(factor, dtype, tokenizer):
 
 
 def test_fewer_logits_than_rows_of_the_head(tokenizer):
-    with pytest.raises(
-        ValueError, match="Cannot train CutLogits with bl_trainer's loss head: its LM head takes 32 features for 44"
-    ):
+    with pytest.raises(ValueError, match=r"Cannot train CutLogits with .* its LM head takes 32 features for 44"):
         verify_head(with_heads(make(CutLogits, tokenizer)))
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_parameters_that_would_not_train_are_refused(kind, tokenizer):
-    with pytest.raises(ValueError, match="1 trainable parameter.* would get no gradient, among them `between.factor`"):
+    with pytest.raises(ValueError, match=r"1 trainable parameter.* would get no gradient, among them `between.factor`"):
         verify_head(with_heads(make(LearntScale, tokenizer)), kind)
     adapted = get_peft_model(with_heads(make_llama(tokenizer)), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="Cannot train LlamaForCausalLM"):
@@ -216,9 +214,7 @@ def test_parameters_that_would_not_train_are_refused(kind, tokenizer):
 
 def test_trls_head_without_the_models_softcap(tokenizer, text_data, tmp_path):
     model = make_recurrent_gemma(tokenizer)
-    with pytest.raises(
-        ValueError, match=r"Cannot train RecurrentGemmaForCausalLM with TRL's loss head: .* Remove `loss_head: trl`"
-    ):
+    with pytest.raises(ValueError, match=r"Cannot train RecurrentGemmaForCausalLM with TRL.* Remove `loss_head: trl`"):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=model, loss_head="trl")
     build(BLTrainer, tokenizer, text_data, tmp_path, model=model)
 
@@ -277,7 +273,7 @@ class TestNoCausalModel:
         config = BertConfig(
             vocab_size=44, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
         )
-        with pytest.raises(ValueError, match="Cannot train BertLMHeadModel with bl_trainer's loss head: .* nats"):
+        with pytest.raises(ValueError, match=r"Cannot train BertLMHeadModel with bl_trainer's loss head: .* nats"):
             build(BLTrainer, tokenizer, text_data, tmp_path, model=BertLMHeadModel(config))
 
 
@@ -322,9 +318,7 @@ def test_adapter_with_tokens_that_a_template_adds(tied, tokenizer, text_data, tm
 def test_trained_tokens_beside_a_head_with_a_bias(tokenizer, text_data, tmp_path):
     """PEFT computes such logits without the bias."""
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [5]})
-    with pytest.raises(
-        ValueError, match="Cannot train tokens of the LM head of PhiForCausalLM: PEFT leaves out the head's bias"
-    ):
+    with pytest.raises(ValueError, match="Cannot train tokens of the LM head of PhiForCausalLM: PEFT leaves out"):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=make_phi(tokenizer), peft_config=config)
 
 
