@@ -374,7 +374,8 @@ class _Pair:
             except (OSError, ValueError) as error:
                 raise RecipeError(f"Can't load the model `--compare {path}`: {' '.join(str(error).split())}") from error
             add_scoring(self.tuned)
-        verify_head(trainer.model if self.adapter else self.tuned, trains=False)
+        with trainer.accelerator.autocast():
+            verify_head(trainer.model if self.adapter else self.tuned, trains=False)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[TokenScores, TokenScores, TokenDivergences]:
         trainer = self.trainer

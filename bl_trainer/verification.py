@@ -34,18 +34,18 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
             parameter would get no gradient, or if one of the two can't be computed.
     """
     base = model.get_base_model() if is_peft_model(model) else model
-    name, vocabulary = type(base).__name__, base.config.get_text_config().vocab_size
-    ids = ((vocabulary // 2 + torch.arange(TOKENS, device=base.device)) % vocabulary).repeat(2, 1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    name = type(base).__name__
     with _evaluating(model, trains), torch.set_grad_enabled(trains):
         with _explained(f"Cannot train {name}: its own forward pass fails"):
+            inputs = _tokens(base)
             logits, precision = _own_logits(model, base, inputs)
         labels = _extremes(logits)
         with _explained(f"Cannot train {name} with {HEADS[kind]}"):
             found = (_own_head if kind == "own" else _trl_head)(model, {**inputs, "labels": labels}, logits.shape[-1])
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))[:, -TOKENS:-1]
     wanted = wide.log_softmax(-1).gather(2, labels[:, 1:, None]).flatten()
-    _refuse_difference(name, kind, (found.logp.to(wanted.device) - wanted).abs(), precision * _size(wide))
+    difference = torch.where(wanted.isnan(), 0, (found.logp.to(wanted.device) - wanted).abs())
+    _refuse_difference(name, kind, difference.max().item(), precision * _size(wide))
     if trains:
         _refuse_untrained(name, kind, model, _leaves(logits) - _leaves(*found.roots))
 
@@ -78,6 +78,13 @@ def _explained(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{what}: {reason}. Choose a causal language model, or another adapter.") from error
+
+
+def _tokens(base: Any) -> dict[str, Any]:
+    """Return two equal rows of ids from the middle of the vocabulary, where no special tokens are."""
+    size = base.config.get_text_config().vocab_size
+    ids = ((size // 2 + torch.arange(TOKENS, device=base.device)) % size).repeat(2, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
 def _own_logits(model: Any, base: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:
@@ -129,9 +136,8 @@ def _trl_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
     return Measured(outputs.log_probs.detach()[outputs.label_mask], (outputs.log_probs,))
 
 
-def _refuse_difference(name: str, kind: str, difference: Tensor, bound: float) -> None:
-    largest = difference.max().item()
-    if largest > bound:
+def _refuse_difference(name: str, kind: str, largest: float, bound: float) -> None:
+    if not largest <= bound:  # NaN too
         raise ValueError(
             f"Cannot train {name} with {HEADS[kind]}: its log-probabilities differ from the model's own by up to "
             f"{largest:.3g} nats, rounding explains {bound:.1g}. The head multiplies the last hidden states with the LM head, "

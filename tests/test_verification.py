@@ -1,0 +1,355 @@
+"""The loss heads are right for a model, or refused: every causal family of transformers, and models of one's own."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from bl_trainer import BLTrainer, Objective, Threshold
+from bl_trainer.checkpoint import CheckpointError
+from bl_trainer.head import add_scoring, objective_head, score
+from bl_trainer.objectives import price
+from bl_trainer.refusals import refuse_no_causal_lm
+from bl_trainer.trainer import RECORD_FILE
+from bl_trainer.verification import HEADS, verify_head
+from conftest import make_llama, make_mixtral, sizes
+from families import UNBUILT, families, tiny_model
+from ways import build, make_phi, make_recurrent_gemma, make_tied, relative_difference, weights
+
+IDS = torch.tensor([[31, 12, 44, 25, 9, 38, 17], [52, 28, 14, 40, 33, 21, 10]])
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
+
+
+def with_heads(model):
+    add_fused_lm_head(model)
+    add_scoring(model)
+    return model
+
+
+def loss_of(model, kind):
+    """Return the sum of negative log-probabilities by a loss head."""
+    if kind == "trl":
+        return -model(**INPUTS, labels=IDS, fused_lm_head=True).log_probs.sum()
+    nll = Objective.parse("nll")
+
+    def use(hidden, head, target):
+        return objective_head(hidden, head, target, lambda statistics: price(nll, Threshold(), statistics))
+
+    return model(**INPUTS, labels=IDS, use=use)[0].cost.sum()
+
+
+def loss_and_gradient(model, loss):
+    """Return the loss, and its gradient in all parameters, zero where there is none."""
+    model.zero_grad()
+    loss.backward()
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return loss.item(), torch.cat([part.flatten().double() for part in parts])
+
+
+def full_logits_loss(model):
+    return -model(**INPUTS).logits[:, :-1].float().log_softmax(-1).gather(2, IDS[:, 1:, None]).sum()
+
+
+def error_of(model, kind):
+    """Return how far a head's loss and gradient are from those of the full logits; infinite where it can't compute them."""
+    loss, gradient = loss_and_gradient(model, full_logits_loss(model))
+    try:
+        found, own = loss_and_gradient(model, loss_of(model, kind))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return float("inf")
+    return max(abs(found - loss) / loss, relative_difference(own, gradient))
+
+
+def refusal(model, kind):
+    try:
+        refuse_no_causal_lm(model, None)
+        verify_head(model, kind)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("family", sorted(families().keys() - UNBUILT.keys()))
+def test_every_causal_family_is_right_or_refused(family):
+    model = with_heads(tiny_model(family))
+    full_logits_loss(model)  # which the tiny model must be able to compute
+    for kind in HEADS:
+        said, error = refusal(model, kind), error_of(model, kind)
+        if said is None:
+            assert error < 1e-4, (kind, error)
+        else:
+            assert error > 1e-3, (kind, error, said)
+            assert said.startswith(f"Cannot train {type(model).__name__}"), said
+
+
+def test_unbuilt_families_are_few():
+    assert len(families().keys() & UNBUILT.keys()) < 0.1 * len(families())
+
+
+class ScaledLogits(LlamaForCausalLM):
+    """As remote code may do it."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 3
+        return outputs
+
+
+class CutLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits[..., :-3]
+        return outputs
+
+
+class ShiftedLogits(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits + torch.linspace(0, 1, outputs.logits.shape[-1])
+        return outputs
+
+
+class WithModuleBeforeTheHead(LlamaForCausalLM):
+    """A subclass gives the module."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.between = self.make(config.hidden_size)
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return type("Outputs", (), {"logits": self.lm_head(self.between(hidden))})()
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor, learnt):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor), requires_grad=learnt)
+
+    def forward(self, hidden):
+        return hidden * self.factor
+
+
+class ScaledStates(WithModuleBeforeTheHead):
+    def make(self, size):
+        return Scaled(0.3, False)
+
+
+class DenseHead(WithModuleBeforeTheHead):
+    def make(self, size):
+        return nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size))
+
+
+class LearntScale(WithModuleBeforeTheHead):
+    """Which the first step's logits don't show."""
+
+    def make(self, size):
+        return Scaled(1.0, True)
+
+
+def make(kind, tokenizer, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return kind(LlamaConfig(**sizes(tokenizer, **changes))).to(dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"loss_head": "trl"}, {"peft_config": True}], ids=str)
+@pytest.mark.parametrize("kind", [ScaledLogits, ShiftedLogits, ScaledStates, DenseHead], ids=lambda kind: kind.__name__)
+def test_other_logits_are_refused(kind, options, tokenizer, text_data, tmp_path):
+    if "peft_config" in options:
+        options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+    whose = "TRL's loss head" if "loss_head" in options else "bl_trainer's loss head"
+    message = (
+        rf"Cannot train {kind.__name__} with {whose}: its log-probabilities differ from the model's own by up to [\d.]+ nats"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make(kind, tokenizer), **options)
+    assert not (tmp_path / "out" / RECORD_FILE).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_small_differences_show_in_every_type(factor, dtype, tokenizer):
+    """And of weights of usual size, by which logits are near zero."""
+
+    class SlightlyScaled(WithModuleBeforeTheHead):
+        def make(self, size):
+            return Scaled(factor, False)
+
+    for spread in (0.02, 0.5):
+        plain = with_heads(make(LlamaForCausalLM, tokenizer, dtype, initializer_range=spread))
+        for kind in HEADS:
+            verify_head(plain, kind)
+            with pytest.raises(ValueError, match="Cannot train SlightlyScaled"):
+                verify_head(with_heads(make(SlightlyScaled, tokenizer, dtype, initializer_range=spread)), kind)
+
+
+def test_fewer_logits_than_rows_of_the_head(tokenizer):
+    with pytest.raises(ValueError, match=r"Cannot train CutLogits with .* its LM head takes 32 features for 44"):
+        verify_head(with_heads(make(CutLogits, tokenizer)))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_parameters_that_would_not_train_are_refused(kind, tokenizer):
+    with pytest.raises(ValueError, match=r"1 trainable parameter.* would get no gradient, among them `between.factor`"):
+        verify_head(with_heads(make(LearntScale, tokenizer)), kind)
+    adapted = get_peft_model(with_heads(make_llama(tokenizer)), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="Cannot train LlamaForCausalLM"):
+        verify_head(adapted, kind)
+
+
+def test_trls_head_without_the_models_softcap(tokenizer, text_data, tmp_path):
+    model = make_recurrent_gemma(tokenizer)
+    with pytest.raises(ValueError, match=r"Cannot train RecurrentGemmaForCausalLM with TRL.* Remove `loss_head: trl`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=model, loss_head="trl")
+    build(BLTrainer, tokenizer, text_data, tmp_path, model=model)
+
+
+@pytest.mark.parametrize("make_model", [make_llama, make_mixtral, make_recurrent_gemma])
+def test_verification_leaves_no_trace(make_model, tokenizer):
+    model = with_heads(make_model(tokenizer)).train()
+    model.base_model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    states = [{key: value for key, value in vars(module).items() if key != "_parameters"} for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    verify_head(model)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == numbers
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    for module, state in zip(model.modules(), states, strict=True):
+        assert {key: id(value) for key, value in vars(module).items() if key != "_parameters"} == {
+            key: id(value) for key, value in state.items()
+        }
+
+
+class TestNoCausalModel:
+    """Refused with a sentence, before the model loads where it is a path."""
+
+    CASES = {
+        "encoder_decoder": (
+            lambda tokenizer: T5ForConditionalGeneration(
+                T5Config(vocab_size=44, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+            ),
+            "Cannot train T5ForConditionalGeneration: it is an encoder-decoder",
+        ),
+        "classifier": (
+            lambda tokenizer: LlamaForSequenceClassification(LlamaConfig(**sizes(tokenizer))),
+            "Cannot train LlamaForSequenceClassification: it has no LM head",
+        ),
+        "backbone": (lambda tokenizer: make_llama(tokenizer).model, "Cannot train LlamaModel: it has no LM head"),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("as_path", [False, True])
+    def test_is_refused(self, case, as_path, tokenizer, text_data, tmp_path, monkeypatch):
+        make_model, message = self.CASES[case]
+        model = make_model(tokenizer)
+        if as_path:
+            model.save_pretrained(tmp_path / "model")
+            (tmp_path / "model" / "model.safetensors").unlink()
+            model = str(tmp_path / "model")
+        with pytest.raises(ValueError, match=message):
+            build(BLTrainer, tokenizer, text_data, tmp_path, model=model)
+        assert not (tmp_path / "out").exists()
+
+    def test_bert_like_decoder(self, tokenizer, text_data, tmp_path):
+        config = BertConfig(
+            vocab_size=44, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
+        )
+        with pytest.raises(ValueError, match=r"Cannot train BertLMHeadModel with bl_trainer's loss head: .* nats"):
+            build(BLTrainer, tokenizer, text_data, tmp_path, model=BertLMHeadModel(config))
+
+
+def clone_source(tokenizer, folder):
+    """Save a tokenizer with a template and tokens that `tokenizer` lacks; returns its path."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    source = type(tokenizer).from_pretrained(folder)
+    source.add_special_tokens({"additional_special_tokens": ["<user>", "<new>"]})
+    source.chat_template = tokenizer.chat_template
+    source.save_pretrained(folder)
+    assert path.exists()
+    return str(folder)
+
+
+def copy_of(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return type(tokenizer).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapter_with_tokens_that_a_template_adds(tied, tokenizer, text_data, tmp_path):
+    """A tied head can't be saved so that PEFT loads it again; an untied one can."""
+    source = clone_source(tokenizer, tmp_path / "source")
+    make_model = make_tied if tied else make_llama
+    options = {"chat_template_path": source, "peft_config": LoraConfig(r=2, target_modules=["q_proj"]), "max_steps": 2}
+    own = copy_of(tokenizer, tmp_path / "own")
+    if tied:
+        with pytest.raises(ValueError, match=r"`chat_template_path: .*source` adds tokens, .* wrap its tied LM head"):
+            build(BLTrainer, own, text_data, tmp_path, model=make_model(tokenizer), **options)
+        return
+    trainer = build(BLTrainer, own, text_data, tmp_path, model=make_model(tokenizer), **options)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    base = make_model(tokenizer)
+    base.resize_token_embeddings(trainer.model.get_base_model().vocab_size)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(loaded(ids).logits[..., :44], trainer.model.eval()(ids).logits[..., :44], rtol=0, atol=1e-5)
+
+
+def test_trained_tokens_beside_a_head_with_a_bias(tokenizer, text_data, tmp_path):
+    """PEFT computes such logits without the bias."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [5]})
+    with pytest.raises(ValueError, match="Cannot train tokens of the LM head of PhiForCausalLM: PEFT leaves out"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=make_phi(tokenizer), peft_config=config)
+
+
+def test_another_loss_head_is_refused_on_resume(tokenizer, text_data, tmp_path):
+    options = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    first = build(BLTrainer, tokenizer, text_data, tmp_path, loss_head="trl", **options)
+    first.train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert json.loads((checkpoint / RECORD_FILE).read_text())["loss_head"] == "trl"
+    before = re.escape(f"Cannot resume from {checkpoint}: the loss head changed from `trl` to `own`")
+    with pytest.raises(CheckpointError, match=rf"{before}.* Add `loss_head: trl`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, **options).train(str(checkpoint))
+    again = build(BLTrainer, tokenizer, text_data, tmp_path, loss_head="trl", **options)
+    again.train(str(checkpoint))
+    assert all(torch.equal(weights(again)[name], p) for name, p in weights(first).items())
+
+
+def test_a_sharded_model_is_verified_before_its_first_step(tokenizer, text_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BLTrainer, "_is_sharded", lambda self: True)
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model=make(ScaledLogits, tokenizer))
+    for verb in (trainer.train, lambda: trainer.evaluate(trainer.train_dataset)):
+        trainer._is_verified = False
+        with pytest.raises(ValueError, match="Cannot train ScaledLogits"):
+            verb()
+    assert trainer.state.global_step == 0
+    build(BLTrainer, tokenizer, text_data, tmp_path).train()
+
+
+def test_scores_of_llama_4_are_the_models_own():
+    """Whose prefix names no module."""
+    model = with_heads(tiny_model("llama4_text"))
+    with torch.no_grad():
+        logp = model(**INPUTS, labels=IDS, use=score)[0].logp
+    assert -logp.sum().item() == pytest.approx(full_logits_loss(model).item(), rel=1e-5)
