@@ -147,8 +147,8 @@ def _explained(board: Leaderboard) -> list[str]:
         f"{measured} Ranked by {board.plan.rank_by}.",
         "Each stands for its best setting, chosen by the mean over seeds on the same held-out data. In brackets are 95 % "
         f"intervals over seeds, or the seeds' values if there are fewer than {MIN_SEEDS}. What it is behind by is paired by "
-        "seed and by held-out example, where there are several of each, and the interval counts both; p is Holm's, for all of these "
-        "comparisons, the interval that of the one.",
+        "seed and by held-out example, where there are several of each, and the interval counts both; p is Holm's, for all of "
+        "these comparisons, the interval that of the one.",
         *lines,
     ]
 
