@@ -223,23 +223,25 @@ def judge(found: dict[str, Any]) -> tuple[str, str]:
     """Return what the probe says of a data set's improbable targets, and, if it can't tell, why.
 
     `knowledge`: the foretold share reaches `LEARNABLE`; `noise`: the rest reaches `NOISE`; `both`, and `little` of either.
-    `undecided` where an interval crosses its cut, or the foretold share may still rise across it.
+    `undecided` where an interval crosses its cut, or the foretold share may still rise across it. Improbable targets without a
+    control may be either.
     """
     intervals, half_way = (found["learnable_interval"], found["noise_interval"]), found["half_way"]
-    lost = found.get("without_control", 0)
-    if lost and lost > found["low"] * found["tokens"]:
-        return "undecided", "most improbable targets have no control to compare them with: measure more, or other data"
     if None in intervals:
         return "undecided", "there are too few examples for an interval: measure more"
     (low, high), (low_noise, high_noise) = intervals
     rise = math.inf if half_way is None else found["learnable"] - half_way["learnable"]
     is_rising = rise > max(RISING, (high - low) / 2)
+    lost = found.get("without_control", 0)
+    unknown = lost / found["tokens"] if lost else 0.0
+    high, high_noise = high + unknown, high_noise + unknown
     if low < LEARNABLE and abs(found["gain"]) < MOVED:
         return "undecided", "training has hardly moved the model: give more `--probe_steps`, or a higher `--learning_rate`"
     if low < LEARNABLE and is_rising and found["low"] >= LEARNABLE:
         return "undecided", "the foretold share was still rising: give more `--probe_steps`"
     if low < LEARNABLE < high or (low_noise < NOISE < high_noise and not is_rising):
-        return "undecided", "an interval crosses its cut: measure more tokens by `--max_tokens`, or sweep"
+        either = ", since targets without a control may be either" if lost else ""
+        return "undecided", f"an interval crosses its cut{either}: measure more tokens by `--max_tokens`, or sweep"
     is_noisy = low_noise >= NOISE and not (low >= LEARNABLE and is_rising)  # the rest may yet be learnt
     if low >= LEARNABLE:
         return ("both" if is_noisy else "knowledge"), ""
@@ -275,7 +277,7 @@ def _learnability_reason(found: dict[str, Any]) -> str:
     if _is_doubtful(found):
         said += ". But on one of three small models nll learnt so much, and neg_p did not: keep nll in the sweep"
     lost = found.get("without_control", 0)
-    left_out = f" {lost:,} improbable targets are left out: they have no control to compare them with." if lost else ""
+    left_out = f" {lost:,} improbable targets are left out: no place serves them as a control." if lost else ""
     return (
         f"Of the content {found['low']:.3f} is improbable (p < {found['below']:g}). After {found['steps']} steps on other "
         f"examples {found['learnable']:.3f}{shown} can be foretold, {found['noise']:.3f} can't: {said}.{left_out}"

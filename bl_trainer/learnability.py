@@ -91,11 +91,13 @@ class Probe:
     out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
     taken at random, that at which its log p is nearest. With s the sign of the token's gain in log p at its own place less its
     gain at the other, training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
-    the token is. An improbable target none of whose places will do is left out, and counted in `without_control`.
+    the token is. An improbable target none of whose places will do has no control: it is neither learnable nor noise, and
+    counts in `without_control`.
 
     Found are means over the second half's content, `VALUES`: `learnable`, the mean of s on improbable targets, 0 on others;
-    `low`, the share of improbable targets; `noise` = low - learnable; `gain`, the mean rise of log p, in nats. `learnable` is
-    the share of targets that are improbable and foretold, if training foretells those for sure and knows nothing of the rest.
+    `low`, the share of improbable targets; `noise`, the share of those with a control, less `learnable`; `gain`, the mean rise
+    of log p, in nats. `learnable` is the share of targets that are improbable and foretold, if training foretells those for
+    sure and knows nothing of the rest.
 
     `first`: tokenised examples to train on. `batches`: of the second half, as diagnosis collates them; this process's. `most`:
     target tokens of all processes to ask about, at most `PROBE_TOKENS`; 0 for those. Raises MeasurementError if there are none.
@@ -253,11 +255,11 @@ class Probe:
             )
         gain, control = (after[: len(base)] - base).double(), (after[len(base) :] - before).double()
         is_low = base < math.log(BELOW)
-        learnable = torch.zeros_like(gain)
-        learnable[is_low] = (gain[is_low] - control).sign()
-        counts = ~learnable.isnan()
-        values = torch.stack([learnable, is_low.double() - learnable, is_low.double(), gain])[:, counts]
-        owner, size = self.example[self.content][counts], int(self.example.max()) + 1 if len(self.example) else 0
+        learnable, has_control = torch.zeros_like(gain), torch.zeros_like(gain)
+        has_control[is_low] = (~control.isnan()).double()
+        learnable[is_low] = (gain[is_low] - control).nan_to_num().sign()
+        values = torch.stack([learnable, has_control - learnable, is_low.double(), gain])
+        owner, size = self.example[self.content], int(self.example.max()) + 1 if len(self.example) else 0
         sums = torch.zeros(len(values), size, dtype=torch.float64).index_add_(1, owner, values)
         means = Means(self.VALUES)
         means.add(torch.bincount(owner, minlength=size), sums)

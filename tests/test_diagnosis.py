@@ -884,6 +884,53 @@ def test_measured_probabilities_are_kept_and_fit_other_percentiles(tokenizer, tm
             other.resolve_threshold()
 
 
+class Quantised(torch.nn.Module):
+    """A linear layer whose weights are buffers, as those of GPTQ and AWQ are."""
+
+    def __init__(self, linear, saved):
+        super().__init__()
+        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 127, persistent=saved)
+        self.register_buffer("qweight", (linear.weight.detach() / self.scales).round().to(torch.int32), persistent=saved)
+
+    def forward(self, x):
+        return x @ (self.qweight * self.scales).T
+
+
+class Stored(torch.nn.Linear):
+    """A linear layer that keeps a part of its weights neither as a parameter nor as a buffer, as bitsandbytes does."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.scale = linear.weight, torch.ones(1)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight.absmax"] = self.scale
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("name", ["qweight", "scales", "unsaved", "scale"])
+def test_quantised_weights_are_part_of_the_fingerprint(name, tokenizer, tmp_path, monkeypatch, cache):
+    data = Dataset.from_list([{"text": row["text"]} for row in rows_of("text")])
+
+    def made(folder, changes):
+        model = make_llama(tokenizer)
+        block = model.model.layers[0].mlp
+        block.down_proj = Stored(block.down_proj) if name == "scale" else Quantised(block.down_proj, name != "unsaved")
+        with torch.no_grad():
+            changed = getattr(block.down_proj, "scales" if name == "unsaved" else name)
+            changed.view(-1)[-1] += changes
+        return trainer_of(tokenizer, tmp_path / folder, data, model=model, threshold={"above_percentile": 10})
+
+    made("first", 0).resolve_threshold()
+    monkeypatch.setattr(measurement, "measure", None)  # a second measurement would fail
+    made("same", 0).resolve_threshold()
+    with pytest.raises(TypeError):
+        made("other", 1).resolve_threshold()
+
+
 def test_a_broken_cache_is_said_and_measured_again(tokenizer, tmp_path, caplog, cache):
     data = Dataset.from_list([{"text": row["text"]} for row in rows_of("text")])
     first = trainer_of(tokenizer, tmp_path / "a", data, threshold={"above_percentile": 10})

@@ -27,7 +27,7 @@ from bl_trainer.data.format import Format
 from bl_trainer.data.sources import FIGLET, Example, _math
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
 from bl_trainer.evaluation.options import Checkpoint
-from bl_trainer.evaluation.results import item_rows
+from bl_trainer.evaluation.results import item_rows, macro
 from conftest import LETTERS, make_llama, sentence
 
 pytest.importorskip("lm_eval")
@@ -274,6 +274,20 @@ def test_pairs_are_of_the_same_items():
     new, old = {"0 a": 1.0, "1 b": 1.0, "2 c": 1.0}, {"0 a": 0.0, "1 x": 0.0, "2 c": 1.0}
     assert paired_difference(new, old) == {"difference": 0.5, "stderr": pytest.approx(0.5), "interval": None, "items": 2}
     assert paired_difference({"0 a": 1.0}, {"1 b": 1.0})["difference"] is None
+
+
+def test_interval_of_a_difference_stays_within_its_bounds():
+    new = {str(i): float(i % 6 > 0) for i in range(12)}
+    old = {str(i): float(i % 6 == 0) for i in range(12)}
+    found = paired_difference(new, old)
+    low, high = found["interval"]
+    assert (0 < low < found["difference"] < high, high) == (True, 1)
+    scaled = paired_difference(*({item: 100 * value for item, value in each.items()} for each in (new, old)))
+    assert scaled["interval"][0] == pytest.approx(100 * low)
+    assert scaled["interval"][1] > 100  # of which no bound is known
+    parts = [{**found, "stderr": 0.5}] * 2
+    assert macro(parts, "difference")["interval"][1] > 1
+    assert macro(parts, "difference", 1.0)["interval"] == [macro(parts, "difference")["interval"][0], 1]
 
 
 def test_choices_and_filters_give_one_row_for_each_item():

@@ -92,12 +92,13 @@ def test_figures_are_those_of_plain_forward_passes(changes, checkpoint, tmp_path
     assert torch.equal(content.nonzero().flatten(), probe.content)
     own = base.gather(1, target[:, None])[:, 0]
     assert torch.equal((content & (own < math.log(BELOW))).nonzero().flatten(), kept["low"])
-    gain = signs = 0
+    gain = signs = lost = 0
     for i in probe.content.tolist():
         gain += (tuned[i, target[i]] - base[i, target[i]]).item()
     distances = []
     for i, j, before in zip(kept["low"].tolist(), kept["places"].tolist(), kept["before"].tolist(), strict=True):
         if math.isnan(before):
+            lost += 1
             continue
         token = target[i]
         assert target[j] != token
@@ -111,7 +112,8 @@ def test_figures_are_those_of_plain_forward_passes(changes, checkpoint, tmp_path
     size = len(probe.content)
     assert (found["tokens"], found["low"]) == (size, pytest.approx(len(kept["low"]) / size))
     assert found["learnable"] == pytest.approx(signs / size, abs=2.5 / size)  # a sign may differ by rounding
-    assert found["noise"] == pytest.approx(found["low"] - found["learnable"])
+    assert found["without_control"] == lost
+    assert found["noise"] == pytest.approx((len(kept["low"]) - lost) / size - found["learnable"])
     assert found["gain"] == pytest.approx(gain / size, rel=1e-3, abs=1e-4)
     assert found["learning_rate"] == pytest.approx(1e-2 if "use_peft" in changes else 1e-1)
 
@@ -220,6 +222,31 @@ def figures(learnable, half_way=None, noise=0.0, reach=0.01, gain=1.0, low=0.5):
     }
 
 
+def test_targets_without_a_control_are_neither(checkpoint, tmp_path):
+    """Where all targets are one token, no place is another's control; where every other one has lost its own, half are left."""
+    data = save([{**row, "completion": "a"} for row in mapping_rows(0.0, 200)], tmp_path / "same")
+    report = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "4", **QUICK).run()
+    found = report["learnability"]
+    assert found["without_control"] == pytest.approx(found["low"] * found["tokens"])
+    assert found["without_control"] > 0
+    assert found["learnable"] == found["noise"] == 0
+    assert found["verdict"] == "undecided"
+    reason = report["recommendation"]["reasons"][0]
+    assert f"{found['without_control']} improbable targets are left out: no place serves them as a control." in reason
+    half = diagnosis(tmp_path, checkpoint, save(mapping_rows(1.0, 200), tmp_path / "half"), "--probe_steps", "4", **QUICK)
+    choose, half.learnability._controls = half.learnability._controls, lambda low: lose(choose(low))
+
+    def lose(controls):
+        places, before = controls
+        before[::2] = math.nan
+        return places, before
+
+    found = half.run()["learnability"]
+    targets = round(found["low"] * found["tokens"])
+    assert found["without_control"] >= targets // 2 > 0
+    assert found["noise"] + found["learnable"] == pytest.approx((targets - found["without_control"]) / found["tokens"])
+
+
 RATHER, HARDLY = LEARNABLE + 0.02, LEARNABLE / 2
 JUDGED = [
     (figures(RATHER, RATHER), "knowledge", ""),
@@ -236,6 +263,19 @@ JUDGED = [
     (figures(HARDLY, HARDLY, NOISE + 0.005), "undecided", "crosses its cut"),
     (figures(RATHER, RATHER, reach=None), "undecided", "too few examples"),
 ]
+
+
+def test_targets_without_a_control_leave_it_undecided():
+    """As many as could bring a share across its cut."""
+    for found, verdict, share in (
+        (figures(HARDLY, HARDLY, NOISE + 0.02), "noise", LEARNABLE - HARDLY),
+        (figures(HARDLY, HARDLY, NOISE - 0.05), "little", 0.05),
+        (figures(RATHER, RATHER, NOISE - 0.05), "knowledge", 0.05),
+    ):
+        few = {**found, "tokens": 1000, "without_control": 10}
+        assert judge(few)[0] == judge(found)[0] == verdict
+        said, why = judge({**few, "without_control": 1000 * share + 10})
+        assert (said, "targets without a control may be either" in why) == ("undecided", True)
 
 
 @pytest.mark.parametrize(("found", "verdict", "why"), JUDGED)

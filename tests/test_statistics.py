@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from bl_trainer.head import TokenDivergences, TokenScores
 from bl_trainer.statistics import (
@@ -20,6 +21,7 @@ from bl_trainer.statistics import (
     Reader,
     TokenBatch,
     merge_groups,
+    unequal,
 )
 
 DISTRIBUTIONS = {
@@ -73,6 +75,22 @@ def test_nan_is_not_counted():
         ProbabilityHistogram().add(torch.tensor([-1.0, math.nan]))
 
 
+def quadratic_form(shares):
+    """The matrix A of sum w_i^2 (y_i - sum w_j y_j)^2 = y' A y."""
+    residual = np.eye(len(shares)) - np.outer(np.ones(len(shares)), shares)
+    return residual.T @ np.diag(shares**2) @ residual
+
+
+@pytest.mark.parametrize("sigma", [0, 0.3, 1.5])
+def test_unequal_weights_are_those_of_the_quadratic_form(sigma):
+    weights = np.random.default_rng(0).lognormal(0, sigma, size=25)
+    shares = weights / weights.sum()
+    form, powers = quadratic_form(shares), [(shares**k).sum() for k in range(2, 6)]
+    expected = powers[0] / np.trace(form), np.trace(form) ** 2 / np.trace(form @ form)
+    assert unequal(*powers) == pytest.approx(expected, rel=1e-9)
+    assert sigma or unequal(*powers) == pytest.approx((25 / 24, 24), rel=1e-9)
+
+
 def test_means_and_intervals():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 30, size=400)
@@ -88,10 +106,11 @@ def test_means_and_intervals():
     assert means.mean("prob") == pytest.approx(everything.mean())
     used = tokens > 0
     ratio = everything.mean()
-    m = used.sum()
-    error = math.sqrt(m / (m - 1) * ((sums[used] - ratio * tokens[used]) ** 2).sum()) / tokens.sum()
-    low, high = means.interval("prob")
-    assert (high - low) / 2 == pytest.approx(1.9662 * error, rel=1e-3)
+    shares = tokens[used] / tokens.sum()
+    form = quadratic_form(shares)
+    error = math.sqrt(((sums[used] / tokens[used] - ratio) ** 2 * shares**2).sum() * (shares**2).sum() / np.trace(form))
+    reach = stats.t.ppf(0.975, np.trace(form) ** 2 / np.trace(form @ form)) * error
+    assert means.interval("prob") == pytest.approx((ratio - reach, ratio + reach), rel=1e-9)
     naive = everything.std() / math.sqrt(len(everything))
     assert error > 2.5 * naive  # tokens of one example are alike
 
@@ -115,6 +134,44 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         low, high = means.interval("prob")
         hits += low <= 0.8 <= high
     assert 0.91 <= hits / 400 <= 0.98
+
+
+@pytest.mark.parametrize("examples", [10, 30, 200])
+@pytest.mark.parametrize("sigma", [1.0, 1.5])
+def test_interval_covers_the_truth_where_lengths_are_unequal(sigma, examples):
+    """It covered 0.76 to 0.93 as if all examples were as long."""
+    rng, runs = np.random.default_rng(0), 500
+    tokens = torch.tensor(np.ceil(rng.lognormal(3, sigma, size=(runs, examples))))
+    levels = torch.tensor(rng.beta(4, 1, size=(runs, examples)))
+    hits = 0
+    for each, level in zip(tokens, levels, strict=True):
+        means = Means(["prob"])
+        means.add(each, (each * level)[None])
+        low, high = means.interval("prob")
+        hits += low <= 0.8 <= high
+    assert 0.925 <= hits / runs <= 0.995
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        ("prob", (0, 1)),
+        ("nll", (0, math.inf)),
+        ("js", (0, math.log(2))),
+        ("learnable", (-1, 1)),
+        ("gain", (-math.inf, math.inf)),
+    ],
+)
+def test_interval_stays_within_the_bounds_of_its_metric(name, bounds):
+    low, high = bounds
+    outer = [low if math.isfinite(low) else -2.0, high if math.isfinite(high) else 2.0]
+    for rare, usual in (outer, outer[::-1]):
+        means = Means([name])
+        values = torch.tensor([rare, *[usual] * 9], dtype=torch.float64)
+        means.add(torch.tensor([1, *[2] * 9]), (values * torch.tensor([1, *[2] * 9]))[None])
+        found = means.interval(name)
+        assert low <= found[0] < means.mean(name) < found[1] <= high
+        assert usual in found or usual not in bounds  # where the mean is near a bound, the interval ends there
 
 
 def test_no_interval_below_ten_examples():

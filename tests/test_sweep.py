@@ -27,11 +27,12 @@ from bl_trainer.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import CPU_LAUNCH
 from bl_trainer.sweep.leaderboard import difference, rank
-from bl_trainer.sweep.page import _alphas, arms_csv, markdown, page, summary
+from bl_trainer.sweep.page import _alphas, arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan, describe
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import _devices, failures
 from conftest import write_recipe
+from test_statistics import quadratic_form
 
 SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
@@ -479,11 +480,70 @@ def test_a_group_stands_for_its_best_rate_and_is_paired_by_seed_and_row(make):
     assert second.behind.over == ("seeds", "examples")
     by_seed = np.array([3 / 6, 1 / 6])
     d = np.array([0, 1, 1]) - 2 / 6 * np.array([1, 2, 3])
-    expected = by_seed.var(ddof=1) / 2 + (3 * d / 6).var(ddof=1) / 3
-    free = expected**2 / ((by_seed.var(ddof=1) / 2) ** 2 / 1 + ((3 * d / 6).var(ddof=1) / 3) ** 2 / 2)
+    form = quadratic_form(np.array([1, 2, 3]) / 6)
+    over_seeds, over_rows = by_seed.var(ddof=1) / 2, (d**2).sum() / 36 * (14 / 36) / np.trace(form)
+    expected, free_rows = over_seeds + over_rows, np.trace(form) ** 2 / np.trace(form @ form)
+    free = expected**2 / (over_seeds**2 / 1 + over_rows**2 / free_rows)
     half = stats.t.ppf(0.975, free) * math.sqrt(expected)
-    assert second.behind.interval == pytest.approx((2 / 6 - half, 2 / 6 + half))
+    assert second.behind.interval == pytest.approx((2 / 6 - half, min(1, 2 / 6 + half)))
+    assert second.behind.p_value == pytest.approx(2 * stats.t.sf(2 / 6 / math.sqrt(expected), free))
     assert board.verdict() == "neg_p is ahead by accuracy, but with no significant difference from nll."
+
+
+def test_intervals_of_shares_stay_within_their_bounds(make, tmp_path):
+    hits = {"nll": [(9, 9, 9), (0, 1, 0), (0, 0, 0)], "neg_p": [(9, 9, 8), (9, 9, 9), (1, 0, 0)]}
+    settings = [
+        ({"objective": name, "learning_rate": 1e-2, "seed": seed}, each)
+        for name, rows in hits.items()
+        for seed, each in enumerate(rows)
+    ]
+    board = board_of(make, settings, (9, 9, 9), seed=[0, 1, 2])
+    for index, result in board.arms.items():
+        result["rulers"] |= {"drift": [0.0, 0.0, 5.0][index % 3], "task/exact_match": result["rulers"]["accuracy"]}
+        result["rulers"] |= {"task/bleu": 30 * result["rulers"]["accuracy"]}
+    board = rank(board.plan, board.arms, lambda index: None, {})
+    for row in board.rows:
+        for name in ("accuracy", "task/exact_match"):
+            assert row.values[name][1] == (0, 1)
+        assert row.values["drift"][1][0] == 0
+        assert row.values["drift"][1][1] > 5
+        assert row.values["task/bleu"][1][0] < 0  # of which no bound is known
+    low, high = board.rows[1].behind.interval
+    assert -1 <= low < high == 1
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_fewer_than_three_seeds_show_their_values(seeds, make, tmp_path):
+    settings = [
+        ({"objective": name, "learning_rate": 1e-2, "seed": seed}, [base + seed] * 20)
+        for name, base in (("nll", 7), ("neg_p", 4))
+        for seed in range(seeds)
+    ]
+    for setting, hits in settings:
+        hits[0] += setting["seed"] % 2  # so that the difference is another at each seed
+    settings[0][1][1] += 1
+    board = board_of(make, settings, (10,) * 20, seed=list(range(seeds)))
+    first = board.rows[0]
+    assert (first.values["accuracy"][1] is None) == (seeds < 3)
+    _, rows = comparison(board)
+    shown = {1: "0.705", 2: "0.755 (0.705, 0.805)", 3: "0.8033 (0."}[seeds]
+    assert rows[0][3].startswith(shown)
+    assert "(by seed: 0.305, 0.3)" in rows[1][4] if seeds == 2 else "by seed" not in rows[1][4]
+    assert (" to " in rows[1][4]) == (seeds != 2)
+    assert shown in markdown(board, tmp_path, "accelerate launch")
+    assert page(board, tmp_path, "accelerate launch")
+
+
+def test_difference_covers_the_truth_where_examples_weigh_unequally():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(500):
+        weights = np.ceil(rng.lognormal(3, 1.5, size=40))
+        values = 0.3 + rng.normal(0, 1, size=40)
+        mean = (values * weights).sum() / weights.sum()
+        items = (values - mean) * weights * 40 / weights.sum() + mean
+        found = difference(mean, {"examples": items}, weights=weights)
+        covered += found.interval[0] <= 0.3 <= found.interval[1]
+    assert 0.925 <= covered / 500 <= 0.995
 
 
 def test_a_clear_winner_is_called_one(make):
