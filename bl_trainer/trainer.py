@@ -677,6 +677,7 @@ class BLTrainer(SFTTrainer):
     @leaves_no_empty_folder
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         self._sums["train"], self.is_left = None, False
+        self._first_step, self._has_met_targets = 0, False
         refuse_frozen(self.model)
         self._refuse_dropped()
         listens = getattr(self.args, "enable_jit_checkpoint", False)
