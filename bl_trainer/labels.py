@@ -63,8 +63,8 @@ def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None
     text, rules = getattr(args, "dataset_text_field", "text"), [key for key in ("input_ids", *CHATS) if key in first]
     if text != "text" and rules:
         raise RecipeError(
-            f"`dataset_text_field: {text}` has no effect on the {name} set: its column `{rules[0]}` is trained. Remove the key, "
-            "or that column."
+            f"`dataset_text_field: {text}` has no effect on the {name} set: its column `{rules[0]}` is trained. Remove the "
+            "key, or that column."
         )
 
 
