@@ -50,12 +50,22 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
     for name, first in firsts.items():
         if first is None:
             raise RecipeError(f"The {name} set is empty.")
+        _refuse_idle_text_field(first, name, args)
         if "input_ids" in first:
             _refuse_idle_on_tokens(first, name, args, asks)
         else:
             _refuse_idle_on_text(first, name, args, owns_text)
         if isinstance(sets[name], Dataset):
             check_rows(sets[name], name)
+
+
+def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None:
+    text, rules = getattr(args, "dataset_text_field", "text"), [key for key in ("input_ids", *CHATS) if key in first]
+    if text != "text" and rules:
+        raise RecipeError(
+            f"`dataset_text_field: {text}` has no effect on the {name} set: its column `{rules[0]}` is trained. Remove the "
+            "key, or that column."
+        )
 
 
 def _refuse_idle_on_text(first: dict[str, Any], name: str, args: Any, owns_text: bool) -> None:

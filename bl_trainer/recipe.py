@@ -381,6 +381,8 @@ class Recipe:
                 raise RecipeError(f"`{key}: {value}` must be {bounds}.")
         if training.max_steps <= 0 and training.num_train_epochs <= 0:
             raise RecipeError(f"`num_train_epochs: {training.num_train_epochs}` trains nothing. Write a number above 0.")
+        if training.learning_rate == 0:
+            raise RecipeError("`learning_rate: 0` trains nothing. Write a number above 0.")
         for kind in ("save", "logging", "eval"):
             steps = getattr(training, f"{kind}_steps")
             if getattr(training, f"{kind}_strategy") == "steps" and steps is not None and steps <= 0:
@@ -528,6 +530,9 @@ class Recipe:
         for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
             if top in given and key in (self.training.model_init_kwargs or {}):
                 raise RecipeError(f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them.")
+        for key, idle in (("lora_alpha", 0), ("lora_dropout", 1)):
+            if model.use_peft and getattr(model, key) == idle:
+                raise RecipeError(f"`{key}: {idle}` trains nothing: the adapter's part is 0. Write another number.")
         quantised = model.load_in_4bit or model.load_in_8bit
         if quantised and not model.use_peft:
             key = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"

@@ -773,6 +773,7 @@ class BLTrainer(SFTTrainer):
         self.is_left, self._tokens_before = False, self._total_train_tokens
         if trial is not None:  # whose model is another, and its percentile too
             self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
+        self._first_step, self._has_met_targets = 0, False
         refuse_frozen(self.model)
         self._refuse_dropped()
         listens = getattr(self.args, "enable_jit_checkpoint", False)

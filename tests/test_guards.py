@@ -227,6 +227,9 @@ WITHOUT_EFFECT = [
     ([TEXT], {"assistant_only_loss": True}, "it has no messages. Remove it, or give messages"),
     ([PAIR], {"assistant_only_loss": True}, "Write `completion_only_loss: true` instead"),
     ([{**IDS, "assistant_masks": [0, 0, 1, 1]}], {"assistant_only_loss": True}, "`assistant_masks` works without it"),
+    ([{**PAIR, "body": "abc"}], {"dataset_text_field": "body"}, "`dataset_text_field: body` has no effect on the train set"),
+    ([CHAT], {"dataset_text_field": "body"}, "its column `messages` is trained. Remove the key, or that column"),
+    ([{**IDS, "body": "abc"}], {"dataset_text_field": "body"}, "its column `input_ids` is trained. Remove the key, or that"),
     ([{**IDS, "completion_mask": [0, 0, 1, 1]}], {}, "no effect without its key. Write `completion_only_loss: true`"),
     ([{**GOOD, "completion_mask": [0, 0, 1, 1]}], {}, "`completion_mask` of the train set has no effect: its `labels` choose"),
     ([{**GOOD, "assistant_masks": [0, 0, 1, 1]}], {}, "`assistant_masks` of the train set has no effect: its `labels` choose"),
@@ -249,12 +252,17 @@ WITHOUT_EFFECT = [
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), WITHOUT_EFFECT, ids=str)
-def test_what_has_no_effect_is_an_error(rows, options, message, tokenizer, checkpoint, tmp_path, capsys):
+def test_what_has_no_effect_is_an_error(rows, options, message, tmp_path):
     args = BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **options)
     for kind in (Dataset.from_list(rows * 8), Dataset.from_list(rows * 8).to_iterable_dataset()):
         with pytest.raises(RecipeError) as caught:  # before the model loads
             BLTrainer("no-such-model", args, train_dataset=kind)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("case", [0, -1, -3])
+def test_and_in_the_verb(case, checkpoint, tmp_path, capsys):
+    rows, options, message = WITHOUT_EFFECT[case]
     verb_refuses(tmp_path, checkpoint, rows * 8, message, capsys, **options)
 
 
@@ -262,6 +270,7 @@ def test_what_has_no_effect_is_an_error(rows, options, message, tokenizer, check
 def test_in_an_evaluation_set_too(rows, options, message, tmp_path):
     args = BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **options)
     train_row = CHAT if args.assistant_only_loss else PAIR if args.completion_only_loss else GOOD
+    train_row = {"body": "abc"} if args.dataset_text_field == "body" else train_row
     sets = [Dataset.from_list([row] * 8) for row in (train_row, rows[0])]
     with pytest.raises(RecipeError) as caught:
         BLTrainer("no-such-model", args, train_dataset=sets[0], eval_dataset=sets[1])
