@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, Json, List
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from .interruption import ROW
 from .parser import RecipeError
@@ -37,7 +37,7 @@ def arrange(dataset: Any, where: str, text_field: str) -> Any:
     """Return a data set or stream with its training text in the columns that TRL reads.
 
     Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. The rows of a data set are
-    checked here, those of a stream by `check_rendering` as they are read.
+    checked here, those of a stream but the first by `check_stream` as they are read.
 
     Raises:
         RecipeError: if the columns make no training text. RowError: on the first row that has none.
@@ -49,6 +49,7 @@ def arrange(dataset: Any, where: str, text_field: str) -> Any:
     if columns == ("input_ids",):
         return dataset
     is_chat = are_chats(first, columns)
+    _check_row(first, 0, columns, is_chat, where, (SPEAKERS, CONTENTS))
     kept = {*columns} if columns[0] == "prompt" else {*columns, text_field}
     rivals = [key for key in first if key in {*RIVALS, text_field} - kept]
     dataset = dataset.remove_columns(rivals) if rivals else dataset
@@ -279,7 +280,10 @@ def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], whe
 
 
 def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]:
-    """Return the parts of a mixture, all arranged, with columns that can be joined. Raises RecipeError if layouts differ."""
+    """Return the parts of a mixture, all arranged, so that they can be joined and arranged again.
+
+    Raises RecipeError if their layouts differ.
+    """
     layouts: dict[str, str] = {}
     columns: tuple[str, ...] = ()
     for dataset, source in zip(datasets, sources, strict=True):
@@ -294,5 +298,11 @@ def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]
     for column in columns:
         kinds = [(dataset.features or {}).get(column) for dataset in datasets]
         if all(isinstance(kind, List) for kind in kinds) and any(kind != kinds[0] for kind in kinds):
-            datasets = [dataset.cast_column(column, List(Json())) for dataset in datasets]
+            datasets = [_as_text(dataset, column) for dataset in datasets]
     return datasets
+
+
+def _as_text(dataset: Any, column: str) -> Any:
+    """Return a data set or stream with its messages as JSON text, which `arrange` reads; so their keys may differ."""
+    features = Features({**dataset.features, column: Value("string")})
+    return dataset.map(lambda example: {column: json.dumps(example[column], ensure_ascii=False)}, features=features)

@@ -186,6 +186,14 @@ def local_files(source: Any) -> Iterator[Path]:
         yield from sorted(path for path in found if path.is_file())
 
 
+def unreadable_name(files: Iterable[Path]) -> str | None:
+    """Return which file `datasets` takes for an address, and what to do; None if it is none of `files`."""
+    for path in files:
+        if path.suffix in COMPRESSED and {"[", "]"} & {*path.name}:
+            return f"{path} is compressed, and its name holds brackets. Rename or decompress it"
+    return None
+
+
 def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -> str | None:
     """Return which line of which of `files` is at fault, and why; None if they can all be read.
 

@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
 from accelerate.utils import gather_object, is_bnb_available
+from datasets import IterableDataset
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftConfig
@@ -51,8 +53,8 @@ from .checkpoint import (
 from .columns import check_columns
 from .interruption import LossError
 from .labels import check_labels, columns_of
-from .layouts import CHATS, RowError, arrange
-from .local_data import find_fault, is_path, load_dataset, load_mixture, local_files
+from .layouts import CHATS, RowError, arrange, check_stream
+from .local_data import find_fault, is_path, load_dataset, load_mixture, local_files, unreadable_name
 from .objectives import Objective, _nearest
 from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
 from .reference import reference_source, refuse_lost_context
@@ -194,7 +196,7 @@ class Recipe:
         except Exception as error:  # the libraries raise many kinds for a broken file
             source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
             why = "a file is empty" if isinstance(error, StopIteration) else sentence(error)
-            fault = find_fault(self.local_files()) or self.data_fault()
+            fault = find_fault(self.local_files()) or self.data_fault() or unreadable_name(self.local_files())
             raise RecipeError(
                 f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
             ) from error
@@ -258,7 +260,7 @@ class Recipe:
         return dataset
 
     def _check_messages(self, split: str, dataset: Any) -> None:
-        """Raise RowError if the first rows lose a message in the chat template; the trainer checks all of them."""
+        """Raise RowError if one of the first rows loses a message in the chat template; the trainer checks all of them."""
         first, path = next(iter(dataset)), self.training.chat_template_path
         if "input_ids" in first or {"image", "images"} & {*first} or not is_conversational(first):
             return
@@ -268,7 +270,9 @@ class Recipe:
         elif path:
             template = AutoTokenizer.from_pretrained(path).chat_template
         check = RenderedRow(processing_class, template, f"the {split} set")
-        for row, example in enumerate(dataset.take(ROWS_RENDERED)):
+        if isinstance(dataset, IterableDataset):
+            dataset = check_stream(dataset, f"the {split} set", self.training.dataset_text_field)
+        for row, example in enumerate(islice(dataset, ROWS_RENDERED)):
             check(example, row)
 
     def checkpoint(self) -> str | None:

@@ -106,10 +106,10 @@ def search(trainer, hp_space=space, values=RATES, **kwargs):
     )
 
 
-@pytest.mark.parametrize(("adapts", "head"), [(False, "own"), (True, "trl")])
-def test_hyperparameter_search_trains_the_objective(adapts, head, tokenizer, text_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("BL_HEAD", "trl" if head == "trl" else "")
+@pytest.mark.parametrize(("adapts", "head"), [(False, "auto"), (True, "trl")])
+def test_hyperparameter_search_trains_the_objective(adapts, head, tokenizer, text_data, tmp_path):
     options = {
+        "loss_head": head,
         "eval_data": text_data, "max_steps": 4, "objective": f"{__name__}:neg_p_and_more", "threshold": 0.001,
         "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4,
     }  # fmt: skip

@@ -50,7 +50,7 @@ def test_reads_file_and_command_line(write):
 
 
 TAKEN = {
-    "lora_target_modules": "all-linear", "report_to": ["none"],
+    "lora_target_modules": "all-linear",
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "learning_rate": "2e-5", "max_steps": -1, "num_train_epochs": 1, "eval_steps": 0.1, "logging_first_step": True,
     "hub_strategy": "every_save", "dataset_kwargs": {"add_special_tokens": False},
