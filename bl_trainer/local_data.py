@@ -5,10 +5,13 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from trl import ScriptArguments
 
 OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
@@ -91,12 +94,32 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     """
     formats = list(formats)
     for path in files:
-        if path.suffix != ".parquet":
+        if path.suffix == ".parquet":
+            if not _is_parquet(path):
+                return f"{path}: it is no complete Parquet file"
+        else:
             found = _fault_in_whole(path) if _is_one_value(path) else _fault_in_lines(path, formats)
             found = found or (_fault_in_csv(path, formats) if path.suffix == ".csv" else None)
             if found:
                 return f"{path}, {found}"
     return None
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        pq.read_metadata(path)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a file that has no fault holds no rows."""
+    if file.suffix == ".parquet":
+        return not pq.read_metadata(file).num_rows
+    lines = (line.removeprefix(BOM).strip() for line in file.read_bytes().split(b"\n"))
+    written = list(islice(filter(None, lines), 2))
+    return len(written) < 2 if file.suffix == ".csv" else written in ([], [b"[]"], [b"{}"])
 
 
 def _is_one_value(path: Path) -> bool:
@@ -114,6 +137,8 @@ def _fault_in_whole(path: Path) -> str | None:
         json.loads(content)
     except json.JSONDecodeError as error:
         return f"line {error.lineno}: {error.msg}"
+    except RecursionError:
+        return "line 1: its values are nested too deeply"
     except UnicodeDecodeError as error:
         return f"line {content[: error.start].count(10) + 1}: {_not_utf8(error)}"
     return None
@@ -128,6 +153,8 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
                 if LOCAL_FORMATS.get(path.suffix) != "json" or not text.strip():
                     continue
                 row = json.loads(text)
+            except RecursionError:
+                return f"line {number}: its values are nested too deeply"
             except UnicodeDecodeError as error:
                 return f"line {number}: {_not_utf8(error)}"
             except json.JSONDecodeError as error:
