@@ -11,10 +11,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from .layouts import CONTENTS, SPEAKERS, align, are_chats, arrange, fault_of, short
@@ -202,7 +205,10 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     """
     formats = list(formats)
     for path in files:
-        if format_of(path) != "parquet":
+        if format_of(path) == "parquet":
+            if not _is_parquet(path):
+                return f"{path}: it is no complete Parquet file"
+        else:
             try:
                 found = _fault_in_whole(path) if _is_one_value(path) else _fault_in_lines(path, formats)
                 found = found or (_fault_in_csv(path, formats) if format_of(path) == "csv" else None)
@@ -211,6 +217,23 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
             if found:
                 return f"{path}, {found}"
     return None
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        pq.read_metadata(path)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def is_empty(file: Path) -> bool:
+    """Whether a file that has no fault holds no rows."""
+    if format_of(file) == "parquet":
+        return not pq.read_metadata(file).num_rows
+    with open_binary(file) as lines:
+        written = list(islice(filter(None, (line.removeprefix(BOM).strip() for line in lines)), 2))
+    return len(written) < 2 if format_of(file) == "csv" else written in ([], [b"[]"], [b"{}"])
 
 
 def _is_one_value(path: Path) -> bool:
@@ -231,6 +254,8 @@ def _fault_in_whole(path: Path) -> str | None:
         json.loads(content)
     except json.JSONDecodeError as error:
         return f"line {error.lineno}: {error.msg}"
+    except RecursionError:
+        return "line 1: its values are nested too deeply"
     except UnicodeDecodeError as error:
         return f"line {content[: error.start].count(10) + 1}: {_not_utf8(error)}"
     return None
@@ -246,6 +271,8 @@ def _fault_in_lines(path: Path, formats: list[tuple[str, ...]]) -> str | None:
                 if format_of(path) != "json" or not text.strip():
                     continue
                 row = json.loads(text)
+            except RecursionError:
+                return f"line {number}: its values are nested too deeply"
             except UnicodeDecodeError as error:
                 return f"line {number}: {_not_utf8(error)}"
             except json.JSONDecodeError as error:

@@ -1,6 +1,7 @@
 """Sweeps: plans, studies under kills and with several workers, leaderboards, and arms that are real."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -143,6 +144,84 @@ def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
         with pytest.raises(RecipeError, match=r"`--storage postgresql:\.\.\.` can't be used") as caught:
             Study(make(GRID), tmp_path / "u", url)
         assert "cret" not in str(caught.value).split("can't")[0]
+
+
+def run_all(study):
+    """Run the arms of a study, each worth its index, and return by index how often each was run and what it is worth."""
+    begun = []
+
+    def arm(index, setting, trial, job):
+        begun.append(index)
+        return float(index)
+
+    study.run(arm, 1, False)
+    worth = {i: [t.values[0] for t in trials if t.state.is_finished() and t.values] for i, trials in study.by_arm().items()}
+    return sorted(begun), worth
+
+
+@pytest.fixture(scope="session")
+def journal(checkpoint, data_folder, tmp_path_factory):
+    """The journal of a study of four arms."""
+    folder = tmp_path_factory.mktemp("study")
+    write_recipe(folder, checkpoint, data_folder)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "seed": [0]}))
+    plan = Plan.read(Recipe.read(["--config", str(folder / "recipe.yaml")]), str(folder / "sweep.yaml"), folder / "s")
+    assert run_all(Study(plan, folder / "s")) == ([0, 1, 2, 3], {i: [float(i)] for i in range(4)})
+    return plan, (folder / "s" / "study.journal").read_bytes()
+
+
+TEARS = {
+    "in the last line": lambda whole: whole[:-10],
+    "before the last line end": lambda whole: whole[:-1],
+    "in the middle of the file": lambda whole: whole[: whole.index(b"\n", len(whole) // 2) + 7],
+    "in the first line": lambda whole: whole[:5],
+    "zeros of a power cut": lambda whole: whole + b"\0" * 100,
+    "before what another worker wrote": lambda whole: whole.rpartition(b"\n{")[0] + b'\n{"op_code":4,"worker_i{' + (
+        whole.rpartition(b"\n{")[2]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_journal_is_mended_and_the_sweep_goes_on(tear, journal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bl_trainer.sweep.study.POLL", 0.02)
+    monkeypatch.setattr("bl_trainer.sweep.study.GRACE", 0.4)  # until a trial that no worker has put its name to is given up
+    plan, whole = journal
+    folder = tmp_path / "s"
+    folder.mkdir()
+    torn = TEARS[tear](whole)
+    (folder / "study.journal").write_bytes(torn)
+    study = Study(plan, folder)
+    said = capsys.readouterr().out
+    assert "study.journal had a torn line, as a full disk or a power cut leaves it." in said
+    assert (folder / "study.journal.torn-1").read_bytes() == torn
+    assert str(folder / "study.journal.torn-1") in said
+    _, worth = run_all(study)
+    assert worth == {i: [float(i)] for i in range(4)}
+    Study(plan, folder)
+    assert not (folder / "study.journal.torn-2").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_journal_of_something_else_is_refused(journal, tmp_path):
+    plan, whole = journal
+    (tmp_path / "s").mkdir()
+    path = tmp_path / "s" / "study.journal"
+    path.write_bytes(content := whole.replace(b'{"op_code":', b"[", 1))
+    with pytest.raises(
+        RecipeError, match=r"study\.journal: line 1 is no operation of Optuna\. Restore the file, or start a new"
+    ):
+        Study(plan, tmp_path / "s")
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("module", ["arm", "guard", "journal", "leaderboard", "page", "plan", "study", "verb"])
+def test_a_sweep_needs_no_module_of_unix(module, monkeypatch):
+    for name in ("fcntl", "termios", "pwd", "grp", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    real = sys.modules[f"bl_trainer.sweep.{module}"]
+    spec = importlib.util.spec_from_file_location(real.__name__, real.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):
@@ -618,6 +697,17 @@ def test_a_best_rate_at_the_edge_is_said(make, tmp_path):
     assert "nll: its best learning rate, 0.1, is the greatest tried; a wider range may do better." in summary(board, tmp_path)
 
 
+def test_the_edge_is_that_of_the_objectives_own_rates(make):
+    """nll was tried at 1e-4 to 1e-2 and is best at 1e-2, neg_p at 1e-2 to 1, is best at 1e-1, and failed at 1."""
+    tried = {"nll": (1e-4, 1e-3, 1e-2), "neg_p": (1e-2, 1e-1, 1.0)}
+    arms = [{"objective": name, "learning_rate": rate} for name, rates in tried.items() for rate in rates]
+    merits = (0, 1, 3, 1, 2)
+    values = [({**arm, "seed": 0}, (merit, 1, 1)) for arm, merit in zip(arms, merits, strict=False)]
+    board = board_of(make, values, (3, 1, 1), arms=arms, seed=[0])
+    edges = {row.name: row.at_edge for row in board.rows}
+    assert edges == {"nll": ["its best learning rate, 0.01, is the greatest tried"], "neg_p": []}
+
+
 # The verb
 
 
@@ -642,7 +732,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": str(tmp_path / "nope.jsonl")}))
     assert "nope.jsonl`: there is no such file" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": "nobody/nothing"}))
-    assert "error: Can't load the held-out data nobody/nothing" in verb(capsys, *both)
+    assert "error: Cannot load the held-out data nobody/nothing" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "arms": [{"objective": "nll"}, {"objective": "asft"}]}))
     assert "In the arm asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
     assert "Objective 'asft' needs a reference model" in verb(capsys, *both)

@@ -4,17 +4,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from trl import ScriptArguments
 
-from ..local_data import BOM, LOCAL_FORMATS, find_fault, load_dataset, local_files
+from ..local_data import LOCAL_FORMATS, find_fault, is_empty, load_dataset, local_files
 from ..parser import RecipeError, sentence
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -279,22 +276,9 @@ def source_of(part: Part, source: str | None) -> Path | None:
 def _fault_in(path: Path) -> str | None:
     files = [file for file in local_files(path) if file.suffix != ".txt"]  # beside data a text file is but a note
     try:
-        return find_fault(files) or next((f"{file}: {why}" for file in files if (why := _why_empty(file))), None)
+        return find_fault(files) or next((f"{file}: it has no rows" for file in files if is_empty(file)), None)
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-
-
-def _why_empty(file: Path) -> str | None:
-    """Return why no row can be read from a file whose lines have no fault, None if one can."""
-    if file.suffix == ".parquet":
-        try:
-            return None if pq.read_metadata(file).num_rows else "it has no rows"
-        except pa.ArrowInvalid:
-            return "it is no complete Parquet file"
-    lines = (line.removeprefix(BOM).strip() for line in file.read_bytes().split(b"\n"))
-    written = list(islice(filter(None, lines), 2))
-    is_empty = len(written) < 2 if file.suffix == ".csv" else written in ([], [b"[]"], [b"{}"])
-    return "it has no rows" if is_empty else None
 
 
 def revision_of(part: Part, revision: str | None) -> str:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 
 from ..data.format import ASSISTANT, USER, Format
-from ..parser import RecipeError
+from ..parser import RecipeError, sentence
 from .grading.reasoning import split_reasoning
 from .options import EvaluateArguments
 
@@ -61,7 +61,10 @@ class Generation(ConfigurableTask):
             raise RecipeError(f"The data of {self.task_name!r} are messages, but the tokenizer has no chat template.")
         self.format = Format(lm.tokenizer)
         self.format.is_chat = chat
-        prompts = [self.fewshot_context(doc, 0, apply_chat_template=chat) for doc in self.asked(options)]
+        try:
+            prompts = [self.fewshot_context(doc, 0, apply_chat_template=chat) for doc in self.asked(options)]
+        except TemplateError as error:
+            raise RecipeError(f"The model's chat template doesn't take {self.task_name!r}: {sentence(error)}.") from error
         longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
         room, asked = lm.max_length - longest, options.max_new_tokens
         if room < (asked or 1):

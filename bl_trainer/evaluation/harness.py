@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..data.format import Format
-from ..local_data import LOCAL_FORMATS, find_fault
+from ..local_data import LOCAL_FORMATS, find_fault, is_empty
 from ..objectives import _nearest
 from ..parser import RecipeError, sentence
 from .completion import COLUMNS, Completion
@@ -65,7 +65,7 @@ class Tasks:
         if name not in known and not _is_file(name):
             raise RecipeError(f"Unknown task {name!r}.{_nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
         source = known[name].yaml_path if name in known else Path(name)
-        config = load_yaml(source, resolve_func=False) if source else {}
+        config = _configuration(source) if source else {}
         if _is_file(name) and "group" in config:
             raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
         self._refuse_unsafe(name, config.get("unsafe_code"))
@@ -119,6 +119,13 @@ class Tasks:
                 raise RecipeError(f"`--data {name}={path}`: row {i + 1} has no gold answer.")
 
 
+def _configuration(path: Path | str) -> dict[str, Any]:
+    try:
+        return load_yaml(path, resolve_func=False)
+    except Exception as error:  # of reading, of YAML, or of its shape
+        raise RecipeError(f"Cannot read the task file {path}: {sentence(error)}.") from error
+
+
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
@@ -129,21 +136,22 @@ def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     if isinstance(own, type) and issubclass(own, Generation) and not issubclass(own, Completion):
         return {**config, "dataset_path": None, "custom_dataset": partial(_splits, path), "test_split": "test"}
     fault = find_fault([path], COLUMNS[:2]) if name == "completion" else None
+    if is_empty(path):
+        raise RecipeError(f"`--data {name}={path}` is empty.")
     try:
         rows = datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")
-        columns = set(rows.column_names) if len(rows) else None
-    except StopIteration:
-        columns = None
     except Exception as error:  # the libraries raise many kinds for a broken file
         raise RecipeError(f"`--data {name}={path}`: {fault or sentence(error)}") from error
-    if not columns:
-        raise RecipeError(f"`--data {name}={path}` is empty.")
+    columns = set(rows.column_names)
     if name == "completion" and not any(set(wanted) <= columns for wanted in COLUMNS):
         raise RecipeError(
             f"`--data {name}={path}` has the columns {', '.join(sorted(columns))}. Needed: prompt and completion, or messages."
         )
     if fault:
         raise RecipeError(f"`--data {name}=...`: {fault}.")
+    for column in sorted({"prompt", "completion"} & columns) if name == "completion" else ():
+        if getattr(rows.features[column], "dtype", None) not in (None, "string", "large_string"):
+            raise RecipeError(f"`--data {name}={path}`: its column {column!r} holds numbers, not texts. Use a .jsonl file.")
     config = {key: value for key, value in config.items() if key not in ("custom_dataset", "dataset_name", "include")}
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     shots = dict(config.get("fewshot_config") or {})
@@ -160,11 +168,13 @@ def _splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
     A JSON object is taken as a mapping from the column `source` to rows. Rows may differ in the keys of their mappings.
     """
     if path.suffix not in (".json", ".jsonl"):
+        if is_empty(path):
+            raise RecipeError("it is empty.")
         return {"test": datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")}
     rows = _json_rows(path)
-    if not rows:
-        raise RecipeError("it is empty.")
     columns = dict.fromkeys(column for row in rows for column in row)  # `from_list` takes those of the first row alone
+    if not columns:
+        raise RecipeError("it is empty.")
     return {"test": datasets.Dataset(pa.table({column: _column(column, rows) for column in columns}))}
 
 
@@ -177,11 +187,14 @@ def _column(name: str, rows: list[dict[str, Any]]) -> pa.Array:
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
+    lines = [line for line in text.split("\n") if line.strip()]  # `splitlines` splits within texts, at U+2028 and U+0085
+    if path.suffix == ".jsonl" and not text.lstrip().startswith("["):
+        return [_object(json.loads(line)) for line in lines]
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError:  # a value in each line; a text may hold U+2028 and U+0085, where `splitlines` splits too
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(rows, dict) and rows and all(isinstance(part, list) for part in rows.values()):
+    except json.JSONDecodeError:
+        rows = [json.loads(line) for line in lines]
+    if isinstance(rows, dict) and not {"prompt", "messages"} & rows.keys() and all(isinstance(v, list) for v in rows.values()):
         return [{**_object(row), "source": source} for source, part in rows.items() for row in part]
     return [_object(row) for row in (rows if isinstance(rows, list) else [rows])]
 

@@ -120,6 +120,8 @@ class EvaluateArguments:
         for key, least in (("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise RecipeError(f"`--{key} {getattr(self, key)}` must be at least {least}.")
+        if self.seed >= 2**32:
+            raise RecipeError(f"`--seed {self.seed}` must be below {2**32}.")
         if not math.isfinite(self.sampling_temperature):
             raise RecipeError(f"`--temperature {self.temperature}` must be a number.")
         if self.samples > 1 and not self.is_sampled:
@@ -225,10 +227,10 @@ def is_adapter(folder: str) -> bool:
 def _base(adapter: str) -> str:
     try:
         base = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(f"The adapter_config.json of `--model {adapter}` can't be read: {sentence(error)}") from error
     instead = f"Write `--model BASE --adapter {adapter}`."
-    if not base:
+    if not base or not isinstance(base, str):
         raise RecipeError(f"The adapter `--model {adapter}` names no base model. {instead}")
     if is_path(base) and not Path(base).is_dir():
         raise RecipeError(f"{base}, the base of the adapter `--model {adapter}`, is not a folder. {instead}")

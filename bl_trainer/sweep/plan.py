@@ -4,7 +4,9 @@ import hashlib
 import inspect
 import itertools
 import json
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -107,7 +109,7 @@ class Plan:
         plan._check(recipe)
         names = [*recipe.local_files(), *local_files(plan.held_out), *local_files(plan.probe)]
         for point in plan.points():
-            names += local_files(point.get("dataset_name"))
+            names += _named_files({**base, **point})
         names += [Path(part.partition("=")[2]) for part in _as_list((plan.evaluate or {}).get("data", []))]
         names = [name for name in names if folder.absolute() not in name.absolute().parents]
         plan.files = {str(name): hashlib.sha256(name.read_bytes()).hexdigest()[:16] for name in names}
@@ -116,9 +118,13 @@ class Plan:
         return plan
 
     def _take(self, key: str, value: Any) -> None:
+        if key == "seed" and not isinstance(value, list):
+            raise RecipeError(f"`seed: {value}` must be a list of whole numbers. Write e.g. `seed: [0, 1, 2]`.")
         if isinstance(value, dict) and {"low", "high"} <= value.keys() <= {"low", "high", "log", "step"}:
             kind = optuna.distributions.IntDistribution if are_whole(value) else optuna.distributions.FloatDistribution
             try:
+                if not isinstance(value.get("log", False), bool):
+                    raise TypeError(f"`log: {value['log']}` must be true or false")
                 kind(**value)
             except (TypeError, ValueError) as error:
                 raise RecipeError(f"`{key}: {value}` is no range: {sentence(error)}") from error
@@ -152,7 +158,7 @@ class Plan:
     def _check(self, recipe: Recipe) -> None:
         for key in ("rank_by", "held_out", "probe"):
             value = getattr(self, key)
-            if value is not None and not isinstance(value, str):
+            if value is not None and (not isinstance(value, str) or not value):
                 raise RecipeError(f"`{key}: {value}` must be a text.")
             if key != "rank_by" and value is not None and is_path(value) and not list(local_files(value)):
                 raise RecipeError(f"`{key}: {value}`: there is no such file.")
@@ -185,8 +191,8 @@ class Plan:
             raise RecipeError(
                 "`sampler` does nothing without a range. Write a range, or remove `sampler`: a grid is run whole."
             )
-        if not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
-            raise RecipeError(f"`seed: {self.seeds}` must be a list of different whole numbers.")
+        if not all(type(seed) is int and 0 <= seed < 2**32 for seed in self.seeds) or len({*self.seeds}) < len(self.seeds):
+            raise RecipeError(f"`seed: {self.seeds}` must be a list of different whole numbers, from 0 and below {2**32}.")
         if self.base.get("datasets") and not self.held_out:
             raise RecipeError("A mixture has no test split of its own. Write `held_out: test.jsonl` in the sweep file.")
         seen: dict[str, dict[str, Any]] = {}
@@ -277,9 +283,28 @@ class Plan:
 
 
 def _mappings(arms: Any) -> list[dict[str, Any]]:
-    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) for arm in arms):
+    are_mappings = isinstance(arms, list) and arms and all(isinstance(arm, dict) for arm in arms)
+    if not are_mappings or not all(isinstance(key, str) for arm in arms for key in arm):
         raise RecipeError(f"`arms: {arms}` must be a list of mappings of recipe keys. Write `arms: [{{objective: nll}}, ...]`.")
     return arms
+
+
+def _named_files(recipe: dict[str, Any]) -> list[Path]:
+    """Return the local files on which a recipe's runs depend: data, templates, settings, and the code of its objective."""
+    data = recipe.get("dataset_name")
+    named = [Path(value) for value in recipe.values() if isinstance(value, str) and len(value) < 256 and Path(value).is_file()]
+    return [*local_files(data and str(data)), *named, *_code_of(Objective.parse(recipe.get("objective") or "nll"))]
+
+
+def _code_of(objective: Objective) -> Iterator[Path]:
+    """Yield the files of the modules that an objective's functions are imported from."""
+    module, colon, _ = objective.name.partition(":")
+    file = getattr(sys.modules.get(module), "__file__", None) if colon else None
+    if file:
+        yield Path(file)
+    for part in (*(each for each, _ in objective.mix), objective.special_tokens):
+        if part is not None:
+            yield from _code_of(part)
 
 
 def are_whole(bounds: dict[str, Any]) -> bool:

@@ -15,8 +15,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..local_data import load_dataset
-from ..parser import RecipeError
+from ..local_data import find_fault, is_empty, load_dataset, local_files
+from ..parser import RecipeError, sentence
 from ..recipe import Recipe
 from .arm import Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
@@ -61,7 +61,13 @@ def sweep(argv: list[str]) -> None:
         raise RecipeError(f"`--jobs {options.jobs}` must be at least 1.")
     if recipe.training.push_to_hub:
         raise RecipeError("`push_to_hub: true` would push every arm. Remove it, and push the winner.")
+    try:
+        shlex.split(options.launch or "")
+    except ValueError as error:
+        raise RecipeError(f"Cannot read `--launch {options.launch}`: {sentence(error)}. Close the quotation.") from error
     folder = Path(options.sweep_dir or f"{recipe.training.output_dir}-sweep")
+    if next(path for path in (folder, *folder.parents) if path.exists()).is_file():
+        raise RecipeError(f"Cannot write to `--sweep_dir {folder}`: it is a file, or in one. Choose another folder.")
     plan = Plan.read(recipe, options.sweep, folder)
     devices = _devices(options.jobs, recipe.training.use_cpu)
     plan.launch = f"{options.launch or ''} {[share.count(',') + 1 for share in devices] if devices else 'cpu'}".strip()
@@ -72,7 +78,10 @@ def sweep(argv: list[str]) -> None:
             sign(plan, folder, write=False)
         print(dry_run(plan) + f"\nThey go to {folder}/arms.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"Cannot write to `--sweep_dir {folder}`: {error.strerror}. Choose another folder.") from error
     study = Study(plan, folder, options.storage)
     for note in plan.notes:
         print(note)
@@ -127,8 +136,10 @@ def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     split = script.dataset_test_split
     try:
         loaded = load_dataset(type(script)(dataset_name=name, dataset_config=None if plan.held_out else script.dataset_config))
-    except Exception as error:
-        raise RecipeError(f"Can't load the held-out data {name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the libraries raise many kinds for a broken file, and seldom name it
+        files = list(local_files(name))
+        fault = find_fault(files) or next((f"{file}: it has no rows" for file in files if is_empty(file)), None)
+        raise RecipeError(f"Cannot load the held-out data {name}: {fault or sentence(error)}.") from error
     if split not in loaded and plan.held_out and len(loaded) == 1:
         (split,) = loaded
     if split not in loaded:
