@@ -27,7 +27,7 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
-from conftest import make_llama, sentence, write_recipe
+from conftest import make_double, make_llama, sentence, write_recipe
 from test_processes import launch
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
@@ -333,7 +333,7 @@ def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
     rows, probe = rows_of("pairs"), rows_of("text", seed=9)
     torch.manual_seed(5)
     tuned = get_peft_model(
-        make_llama(tokenizer),
+        make_double(tokenizer),
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     )
     for name, parameter in tuned.named_parameters():
@@ -349,7 +349,7 @@ def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
         ).run()
         for path in (tmp_path / "adapter", whole)
     ]
-    base_model, model = make_llama(tokenizer).double(), AutoModelForCausalLM.from_pretrained(whole).double()
+    base_model, model = make_double(tokenizer), AutoModelForCausalLM.from_pretrained(whole).double()
     for report in reports:
         assert report["compare"]["probe"]["split"] == "test"
         assert report["data"] == str(tmp_path / "data")
