@@ -285,7 +285,7 @@ def two_processes(checkpoint, tmp_path_factory):
         for name, limit in (("whole", 0), ("sample", 600)):
             add(f"{strategy}-{name}", STREAM, "--max_tokens", str(limit), **options)
     (home / "jobs.json").write_text(json.dumps(jobs))
-    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json")
+    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json", timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return home
 
@@ -326,7 +326,7 @@ def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, two_pro
     printed = (two_processes / f"{way}.0.txt").read_text()
     assert len(printed.strip().splitlines()) <= 25
     assert "Placement: " in printed
-    assert not (two_processes / f"{way}.1.txt").read_text()
+    assert "Placement: " not in (two_processes / f"{way}.1.txt").read_text()
 
 
 def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
