@@ -96,12 +96,12 @@ def make_double(tokenizer, **kwargs):
 
 
 def gap_near(p, near):
-    """Return the middle of the widest gap between probabilities within a factor of 2 of `near`.
+    """Return the middle of the widest gap between probabilities within a factor of 4 of `near`.
 
     A threshold there keeps the same tokens whatever the rounding.
     """
     p = torch.as_tensor(p).double().log().sort().values
-    p = p[(p - math.log(near)).abs() < math.log(2)]
+    p = p[(p - math.log(near)).abs() < math.log(4)]
     widest = p.diff().argmax()
     return ((p[widest] + p[widest + 1]) / 2).exp().item()
 

@@ -117,6 +117,7 @@ ROWS = {
 }
 # Experts' grouped products, 4-bit weights and autocast have no float64; all else is compared in it
 TOLERANCE = {"mixture_of_experts": 1e-4, "bf16": 0.02, "qlora_trained_head": 0.02, "qlora": 2**-9}
+PARTLY_FLOAT32 = {"vision_language": 1e-5, "neftune": 1e-5}  # by images, by the scale of the noise
 OUTCOMES = {}
 
 
@@ -222,7 +223,7 @@ def assert_gradient(way, family, tokenizer, tmp_path, request, bound=1e-9, **cha
     assert "threshold" not in recipe or 0 < trainer.state.log_history[0]["kept_fraction"] < 1
     oracle = plain(trainer.before, **options).train()
     expected = full_logits_gradient(oracle, trainer.seen, family, recipe.get("threshold"), **options)
-    assert relative_difference(gradient, expected) < TOLERANCE.get(way, bound)
+    assert relative_difference(gradient, expected) < TOLERANCE.get(way, PARTLY_FLOAT32.get(way, bound))
     return trainer
 
 
@@ -247,7 +248,9 @@ def test_gradient_in_float32_is_near(way, tokenizer, tmp_path, request, monkeypa
     assert_gradient(way, "kept", tokenizer, tmp_path, request)
 
 
-UNDER_TRL = [("full", family) for family in FAMILIES] + [(way, "import_path") for way in WAYS if way != "full"]
+# Soft-capped logits tie, of which TRL's head may take another for the most probable
+UNDER_TRL = [("full", family) for family in FAMILIES]
+UNDER_TRL += [(way, "kept" if way == "softcap" else "import_path") for way in WAYS if way != "full"]
 
 
 @pytest.mark.parametrize(("way", "family"), UNDER_TRL)

@@ -27,7 +27,7 @@ from bl_trainer.parser import RecipeError
 from bl_trainer.recipe import Recipe
 from bl_trainer.report import page, terminal_summary, write_report
 from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
-from conftest import make_llama, sentence, write_recipe
+from conftest import make_double, make_llama, sentence, write_recipe
 from test_processes import launch
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
@@ -285,7 +285,7 @@ def two_processes(checkpoint, tmp_path_factory):
         for name, limit in (("whole", 0), ("sample", 600)):
             add(f"{strategy}-{name}", STREAM, "--max_tokens", str(limit), **options)
     (home / "jobs.json").write_text(json.dumps(jobs))
-    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json")
+    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json", timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return home
 
@@ -326,14 +326,14 @@ def test_two_processes_measure_what_one_does(way, tokenizer, checkpoint, two_pro
     printed = (two_processes / f"{way}.0.txt").read_text()
     assert len(printed.strip().splitlines()) <= 25
     assert "Placement: " in printed
-    assert not (two_processes / f"{way}.1.txt").read_text()
+    assert "Placement: " not in (two_processes / f"{way}.1.txt").read_text()
 
 
 def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
     rows, probe = rows_of("pairs"), rows_of("text", seed=9)
     torch.manual_seed(5)
     tuned = get_peft_model(
-        make_llama(tokenizer),
+        make_double(tokenizer),
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     )
     for name, parameter in tuned.named_parameters():
@@ -349,7 +349,7 @@ def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
         ).run()
         for path in (tmp_path / "adapter", whole)
     ]
-    base_model, model = make_llama(tokenizer).double(), AutoModelForCausalLM.from_pretrained(whole).double()
+    base_model, model = make_double(tokenizer), AutoModelForCausalLM.from_pretrained(whole).double()
     for report in reports:
         assert report["compare"]["probe"]["split"] == "test"
         assert report["data"] == str(tmp_path / "data")

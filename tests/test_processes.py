@@ -35,7 +35,7 @@ def launcher(processes):
     ]  # fmt: skip
 
 
-def launch(processes, *command, cwd=None):
+def launch(processes, *command, cwd=None, timeout=240):
     """Run under `accelerate launch`, and wait."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -44,7 +44,7 @@ def launch(processes, *command, cwd=None):
         text=True,
         env=environment,
         cwd=cwd,
-        timeout=240,
+        timeout=timeout,
         check=False,
     )
 
