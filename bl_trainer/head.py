@@ -225,7 +225,7 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
 
 def _backbone(model: Any) -> Any:
     """Return what makes the last hidden states; `base_model` is the model itself where its prefix names no module (Llama 4)."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 def add_scoring(model: Any) -> None:

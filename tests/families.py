@@ -48,11 +48,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 4},
     "nemotron_h": {"n_groups": 1},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False, "pronunciation_vocab_size": 8, "shape_vocab_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 # Families of which no tiny text model can be made by sizes alone, and why
@@ -68,6 +66,8 @@ UNBUILT = {
     "mimo_v2_flash": "its rotary dimensions follow from its default sizes",
     "musicgen": "reads audio codes",
     "musicgen_melody": "reads audio codes",
+    "reformer": "hashes at random, and has a gradient in training mode only",
+    "zamba2": "its shared layers are listed by number",
 }
 
 

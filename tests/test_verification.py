@@ -35,6 +35,9 @@ IDS = torch.tensor([[31, 12, 44, 25, 9, 38, 17], [52, 28, 14, 40, 33, 21, 10]])
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
 
 
+BOUND = 3e-5  # in float32, whose rounding is a tenth of it
+
+
 def with_heads(model):
     add_fused_lm_head(model)
     add_scoring(model)
@@ -91,9 +94,9 @@ def test_every_causal_family_is_right_or_refused(family):
     for kind in HEADS:
         said, error = refusal(model, kind), error_of(model, kind)
         if said is None:
-            assert error < 1e-4, (kind, error)
+            assert error < BOUND, (kind, error)
         else:
-            assert error > 1e-3, (kind, error, said)
+            assert error > BOUND, (kind, error, said)
             assert said.startswith(f"Cannot train {type(model).__name__}"), said
 
 
