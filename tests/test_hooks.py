@@ -250,3 +250,19 @@ def test_the_best_schedule_free_model_is_the_one_of_its_checkpoint(tokenizer, te
     best = load_file(trainer.state.best_model_checkpoint + "/model.safetensors")
     assert_same(weights(trainer), best)
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), best)
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize(
+    "objective", ["anneal", {"name": "power", "alpha": 10, "floor": 0.1, "special_tokens": "nll"}], ids=str
+)
+def test_evaluation_is_the_same_in_inference_mode(objective, tokenizer, text_data, tmp_path):
+    data = text_data.add_column("objective_weight", [0.5, 2.0] * 16)
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, eval_data=data, objective=objective, threshold=0.001)
+    expected = trainer.evaluate()
+    with torch.inference_mode():
+        found = trainer.evaluate()
+    for name in ("loss", "nll", "gradient_weight", "kept_fraction", "entropy"):
+        assert found[f"eval_{name}"] == expected[f"eval_{name}"], name
