@@ -125,7 +125,8 @@ def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
 def _row(key: str, example: dict[str, Any]) -> Tensor:
     """Return a column of an example, a number for each token. Raises RecipeError on what only an unprepared set may hold."""
     size, value = len(example["input_ids"]), example.get(key)
-    value = value.tolist() if hasattr(value, "tolist") else value  # of a set `with_format`
+    if value is not None and hasattr(value, "tolist"):  # of a set `with_format`
+        value = value.tolist()
     if isinstance(value, list) and len(value) != size:
         raise RecipeError(f"`{key}` has {len(value)} numbers for {size} tokens. Give one for each.")
     try:
