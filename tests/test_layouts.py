@@ -205,6 +205,15 @@ def test_the_row_without_a_text_is_named(rows, message, kind, write, tokenizer, 
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("column", ["text", "content", "role"])
+def test_a_value_of_another_type_among_texts_is_named(column, write, tmp_path, capsys):
+    good, bad = ({"text": value} if column == "text" else {"messages": [{**CHAT[0][0], column: value}]} for value in ("a", 7))
+    line = refusal(write([good, bad]), capsys)
+    assert f"Cannot train on {tmp_path}/data.jsonl, line 2: " in line
+    arrow = Dataset.from_list([{**good, "other": [1]}]).select_columns(list(good))
+    assert arrange(arrow, "the train set", "text") is arrow  # a whole one, of which no row is read
+
+
 def test_a_first_row_without_a_text_is_named(tokenizer, tmp_path):
     for rows in ([{"messages": None}, {"messages": CHAT[0]}], [{"text": None}, {"text": "a"}]):
         with pytest.raises(RowError, match="row 0 of the train set"):
