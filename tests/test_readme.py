@@ -187,7 +187,7 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
     paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert len(paths) == 34
+    assert len(paths) == 36
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
