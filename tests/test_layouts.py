@@ -5,10 +5,14 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 
@@ -303,6 +307,29 @@ def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, to
     messages, template = LOSSY[name]
     render(tokenizer, [messages], template)
     assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said[0]
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+WORDS = {"user": "zebra", "assistant": "quokka", "system": "walrus", "human": "okapi"}
+
+
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("system", "user", "assistant"), ("human", "assistant")], ids=str)
+def test_messages_of_real_templates_are_left_out_where_their_words_are(roles, tokenizer):
+    messages = [{"role": role, "content": WORDS[role]} for role in roles]
+    found = set()
+    for template in (path.read_text(encoding="utf-8") for path in TEMPLATES):
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # it takes no such roles, and says so
+            with pytest.raises(RowError, match=re.escape(f"by the chat template: {error}")):
+                render(tokenizer, [messages], template)
+            continue
+        is_whole = all(WORDS[role] in text for role in roles)
+        with nullcontext() if is_whole else pytest.raises(RowError, match="the chat template leaves out"):
+            render(tokenizer, [messages], template)
+        found.add(is_whole)
+    assert True in found
+    assert False in found
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
