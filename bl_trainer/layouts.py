@@ -12,7 +12,9 @@ from .parser import RecipeError
 
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
 SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
-PLAIN: Keys = (("role",), ("content",))  # TRL's own
+PLAIN_KEYS = ("role", "content")  # TRL's own
+PLAIN: Keys = (("role",), ("content",))
+TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
 # What the speakers of ShareGPT's layout are called in chat templates
 ROLES = {
@@ -150,7 +152,7 @@ def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
     messages = value if keys == PLAIN else parsed(value)
     if not _are_mappings(messages) or not all(_is_message(message, keys) for message in messages):
         return f"is {short(value)}, not messages with role and content"
-    unknown = [message["from"] for message in messages if _role(message) is None]
+    unknown = [_first_of(message, SPEAKERS) for message in messages if _role(message) is None]
     if unknown:
         return f"has a message from {short(unknown[0])}, which is none of {', '.join(ROLES)}"
     return None
@@ -189,7 +191,7 @@ def _first_of(message: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _role(message: dict[str, Any]) -> str | None:
     """Return the role of a message, None if its speaker is unknown; roles by that name go as they are."""
-    return message.get("role") or ROLES.get(str(message["from"]).lower())
+    return message.get("role") or ROLES.get(str(message.get("from")).lower())
 
 
 def _keys(value: Any) -> tuple[str, str] | None:
@@ -233,31 +235,25 @@ def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_c
 
 def _check_rows(dataset: Dataset, columns: tuple[str, ...], is_chat: bool, where: str) -> None:
     """Raise RowError on the first row of a data set that has no training text."""
-    if all(_is_sound(dataset.data.column(column), is_chat) for column in columns):
+    if all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
         return
     for row, example in enumerate(_plain(dataset).select_columns(list(columns))):
         _check_row(example, row, columns, is_chat, where, PLAIN)
 
 
-def _is_sound(column: pa.ChunkedArray, is_chat: bool) -> bool:
-    """Whether Arrow's counts rule out that a row is at fault, which spares reading all of them."""
+def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
+    """Whether types and counts of nulls rule out that a row is at fault, which spares reading all of them."""
     if column.null_count or not is_chat:
-        return not column.null_count and (pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
-    return all(_is_sound_chunk(chunk) for chunk in column.chunks)
+        return not column.null_count and feature == TEXT
+    message = feature.feature if isinstance(feature, List) else None
+    are_texts = isinstance(message, dict) and message.get("role") == message.get("content") == TEXT
+    return are_texts and all(_is_filled(chunk) for chunk in column.chunks if len(chunk))
 
 
-def _is_sound_chunk(chunk: pa.Array) -> bool:
-    is_list = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
-    if not is_list or not pa.types.is_struct(chunk.type.value_type) or not len(chunk):
-        return not len(chunk)
+def _is_filled(chunk: pa.Array) -> bool:
     messages = chunk.flatten()
-    names = {chunk.type.value_type.field(i).name for i in range(chunk.type.value_type.num_fields)}
-    return (
-        {"role", "content"} <= names
-        and pc.min(pc.list_value_length(chunk)).as_py() > 0
-        and not messages.null_count
-        and not any(pc.struct_field(messages, key).null_count for key in ("role", "content"))
-    )
+    parts = [messages, *(pc.struct_field(messages, key) for key in PLAIN_KEYS)]
+    return pc.min(pc.list_value_length(chunk)).as_py() > 0 and not any(part.null_count for part in parts)
 
 
 def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str) -> Any:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -50,8 +52,9 @@ def check_rendered(dataset: IterableDataset, check: "RenderedRow") -> IterableDa
 class RenderedRow:
     """Check that the chat template renders all contents of an example; called with it and its number.
 
-    Each content is rendered with a mark behind it. A message whose mark is missing is left out, and raises RowError. A warning
-    tells of a content that doesn't precede its mark; white space at the ends and reasoning may be left out.
+    Each content is rendered with a mark behind it. Where the mark is missing and the rendered text is the same whatever the
+    content, the message is left out, which raises RowError. A warning tells of a content that doesn't precede its mark; white
+    space at the ends and reasoning may be left out.
     """
 
     def __init__(self, processing_class: Any, chat_template: str | None, where: str):
@@ -61,32 +64,45 @@ class RenderedRow:
         if not is_conversational(example):
             return
         columns = ("prompt", "completion") if "prompt" in example else ("messages",)
+        messages = [message for key in columns for message in example[key]]
         at = f"row {example.get(ROW, row)} of {self.where}, counted from 0"
         try:
-            rendered, contents = self._render([message for key in columns for message in example[key]], example)
+            self._check(messages, example, at)
+        except RowError:
+            raise
         except Exception as error:  # a template raises what it likes
             raise RowError(
                 f"Cannot render {at}, by the chat template: {sentence(error)}. Correct the row, or set another "
                 "`chat_template_path`.",
                 columns,
             ) from error
+
+    def _check(self, messages: list[Any], example: Any, at: str) -> None:
+        marked, contents = marked_messages(messages)
+        rendered = self._render(marked, example)
         before = dict(zip(MARK.findall(rendered), MARK.split(rendered)[::2], strict=False))
-        for mark, (message, content) in contents.items():
-            if mark not in before and not message.get("tool_calls"):  # beside which templates take content for reasoning
+        for mark, (index, content) in contents.items():
+            role = messages[index]["role"]
+            if mark not in before and self._is_left_out(messages, index, example):
                 raise RowError(
-                    f"Cannot train on {at}: the chat template leaves out {short(content)}, a message with the role "
-                    f"{message['role']!r}. Rename the role to one that the template renders, or set another "
-                    "`chat_template_path`.",
-                    columns,
+                    f"Cannot train on {at}: the chat template leaves out {short(content)}, a message with the role {role!r}. "
+                    "Rename the role to one that the template renders, or set another `chat_template_path`."
                 )
             if not ends_with(before.get(mark, ""), content):
                 logger.warning_once(
-                    f"The chat template leaves out or changes content with the role {message['role']!r} in {self.where}. "
-                    f"Compare the rendered text of {at}."
+                    f"The chat template leaves out or changes content with the role {role!r} in {self.where}. Compare the "
+                    f"rendered text of {at}."
                 )
 
-    def _render(self, messages: list[Any], example: Any) -> tuple[str, dict[str, tuple[dict[str, Any], str]]]:
-        """Return the marked text, and for each mark the message and the content before it."""
+    def _is_left_out(self, messages: list[Any], index: int, example: Any) -> bool:
+        """Whether another content of a message leaves the rendered text as it is."""
+        message = messages[index]
+        if message.get("tool_calls"):  # beside which templates take content for reasoning
+            return False
+        other = {**message, "content": with_texts(message["content"], lambda text: f"~{text[::-1]}~")}
+        return self._render(messages, example) == self._render([*messages[:index], other, *messages[index + 1 :]], example)
+
+    def _render(self, messages: list[Any], example: Any) -> str:
         tools = example.get("tools")
         options = {
             "chat_template": self.chat_template,
@@ -95,25 +111,30 @@ class RenderedRow:
         }
         if isinstance(self.processing_class, ProcessorMixin):
             messages = prepare_multimodal_messages(messages)
-        marked, contents = marked_messages(messages)
-        return self.processing_class.apply_chat_template(marked, tokenize=False, **options), contents
+        return self.processing_class.apply_chat_template(messages, tokenize=False, **options)
 
 
-def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[dict[str, Any], str]]]:
-    """Return messages with a mark behind each text that isn't blank, and for each mark the message and the text."""
-    contents: dict[str, tuple[dict[str, Any], str]] = {}
+def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int, str]]]:
+    """Return messages with a mark behind each text, and for each mark the number of the message and the text."""
+    contents: dict[str, tuple[int, str]] = {}
 
-    def mark(message: dict[str, Any], content: Any) -> Any:
-        if isinstance(content, list):
-            return [{**part, "text": mark(message, part.get("text"))} if "text" in part else part for part in content]
-        if not isinstance(content, str) or not content.strip():
-            return content
+    def marked(index: int, text: str) -> str:
         number = str(len(contents))
-        contents[number] = message, content
-        return f"{content}~#~{number}~#~"
+        contents[number] = index, text
+        return f"{text}~#~{number}~#~"
 
-    marked = [{**each, "content": mark(each, each["content"])} if "content" in each else each for each in messages]
-    return marked, contents
+    made = [
+        {**message, "content": with_texts(message["content"], partial(marked, index))} if "content" in message else message
+        for index, message in enumerate(messages)
+    ]
+    return made, contents
+
+
+def with_texts(content: Any, change: Callable[[str], str]) -> Any:
+    """Return a message's content with its texts changed, except blank ones."""
+    if isinstance(content, list):
+        return [{**part, "text": with_texts(part["text"], change)} if "text" in part else part for part in content]
+    return change(content) if isinstance(content, str) and content.strip() else content
 
 
 def ends_with(rendered: str, content: str) -> bool:

@@ -202,6 +202,9 @@ class BLTrainer(SFTTrainer):
     A column `objective_weight` of a data set, a number >= 0 for each example, multiplies the costs of its tokens; the sum is
     divided by all target tokens as without it. Wrong weights, and data that can't tell what `special_tokens` needs to know, are
     a `ValueError` before the model loads; in a stream when the row is read.
+
+    Conversations in ShareGPT's layout, as JSON text, or in a column of another name train as `messages` do. A row without a
+    training text, or of which the chat template leaves out a message, is a `ValueError` that names the row.
     """
 
     model: Any  # transformers' declaration leaves out what TRL has made of it

@@ -744,7 +744,7 @@ ERRORS = {
     "by_list": (
         lambda rows: [{**row, "tags": ["x"]} for row in rows], {}, ["--by", "tags"], "`--by tags` is a column of lists or",
     ),
-    "number": (lambda rows: [{"prompt": "a", "completion": 5}], {}, [], "The column 'completion' of the train set must hold"),
+    "number": (lambda rows: [{"prompt": "a", "completion": 5}], {}, [], "line 1: 'completion' is 5, not a text. Correct"),
     "endless_rows": (lambda rows: rows, {"packing": True}, ["--max_length", "null"], "`packing: true` needs `max_length`"),
     "key": (lambda rows: rows, {"by": "source"}, [], "`by` is not a recipe key. Give it on the command line: `--by ...`"),
     "unknown": (lambda rows: rows, {}, ["--reprot", "x"], "Unknown recipe key 'reprot'. Did you mean 'report"),
@@ -814,7 +814,7 @@ def test_probe_that_does_not_fit(tokenizer, checkpoint, tmp_path):
     with pytest.raises(RecipeError, match="Can't load `--probe nowhere"):
         diagnosis(tmp_path, checkpoint, data, "--compare", str(checkpoint), "--probe", "nowhere.jsonl")
     odd = save([{"x": 1}], tmp_path / "odd")
-    with pytest.raises(RecipeError, match="has the columns x, of which TRL can't make a training text"):
+    with pytest.raises(RecipeError, match="TRL can't make a training text of its columns x"):
         diagnosis(tmp_path, checkpoint, data, "--compare", str(checkpoint), "--probe", str(odd))
 
 

@@ -5,10 +5,14 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 
@@ -205,6 +209,15 @@ def test_the_row_without_a_text_is_named(rows, message, kind, write, tokenizer, 
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("column", ["text", "content", "role"])
+def test_a_value_of_another_type_among_texts_is_named(column, write, tmp_path, capsys):
+    good, bad = ({"text": value} if column == "text" else {"messages": [{**CHAT[0][0], column: value}]} for value in ("a", 7))
+    line = refusal(write([good, bad]), capsys)
+    assert f"Cannot train on {tmp_path}/data.jsonl, line 2: " in line
+    arrow = Dataset.from_list([{**good, "other": [1]}]).select_columns(list(good))
+    assert arrange(arrow, "the train set", "text") is arrow  # a whole one, of which no row is read
+
+
 def test_a_first_row_without_a_text_is_named(tokenizer, tmp_path):
     for rows in ([{"messages": None}, {"messages": CHAT[0]}], [{"text": None}, {"text": "a"}]):
         with pytest.raises(RowError, match="row 0 of the train set"):
@@ -243,15 +256,13 @@ def render(tokenizer, rows, template, **columns):
 LOST = {
     "unknown role": [{"role": "human", "content": "you"}, CHAT[0][1]],  # which the template's own prompt holds
     "later": [*CHAT[0], {"role": "critic", "content": "no"}],
-    "a part": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
 }
-FIRST_PART = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
 
 
 @pytest.mark.parametrize("name", LOST)
 def test_a_message_that_the_template_leaves_out_is_an_error(name, tokenizer):
     with pytest.raises(RowError, match="row 1 of the train set, counted from 0: the chat template leaves out"):
-        render(tokenizer, [CHAT[0], LOST[name]], FIRST_PART if name == "a part" else STRICT)
+        render(tokenizer, [CHAT[0], LOST[name]], STRICT)
 
 
 THINKING = (
@@ -280,11 +291,45 @@ def test_what_templates_may_do_to_a_message(name, tokenizer, monkeypatch):
     assert not said
 
 
-def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(tokenizer, monkeypatch):
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]}]
+LOSSY = {
+    "beginning": (CHAT[1], "{% for m in messages %}{{ m.content[2:] }}{% endfor %}"),
+    "end": (CHAT[1], "{% for m in messages %}{{ m.content[:2] }}{% endfor %}"),
+    "part": (PARTS, "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"),
+    "letters": (CHAT[1], "{% for m in messages %}{{ m.content | upper }}{% endfor %}"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, tokenizer, monkeypatch):
     said = []
     monkeypatch.setattr("bl_trainer.rendering.logger.warning_once", said.append)
-    render(tokenizer, [CHAT[0], CHAT[1]], "{% for m in messages %}{{ m.content[2:] }}{% endfor %}")
+    messages, template = LOSSY[name]
+    render(tokenizer, [messages], template)
     assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said[0]
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+WORDS = {"user": "zebra", "assistant": "quokka", "system": "walrus", "human": "okapi"}
+
+
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("system", "user", "assistant"), ("human", "assistant")], ids=str)
+def test_messages_of_real_templates_are_left_out_where_their_words_are(roles, tokenizer):
+    messages = [{"role": role, "content": WORDS[role]} for role in roles]
+    found = set()
+    for template in (path.read_text(encoding="utf-8") for path in TEMPLATES):
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception as error:  # it takes no such roles, and says so
+            with pytest.raises(RowError, match=re.escape(f"by the chat template: {error}")):
+                render(tokenizer, [messages], template)
+            continue
+        is_whole = all(WORDS[role] in text for role in roles)
+        with nullcontext() if is_whole else pytest.raises(RowError, match="the chat template leaves out"):
+            render(tokenizer, [messages], template)
+        found.add(is_whole)
+    assert True in found
+    assert False in found
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["loaded", "streamed"])
