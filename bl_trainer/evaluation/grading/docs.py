@@ -36,5 +36,3 @@ def gold_text(value: Any) -> str:
         return parts[-1] if value and isinstance(value[0], dict) else ", ".join(parts)
     whole = isinstance(value, float) and value.is_integer()
     return "" if value is None else str(int(value) if whole else value).strip()
-
-

@@ -32,7 +32,20 @@ SYNONYMS = {
 }
 ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1, "overline": 1, "bar": 1, "vec": 1, "hat": 1, "overrightarrow": 1, "mathbb": 1}
 TEXTS = ("text", "textrm", "textnormal", "mathrm", "mbox", "hbox", "operatorname", "textup", "mathsf", "texttt", "textsf")
-STYLES = ("textbf", "textit", "mathbf", "mathit", "boldsymbol", "bm", "emph", "boxed", "fbox", "underline", "mathcal", "ensuremath")
+STYLES = (
+    "textbf",
+    "textit",
+    "mathbf",
+    "mathit",
+    "boldsymbol",
+    "bm",
+    "emph",
+    "boxed",
+    "fbox",
+    "underline",
+    "mathcal",
+    "ensuremath",
+)
 UNSEEN = {"left", "right", "displaystyle", "textstyle", "limits", "nolimits", "rm", "bf", "it", "strut", "mathstrut", "bold"}
 UNSEEN |= {f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "nobreakspace")
@@ -181,7 +194,9 @@ def _ascii(text: str) -> str:
     text = text.strip().strip("*_` ")
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋₍₎]+", lambda match: f"_{{{match[0].translate(SUBSCRIPTS)}}}", text)
-    text = re.sub(r"[¼½¾⅐-⅞]", lambda match: " \\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", match[0]).split("⁄")), text)
+    text = re.sub(
+        r"[¼½¾⅐-⅞]", lambda match: " \\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", match[0]).split("⁄")), text
+    )
     text = re.sub(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-zπ])", r"\1{\2}", text)
     text = re.sub(r"([√∛∜])\s*\(([^()]*)\)", r"\1{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)

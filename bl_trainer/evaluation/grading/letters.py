@@ -81,7 +81,7 @@ class _Exam:
         self.texts = {_words(choice): name for name, choice in zip(self.letters, choices, strict=False)}
         self.both = self.letters + self.letters.lower()
         self.one = (
-            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w'\u2019-])"
+            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w-]|['\u2019]\w)"
             rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
         )
         self.right = rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}"
@@ -155,7 +155,9 @@ class _Exam:
         said = self.without_list(said)
         second = rf"\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"
         for names in (
-            re.findall(rf"^[\s*_`(\[]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$))(?![^\n]*[\s(][A-J][.):]\s)", said, re.MULTILINE),
+            re.findall(
+                rf"^[\s*_`(\[]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$))(?![^\n]*[\s(][A-J][.):]\s)", said, re.MULTILINE
+            ),
             re.findall(rf"(?:\*\*|\()([{self.letters}])(?:\*\*|\))", said),
             re.findall(rf"\b(?i:option|choice|answer)\b{LEAD}({self.one})(?!{second})", said),
         ):
@@ -182,14 +184,14 @@ def letter(text: str, choices: list[str]) -> str | None:
     grows with the length of an answer and no faster.
     """
     exam, said = _Exam(choices), _tidy(without_reasoning(text))
-    for begin, content, end in reversed(boxes(said)):
+    spans = boxes(said)
+    for _, content, end in reversed(spans):
         found = exam.boxed(said[content:end].strip()) if end - content <= MOST_APART else None
         if found:
             return found
         if found == "":
             return exam.stated(exam.without_denied(exam.without_texts(said[end + 1 :]))) or None
-        said = f"{said[:begin]} {said[end + 1 :]}"
-    said = exam.without_denied(exam.without_texts(said))
+    said = exam.without_denied(exam.without_texts(_without(said, spans)))
     found = exam.stated(said)
     if found is not None:
         return found or None
@@ -197,11 +199,21 @@ def letter(text: str, choices: list[str]) -> str | None:
     return exam.alone(said) or (named.pop() if len(named) == 1 else None)
 
 
+def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
+    """Return `text` without its boxes."""
+    parts, at = [], 0
+    for begin, _, end in spans:
+        if begin >= at:
+            parts.append(text[at:begin])
+            at = end + 1
+    return " ".join([*parts, text[at:]])
+
+
 def _tidy(text: str) -> str:
     """Return an answer up to a next turn, without commands of style, and with runs of spaces and signs cut short."""
     text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
     text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r" ?\n[ \n]*", "\n", text)
+    text = re.sub(r"\n+", "\n", re.sub(r" ?\n ?", "\n", text))
     return re.sub(r"([^\w\s{}\\])\1{2,}", r"\1\1", text)
 
 

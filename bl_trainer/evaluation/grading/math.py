@@ -12,11 +12,12 @@ from .values import SECONDS, is_same_value, math_verify, parsed
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
 MOST_PARTS = 30  # of a list, a set or a matrix
+MOST_TRIED = 8  # parts of a list that are compared by value, in any order
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
 BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
-HEADING = re.compile(r"####[ \t]*(?!(?:\d{1,9}[.):][ \t]+)?[A-Za-z]{2})(\S[^\n]*)")
+HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
@@ -128,6 +129,21 @@ def _are_same(one: list[str], other: list[str], is_unordered: bool) -> bool:
     if not is_unordered:
         return all(map(_is_same, one, other))
     left = list(other)
+    texts = [compact(_bare(part)) for part in left]
+    kept = []
+    for part in one:
+        if compact(_bare(part)) in texts:
+            i = texts.index(compact(_bare(part)))
+            texts.pop(i)
+            left.pop(i)
+        else:
+            kept.append(part)
+    return len(kept) <= MOST_TRIED and _are_matched(kept, left)
+
+
+def _are_matched(one: list[str], other: list[str]) -> bool:
+    """Whether each part has one of its own among others, in any order."""
+    left = list(other)
     for part in one:
         found = next((i for i, each in enumerate(left) if _is_same(part, each)), None)
         if found is None:
@@ -170,7 +186,9 @@ def _each_sign(parts: list[str]) -> list[str]:
 def _tokens(text: str, separator: str) -> Iterator[tuple[int, re.Match[str]]]:
     """Yield each bracket and separator with the depth at which it stands."""
     depth = 0
-    for token in re.finditer(rf"(?P<open>\\\{{|[{{(\[]|\\langle |\\begin)|(?P<close>\\\}}|[}})\]]|\\rangle|\\end)|{separator}", text):
+    for token in re.finditer(
+        rf"(?P<open>\\\{{|[{{(\[]|\\langle |\\begin)|(?P<close>\\\}}|[}})\]]|\\rangle|\\end)|{separator}", text
+    ):
         depth -= bool(token["close"])
         yield depth, token
         depth += bool(token["open"])
@@ -220,7 +238,9 @@ def _verify(one: str, other: str) -> bool:
 
 STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
 MATH = re.compile(r"\$\$?([^$]{1,300})\$\$?|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]", re.DOTALL)
-PROSE = re.compile(r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b|[,;]\s+[A-Za-z]{2}|\s-\s")
+PROSE = re.compile(
+    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b|[,;]\s+[A-Za-z]{2}|\s-\s"
+)
 NUMBERS = re.compile(r"-?(?<![\w.])\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<=[$€£])\d[\d,]*(?:\.\d+)?")
 
 
@@ -247,9 +267,11 @@ def _expression(text: str, which: int) -> list[str]:
     if found:
         between = [text[one.end() : other.start()] for one, other in zip(found, found[1:], strict=False)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
-        return [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])] if is_one and between else [
-            next(filter(None, found[which].groups()))
-        ]
+        return (
+            [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])]
+            if is_one and between
+            else [next(filter(None, found[which].groups()))]
+        )
     if which < 0:
         text = text.rpartition("=")[2]
     said = PROSE.split(text.replace("*", "").strip(), maxsplit=1)[0].strip(" .:")

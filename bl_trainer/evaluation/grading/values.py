@@ -15,7 +15,13 @@ DIGITS = 40  # of numbers that aren't rational
 MOST_READ = 600  # characters of an expression that math-verify reads
 MOST_BRACKETS = 8  # within each other, and bars; math-verify's time doubles with each
 SECONDS = 3  # math-verify's own limit, which no expression of this size is meant to reach
-POINTS = (("1.7", "2.3", "0.6"), ("0.37", "3.1", "1.9"), ("-1.3", "0.8", "2.7"), ("2.9", "-0.7", "-1.6"), ("-2.2", "-1.1", "0.9"))
+POINTS = (
+    ("1.7", "2.3", "0.6"),
+    ("0.37", "3.1", "1.9"),
+    ("-1.3", "0.8", "2.7"),
+    ("2.9", "-0.7", "-1.6"),
+    ("-2.2", "-1.1", "0.9"),
+)
 COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
 TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
@@ -59,7 +65,14 @@ def _is_readable(text: str) -> bool:
         depth += (sign in "([") - (sign in ")]")
         most = max(most, depth)
     beside = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d", text)
-    return bool(text.strip()) and len(text) <= MOST_READ and most <= MOST_BRACKETS and text.count("|") <= MOST_BRACKETS and not beside and _are_small(text)
+    return (
+        bool(text.strip())
+        and len(text) <= MOST_READ
+        and most <= MOST_BRACKETS
+        and text.count("|") <= MOST_BRACKETS
+        and not beside
+        and _are_small(text)
+    )
 
 
 def _are_small(text: str) -> bool:
