@@ -134,7 +134,7 @@ class _Exam:
         return {name for text, name in self.texts.items() if text and f" {text} " in words}
 
     def boxed(self, content: str) -> str | None:
-        """Return the letter of what a box holds, "" if it is no option though it names one or none, None if it's another thing."""
+        """Return the letter of a box's option, "" if it denies options or names several, None if it is about other things."""
         found = re.fullmatch(rf"{LEAD}([{self.both}])\b(\W{{0,8}})(.*)", content, re.DOTALL)
         rest = found and _words(found[3])
         if found and (not rest or re.match(r"\W*[.):-]\s", found[2]) or self.texts.get(rest) == found[1].upper()):

@@ -2,6 +2,7 @@ r"""Mathematics: the final answer of a text, and whether it equals the gold answ
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from .docs import read_docs
@@ -20,6 +21,7 @@ BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
 HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
+JOINED = re.compile(r"[\s$,;]{0,20}(?:(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)[\s$,;]{0,20}|(?<=[,;$]))")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 
 
@@ -36,7 +38,8 @@ def _math_gold(right: str) -> str:
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
     r"""Return begin, begin of the content and end of the content of each closed \boxed{} or \fbox{}, in order of begin."""
-    found, opened = [], []
+    found: list[tuple[int, int, int]] = []
+    opened: list[tuple[int, int]] = []
     for brace in BRACE.finditer(text):
         if brace[0] == "}" and opened:
             begin, content = opened.pop()
@@ -69,16 +72,11 @@ def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 def _is_same_list(gold: str, said: str) -> bool:
     """Whether the last boxes, with nothing but a comma, "and" or "or" between them, are together what `gold` lists."""
-    found, parts = boxes(said)[-MOST_PARTS:], []
-    if len(found) < 2:
-        return False
-    for (begin, content, end), after in zip(found, [*found[1:], None], strict=True):
-        parts.append(said[content:end])
-        between = said[end + 1 : after[0]] if after else ""
-        if after and not re.fullmatch(r"[\s$,;]*(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]*", between[:60]):
-            parts = []
-        if after and after[0] < end:
-            return False  # a box within a box
+    found = boxes(said)[-MOST_PARTS:]
+    joined = 1
+    while joined < len(found) and JOINED.fullmatch(said[found[-joined - 1][2] + 1 : found[-joined][0]]):
+        joined += 1
+    parts = [said[content:end] for _, content, end in found[-joined:]]
     return len(parts) > 1 and is_same_math(gold, ", ".join(parts))
 
 
@@ -246,14 +244,11 @@ NUMBERS = re.compile(r"-?(?<![\w.])\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<=[$€£])\d
 
 def _stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
-    last = None
-    for last in STATED.finditer(text):
-        pass
-    if last:
-        return _expression(_sentence(text[last.end() : last.end() + MOST_STATED]), 0)
+    ends = [match.end() for match in STATED.finditer(text)]
+    if ends:
+        return _expression(_sentence(text[ends[-1] : ends[-1] + MOST_STATED]), 0)
     lines = text[-4 * MOST_STATED :].strip().split("\n")
-    ends = re.split(r"(?<=[.!?])\s+", lines[-1][-MOST_STATED:].strip())
-    return _expression(ends[-1], -1)
+    return _expression(re.split(r"(?<=[.!?])\s+", lines[-1][-MOST_STATED:].strip())[-1], -1)
 
 
 def _sentence(text: str) -> str:
@@ -265,7 +260,7 @@ def _expression(text: str, which: int) -> list[str]:
     """Return the first or last expression of a sentence."""
     found = list(MATH.finditer(text))
     if found:
-        between = [text[one.end() : other.start()] for one, other in zip(found, found[1:], strict=False)]
+        between = [text[one.end() : other.start()] for one, other in pairwise(found)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return (
             [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])]
