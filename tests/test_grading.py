@@ -397,7 +397,7 @@ def is_bounded(pattern):
     parsed = parser.parse(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
     *most, last = parsed.data
     run = last[0] in (parser.MAX_REPEAT,) or (len(parsed.data) == 2 and "\\1" in str(pattern))
-    low, high = parser.SubPattern(parsed.state, most).getwidth() if run and most else (0, 0) if run else parsed.getwidth()
+    _, high = parser.SubPattern(parsed.state, most).getwidth() if run and most else (0, 0) if run else parsed.getwidth()
     return high <= 2000
 
 

@@ -21,7 +21,7 @@ BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
 HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
-JOINED = re.compile(r"[\s$,;]{0,20}(?:(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)[\s$,;]{0,20}|(?<=[,;$]))")
+JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 
 
