@@ -765,16 +765,17 @@ def test_questions_are_asked_as_prepared_data_ask_them(task, template, models, t
     assert shown == [trained, trained]
 
 
-def scripted(folder, text, template=None, after_a=None):
+def scripted(folder, text, template=None, after_a=None, tags=()):
     """A model that says `text`, whatever it is asked, and the tokenizer, of whole words; its end token isn't <turn>."""
     words = dict.fromkeys(
-        ["<pad>", "<eos>", "<turn>", "<unk>", "<im_start>", "Assistant:", *re.findall(r"<\w+>|\w+|\W", text), *"abU"]
+        ["<pad>", "<eos>", "<turn>", "<unk>", "<im_start>", "Assistant:", *tags, *re.findall(r"<\w+>|\w+|\W", text), *"abU"]
     )
     backend = Tokenizer(tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"Assistant:|\w+|\W"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<im_start>"]})
+    tokenizer.add_tokens(list(tags))
     tokenizer.chat_template = template
     said = tokenizer(text)["input_ids"]
     assert len(set(said)) == len(said)

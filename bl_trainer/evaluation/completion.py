@@ -66,7 +66,7 @@ def gold(doc: dict[str, Any]) -> str:
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Compare an answer with the gold one, whitespace at the ends apart."""
-    answer, right = without_reasoning(results[0]), gold(doc)
+    answer, right = without_reasoning(results[0]), without_reasoning(gold(doc))
     return {
         "exact_match": float(answer.strip() == right.strip()),
         "normalised_match": float(normalise(answer) == normalise(right)),

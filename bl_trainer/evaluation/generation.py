@@ -24,15 +24,15 @@ class Generation(ConfigurableTask):
 
     Both are rendered as TRL renders them in training.
 
-    `process_results` of its configuration grades one answer, without its reasoning. With several answers to an item a metric is the list of their
-    values, and the score the mean of the items' means (Avg@k).
+    `process_results` of its configuration grades one answer, without its reasoning. With several answers to an item a metric
+    is the list of their values, and the score the mean of the items' means (Avg@k).
     """
 
     def __init__(self, config: dict[str, Any]):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
         first = self.own_prompt(self.eval_docs[0])
         self.is_chat = None if first is None else isinstance(first, list)  # None: the question becomes a prompt either way
-        self.most_tokens = (self.config.generation_kwargs or {}).get("max_gen_toks")
+        self.most_tokens: Any = (self.config.generation_kwargs or {}).get("max_gen_toks")
 
     @cached_property
     def _test_docs(self) -> Any:

@@ -62,7 +62,7 @@ class _Reader:
         self.tokens, self.at, self.depth = TOKEN.findall(text), 0, 0
 
     def read(self, closing: str = "") -> str:
-        said = []
+        said: list[str] = []
         while self.at < len(self.tokens):
             token = self._take()
             if token == closing:
@@ -155,7 +155,8 @@ class _Reader:
 
     def _within(self, opening: str, closing: str) -> str:
         """Read to the `closing` that matches an `opening` already taken."""
-        said, depth = [], 1
+        said: list[str] = []
+        depth = 1
         while True:
             token = self._take()
             depth += (token == opening) - (token == closing)

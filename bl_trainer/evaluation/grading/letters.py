@@ -83,7 +83,7 @@ class _Exam:
         self.texts = {_words(choice): name for name, choice in zip(self.letters, choices, strict=False)}
         self.both = self.letters + self.letters.lower()
         self.one = (
-            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w'\u2019-])"
+            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w-]|['\u2019]\w)"
             rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
         )
         self.right = rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}"
@@ -136,7 +136,7 @@ class _Exam:
         return {name for text, name in self.texts.items() if text and f" {text} " in words}
 
     def boxed(self, content: str) -> str | None:
-        """Return the letter of what a box holds, "" if it is no option though it names one or none, None if it's another thing."""
+        """Return the letter of a box's option, "" if it denies options or names several, None if it is about other things."""
         found = re.fullmatch(rf"{LEAD}([{self.both}])\b(\W{{0,8}})(.*)", content, re.DOTALL)
         rest = found and _words(found[3])
         if found and (not rest or re.match(r"\W*[.):-]\s", found[2]) or self.texts.get(rest) == found[1].upper()):
@@ -186,14 +186,14 @@ def letter(text: str, choices: list[str]) -> str | None:
     grows with the length of an answer and no faster.
     """
     exam, said = _Exam(choices), _tidy(without_reasoning(text))
-    for begin, content, end in reversed(boxes(said)):
+    spans = boxes(said)
+    for _, content, end in reversed(spans):
         found = exam.boxed(said[content:end].strip()) if end - content <= MOST_APART else None
         if found:
             return found
         if found == "":
             return exam.stated(exam.without_denied(exam.without_texts(said[end + 1 :]))) or None
-        said = f"{said[:begin]} {said[end + 1 :]}"
-    said = exam.without_denied(exam.without_texts(said))
+    said = exam.without_denied(exam.without_texts(_without(said, spans)))
     found = exam.stated(said)
     if found is not None:
         return found or None
@@ -201,11 +201,21 @@ def letter(text: str, choices: list[str]) -> str | None:
     return exam.alone(said) or (named.pop() if len(named) == 1 else None)
 
 
+def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
+    """Return `text` without its boxes."""
+    parts, at = [], 0
+    for begin, _, end in spans:
+        if begin >= at:
+            parts.append(text[at:begin])
+            at = end + 1
+    return " ".join([*parts, text[at:]])
+
+
 def _tidy(text: str) -> str:
     """Return an answer up to a next turn, without commands of style, and with runs of spaces and signs cut short."""
     text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
     text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r" ?\n[ \n]*", "\n", text)
+    text = re.sub(r"\n+", "\n", re.sub(r" ?\n ?", "\n", text))
     return re.sub(r"([^\w\s{}\\])\1{2,}", r"\1\1", text)
 
 

@@ -2,6 +2,7 @@ r"""Mathematics: the final answer of a text, and whether it equals the gold answ
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from .docs import read_docs
@@ -12,13 +13,15 @@ from .values import SECONDS, is_same_value, math_verify, parsed
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
 MOST_PARTS = 30  # of a list, a set or a matrix
+MOST_TRIED = 8  # parts of a list that are compared by value, in any order
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
 BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
-HEADING = re.compile(r"####[ \t]*(?!(?:\d{1,9}[.):][ \t]+)?[A-Za-z]{2})(\S[^\n]*)")
+HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
+JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 
 
@@ -35,7 +38,8 @@ def _math_gold(right: str) -> str:
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
     r"""Return begin, begin of the content and end of the content of each closed \boxed{} or \fbox{}, in order of begin."""
-    found, opened = [], []
+    found: list[tuple[int, int, int]] = []
+    opened: list[tuple[int, int]] = []
     for brace in BRACE.finditer(text):
         if brace[0] == "}" and opened:
             begin, content = opened.pop()
@@ -68,16 +72,11 @@ def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 def _is_same_list(gold: str, said: str) -> bool:
     """Whether the last boxes, with nothing but a comma, "and" or "or" between them, are together what `gold` lists."""
-    found, parts = boxes(said)[-MOST_PARTS:], []
-    if len(found) < 2:
-        return False
-    for (begin, content, end), after in zip(found, [*found[1:], None], strict=True):
-        parts.append(said[content:end])
-        between = said[end + 1 : after[0]] if after else ""
-        if after and not re.fullmatch(r"[\s$,;]*(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]*", between[:60]):
-            parts = []
-        if after and after[0] < end:
-            return False  # a box within a box
+    found = boxes(said)[-MOST_PARTS:]
+    joined = 1
+    while joined < len(found) and JOINED.fullmatch(said[found[-joined - 1][2] + 1 : found[-joined][0]]):
+        joined += 1
+    parts = [said[content:end] for _, content, end in found[-joined:]]
     return len(parts) > 1 and is_same_math(gold, ", ".join(parts))
 
 
@@ -127,6 +126,21 @@ def _are_same(one: list[str], other: list[str], is_unordered: bool) -> bool:
         return False
     if not is_unordered:
         return all(map(_is_same, one, other))
+    left = list(other)
+    texts = [compact(_bare(part)) for part in left]
+    kept = []
+    for part in one:
+        if compact(_bare(part)) in texts:
+            i = texts.index(compact(_bare(part)))
+            texts.pop(i)
+            left.pop(i)
+        else:
+            kept.append(part)
+    return len(kept) <= MOST_TRIED and _are_matched(kept, left)
+
+
+def _are_matched(one: list[str], other: list[str]) -> bool:
+    """Whether each part has one of its own among others, in any order."""
     left = list(other)
     for part in one:
         found = next((i for i, each in enumerate(left) if _is_same(part, each)), None)
@@ -230,14 +244,11 @@ NUMBERS = re.compile(r"-?(?<![\w.])\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<=[$€£])\d
 
 def _stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
-    last = None
-    for last in STATED.finditer(text):
-        pass
-    if last:
-        return _expression(_sentence(text[last.end() : last.end() + MOST_STATED]), 0)
+    ends = [match.end() for match in STATED.finditer(text)]
+    if ends:
+        return _expression(_sentence(text[ends[-1] : ends[-1] + MOST_STATED]), 0)
     lines = text[-4 * MOST_STATED :].strip().split("\n")
-    ends = re.split(r"(?<=[.!?])\s+", lines[-1][-MOST_STATED:].strip())
-    return _expression(ends[-1], -1)
+    return _expression(re.split(r"(?<=[.!?])\s+", lines[-1][-MOST_STATED:].strip())[-1], -1)
 
 
 def _sentence(text: str) -> str:
@@ -249,7 +260,7 @@ def _expression(text: str, which: int) -> list[str]:
     """Return the first or last expression of a sentence."""
     found = list(MATH.finditer(text))
     if found:
-        between = [text[one.end() : other.start()] for one, other in zip(found, found[1:], strict=False)]
+        between = [text[one.end() : other.start()] for one, other in pairwise(found)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return (
             [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])]

@@ -20,7 +20,8 @@ def split_reasoning(answer: str, prompt: str = "") -> tuple[str, bool]:
     An opening tag may end `prompt`, or be missing: then the text before the first closing tag is reasoning. A block that
     nothing closes is unfinished and lasts to the end.
     """
-    said, start, is_open = [], 0, prompt.rstrip().endswith(tuple(PAIRS))
+    said: list[str] = []
+    start, is_open = 0, prompt.rstrip().endswith(tuple(PAIRS))
     tags = list(TAG.finditer(answer))
     for tag in tags:
         if tag[0] in CLOSING:

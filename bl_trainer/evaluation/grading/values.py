@@ -64,15 +64,10 @@ def _is_readable(text: str) -> bool:
     for sign in text:
         depth += (sign in "([") - (sign in ")]")
         most = max(most, depth)
+    if not text.strip() or len(text) > MOST_READ or max(most, text.count("|")) > MOST_BRACKETS:
+        return False
     beside = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d", text)
-    return (
-        bool(text.strip())
-        and len(text) <= MOST_READ
-        and most <= MOST_BRACKETS
-        and text.count("|") <= MOST_BRACKETS
-        and not beside
-        and _are_small(text)
-    )
+    return not beside and _are_small(text)
 
 
 def _are_small(text: str) -> bool:

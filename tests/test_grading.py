@@ -1,0 +1,463 @@
+"""Families of answers: spellings of one value are the same, near misses aren't, and no answer takes more than bounded work."""
+
+import re
+
+import pytest
+
+pytest.importorskip("math_verify")
+from bl_trainer.evaluation.grading import grade_math, letter, letters, math, values
+
+try:
+    from re import _parser as parser
+except ImportError:  # Python 3.10
+    import sre_parse as parser
+
+PAIRS = [
+    ("3^{n}+1", "3^{n+1}", 0),
+    ("x^{2}y", "x^{2y}", 0),
+    ("\\frac{1}{23}", "\\frac{12}{3}", 0),
+    ("123", "12 3", 0),
+    ("1, 23", "12, 3", 0),
+    ("\\sqrt{2}x", "\\sqrt{2x}", 0),
+    ("\\log_{2}8", "\\log_{28}", 0),
+    ("e^{x}+1", "e^{x+1}", 0),
+    ("x^{10}", "x^{1}0", 0),
+    ("\\frac{a}{b+c}", "\\frac{a}{b}+c", 0),
+    ("\\sqrt{3}+2", "\\sqrt{3+2}", 0),
+    ("\\frac{7}{2}", "3 1/2", 1),
+    ("\\frac{7}{2}", "3\\tfrac12", 1),
+    ("-\\frac{7}{2}", "-3 1/2", 1),
+    ("\\frac{3}{2}", "3\\frac{1}{2}", 0),
+    ("3\\frac{1}{2}", "3.5", 1),
+    ("2\\frac{2}{3}", "\\frac{8}{3}", 1),
+    ("5\\frac{3}{4}\\text{ cups}", "5.75", 1),
+    ("\\frac{1}{2}", "\\frac12", 1),
+    ("\\frac{1}{2}", "\\tfrac{1}{2}", 1),
+    ("\\frac{1}{2}", "\\frac{2}{4}", 1),
+    ("\\frac{1}{1+\\frac{1}{2}}", "\\frac{2}{3}", 1),
+    ("\\frac{\\pi}{2}", "\\frac\\pi2", 1),
+    ("\\frac{\\sqrt{3}}{2}", "\\frac{\\sqrt3}2", 1),
+    ("\\frac{\\sqrt{3}}{2}", "√3/2", 1),
+    ("-\\frac{1}{2}", "\\frac{-1}{2}", 1),
+    ("\\frac{3}{4}", ".75", 1),
+    ("\\frac{1}{3}", "0.33", 0),
+    ("\\frac{5}{6}", "0.8\\overline{3}", 1),
+    ("\\frac{x}{2}", "x/2", 1),
+    ("\\frac{1}{100!}", "\\frac{1}{101!}", 0),
+    ("10^{-500}", "10^{-501}", 0),
+    ("\\left(\\frac{1}{2}\\right)^{3000}", "\\left(\\frac{1}{2}\\right)^{3001}", 0),
+    ("\\frac{1}{2004!}", "\\frac{2005}{2005!}", 1),
+    ("10^{400}", "10^{401}", 0),
+    ("2004!", "2003!\\cdot 2004", 1),
+    ("0", "10^{-300}", 0),
+    ("(10^{-20},1)", "(10^{-21},1)", 0),
+    ("1.5e-10", "1.6e-10", 0),
+    ("1.5e-10", "0.00000000015", 1),
+    ("100!", "101!", 0),
+    ("\\mathrm{e}^{2}", "e^2", 1),
+    ("2\\mathrm{e}", "2", 0),
+    ("2+3\\mathrm{i}", "2", 0),
+    ("i", "\\mathrm{i}", 1),
+    ("-i", "i", 0),
+    ("5-2i", "5+2i", 0),
+    ("\\mathrm{i}^2", "-1", 1),
+    ("\\operatorname{e}^3", "e^3", 1),
+    ("2\\mathit{i}", "2i", 1),
+    ("45", "45°", 1),
+    ("45^\\circ", "45 degrees", 1),
+    ("45", "45^\\circ", 1),
+    ("\\sqrt{5}", "√5", 1),
+    ("\\sqrt[3]{7}", "∛7", 1),
+    ("\\sqrt{12}", "√12", 1),
+    ("\\infty", "∞", 1),
+    ("-\\infty", "−∞", 1),
+    ("[2,\\infty)", "[2,∞)", 1),
+    ("(-\\infty,0)\\cup(0,\\infty)", "(-∞,0)∪(0,∞)", 1),
+    ("12345", "12\u2009345", 1),
+    ("12345", "12\\;345", 1),
+    ("12345", "12\xa0345", 1),
+    ("1,000,000", "1000000", 1),
+    ("1{,}000", "1000", 1),
+    ("000", "1 000", 0),
+    ("x^{10}", "x^10", 1),
+    ("x^{10}", "x¹⁰", 1),
+    ("2^{-3}", "2^-3", 1),
+    ("x^{n+1}", "x^(n+1)", 1),
+    ("3\\times 10^{8}", "3 × 10^8", 1),
+    ("300000000", "3e8", 1),
+    ("x^{1/2}", "\\sqrt{x}", 1),
+    ("x^{2}", "x**2", 1),
+    ("2\\pi", "2π", 1),
+    ("-5", "−5", 1),
+    ("\\theta", "θ", 1),
+    ("5", "5\\text{ cm}", 1),
+    ("5\\text{ cm}", "5", 1),
+    ("5\\text{ cm}^2", "5", 1),
+    ("5 cm", "5 m", 0),
+    ("3 hours", "3 minutes", 0),
+    ("18", "18 dollars", 1),
+    ("18", "$18", 1),
+    ("1234.50", "\\$1,234.50", 1),
+    ("12", "12 apples", 1),
+    ("50", "50\\%", 1),
+    ("50\\%", "50", 1),
+    ("0.5", "50\\%", 0),
+    ("7", "7 hours and 30 minutes", 0),
+    ("7 hours 30 minutes", "7\\text{ hours }30\\text{ minutes}", 1),
+    ("5", "5\\text{ feet }11\\text{ inches}", 0),
+    ("60", "60\\text{ miles per hour}", 1),
+    ("9.8", "9.8\\ \\mathrm{m/s^2}", 1),
+    ("5", "5x", 0),
+    ("5m", "5", 0),
+    ("x", "x\\text{ cm}", 1),
+    ("3", "3:4", 0),
+    ("(1,2)", "(1, 2)", 1),
+    ("[1,2)", "[1,2]", 0),
+    ("(1,2)", "(2,1)", 0),
+    ("\\{1,2,3\\}", "1,2,3", 1),
+    ("1,2", "2, 1", 1),
+    ("1, 2, 3", "1 and 2 and 3", 1),
+    ("2,3", "2\\text{ and }3", 1),
+    ("2,3", "x=2 \\text{ or } x=3", 1),
+    ("-2,2", "\\pm 2", 1),
+    ("1\\pm\\sqrt{2}", "1-\\sqrt2, 1+\\sqrt2", 1),
+    ("3", "\\pm3", 0),
+    ("\\{5\\}", "5", 1),
+    ("[0,1)\\cup(2,3]", "(2,3]\\cup[0,1)", 1),
+    ("x>3", "x > 3", 1),
+    ("x>3", "3<x", 1),
+    ("x\\in(3,\\infty)", "(3,\\infty)", 1),
+    ("(1,2),(3,4)", "(3,4),(1,2)", 1),
+    ("(1,2),(3,4)", "(2,1),(3,4)", 0),
+    ("(1,-2)", "\\left(1,-2\\right)", 1),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&3\\\\2&4\\end{pmatrix}", 0),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1&2\\end{pmatrix}", 0),
+    ("\\begin{pmatrix}12\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\23\\end{pmatrix}", 0),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\\\\\end{pmatrix}", 1),
+    ("5", "x=5", 1),
+    ("x=5", "y=5", 0),
+    ("y=2x+3", "2x+3", 1),
+    ("y=2x+3", "y=3+2x", 1),
+    ("5", "2+3=5", 1),
+    ("x^2+y^2=1", "1", 0),
+    ("f(x)=x+1", "x+1", 1),
+    ("x=1,y=2", "x=2,y=1", 0),
+    ("2x+y=3", "y=3-2x", 1),
+    ("10", "|AB|=10", 1),
+    ("x(x+1)", "x^2+x", 1),
+    ("(x+1)(x+2)", "(x+2)(x+1)", 1),
+    ("n(n+1)/2", "\\frac{n^2+n}{2}", 1),
+    ("2^n", "2^{n}", 1),
+    ("\\sin(x)", "\\sin x", 1),
+    ("\\ln 2", "\\log 2", 0),
+    ("a+b", "b+a", 1),
+    ("a-b", "b-a", 0),
+    ("x+1", "x-1", 0),
+    ("\\text{Monday}", "monday", 1),
+    ("A", "(A)", 1),
+    ("A", "\\textbf{A}", 1),
+    ("\\text{yes}", "No", 0),
+]
+PROSE = [
+    ("7", "The answer is 7.", 1),
+    ("7", "The answer is 7 hours and 30 minutes.", 0),
+    ("1.25", "The answer is 1 1/4.", 1),
+    ("1/2", "The answer is 1 1/4.", 0),
+    ("90", "The answer is 90°.", 1),
+    ("1+2i", "The answer is $1+2\\mathrm{i}$.", 1),
+    ("18", "So she makes $18 every day.", 1),
+    ("18", "The final answer is **18**.", 1),
+    ("18", "**Answer:** 18", 1),
+    ("18", "Answer: $18$", 1),
+    ("6,8", "The answers are $6$ and $8$.", 1),
+    ("18", "Therefore she has 9*2=18 apples.", 1),
+    ("7", "The answer is 3. Wait, no. The answer is 7.", 1),
+    ("3", "The answer is 3. Wait, no. The answer is 7.", 0),
+    ("5", "The answer is $5$, since $2+3=5$.", 1),
+    ("1,234", "The answer is 1,234.", 1),
+    ("1234", "The answer is 1,234 dollars.", 1),
+    ("\\frac{1}{2}", "The answer is \\frac{1}{2}.", 1),
+    ("\\frac{1}{2}", "The answer is \\(\\frac{1}{2}\\).", 1),
+    ("\\frac{1}{2}", "Hence the result is \\[\\frac{1}{2}\\]", 1),
+    ("Evelyn", "The answer is Evelyn.", 1),
+    ("42", "It could be 41 or 42", 1),
+    ("18", "The answer is that Janet makes 18 dollars every day.", 1),
+    ("2\\sqrt{3}", "Therefore, x = 2\\sqrt{3}.", 1),
+    ("(1,2)", "The answer is (1, 2).", 1),
+    ("3", "The answer is x = 3.", 1),
+    ("6,8", "\\boxed{6} and \\boxed{8}", 1),
+    ("6,8", "\\boxed{8}, \\boxed{6}", 1),
+    ("8", "\\boxed{6}. Then \\boxed{8}", 1),
+    ("6", "\\boxed{6}. Then \\boxed{8}", 0),
+    ("5", "\\boxed{\\boxed{5}}", 1),
+    ("5", "\\boxed{5", 0),
+    ("5", "\\fbox{5}", 1),
+    ("5", "$\\boxed{5}$ and then \\boxed{", 1),
+    ("5", "\\boxed 5", 1),
+]
+CHOICES = ["Ibuprofen", "Bed rest", "Cortisone", "Dialysis"]
+LETTERS = [
+    ("A. Ibuprofen B. Bed rest C. Cortisone D. Dialysis", None),
+    ("A) Ibuprofen B) Bed rest C) Cortisone D) Dialysis", None),
+    ("(A) Ibuprofen (B) Bed rest (C) Cortisone (D) Dialysis", None),
+    ("A: Ibuprofen, B: Bed rest, C: Cortisone, D: Dialysis", None),
+    ("A. Ibuprofen, B. Bed rest, C. Cortisone, D. Dialysis. The answer is B.", "B"),
+    ("The options are: A. Ibuprofen B. Bed rest C. Cortisone D. Dialysis", None),
+    ("The answer choices are: A. Ibuprofen B. Bed rest C. Cortisone D. Dialysis", None),
+    ("The answer choices are:\nA. Ibuprofen\nB. Bed rest\nC. Cortisone\nD. Dialysis", None),
+    ("Options: A) Ibuprofen B) Bed rest C) Cortisone D) Dialysis\nAnswer: D", "D"),
+    ("A. Ibuprofen B. Bed rest C. Cortisone D. Dialysis\n\nI choose C", "C"),
+    ("Choices: A, B, C, D", None),
+    ("A, B, C or D", None),
+    ("The answer could be A, B, C or D.", None),
+    ("A/B/C/D", None),
+    ("A B C D", None),
+    ("Answer choices: A, B, C, D.", None),
+    ("**A.** Ibuprofen **B.** Bed rest **C.** Cortisone **D.** Dialysis", None),
+    ("A - Ibuprofen; B - Bed rest; C - Cortisone; D - Dialysis", None),
+    ("A. Ibuprofen B. Bed rest", None),
+    ("A: wrong. B: wrong. C: right.", "C"),
+    ("A: incorrect. B: incorrect. C: incorrect. D: correct.", "D"),
+    ("A) wrong, B) correct, C) wrong, D) wrong", "B"),
+    ("A - false; B - false; C - true; D - false", "C"),
+    ("A. Wrong. B. Wrong. C. Correct. D. Wrong.", "C"),
+    ("(A) Incorrect. (B) Correct. (C) Incorrect. (D) Incorrect.", "B"),
+    ("A is wrong. B is wrong. C is right.", "C"),
+    ("A: false\nB: false\nC: true\nD: false", "C"),
+    ("A. Ibuprofen: wrong. B. Bed rest: wrong. C. Cortisone: correct. D. Dialysis: wrong.", "C"),
+    ("A. Ibuprofen - incorrect\nB. Bed rest - correct\nC. Cortisone - incorrect\nD. Dialysis - incorrect", "B"),
+    ("A: wrong. B: wrong.", None),
+    ("A (wrong), B (wrong), C (right)", "C"),
+    ("A: Wrong because it bleeds. B: Right because of rest.", "B"),
+    ("The dose is \\boxed{40 ml}.\n\nThe answer is C.", "C"),
+    ("The answer is C.\n\nThe dose is \\boxed{40 ml}.", "C"),
+    ("The dose is \\boxed{12}. So \\boxed{B}", "B"),
+    ("So \\boxed{B}. The dose is \\boxed{12}.", "B"),
+    ("\\boxed{75\\%} of patients improve. Answer: D", "D"),
+    ("\\boxed{\\frac{1}{2}}\n\nAnswer: (B)", "B"),
+    ("\\boxed{none of these}", None),
+    ("\\boxed{A or B}", None),
+    ("\\boxed{A or B}. The answer is A.", "A"),
+    ("\\boxed{Bed rest}", "B"),
+    ("\\boxed{bed rest}", "B"),
+    ("\\boxed{\\text{Cortisone}}", "C"),
+    ("\\boxed{\\textbf{(C)}}", "C"),
+    ("\\boxed{C) Cortisone}", "C"),
+    ("\\boxed{C}.", "C"),
+    ("\\boxed{c}", "C"),
+    ("\\boxed{E}", None),
+    ("\\boxed{}\nThe answer is A.", "A"),
+    ("\\boxed{not A}", None),
+    ("\\boxed{\\mathrm{D}}", "D"),
+    ("\\boxed{\\text{Option D}}", "D"),
+    ("\\boxed{D: Dialysis}", "D"),
+    ("\\fbox{D}", "D"),
+    ("\\boxed{The answer is D}", "D"),
+    ("The answer is B. A is wrong.", "B"),
+    ("The answer is B, not A.", "B"),
+    ("Not A.", None),
+    ("not A", None),
+    ("It is not A, B or D.", None),
+    ("The answer is not A, B or D but C.", "C"),
+    ("The answer isn't A. It's C.", None),
+    ("A is incorrect, so the answer is D.", "D"),
+    ("I would go with B.", "B"),
+    ("I'd choose (d).", "D"),
+    ("Answer: **B**", "B"),
+    ("**Answer:** B", "B"),
+    ("Answer - C", "C"),
+    ("Answer — C", "C"),
+    ("Final Answer: C", "C"),
+    ("The final answer is (C).", "C"),
+    ("The correct option is C: Cortisone", "C"),
+    ("The correct answer is C) Cortisone", "C"),
+    ("C is the correct answer.", "C"),
+    ("C is my final answer", "C"),
+    ("(c)", "C"),
+    ("c)", "C"),
+    ("C)", "C"),
+    ("[C]", "C"),
+    ("**C**", "C"),
+    ("***C***", "C"),
+    ("$C$", "C"),
+    ("`C`", "C"),
+    ('"C"', None),
+    ("C: Cortisone", "C"),
+    ("C. Cortisone is the best first-line therapy.", "C"),
+    ("Cortisone", "C"),
+    ("cortisone.", "C"),
+    ("Bed rest is needed.", "B"),
+    ("Ibuprofen or Cortisone", None),
+    ("Option C", "C"),
+    ("option c.", "C"),
+    ("choice (B)", "B"),
+    ("The answer is A and B.", None),
+    ("The answer is A/B.", None),
+    ("A. Ibuprofen", "A"),
+    ("Therefore (B).", "B"),
+    ("So, the answer is: B", "B"),
+    ("answer is b", "B"),
+    ("answer: b) bed rest", "B"),
+    ('The answer is "C".', "C"),
+    ("The answer is 'C'.", "C"),
+    ("The answer is <C>", None),
+    ("", None),
+    ("I don't know", None),
+    ("A patient needs help.", None),
+    ("The answer is a matter of debate.", None),
+    ("Vitamin C is useful.", None),
+    ("The answer is D.\nUser: and now? The answer is A", "D"),
+    ("The best answer is clearly D.", "D"),
+    ("The answer is therefore A.", "A"),
+    ("A is correct because it thins blood; B is incorrect.", "A"),
+    ("We eliminate A and B. The answer is C", "C"),
+    ("The answer must be C.", "C"),
+    ("Thus, the right choice is D.", "D"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), PAIRS)
+def test_values_in_a_box(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"So we get $\\boxed{{{answer}}}$."])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "said", "right"), PROSE)
+def test_values_that_are_stated(gold, said, right):
+    assert grade_math({"gold": gold}, [said])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("said", "right"), LETTERS)
+def test_letters_of_every_kind(said, right):
+    assert letter(said, CHOICES) == right
+
+
+@pytest.mark.parametrize(
+    ("choices", "said", "right"),
+    [
+        (["Yes", "No", "Maybe"], "B. No", "B"),
+        (["Yes", "No", "Maybe"], "A: Yes", "A"),
+        (["Yes", "No", "Maybe"], "A. Yes B. No C. Maybe", None),
+        (["Yes", "No", "Maybe"], "\\boxed{no}", "B"),
+        (["True", "False"], "B. False", "B"),
+        (["True", "False"], "A. True B. False", None),
+    ],
+)
+def test_options_that_read_like_verdicts(choices, said, right):
+    assert letter(said, choices) == right
+
+
+LOOPS = [
+    "the answer is ",
+    "answer ",
+    "answer: ",
+    "A ",
+    "A. ",
+    "option A ",
+    "not the most likely ",
+    "*_",
+    "(",
+    " ",
+    "\n",
+    "aly ",
+]
+LOOPS += [
+    "A is definite ",
+    "\\boxed{x} ",
+    "\\boxed{",
+    "}",
+    "A. Ibuprofen B. Bed rest C. Cortisone D. Dialysis ",
+    "<think>",
+    "#### ",
+]
+
+
+class Counting:
+    """The module `re`, which notes how many characters it is given, and with which patterns."""
+
+    def __init__(self):
+        self.characters, self.patterns = 0, set()
+
+    def __getattr__(self, name):
+        plain = getattr(re, name)
+        if name not in ("sub", "findall", "finditer", "fullmatch", "search", "split", "match"):
+            return plain
+
+        def counted(pattern, *args, **kwargs):
+            text = args[1] if name == "sub" else args[0]
+            self.characters += len(text)
+            if len(text) > 1000:
+                self.patterns.add(pattern)
+            return plain(pattern, *args, **kwargs)
+
+        return counted
+
+
+def is_bounded(pattern):
+    """Whether no match reaches further than 2,000 characters, but for a run at the end, which is taken as a whole."""
+    parsed = parser.parse(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+    *most, last = parsed.data
+    run = last[0] in (parser.MAX_REPEAT,) or (len(parsed.data) == 2 and "\\1" in str(pattern))
+    _, high = parser.SubPattern(parsed.state, most).getwidth() if run and most else (0, 0) if run else parsed.getwidth()
+    return high <= 2000
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypatch):
+    steps = []
+    for length in (8000, 16000, 32000):
+        counting = Counting()
+        monkeypatch.setattr(letters, "re", counting)
+        letter((loop * length)[:length], CHOICES)
+        assert all(map(is_bounded, counting.patterns)), counting.patterns
+        steps.append(counting.characters / length)
+    assert max(steps) <= 60
+    assert steps[2] <= 1.2 * steps[0] + 1
+
+
+def test_patterns_over_whole_answers_are_bounded():
+    for pattern in (math.BRACE, math.STATED, letters.MARK):
+        assert is_bounded(pattern)
+    assert not is_bounded(r"a.*b")
+
+
+HUGE = [
+    "9^{9^{9^{9}}}",
+    "9^9^9^9^9",
+    "((((9!)!)!)!)",
+    "10^{10^{100}}!",
+    "\\binom{9999\\cdot 9999}{99\\cdot 9999}",
+    "e^{e^{e^{e^{10}}}}",
+]
+HUGE += ["\\sum_{k=1}^{10^{12}} k", "\\gcd(9^{9^9},3)", "1.5e999999999", "1e-999999999", "{" * 5000, "(" * 5000, "1," * 5000]
+HUGE += ["\\frac" * 300, "x^-" * 300, "5" + "%" * 900, "(1," * 500 + "1" + ")" * 500, "x=" * 900 + "1", "|x" * 300, "9" * 1900]
+
+
+@pytest.mark.parametrize("answer", HUGE, ids=lambda answer: answer[:12])
+def test_no_answer_is_too_much(answer, monkeypatch):
+    """math-verify reads few and short expressions, and no number is computed beyond its bound."""
+    read, plain = [], values.math_verify().parse
+    values.parsed.cache_clear()
+    monkeypatch.setattr(
+        values.math_verify(), "parse", lambda text, *args, **kwargs: read.append(len(text)) or plain(text, *args, **kwargs)
+    )
+    for said in (f"\\boxed{{{answer}}}", f"The answer is {answer}.", answer * 3):
+        for gold in ("7", "(1,2)", "\\frac{x^2+1}{2}"):
+            assert grade_math({"gold": gold}, [said]) == {"accuracy": 0.0}
+    assert len(read) <= 30
+    assert max(read, default=0) <= 2 * values.MOST_READ
+    if "{" * 9 not in answer and "(" * 9 not in answer:
+        assert grade_math({"gold": answer}, [f"\\boxed{{{answer}}}"]) == {"accuracy": 1.0}
+
+
+def test_sizes_are_bounded_before_they_are_computed():
+    for text in ("9^{9^{9^{9}}}", "((9!)!)!", "10^{10^{10}}"):
+        with pytest.raises(values.TooLarge):
+            values._bits(values.parsed(text))
+    assert values._bits(values.parsed("2006!")) < values.MOST_BITS
+
+
+def test_boxes_within_boxes_are_read_once():
+    many = 20000
+    assert math.final_answer("\\boxed{" * many) is None
+    assert math.final_answer("\\boxed{" * many + "1" + "}" * many) == "1"
+    assert len(math.BRACE.findall("\\boxed{" * many + "1" + "}" * many)) == 2 * many
