@@ -7,6 +7,7 @@ import pytest
 
 from bl_trainer.__main__ import main
 from bl_trainer.local_data import load_dataset
+from conftest import write_recipe
 from preparing import ROWS
 
 GOOD = json.dumps({"problem": "a", "solution": "b"}) + "\n"
@@ -213,3 +214,79 @@ def test_a_chat_template_that_fails(checkpoint, evaluate, tmp_path):
 
 
 TURN = [{"role": "user", "content": "a"}]
+
+
+# Sweeps
+
+RANGE = "learning_rate: {low: 1.0e-5, high: 1.0e-3}\ntrials: 3\n"
+SWEEP_FILES = [
+    (b"", "must be a YAML mapping of keys to values, got NoneType."),
+    (b"\xff", "Can't read the sweep file"),
+    (b"arms: [\n", "Can't read the sweep file"),
+    (b"arms: [{5: 6}]\n", "`arms: [{5: 6}]` must be a list of mappings of recipe keys."),
+    (b"arms: [5]\n", "`arms: [5]` must be a list of mappings of recipe keys."),
+    (b"arms:\n", "`arms: None` must be a list of mappings of recipe keys."),
+    (b"arms: [{objective: 5}]\n", "`objective` must be a name or a mapping with `name`, got 5."),
+    (b"arms: [{foo: 1}]\n", "Unknown recipe key 'foo'."),
+    (b"5: [6]\n", "Unknown key 5 in the sweep file."),
+    (b"dataset_name: [5]\n", "Can't load the data set 5"),
+    (b"learning_rate: [x]\n", "invalid float value: 'x'."),
+    (b"learning_rate: [.nan]\n", "`learning_rate: nan` must be a finite number."),
+    (b"learning_rate: {low: 1.0, high: 2.0, log: maybe}\ntrials: 3\n", "is no range: `log: maybe` must be true or false"),
+    (b"learning_rate: {low: a, high: b}\ntrials: 3\n", "is no range: could not convert string to float: 'a'"),
+    (b"seed: {low: 0, high: 5}\ntrials: 3\n", "must be a list of whole numbers. Write e.g. `seed: [0, 1, 2]`."),
+    (b"seed: [4294967296]\n", "`seed: [4294967296]` must be a list of different whole numbers, from 0 and below 4294967296."),
+    (b"seed: [true, false]\n", "`seed: [True, False]` must be a list of different whole numbers"),
+    (b"held_out: ''\n", "`held_out: ` must be a text."),
+    (b"evaluate: {5: 6}\n", "`evaluate` has no option 5."),
+    (f"sampler: []\n{RANGE}".encode(), "`sampler: []` must be a name, or a mapping"),
+]  # fmt: skip
+SIGNATURES = [b"\xff", b"{", b"5", b"[]", b'{"schema": 1}', b'{"schema": 1, "parts": []}']
+HELD_OUT = [
+    (b"", "test.jsonl: it has no rows."),
+    (b"\xff\n", "test.jsonl, line 1: byte 0xff is not UTF-8 text."),
+    (PAIR.encode() + b"{\n", "test.jsonl, line 2: Expecting property name enclosed in double quotes at column 2."),
+]
+
+
+@pytest.fixture
+def sweep(checkpoint, data_folder, fails, tmp_path):
+    """Returns a function that sweeps a good recipe by a sweep file and options, and fails."""
+    pytest.importorskip("optuna")
+
+    def sweep(content=b"arms: [{objective: nll}]\n", options=(), **changes):
+        write_recipe(tmp_path, checkpoint, data_folder, **changes)
+        (tmp_path / "sweep.yaml").write_bytes(content)
+        said = fails("sweep", "--config", tmp_path / "recipe.yaml", "--sweep", tmp_path / "sweep.yaml", *options)
+        assert not (tmp_path / "out-sweep").exists()
+        return said
+
+    return sweep
+
+
+@pytest.mark.parametrize(("content", "message"), SWEEP_FILES, ids=[str(content[:30]) for content, _ in SWEEP_FILES])
+def test_sweep_files_that_mean_nothing(content, message, sweep):
+    assert message in sweep(content)
+
+
+@pytest.mark.parametrize("content", SIGNATURES)
+def test_a_folder_of_another_sweep(content, sweep, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sweep.json").write_bytes(content)
+    assert "Cannot read" in sweep(options=("--sweep_dir", tmp_path / "mine", "--dry_run", "true"))
+    assert (tmp_path / "mine" / "sweep.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(("content", "message"), HELD_OUT)
+def test_held_out_data_that_cannot_be_read(content, message, sweep, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text(PAIR * 2)
+    (tmp_path / "rows" / "test.jsonl").write_bytes(content)
+    assert message in sweep(dataset_name=str(tmp_path / "rows"))
+
+
+def test_places_where_no_sweep_can_be(sweep, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "deep"):
+        assert f"Cannot write to `--sweep_dir {folder}`: it is a file, or in one." in sweep(options=("--sweep_dir", folder))
+    assert "Cannot read `--launch '`: No closing quotation." in sweep(options=("--launch", "'"))

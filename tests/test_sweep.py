@@ -146,6 +146,22 @@ def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
         assert "cret" not in str(caught.value).split("can't")[0]
 
 
+@pytest.mark.parametrize("name", ["own_losses.py", "template.jinja"])
+def test_a_sweep_depends_on_the_files_that_its_recipe_names(name, make, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_losses.py").write_text("def mine(logp):\n    return -logp\n")
+    (tmp_path / "template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    given = {**GRID, "arms": [{"objective": {"name": "nll", "mix": {"own_losses:mine": 0.5}}}, {"objective": "nll"}]}
+    recipe = {"chat_template_path": str(tmp_path / "template.jinja")}
+    Study(make(given, **recipe), tmp_path / "s")
+    Study(make(given, **recipe), tmp_path / "s")
+    with (tmp_path / name).open("a") as file:
+        file.write("\n")
+    with pytest.raises(RecipeError, match=f"had another .*/{name}, and its arms can't be compared"):
+        Study(make(given, **recipe), tmp_path / "s")
+    sys.modules.pop("own_losses", None)
+
+
 def run_all(study):
     """Run the arms of a study, each worth its index, and return by index how often each was run and what it is worth."""
     begun = []

@@ -102,7 +102,8 @@ class Results:
 
     def add(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], chat: bool) -> None:
         """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
-        scores, files = [], {}
+        scores: list[dict[str, Any]] = []
+        files: dict[str, str] = {}
         for name, samples in found["samples"].items():
             path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
             rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"))
