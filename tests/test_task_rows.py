@@ -10,7 +10,6 @@ from bl_trainer.parser import RecipeError
 
 pytest.importorskip("lm_eval")
 from bl_trainer.evaluation.graders import letter_docs
-
 from bl_trainer.evaluation.harness import _splits
 
 BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # at all of which `str.splitlines` splits
