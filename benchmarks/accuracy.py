@@ -18,8 +18,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from bl_trainer.head import Head, objective_head
-from bl_trainer.objectives import Objective, Threshold, price
+from bl_trainer.head.lm_head import Head
+from bl_trainer.head.ops import objective_head
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold
 
 OBJECTIVES: dict[str, Any] = {"nll": "nll", "neg_p": "neg_p", "power 10": {"name": "power", "alpha": 10}}
 EDGE = 0.2

@@ -12,7 +12,7 @@ import torch
 
 import step
 from bl_trainer import BLTrainer, Objective, Threshold
-from bl_trainer.objectives import price
+from bl_trainer.objectives.pricing import price
 
 BASE = "power 0.5"
 

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.annotation import Collator, token_batch
-from bl_trainer.measurement import score_batch
-from bl_trainer.statistics import Measurement
+from bl_trainer.measurement.forward import score_batch
+from bl_trainer.measurement.results import Measurement
+from bl_trainer.tokens.annotation import token_batch
+from bl_trainer.tokens.collators import Collator
 from common import add_options, peak_memory, report, set_up
 from step import SHAPES
 

@@ -22,8 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from bl_trainer.head import Head, objective_head
-from bl_trainer.objectives import Objective, Threshold, price
+from bl_trainer.head.lm_head import Head
+from bl_trainer.head.ops import objective_head
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold
 from common import peak_memory, set_up
 
 SLOW = 5  # times the bare products: a head that takes longer gets one round

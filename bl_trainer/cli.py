@@ -4,7 +4,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any
+
+from ._util.text import sentence
+from .errors import CheckpointError, LossError, MeasurementError, RecipeError
+from .recipe.recipe import Recipe
+from .tokens.layouts import RowError
 
 VERBS = ("train", "diagnose", "sweep", "evaluate", "prepare-data")
 
@@ -16,9 +22,9 @@ def train(argv: list[str]) -> None:
     """
     import torch
 
-    from .curves import MetricsLog
-    from .recipe import Recipe, fail
-    from .trainer import BLTrainer
+    from .recipe.recipe import Recipe
+    from .training.record import MetricsLog
+    from .training.trainer import BLTrainer
 
     recipe: Any = None
     try:
@@ -55,7 +61,7 @@ def train(argv: list[str]) -> None:
 
 def _save(trainer: Any, recipe: Any) -> None:
     """Save the model and its card, and push them if the recipe says so."""
-    from .checkpoint import writing
+    from .training.checkpoints import writing
 
     with writing(recipe.training.output_dir):
         trainer.save_model(recipe.training.output_dir)
@@ -82,9 +88,10 @@ def diagnose(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
-    from .diagnosis import DiagnoseArguments, Diagnosis
-    from .recipe import Recipe, fail
-    from .report import terminal_summary, write_report
+    from .diagnosis.page import write_report
+    from .diagnosis.run import DiagnoseArguments, Diagnosis
+    from .diagnosis.terminal import terminal_summary
+    from .recipe.recipe import Recipe
 
     recipe: Any = None
     try:
@@ -108,8 +115,7 @@ def sweep(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, before any arm runs.
     """
-    from .parser import RecipeError
-    from .recipe import fail
+    from .errors import RecipeError
 
     try:
         from .sweep.verb import sweep as run
@@ -131,10 +137,9 @@ def evaluate(argv: list[str]) -> None:
     """
     import torch
 
+    from .errors import RecipeError
     from .evaluation import EvaluateArguments
     from .evaluation import evaluate as run
-    from .parser import RecipeError
-    from .recipe import fail
 
     options: Any = None
     try:
@@ -155,8 +160,7 @@ def prepare_data(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, with nothing that looks finished.
     """
-    from .data import PrepareArguments, prepare
-    from .recipe import fail
+    from .prepare import PrepareArguments, prepare
 
     try:
         prepare(PrepareArguments.read(argv))
@@ -195,5 +199,21 @@ def main(argv: list[str] | None = None) -> None:
     verbs[argv[0]](argv[1:])
 
 
-if __name__ == "__main__":
-    main()
+def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False, traced: bool = False) -> None:
+    """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1, or `traced`, where it came from.
+
+    Only one process a machine writes it, unless it may be that process's own (`anywhere`). If `error` is not one of ours, the
+    line also says which line of the `recipe`'s local files can't be trained on, if there is one.
+    """
+    is_ours = isinstance(error, (RecipeError, MeasurementError, CheckpointError, LossError))
+    if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
+        traceback.print_exception(error)
+    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
+        if not is_ours:
+            fault = recipe.data_fault() if recipe else None
+            message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"
+            message = f"{fault}; hence {message}" if fault else message
+        # a progress bar may stand on the line
+        print(f"{chr(10) if anywhere else ''}error: {message}", file=sys.stderr)
+    sys.exit(2)

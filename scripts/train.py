@@ -2,7 +2,7 @@
 
 import sys
 
-from bl_trainer.__main__ import main
+from bl_trainer.cli import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bl_trainer.pages import render
+from bl_trainer.pages.figures import render
 from bl_trainer.sweep.leaderboard import Leaderboard, compare, difference
 from bl_trainer.sweep.plan import describe
 from continuum import NEG_P, NLL, RULERS, begin, boards_of, call, means, quiet, read_plan, row_of, sweep, values_of

@@ -27,8 +27,8 @@ import transformers
 import yaml
 from matplotlib.figure import Figure
 
-from bl_trainer.pages import render
-from bl_trainer.recipe import Recipe
+from bl_trainer.pages.figures import render
+from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep.arm import RESULT_SCHEMA, arm_folder, read_result
 from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
 from bl_trainer.sweep.plan import Plan

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
-from bl_trainer.recipe import Recipe
+from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
+from bl_trainer.recipe.recipe import Recipe
 
 LETTERS = string.ascii_lowercase
 SEEN = LETTERS[::2]  # the letters of the half-known cipher that pretraining shows

@@ -44,9 +44,9 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import quickstart
 from anneal_study import ANNEAL, FIRST_SEED, FIXED, Cell, by_cell, name_of
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main as verb
+from bl_trainer.cli import main as verb
 from bl_trainer.evaluation.grading import final_answer, is_same_math
-from bl_trainer.statistics import Calibration
+from bl_trainer.measurement.results import Calibration
 from continuum import begin, board_by, call, means, quiet, read_plan, row_of, sweep
 from miniature import cell_folder, read_rows, write_rows
 

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from bl_trainer import BLTrainer
-from bl_trainer.__main__ import main
+from bl_trainer.cli import main
 
 CALLS = {
     "step": (Trainer, "training_step"),

@@ -17,7 +17,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention
 from transformers import TrainerCallback
 
 from bl_trainer import BLTrainer
-from bl_trainer.__main__ import main
+from bl_trainer.cli import main
 
 
 class Dies(TrainerCallback):
@@ -58,7 +58,7 @@ if __name__ == "__main__":
         _attention._enable_context_parallel_dispatcher_impl = attend_over_devices
         _attention._disable_context_parallel_dispatcher_impl = lambda: setattr(F, ATTEND.__name__, ATTEND)
     if sys.argv[1] == "train":
-        import bl_trainer.trainer
+        import bl_trainer.training.trainer
 
-        bl_trainer.trainer.BLTrainer = Mortal
+        bl_trainer.training.trainer.BLTrainer = Mortal
     main(sys.argv[1:])

@@ -6,7 +6,7 @@ import string
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bl_trainer.data.sources import BOXED
+from bl_trainer.prepare.sources import BOXED
 
 LANGUAGES = ("mar", "tel", "nep", "swa", "wol", "yor", "zul")
 

@@ -3,8 +3,11 @@
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from bl_trainer.head import add_scoring, objective_head
-from bl_trainer.objectives import Objective, Threshold, price
+from bl_trainer.head.ops import objective_head
+from bl_trainer.head.patch import add_scoring
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold
 from conftest import make_double
 
 

@@ -61,7 +61,7 @@ def measure(model, report):
 
 
 def sweep(folder, storage):
-    from bl_trainer.recipe import Recipe
+    from bl_trainer.recipe.recipe import Recipe
     from bl_trainer.sweep import study
     from bl_trainer.sweep.arm import Arm, Runner
     from bl_trainer.sweep.leaderboard import judge

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from bl_trainer.__main__ import main
-from bl_trainer.local_data import load_dataset
+from bl_trainer.cli import main
+from bl_trainer.recipe.datasets import load_dataset
 from conftest import write_recipe
 from preparing import ROWS
 

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
-from bl_trainer.composition import Schedule, spell
-from bl_trainer.continuum import objective_name
-from bl_trainer.objectives import masked_cost, price
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
+from bl_trainer.diagnosis.continuum import objective_name
+from bl_trainer.errors import RecipeError
+from bl_trainer.objectives.composition import Schedule, spell
+from bl_trainer.objectives.pricing import masked_cost, price
+from bl_trainer.recipe.recipe import Recipe
 from conftest import gap_near, make_double, write_recipe
 from test_trainer import first_gradient
 from ways import Gradients, Ordered, build, relative_difference, train, weights
@@ -702,7 +702,7 @@ def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):
 
 def test_weights_that_are_all_zero_are_told(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
     for weight, warned in ((0.5, 0), (0.0, 1)):
         train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [weight] * len(text_data)), tmp_path)
         assert len(said) == warned

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main
-from bl_trainer.data import building, sources
-from bl_trainer.data.format import Format
-from bl_trainer.data.sources import BOXED, FIGFONT, FIGLET, SETS, Example, Figlets, noisy_labels
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.prepare import building, sources
+from bl_trainer.prepare.format import Format
+from bl_trainer.prepare.sources import BOXED, FIGFONT, FIGLET, SETS, Example, Figlets, noisy_labels
+from bl_trainer.recipe.recipe import Recipe
 from conftest import sizes
 from preparing import LOCAL, ROWS, make_tokenizer, write_rows, write_source
 

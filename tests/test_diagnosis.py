@@ -18,15 +18,21 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bl_trainer import BLConfig, BLTrainer, Objective, Threshold, measurement
-from bl_trainer.__main__ import main
-from bl_trainer.annotation import Annotation, group_name, template_mask, token_texts
-from bl_trainer.continuum import ANCHORS, CUTS, gradient_mass, objective_name, place, recommend, sweep_yaml
-from bl_trainer.diagnosis import DiagnoseArguments, Diagnosis
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
-from bl_trainer.report import page, terminal_summary, write_report
-from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
+from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.cli import main
+from bl_trainer.diagnosis.advice import recommend, sweep_yaml
+from bl_trainer.diagnosis.continuum import ANCHORS, CUTS, objective_name, place
+from bl_trainer.diagnosis.page import page, write_report
+from bl_trainer.diagnosis.report import gradient_mass
+from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
+from bl_trainer.diagnosis.terminal import terminal_summary
+from bl_trainer.errors import RecipeError
+from bl_trainer.measurement import forward as measurement
+from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
+from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.annotation import Annotation, group_name
+from bl_trainer.tokens.template import template_mask
+from bl_trainer.tokens.vocabulary import token_texts
 from conftest import make_double, make_llama, sentence, write_recipe
 from test_processes import launch
 
@@ -948,7 +954,7 @@ def test_percentile_is_not_measured_again_on_resume(tokenizer, tmp_path, monkeyp
     options = {"threshold": {"above_percentile": 20}, "save_steps": 2}
     whole = trainer_of(tokenizer, tmp_path / "whole", data, **options)
     whole.train()
-    monkeypatch.setattr("bl_trainer.trainer.resolve_percentile", None)
+    monkeypatch.setattr("bl_trainer.training.trainer.resolve_percentile", None)
     resumed = trainer_of(tokenizer, tmp_path / "resumed", data, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.threshold == whole.threshold

@@ -22,12 +22,12 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl.data_utils import _tokenize
 
-from bl_trainer.__main__ import main
-from bl_trainer.data.format import Format
-from bl_trainer.data.sources import FIGLET, Example, _math
+from bl_trainer.cli import main
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
 from bl_trainer.evaluation.options import Checkpoint
 from bl_trainer.evaluation.results import item_rows, macro
+from bl_trainer.prepare.format import Format
+from bl_trainer.prepare.sources import FIGLET, Example, math_row
 from conftest import LETTERS, make_llama, sentence
 
 pytest.importorskip("lm_eval")
@@ -750,7 +750,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("task", ["math500", "figfont"])
 def test_questions_are_asked_as_prepared_data_ask_them(task, template, models, tmp_path):
     tokenizer = retemplate(models, tmp_path / "model", TEMPLATES[template])
-    question, prepare = "\n a b \n c  \n", {"math500": _math, "figfont": lambda q, a: Example(q, a, FIGLET)}[task]
+    question, prepare = "\n a b \n c  \n", {"math500": math_row, "figfont": lambda q, a: Example(q, a, FIGLET)}[task]
     written = Format(str(tmp_path / "model")).write(prepare(question, "5"))
     prepared = {**written, "answer": "5"}
     shown = []

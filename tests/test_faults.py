@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 
 import crashing
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main
-from bl_trainer.checkpoint import CheckpointError, refuse_lost_epoch, why_broken
-from bl_trainer.curves import Curve, MetricsLog
-from bl_trainer.interruption import LossError
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import CheckpointError, LossError, RecipeError
+from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.training.checkpoints import why_broken
+from bl_trainer.training.record import Curve, MetricsLog
+from bl_trainer.training.resume import refuse_lost_epoch
 from conftest import make_llama, write_recipe
 from test_processes import SCRIPT, TESTS, launch, launcher
 from test_trainer import Ordered, build, train, weights
@@ -296,7 +296,7 @@ def test_versions_that_would_lose_the_epoch_are_refused(monkeypatch, tmp_path):
         refuse_lost_epoch(str(tmp_path))
 
     installed = {"accelerate": "1.14.0", "transformers": "4.57.6"}
-    monkeypatch.setattr("bl_trainer.checkpoint.version", installed.get)
+    monkeypatch.setattr("bl_trainer.training.resume.version", installed.get)
     for epoch in (0.5, 1.0, 2.0):
         check(epoch)
     with pytest.raises(CheckpointError, match=r" is 1\.333 epochs into its run, and accelerate 1\.14\.0 with transformers"):
@@ -438,7 +438,7 @@ def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_fol
 
 def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
     stream = text_data.select(range(16)).to_iterable_dataset()
     train(Ordered, tokenizer, stream, tmp_path, **options)

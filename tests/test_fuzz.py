@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bl_trainer import Objective, Threshold
-from bl_trainer.__main__ import main
-from bl_trainer.parser import REPLACED, Parser, RecipeError
-from bl_trainer.recipe import DATACLASSES, Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe.keys import DATACLASSES, REPLACED
+from bl_trainer.recipe.parser import Parser
+from bl_trainer.recipe.recipe import Recipe
 from conftest import write_recipe
 
 ACTIONS = {action.dest: action for action in Parser(DATACLASSES)._actions if action.dest != "help"}

@@ -12,9 +12,9 @@ from torch.utils.data import BatchSampler
 from trl import SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main
-from bl_trainer.guards import refuse_dropped
-from bl_trainer.parser import RecipeError
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.training.guards import refuse_dropped
 from conftest import make_llama, write_recipe
 from ways import Gradients, build, train, weights
 
@@ -96,7 +96,7 @@ class TestNoTarget:
     def test_that_a_collator_makes(self, tokenizer, tmp_path, monkeypatch):
         """Only training shows it: the logs warn, and no model counts as trained."""
         said = []
-        monkeypatch.setattr("bl_trainer.trainer.logger.warning", said.append)
+        monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
         trainer = build(BLTrainer, tokenizer, as_data([GOOD] * 8), tmp_path, eval_data=as_data([GOOD] * 8))
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: collate([{**row, "labels": [-100] * len(row["labels"])} for row in rows])

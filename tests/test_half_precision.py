@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from bl_trainer import blocks
-from bl_trainer.head import Head, compare, objective_head, score
-from bl_trainer.objectives import Objective, Threshold, price
+from bl_trainer.head import blocks
+from bl_trainer.head.lm_head import Head
+from bl_trainer.head.ops import compare, objective_head, score
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold
 from test_head import SIZE, TOKENS, VOCABULARY, apply, gradients, logits_of, make, reference, relative, widened
 from test_head import backend as backend
 from test_head import small_blocks as small_blocks

@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
-from bl_trainer import blocks as module
-from bl_trainer.head import Head, add_scoring, compare, objective_head, score
-from bl_trainer.objectives import Objective, Threshold, price
+from bl_trainer.head import blocks as module
+from bl_trainer.head.lm_head import Head
+from bl_trainer.head.ops import compare, objective_head, score
+from bl_trainer.head.patch import add_scoring
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold
 from conftest import gap_near, make_llama
 
 VOCABULARY, SIZE, TOKENS = 301, 16, 53

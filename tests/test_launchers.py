@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main
+from bl_trainer.cli import main
 from conftest import fake_checkpoint, make_llama, write_recipe
 from test_processes import free_port
 from test_readme import README, table

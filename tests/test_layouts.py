@@ -17,11 +17,11 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.__main__ import main
-from bl_trainer.layouts import RowError, arrange
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
-from bl_trainer.rendering import RenderedRow
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.layouts import RowError, arrange
+from bl_trainer.tokens.rendering import RenderedRow
 from conftest import make_llama, write_recipe
 
 # Leaves out messages of any other role, and begins with a prompt of its own, as Qwen's does
@@ -285,7 +285,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_templates_may_do_to_a_message(name, tokenizer, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.rendering.logger.warning_once", said.append)
+    monkeypatch.setattr("bl_trainer.tokens.rendering.logger.warning_once", said.append)
     messages, template = KEPT[name]
     render(tokenizer, [messages], template)
     assert not said
@@ -303,7 +303,7 @@ LOSSY = {
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, tokenizer, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.rendering.logger.warning_once", said.append)
+    monkeypatch.setattr("bl_trainer.tokens.rendering.logger.warning_once", said.append)
     messages, template = LOSSY[name]
     render(tokenizer, [messages], template)
     assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said[0]
@@ -536,8 +536,8 @@ def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_pat
 )
 def test_what_is_missing_is_said_before_data_and_model_load(changes, message, write, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    monkeypatch.setattr("bl_trainer.recipe.get_token", lambda: None)
-    monkeypatch.setattr("bl_trainer.recipe.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("bl_trainer.recipe.recipe.get_token", lambda: None)
+    monkeypatch.setattr("bl_trainer.recipe.recipe.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Recipe, "load_datasets", lambda self: pytest.fail("loaded"))
     assert message in refusal(write([{"text": "a"}], **changes), capsys)
     assert not (tmp_path / "out").exists()

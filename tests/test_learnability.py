@@ -11,12 +11,12 @@ import torch
 import yaml
 from datasets import Dataset
 
-from bl_trainer.__main__ import main
-from bl_trainer.annotation import end_ids, special_ids
-from bl_trainer.continuum import DOUBTFUL, LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
-from bl_trainer.learnability import BELOW, PROBE_EXAMPLES, halves
-from bl_trainer.objectives import Threshold
-from bl_trainer.statistics import MeasurementError
+from bl_trainer.cli import main
+from bl_trainer.diagnosis.advice import DOUBTFUL, LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
+from bl_trainer.diagnosis.learnability import BELOW, PROBE_EXAMPLES, halves
+from bl_trainer.errors import MeasurementError
+from bl_trainer.objectives.threshold import Threshold
+from bl_trainer.tokens.vocabulary import end_ids, special_ids
 from conftest import sentence
 from test_diagnosis import SCRIPT, diagnosis, rows_of, save, write_recipe
 from test_processes import launch

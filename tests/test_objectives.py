@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 
-from bl_trainer.objectives import Objective, Threshold, masked_cost
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import masked_cost
+from bl_trainer.objectives.threshold import Threshold
 
 # spec, f(log p), weight on the NLL gradient -df/dlog p: the paper's formulas, written for float64
 FORMULAS = [

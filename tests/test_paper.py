@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 
 from bl_trainer import Objective
-from bl_trainer.data import PrepareArguments
-from bl_trainer.data.sources import SETS
-from bl_trainer.diagnosis import DiagnoseArguments
+from bl_trainer.diagnosis.run import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
-from bl_trainer.recipe import Recipe
+from bl_trainer.prepare import PrepareArguments
+from bl_trainer.prepare.sources import SETS
+from bl_trainer.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "paper.md").read_text()
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bl_trainer.recipe.AutoTokenizer.from_pretrained", lambda name: None)
+    monkeypatch.setattr("bl_trainer.recipe.recipe.AutoTokenizer.from_pretrained", lambda name: None)
     return tmp_path
 
 

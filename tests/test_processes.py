@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import worker
-from bl_trainer.__main__ import main
+from bl_trainer.cli import main
 from conftest import make_double, write_recipe
 
 TESTS = Path(__file__).parent

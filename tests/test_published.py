@@ -9,10 +9,12 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
-from bl_trainer.head import Head, objective_head
-from bl_trainer.objectives import OBJECTIVES, price
-from bl_trainer.parser import RecipeError
-from bl_trainer.published import PUBLISHED
+from bl_trainer.errors import RecipeError
+from bl_trainer.head.lm_head import Head
+from bl_trainer.head.ops import objective_head
+from bl_trainer.objectives.objective import OBJECTIVES
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.published import PUBLISHED
 from conftest import make_double
 from ways import Gradients, Ordered, build, relative_difference, train
 
@@ -293,7 +295,7 @@ def test_wrong_parameters_say_what_is_allowed(spec, message):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_head_gives_the_gradient_of_full_logits(spec, monkeypatch):
     """In blocks of 4 rows, so that what is given per token must be cut up with them."""
-    monkeypatch.setattr("bl_trainer.blocks.BLOCK_BYTES", {"cpu": 4 * 7 * 8, "other": 4 * 7 * 8})
+    monkeypatch.setattr("bl_trainer.head.blocks.BLOCK_BYTES", {"cpu": 4 * 7 * 8, "other": 4 * 7 * 8})
     objective = Objective.parse(spec)
     hidden = torch.randn(11, 5, dtype=torch.float64, generator=GENERATOR, requires_grad=True)
     matrix = torch.randn(7, 5, dtype=torch.float64, generator=GENERATOR, requires_grad=True)

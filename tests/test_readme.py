@@ -14,17 +14,21 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
-from bl_trainer.data import PrepareArguments
-from bl_trainer.data.sources import SETS
-from bl_trainer.diagnosis import DiagnoseArguments
+from bl_trainer.diagnosis.run import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
-from bl_trainer.objectives import OBJECTIVES, STATISTICS
-from bl_trainer.parser import Parser
-from bl_trainer.published import PUBLISHED
-from bl_trainer.recipe import DATACLASSES, Recipe
-from bl_trainer.sweep.plan import OWN_KEYS, RULERS, Plan
+from bl_trainer.objectives.contract import STATISTICS
+from bl_trainer.objectives.objective import OBJECTIVES
+from bl_trainer.objectives.published import PUBLISHED
+from bl_trainer.prepare import PrepareArguments
+from bl_trainer.prepare.sources import SETS
+from bl_trainer.recipe.keys import DATACLASSES
+from bl_trainer.recipe.parser import Parser
+from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.sweep.plan import OWN_KEYS, Plan
+from bl_trainer.sweep.rulers import RULERS
 from bl_trainer.sweep.verb import SweepArguments
-from bl_trainer.trainer import METRICS, BLTrainer
+from bl_trainer.training.config import METRICS
+from bl_trainer.training.trainer import BLTrainer
 from ways import train
 
 ROOT = Path(__file__).parent.parent
@@ -180,14 +184,14 @@ def test_recipe_keys_in_the_text_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_in_configs(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.is_bnb_available", lambda: True)
+    monkeypatch.setattr("bl_trainer.recipe.recipe.is_bnb_available", lambda: True)
     Recipe.read(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
 
 
 def test_file_map_and_commands():
     files = README[README.index("## Files") : README.index("## Development")]
-    paths = re.findall(r"^([\w/.]+)  +\w", files, re.MULTILINE)
-    assert {"bl_trainer/trainer.py", "scripts/", "studies/", "tools/", "tests/"} <= set(paths)
+    paths = re.findall(r"^([\w/.]+)  +\S", files, re.MULTILINE)
+    assert {"bl_trainer/training/", "scripts/", "studies/", "tools/", "tests/"} <= set(paths)
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -11,9 +11,10 @@ import transformers
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
-from bl_trainer.__main__ import main
-from bl_trainer.parser import REPLACED, RecipeError
-from bl_trainer.recipe import NEEDS, Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe.keys import NEEDS, REPLACED
+from bl_trainer.recipe.recipe import Recipe
 from conftest import fake_checkpoint, write_recipe
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
@@ -340,7 +341,7 @@ def test_own_files_are_not_overwritten(name, write, tmp_path):
 
 
 def test_missing_bitsandbytes_is_named(write, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.is_bnb_available", lambda: False)
+    monkeypatch.setattr("bl_trainer.recipe.recipe.is_bnb_available", lambda: False)
     with pytest.raises(RecipeError, match=r"need bitsandbytes\. Run `pip install bitsandbytes`"):
         Recipe.read(write(load_in_4bit=True, use_peft=True))
 

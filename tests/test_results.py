@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
+from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
 from bl_trainer.evaluation.results import Results
-from bl_trainer.parser import RecipeError
 
 ITEMS = 12
 

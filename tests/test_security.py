@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bl_trainer import BLConfig
-from bl_trainer.__main__ import main
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe.recipe import Recipe
 from conftest import write_recipe
 from test_processes import SCRIPT
 

@@ -8,21 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
-from bl_trainer.head import TokenDivergences, TokenScores
-from bl_trainer.statistics import (
-    MAX_GROUPS,
-    OTHER,
-    PERCENTILE_ERROR,
-    Calibration,
-    Comparison,
-    Means,
-    Measurement,
-    ProbabilityHistogram,
-    Reader,
-    TokenBatch,
-    merge_groups,
-    unequal,
-)
+from bl_trainer._util.intervals import unequal
+from bl_trainer.head.ops import TokenDivergences, TokenScores
+from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
+from bl_trainer.measurement.means import Means
+from bl_trainer.measurement.results import MAX_GROUPS, OTHER, Calibration, Comparison, Measurement, Reader, merge_groups
+from bl_trainer.tokens.annotation import TokenBatch
 
 DISTRIBUTIONS = {
     "uniform": lambda rng: np.log(rng.uniform(size=5000)),
@@ -298,7 +289,7 @@ def test_groups_of_several_processes_are_whole_or_other():
 def test_parts_of_an_example_count_once(monkeypatch):
     rng = np.random.default_rng(0)
     whole, cut = Measurement(), Measurement()
-    monkeypatch.setattr("bl_trainer.statistics.MAX_PARTS", 40)
+    monkeypatch.setattr("bl_trainer.measurement.means.MAX_PARTS", 40)
     for _ in range(20):
         batch, scores = fake(10, rng, groups=list("ababababab"))
         whole.add(batch, scores)

@@ -22,16 +22,16 @@ import pytest
 import yaml
 from scipy import stats
 
-from bl_trainer.__main__ import main
-from bl_trainer.parser import RecipeError
-from bl_trainer.recipe import Recipe
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import CPU_LAUNCH
 from bl_trainer.sweep.leaderboard import difference, rank
-from bl_trainer.sweep.page import _alphas, arms_csv, comparison, markdown, page, summary
+from bl_trainer.sweep.page import alpha_curves, arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan, describe
 from bl_trainer.sweep.study import ArmError, Study
-from bl_trainer.sweep.verb import _devices, failures
+from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
 from test_statistics import quadratic_form
 
@@ -782,12 +782,12 @@ def test_an_arm_s_data_are_looked_at_with_its_own_rate(make, tmp_path, capsys):
 def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
-    assert _devices(1, True) is None
-    assert _devices(2, False) == ["0,1", "2,3"]
+    assert device_shares(1, True) is None
+    assert device_shares(2, False) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
-    assert _devices(3, False) == ["3", "5", "7"]
+    assert device_shares(3, False) == ["3", "5", "7"]
     with pytest.raises(RecipeError, match=r"`--jobs 4`: there are 3 GPUs\. Write at most so many jobs"):
-        _devices(4, False)
+        device_shares(4, False)
 
 
 # Real arms
@@ -865,4 +865,4 @@ def test_composed_arms_have_names_and_are_no_points_of_the_family():
     assert describe(setting) == "power 0 to 2 + 0.1 nll, learning_rate 1e-05"
     groups = [{"name": "power", "alpha": 3}, "neg_p", setting["objective"], {"name": "neg_p", "floor": 0.1}]
     rows = [SimpleNamespace(group={"objective": group}, values={"nll": i}) for i, group in enumerate(groups)]
-    assert _alphas(SimpleNamespace(rows=rows, plan=SimpleNamespace(rank_by="nll"))) == {3.0: 0, 1.0: 1}
+    assert alpha_curves(SimpleNamespace(rows=rows, plan=SimpleNamespace(rank_by="nll"))) == {3.0: 0, 1.0: 1}

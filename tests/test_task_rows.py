@@ -6,18 +6,18 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from bl_trainer.parser import RecipeError
+from bl_trainer.errors import RecipeError
 
 pytest.importorskip("lm_eval")
-from bl_trainer.evaluation.graders import letter_docs
-from bl_trainer.evaluation.harness import _splits
+from bl_trainer.evaluation.grading import letter_docs
+from bl_trainer.evaluation.harness import task_splits
 
 BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # at all of which `str.splitlines` splits
 
 
 def read(path, content):
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return _splits(path)["test"]
+    return task_splits(path)["test"]
 
 
 def lines(rows):
@@ -84,4 +84,4 @@ def test_tables_without_rows_are_refused(kind, tmp_path):
     if kind == "parquet":
         pa.parquet.write_table(pa.table({"question": pa.array([], pa.string())}), path)
     with pytest.raises(RecipeError, match="it is empty"):
-        _splits(path)
+        task_splits(path)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bl_trainer.continuum import gradient_mass, objective_name
-from bl_trainer.objectives import Objective, Threshold, price, spell_probability
-from bl_trainer.statistics import PERCENTILE_ERROR, ProbabilityHistogram
+from bl_trainer.diagnosis.continuum import objective_name
+from bl_trainer.diagnosis.report import gradient_mass
+from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
+from bl_trainer.objectives.objective import Objective
+from bl_trainer.objectives.pricing import price
+from bl_trainer.objectives.threshold import Threshold, spell_probability
 
 BOTH = [torch.float32, torch.float64]
 TIED = [1 / 97, 1.0, 0.5, 0.25, 0.999, 1 - 1e-10, 1 - 2**-30, 2**-30, 1e-30, 1e-80]  # below 2^-126 p counts as 0

@@ -21,12 +21,13 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from bl_trainer import BLTrainer, Objective, Threshold
-from bl_trainer.checkpoint import CheckpointError
-from bl_trainer.head import add_scoring, objective_head, score
-from bl_trainer.objectives import price
-from bl_trainer.refusals import refuse_no_causal_lm
-from bl_trainer.trainer import RECORD_FILE
-from bl_trainer.verification import HEADS, verify_head
+from bl_trainer.errors import CheckpointError
+from bl_trainer.head.ops import objective_head, score
+from bl_trainer.head.patch import add_scoring
+from bl_trainer.head.verification import HEADS, verify_head
+from bl_trainer.objectives.pricing import price
+from bl_trainer.training.refusals import refuse_no_causal_lm
+from bl_trainer.training.trainer import RECORD_FILE
 from conftest import make_llama, make_mixtral, sizes
 from families import UNBUILT, families, tiny_model
 from ways import build, make_phi, make_recurrent_gemma, make_tied, relative_difference, weights

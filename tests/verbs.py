@@ -10,15 +10,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-import bl_trainer.__main__
+import bl_trainer.cli
 
 
 def main(path):
     torch.set_num_threads(1)
-    bl_trainer.__main__.end = lambda trainer: trainer.accelerator.wait_for_everyone()  # the processes go on
+    bl_trainer.cli.end = lambda trainer: trainer.accelerator.wait_for_everyone()  # the processes go on
     for name, argv in json.loads(Path(path).read_text()).items():
         with open(Path(path).with_name(f"{name}.{os.environ['RANK']}.txt"), "w") as file, redirect_stdout(file):
-            bl_trainer.__main__.main(argv)
+            bl_trainer.cli.main(argv)
     torch.distributed.destroy_process_group()
 
 

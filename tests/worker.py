@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import sharded
 from bl_trainer import BLConfig
-from bl_trainer.__main__ import end
+from bl_trainer.cli import end
 from conftest import make_double, make_llama
 from ways import Gradients, Ordered
 

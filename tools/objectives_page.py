@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from bl_trainer import Objective
-from bl_trainer.objectives import OBJECTIVES, STATISTICS
+from bl_trainer.objectives.contract import STATISTICS
+from bl_trainer.objectives.objective import OBJECTIVES
 
 P = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
 # What each panel shows: label, parameters, and statistics of every token

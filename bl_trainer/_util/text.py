@@ -1,10 +1,13 @@
 """Reading what a recipe gives: numbers that reach us as text, and names that are nearly right."""
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from datasets.exceptions import DatasetsError
 
 
 def nearest(name: Any, allowed: Iterable[str]) -> str:
@@ -34,3 +37,18 @@ def to_number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def from_json(key: str, value: Any, example: str) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
+
+
+def sentence(error: BaseException) -> str:
+    """An exception's message on one line."""
+    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split()) or type(error).__name__

@@ -20,14 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .annotation import end_ids, special_ids, token_batch, tokenizer_of
-from .head import Head, log_probs, score
-from .measurement import count_targets, score_batch
-from .objectives import Objective
-from .parser import RecipeError
-from .recipe import Recipe
-from .statistics import Means, MeasurementError
-from .trainer import BLTrainer
+from ..errors import MeasurementError, RecipeError
+from ..head.lm_head import Head
+from ..head.ops import log_probs, score
+from ..measurement.forward import count_targets, score_batch
+from ..measurement.means import Means
+from ..objectives.objective import Objective
+from ..recipe.recipe import Recipe
+from ..tokens.annotation import token_batch
+from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
+from ..training.trainer import BLTrainer
 
 BELOW = 0.1  # p under the base model below which a target is improbable
 CANDIDATES = 64  # places of which a control is the best match

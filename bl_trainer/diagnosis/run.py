@@ -8,31 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
-from torch import Tensor
+from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
-from .annotation import Annotation, Collator, end_ids, group_name, special_ids, token_batch, token_texts, tokenizer_of
-from .columns import WEIGHT
-from .continuum import summarise, summarise_comparison
-from .head import Head, TokenDivergences, TokenScores, add_scoring, compare, score
-from .interruption import REFERENCE
-from .labels import columns_of
+from ..errors import RecipeError
+from ..measurement.forward import count_targets, measure, score_batch
+from ..measurement.results import Comparison, Measurement
+from ..recipe.datasets import load_dataset
+from ..recipe.recipe import Recipe
+from ..tokens.annotation import Annotation, group_name, token_batch
+from ..tokens.collators import Collator
+from ..tokens.labels import columns_of
+from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.vocabulary import end_ids, special_ids, token_texts, tokenizer_of
+from ..training.trainer import BLTrainer
 from .learnability import Probe, halves, probe_adapter
-from .local_data import load_dataset
-from .measurement import count_targets, measure, score_batch
-from .parser import RecipeError
-from .recipe import Recipe
-from .statistics import Comparison, Measurement
-from .trainer import BLTrainer
-from .verification import verify_head
+from .pair import Pair
+from .report import summarise, summarise_comparison
 
 logger = get_logger(__name__)
 
@@ -98,7 +95,7 @@ class DiagnoseArguments:
             raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
 
 
-class _Diagnoser(BLTrainer):
+class Diagnoser(BLTrainer):
     """A trainer that only measures; it keeps track of the row that each token comes from, also through packing.
 
     `by`: column of the groups. `limit`: target tokens that this process takes of a data set that is packed, chosen before they
@@ -183,7 +180,7 @@ class Diagnosis:
         threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
         objective, args.objective = args.objective, "nll"  # whose columns it would add
         args.model_init_kwargs = recipe.model_init_kwargs()
-        self.trainer = _Diagnoser(
+        self.trainer = Diagnoser(
             options.by,
             limit,
             model=recipe.model.model_name_or_path,
@@ -201,7 +198,7 @@ class Diagnosis:
         if dataset_kwargs.get("skip_prepare_dataset"):
             prepared = prepared.map(Annotation(None, None, False))
         self.loader, self.is_cut = self._load(prepared), self.trainer.is_cut
-        self.pair = _Pair(self.trainer, recipe, options.compare) if options.compare else None
+        self.pair = Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
         args.threshold, args.objective = threshold, objective
@@ -345,56 +342,6 @@ def _deal(dataset: Any, args: Any) -> IterableDataset:
         return own.to_iterable_dataset(num_shards=min(len(own), max(1, args.dataloader_num_workers)))
     numbered = dataset.shuffle(seed=args.seed, buffer_size=1000).map(lambda example, i: {"bl_index": i}, with_indices=True)
     return numbered.filter(lambda example: example["bl_index"] % world == rank)
-
-
-class _Pair:
-    """The recipe's model and a tuned one, both scored on a batch."""
-
-    def __init__(self, trainer: _Diagnoser, recipe: Recipe, path: str):
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise RecipeError("`--compare` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
-        self.trainer = trainer
-        self.adapter = (Path(path) / "adapter_config.json").is_file()
-        if self.adapter:
-            base = PeftConfig.from_pretrained(path).base_model_name_or_path
-            if base != recipe.model.model_name_or_path:
-                logger.warning(
-                    f"The adapter `--compare {path}` was trained on {base}, the recipe's model is another by its name."
-                )
-        if self.adapter and isinstance(trainer.model, PeftModel):
-            trainer.model.load_adapter(path, "tuned")
-            trainer.model.set_adapter("tuned")
-        elif self.adapter:
-            trainer.model = PeftModel.from_pretrained(trainer.model, path, adapter_name="tuned")
-        else:
-            kwargs = trainer.args.model_init_kwargs or {}
-            kwargs = {**kwargs, "revision": None, "quantization_config": recipe.quantization_config}
-            try:
-                self.tuned = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(trainer.model.device).eval()
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"Can't load the model `--compare {path}`: {' '.join(str(error).split())}") from error
-            add_scoring(self.tuned)
-        with trainer.accelerator.autocast():
-            verify_head(trainer.model if self.adapter else self.tuned, trains=False)
-
-    def __call__(self, batch: dict[str, Any]) -> tuple[TokenScores, TokenScores, TokenDivergences]:
-        trainer = self.trainer
-        model = trainer.model
-
-        def keep(hidden: Tensor, head: Head, target: Tensor) -> Any:
-            return hidden, head, score(hidden, head, target)
-
-        with trainer.accelerator.autocast():
-            if self.adapter:
-                with model.disable_adapter():
-                    hidden, head, base = score_batch(trainer, model, batch, keep)
-                own, own_head, tuned = score_batch(trainer, model, batch, keep)
-            else:
-                hidden, head, base = score_batch(trainer, model, batch, keep)
-                own, own_head, tuned = score_batch(trainer, self.tuned, batch, keep)
-            with torch.no_grad():
-                divergences = compare(own, own_head, hidden, head)
-        return base.cpu(), tuned.cpu(), divergences.cpu()
 
 
 def _read_aloud(measurement: Measurement, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ..parser import RecipeError
+from ..errors import RecipeError
 from .options import EvaluateArguments
 from .results import Results, paired_difference, read_items, table
 

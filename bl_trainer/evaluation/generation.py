@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import TemplateError
 from lm_eval.api.task import ConfigurableTask
 
-from ..data.format import ASSISTANT, USER, Format
-from ..parser import RecipeError, sentence
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..prepare.format import ASSISTANT, USER, Format
 from .grading.reasoning import split_reasoning
 from .options import EvaluateArguments
 

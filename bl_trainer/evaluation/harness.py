@@ -19,10 +19,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..data.format import Format
-from ..local_data import LOCAL_FORMATS, find_fault, is_empty
-from ..objectives import _nearest
-from ..parser import RecipeError, sentence
+from .._util.text import nearest, sentence
+from ..errors import RecipeError
+from ..prepare.format import Format
+from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_empty
 from .completion import COLUMNS, Completion
 from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
@@ -55,7 +55,7 @@ class Tasks:
             self.manager = TaskManager(include_path=OWN)  # reads thousands of files
         for name in options.files():
             if name not in options.tasks:
-                raise RecipeError(f"`--data {name}=...`: `--tasks` names no such task.{_nearest(name, options.tasks)}")
+                raise RecipeError(f"`--data {name}=...`: `--tasks` names no such task.{nearest(name, options.tasks)}")
 
     def load(self, name: str) -> Loaded:
         """Load one of them, with its data."""
@@ -63,7 +63,7 @@ class Tasks:
         if _is_file(name) and not Path(name).is_file():
             raise RecipeError(f"`--tasks {name}` is not a file.")
         if name not in known and not _is_file(name):
-            raise RecipeError(f"Unknown task {name!r}.{_nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
+            raise RecipeError(f"Unknown task {name!r}.{nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
         source = known[name].yaml_path if name in known else Path(name)
         config = _configuration(source) if source else {}
         if _is_file(name) and "group" in config:
@@ -134,7 +134,7 @@ def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     """Return the task's configuration with `path` in place of its data set."""
     own = config.get("class")
     if isinstance(own, type) and issubclass(own, Generation) and not issubclass(own, Completion):
-        return {**config, "dataset_path": None, "custom_dataset": partial(_splits, path), "test_split": "test"}
+        return {**config, "dataset_path": None, "custom_dataset": partial(task_splits, path), "test_split": "test"}
     fault = find_fault([path], COLUMNS[:2]) if name == "completion" else None
     if is_empty(path):
         raise RecipeError(f"`--data {name}={path}` is empty.")
@@ -162,7 +162,7 @@ def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return {**config, **data, **splits, "fewshot_config": shots or None}
 
 
-def _splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
+def task_splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
     """Return the rows of a file as the split "test".
 
     A JSON object is taken as a mapping from the column `source` to rows. Rows may differ in the keys of their mappings.

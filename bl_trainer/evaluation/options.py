@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from ..local_data import LOCAL_FORMATS, find_fault, is_path, local_files
-from ..parser import Parser, RecipeError, sentence
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_path, local_files
+from ..recipe.parser import Parser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")

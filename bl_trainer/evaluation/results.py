@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..files import write_text
-from ..parser import RecipeError
-from ..statistics import t_quantile, within
+from .._util.files import write_text
+from .._util.intervals import t_quantile, within
+from ..errors import RecipeError
 from .grading.reasoning import split_reasoning
 from .options import Checkpoint, EvaluateArguments
 

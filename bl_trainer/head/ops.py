@@ -3,65 +3,18 @@
 A batch's logits are never held: they are formed a block of rows at a time, used, and overwritten by the next.
 """
 
-import functools
 import math
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .blocks import Blocks, Gradients, TokenScores
-from .objectives import Price
-
-# Config attributes by which model families multiply their logits
-MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# and by which they bound them, the first as most do
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-class Head(NamedTuple):
-    """A model's LM head: logits = softcap(scale (hidden weight^T + bias)), in float32 or wider."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, model: Any) -> "Head":
-        """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
-        module, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
-        if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
-            raise ValueError(
-                f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
-                "head's tokens from `trainable_token_indices`."
-            )
-        if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.itemsize < 2:
-            kind = "no weight" if weight is None else f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
-            raise ValueError(
-                f"The LM head, {type(module).__name__}, has {kind}, which gives no probabilities. Leave the head out of "
-                "quantization (`llm_int8_skip_modules: [lm_head]`), and out of FSDP1's units of their own."
-            )
-        scales = [getattr(config, name, None) for name in MULTIPLIERS]
-        divisor = getattr(config, "logits_scaling", None)
-        if divisor is not None:
-            scales.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
-        scale = next((float(scale) for scale in scales if scale is not None), 1.0)
-        softcaps = (getattr(config, name, None) for name in SOFTCAPS)
-        return cls(weight, bias, scale, next((softcap for softcap in softcaps if softcap is not None), None))
-
-
-def _whole(parameter: Any) -> Any:
-    """Gather a parameter that FSDP2 shards as a unit of its own; its gradient is the mean over processes, as FSDP2's are."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+from ..objectives.pricing import Price
+from .blocks import Blocks, TokenScores
+from .gradients import Gradients
+from .lm_head import Head
 
 
 class TokenCosts(NamedTuple):
@@ -223,41 +176,6 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     return torch.mul(grad, scale, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
-def _backbone(model: Any) -> Any:
+def backbone(model: Any) -> Any:
     """Return what makes the last hidden states; `base_model` is the model itself where its prefix names no module (Llama 4)."""
     return getattr(model, "model", model) if model.base_model is model else model.base_model
-
-
-def add_scoring(model: Any) -> None:
-    """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens, and which are targets.
-
-    `hidden`: (N, hidden size), `target`: (N,) the labels that are not -100, in reading order, each with the hidden state that
-    predicts it; which: bool (batch, length - 1). Everything runs inside the model's forward, so that sharded and autocast
-    models work as in training. Raises ValueError on labels outside of the vocabulary, and as `Head.of`.
-    """
-    original = model.forward.__func__
-
-    @functools.wraps(original)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, use: Any = None, **kwargs: Any) -> Any:
-        if use is None:
-            return original(self, *args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
-        kwargs["use_cache"] = False
-        hidden = _backbone(self)(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
-        module = self.get_output_embeddings()
-        parameters = [getattr(module, name) for name in ("weight", "bias") if getattr(module, name, None) is not None]
-        with maybe_gather_lm_head_ctx(*parameters):
-            head = Head.of(self)
-            hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
-            is_target = labels != -100
-            flat = is_target.flatten().nonzero().squeeze(1)
-            chosen, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat), labels.flatten()[flat]
-            is_wrong = (targets < 0) | (targets >= len(head.weight))
-            if is_wrong.any():
-                raise ValueError(
-                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {len(head.weight)} tokens."
-                    " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
-                )
-            return use(chosen, head, targets), is_target
-
-    model.forward = types.MethodType(forward, model)

@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 
-from .head import Head, score
+from .lm_head import Head
+from .ops import score
 
 TOKENS = 8
 HEADS = {"own": "bl_trainer's loss head", "trl": "TRL's loss head"}

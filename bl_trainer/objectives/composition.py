@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .specs import is_number, nearest, to_number
+from .._util.text import is_number, nearest, to_number
 
 KEYS = ("floor", "mix", "special_tokens")  # of any objective's mapping, besides `name` and its parameters
 SHAPES = ("linear", "cosine")

@@ -8,120 +8,30 @@ its parameters filled in, `Threshold` says which target tokens train.
 import importlib
 import inspect
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .composition import COIN_FLIP, KEYS, Schedule, chosen, floored, hidden, value_at
-from .pointwise import _Pointwise, _power, _require_number, _widen
+from .._util.text import from_json, is_number, nearest, to_exponent, to_number
+from .composition import COIN_FLIP, KEYS, Schedule, chosen, floored, value_at
+from .contract import STATISTICS, probe_tokens
+from .functions import (
+    anneal,
+    annealed_alpha,
+    log_one_minus_p,
+    neg_p,
+    nll,
+    power,
+)
+from .pricing import masked_cost
 from .published import PUBLISHED
-from .specs import is_number as _is_number
-from .specs import nearest as _nearest
-from .specs import to_exponent as _to_exponent
-from .specs import to_number as _to_number
-
-# What the trainer can hand to an objective besides `logp`; see `Objective`.
-STATISTICS = ("entropy", "log_sum_sq_probs", "is_top1", "ref_logp", "label", "progress")
-
-
-def nll(logp: Tensor) -> Tensor:
-    """f(p) = -log p, weight on the NLL gradient 1.
-
-    Standard SFT, and the default: for a model that knows little of the task (model-weak), or while you don't know.
-
-    Source: https://arxiv.org/abs/2510.00526, Eq. 1.
-
-    `logp`: float tensor of any shape. Returns the same shape and dtype.
-    """
-    return -logp
-
-
-def neg_p(logp: Tensor) -> Tensor:
-    """f(p) = 1 - p, weight on the NLL gradient p.
-
-    The paper's -p, and the gradient of `dft`: for a model that knows the task well (model-strong), where improbable targets are
-    mostly noise.
-
-    Source: https://arxiv.org/abs/2510.00526, section 3.
-
-    `logp`: float tensor of any shape. Returns the same shape and dtype.
-    """
-    return _Pointwise.apply(logp, -torch.expm1(logp), -torch.exp(logp))
-
-
-def power(logp: Tensor, alpha: float) -> Tensor:
-    """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha.
-
-    Between the two and beyond: alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more
-    prior-averse than `nll`. There p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly
-    in log p.
-
-    Source: https://arxiv.org/abs/2510.00526, Eq. 3.
-
-    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless alpha is a finite number.
-    """
-    _require_number("power", "alpha", alpha)
-    if abs(alpha) < 1e-16:  # (1 - p^alpha) / alpha differs from -log p by less than a float64 can hold
-        return -logp
-    wide = _widen(logp)
-    exponent = alpha * wide  # in float64: at log p = -100 a rounding of the exponent is a relative error of exp
-    tame = exponent.clamp(max=80)
-    weight = tame.exp()
-    value = -(tame.expm1() + weight * (exponent - 80).clamp(min=0)) / alpha
-    return _Pointwise.apply(logp, value.to(logp.dtype), -weight.to(logp.dtype))
-
-
-def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """f(p) = log(1 - p + epsilon), weight on the NLL gradient p / (1 - p + epsilon).
-
-    To repeat the paper's figure: nearly all weight is on what is already probable.
-
-    Source: https://arxiv.org/abs/2510.00526, Fig. 5; epsilon from its code.
-
-    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless epsilon > 0, without
-    which f has no slope at p = 1.
-    """
-    _require_number("log_one_minus_p", "epsilon", epsilon)
-    if epsilon <= 0:
-        raise ValueError(f"`epsilon` of objective 'log_one_minus_p' must be positive, got {epsilon}; the paper has 1e-3.")
-    wide = _widen(logp)
-    p, one_minus_p = wide.exp(), -wide.expm1()
-    value = torch.where(p < 0.5, torch.log1p(epsilon - p), torch.log(one_minus_p + epsilon))
-    return _Pointwise.apply(logp, value.to(logp.dtype), -(p / (one_minus_p + epsilon)).to(logp.dtype))
-
-
-def _annealed(progress: float, start: float, end: float) -> float:
-    """Return the alpha of `anneal` at H = 0. Raises ValueError unless start >= 0 and end >= 0."""
-    for name, value in (("start", start), ("end", end)):
-        _require_number("anneal", name, value)
-        if value < 0:
-            raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
-    return Schedule(start, end, over=(0.5, 1.0)).at(progress)
-
-
-def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 5.0) -> Tensor:
-    """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = sg(e^-H) (start + (end - start) max(0, 2 progress - 1)).
-
-    `power`, with an alpha for each token, the smaller the less the model is decided (H is the entropy of its next-token
-    distribution in nats), and so the nearer to `nll`, which learns what it lacks. Where it is sure, of the target or of
-    something else, alpha is `start` in the first half of training, and rises in the second, linearly to `end`: targets that
-    it has had the chance to learn and still finds improbable are let go. docs/negative-results.md says how it was found,
-    docs/anneal.md what it does.
-
-    `logp`: float tensor of any shape. `entropy`: the same shape. `progress`: of training, from 0 to 1. Returns the shape
-    and dtype of `logp`. Raises ValueError unless start >= 0 and end >= 0.
-    """
-    sureness = (-_widen(entropy.detach()).clamp(min=0)).exp()
-    return _power(logp, _annealed(progress, start, end) * sureness)
-
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "nll": nll,
@@ -149,7 +59,7 @@ class Objective:
 
     `mix`: objectives whose costs are added, each times its weight >= 0; f itself counts once. `floor`, 0 to 1: the smallest
     weight of a token on the NLL gradient, f and `mix` together. `special_tokens`: the objective of end, special and
-    chat-template tokens, which keep it alone, and train whatever the threshold. See `bl_trainer.composition`.
+    chat-template tokens, which keep it alone, and train whatever the threshold. See `bl_trainer.objectives.composition`.
     """
 
     name: str
@@ -170,7 +80,7 @@ class Objective:
         """
         if isinstance(spec, Objective):
             return spec
-        spec = _from_json("objective", spec, '{"name": "power", "alpha": 10}')
+        spec = from_json("objective", spec, '{"name": "power", "alpha": 10}')
         if callable(spec):
             raise ValueError(
                 f"`objective` must be a name, got {spec!r}. Give a function by its import path, `module:function`, in "
@@ -241,7 +151,7 @@ class Objective:
         """Return what its schedules, and the alpha of `anneal` at H = 0, have come to at this share of training, by name."""
         found = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
         annealed = {f"{prefix}alpha": part.resolved.at(progress) for prefix, part in self.walk() if part.function is anneal}
-        return found | {name: _annealed(progress, **part.parameters) for name, part in annealed.items()}
+        return found | {name: annealed_alpha(progress, **part.parameters) for name, part in annealed.items()}
 
     def walk(self, prefix: str = "") -> "Iterator[tuple[str, Objective]]":
         """Yield this objective and all within it, each with what the names of its settings begin with: `mix_power_`."""
@@ -279,7 +189,7 @@ class Objective:
             return _import(self.name)
         if self.name not in OBJECTIVES:
             raise ValueError(
-                f"Unknown objective {self.name!r}.{_nearest(self.name, OBJECTIVES)} Built in: {', '.join(OBJECTIVES)}. Your "
+                f"Unknown objective {self.name!r}.{nearest(self.name, OBJECTIVES)} Built in: {', '.join(OBJECTIVES)}. Your "
                 "own function goes by its import path, e.g. `objective: my_package.losses:my_objective`."
             )
         return OBJECTIVES[self.name]
@@ -368,7 +278,7 @@ class Objective:
             if key in own:
                 raise ValueError(
                     f"Objective {self.name!r} has a parameter {key!r}, which in a recipe means the same for every objective: "
-                    "see `bl_trainer.composition`. Give the parameter another name."
+                    "see `bl_trainer.objectives.composition`. Give the parameter another name."
                 )
         supplied = [key for key in self.parameters if key in STATISTICS]
         surplus = [key for key in self.parameters if key not in own and not takes_any]
@@ -381,7 +291,7 @@ class Objective:
             problems += [f"{key!r} is missing" for key in missing]
             example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
             offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
-            near = "".join(_nearest(key, (*own, *KEYS)) for key in surplus)
+            near = "".join(nearest(key, (*own, *KEYS)) for key in surplus)
             write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
             if function is anneal:
                 write = " For another schedule give `start` and `end` the same one, as `{from: 0.5, to: 5, over: [0.3, 1]}`."
@@ -389,7 +299,7 @@ class Objective:
             raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
         for key in self.schedules:
             default = own[key].default if key in own else None
-            if default not in (None, inspect.Parameter.empty) and not _is_number(default):
+            if default not in (None, inspect.Parameter.empty) and not is_number(default):
                 raise ValueError(
                     f"`{key}` of objective {self.name!r} can't be scheduled: it is no number, its default is {default!r}. "
                     "Give it one value."
@@ -404,8 +314,8 @@ class Objective:
     def _check_contract_at(self, progress: float) -> None:
         what, shape = f"Objective {self.name!r}", (2, 6)
         when = f" and progress {progress:g}" if "progress" in self.own_statistics else ""
-        tokens = _probe([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape, progress)
-        others = _probe([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape, progress)
+        tokens = probe_tokens([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape, progress)
+        others = probe_tokens([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape, progress)
         if self.name in OBJECTIVES:
             self(**tokens)  # its parameters are checked; the rest is tested with the package
             return
@@ -458,195 +368,8 @@ class Objective:
         return cost
 
 
-def _probe(logp: list[float], shape: tuple[int, int], progress: float) -> dict[str, Any]:
-    """Return statistics of tokens with these log-probabilities, one that a next-token distribution could have."""
-    values = torch.tensor(logp, dtype=torch.float32).view(shape)
-    uncertainty = 0.1 + (-values).clamp(max=3)
-    return {
-        "logp": values,
-        "entropy": uncertainty,
-        "log_sum_sq_probs": -uncertainty,
-        "is_top1": values > -0.69,
-        "ref_logp": values / 2 - 0.1,
-        "label": torch.zeros(shape, dtype=torch.long),
-        "progress": progress,
-    }
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Train only on target tokens with above <= p <= below (paper, Eq. 4); p is the current model's, without gradient.
-
-    `above`, `below`: probabilities, both inclusive: a token on a bound is kept, however its log p is rounded.
-    `above_percentile`: `above` is to be this percentile (0 to 100) of the starting model's p over the target tokens of the
-    training set (section 5.1), which the trainer measures; until then it is not `resolved`. `normalize`: what the sum of costs
-    is divided by. `tokens`: all target tokens of the batch, exact under gradient accumulation and on several processes. `kept`:
-    the kept tokens of each micro-batch, all micro-batches weighing the same, as the paper's code does. Raises ValueError on
-    anything else.
-    """
-
-    above: float = 0.0
-    below: float = 1.0
-    normalize: str = "tokens"
-    above_percentile: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("above", "below"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value <= 1:
-                percentile = (
-                    f" For a percentile write `threshold: {{above_percentile: {value:g}}}`." if _is_number(value) else ""
-                )
-                raise ValueError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.{percentile}")
-        if self.above > self.below:
-            raise ValueError(
-                f"`threshold` keeps no token: above = {self.above} exceeds below = {self.below}. Tokens with "
-                "above <= p <= below are kept; swap the two."
-            )
-        rank = self.above_percentile
-        if rank is not None and (not _is_number(rank) or not 0 < rank < 100):
-            raise ValueError(f"`threshold` `above_percentile` must be a number above 0 and below 100, got {rank!r}.")
-        if self.normalize not in ("tokens", "kept"):
-            raise ValueError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
-
-    @classmethod
-    def parse(cls, spec: "float | str | Mapping[str, Any] | Threshold | None") -> "Threshold":
-        """Read `0.2` (meaning `{"above": 0.2}`), `{"above": 0.2, "below": 0.9, "normalize": "kept"}`, also as JSON text.
-
-        None keeps every token. Raises ValueError on an unknown key or value, and if `above` and `above_percentile` are given.
-        """
-        if isinstance(spec, Threshold):
-            return spec
-        spec = _to_number(_from_json("threshold", spec, '{"above": 0.2, "below": 0.9}'))
-        if spec is None or (isinstance(spec, str) and spec.lower() in ("none", "null")):  # as the command line has it
-            return cls()
-        if _is_number(spec):
-            return cls(above=spec)  # type: ignore[arg-type]
-        if not isinstance(spec, Mapping) or not spec:
-            raise ValueError(
-                f"`threshold` must be a probability or a mapping, got {spec!r}. Write `threshold: 0.2`, or `threshold: "
-                "{above: 0.2, below: 0.9}`."
-            )
-        allowed = [f.name for f in fields(cls)]
-        for key in spec:
-            if key not in allowed:
-                raise ValueError(f"Unknown key {key!r} in `threshold`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
-        if "above" in spec and "above_percentile" in spec:
-            raise ValueError(f"`threshold` has both `above` and `above_percentile`: {dict(spec)}. Keep one of them.")
-        return cls(**{key: _to_number(value) for key, value in spec.items()})
-
-    @property
-    def resolved(self) -> bool:
-        """Whether `above` is known."""
-        return self.above_percentile is None or self.above > 0
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether no token is ever dropped."""
-        return self.resolved and (self.above, self.below) == (0, 1)
-
-    def keep(self, logp: Tensor) -> Tensor:
-        """Return which tokens train: bool tensor of the shape of `logp`."""
-        logp = logp.detach()
-        low, high = self._log_bounds(logp.dtype)
-        return ~((logp < low) | (logp > high))  # keeps NaN, so that a diverged model shows in the loss
-
-    def _log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return the log p of the bounds, each moved outwards by the rounding of log p in `dtype`."""
-        low = -math.inf if self.above == 0 else math.log(self.above) - _rounding(self.above, dtype)
-        if self.below in (0, 1):
-            return low, math.inf if self.below else -math.inf
-        return low, math.log(self.below) + _rounding(self.below, dtype)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the mapping that `parse` reads."""
-        spec = {"above": self.above, "below": self.below, "normalize": self.normalize}
-        if self.above_percentile is None:
-            return spec
-        resolved = {"above": self.above} if self.resolved else {}
-        return {**resolved, "above_percentile": self.above_percentile, "below": self.below, "normalize": self.normalize}
-
-
-def _rounding(p: float, dtype: torch.dtype) -> float:
-    """Return how far in log p a token of this p may lie from log p in `dtype`; near p = 1 a small part of 1 - p."""
-    return min(torch.finfo(dtype).eps * (1 - math.log(p)), 2**-17 * (1 - p) / p)
-
-
-def spell_probability(p: float, digits: int = 3) -> str:
-    """Return p with so many digits, those of 1 - p if p would look like 1."""
-    rest = 1 - p
-    return f"1 - {rest:.{digits}g}" if 0 < rest < 10**-digits else f"{p:.{digits}g}"
-
-
-def trains(threshold: Threshold, logp: Tensor, is_special: Tensor | None = None) -> Tensor:
-    """Return which tokens train: those that the threshold keeps, and special ones, whose objective is `special_tokens`."""
-    kept = threshold.keep(logp)
-    return kept if is_special is None else kept | is_special
-
-
-def masked_cost(
-    objective: Objective, kept: Tensor, logp: Tensor, scale: Tensor | None = None, **statistics: Any
-) -> tuple[Tensor, Tensor]:
-    """Return (f, weight on the NLL gradient) per token, both exactly zero, also in the gradient, where not `kept`.
-
-    `kept`: bool tensor; `logp` and the tensors in `statistics`: its shape; both results: its shape, `logp`'s dtype. The
-    weight has no gradient. f may be infinite or NaN on tokens that are not kept, since it never sees them. `scale`, of the
-    same shape, >= 0, multiplies both: `objective_weight`.
-    """
-    if scale is not None:
-        kept = kept & (scale != 0)
-    # Its graph is gone through twice, which activation offloading can't. Under `inference_mode` there would be none, and no
-    # tensor made there can be in one: all are copied
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        seen = hidden(~kept, {"logp": logp, **statistics})
-        leaf = seen.pop("logp")
-        if not leaf.requires_grad:
-            leaf.requires_grad_()
-        cost = objective(leaf, **seen)
-        if scale is not None:
-            cost = cost * scale.to(cost.dtype).clone()
-        slope = None
-        if cost.requires_grad:  # a function of the entropy alone has no gradient in evaluation
-            (slope,) = torch.autograd.grad(cost.sum(), leaf, retain_graph=True, allow_unused=True)
-    weight = torch.zeros_like(logp) if slope is None else -slope
-    if not torch.is_grad_enabled():
-        cost = cost.detach()
-    zero = cost.new_zeros(())
-    return torch.where(kept, cost, zero), torch.where(kept, weight, zero)
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved
-
-
-class Price(NamedTuple):
-    """What N tokens cost, all (N,) and without graph; what `kept` leaves out costs nothing and weighs nothing.
-
-    `cost`: f. `weight`: -df/dlogp, the weight on the NLL gradient. `kept`: bool. `entropy_slope`: df/dentropy, None if zero.
-    """
-
-    cost: Tensor
-    weight: Tensor
-    kept: Tensor
-    entropy_slope: Tensor | None
-
-
-def price(objective: Objective, threshold: Threshold, statistics: Mapping[str, Any]) -> Price:
-    """Price tokens by their `statistics`: `logp`, (N,), at least those the objective names, and maybe `objective_weight`."""
-    logp, slope = statistics["logp"].detach(), None
-    given = {name: statistics[name] for name in objective.statistics}
-    kept = trains(threshold, logp, given.get("is_special"))
-    with torch.inference_mode(False), torch.enable_grad():
-        if "entropy" in given:
-            given["entropy"] = given["entropy"].detach().clone().requires_grad_()
-        cost, weight = masked_cost(objective, kept, logp, statistics.get("objective_weight"), **given)
-        if "entropy" in given and cost.requires_grad:
-            (slope,) = torch.autograd.grad(cost.sum(), given["entropy"], allow_unused=True)
-    return Price(cost.detach(), weight, kept, slope)
-
-
 def _setting(key: str, value: Any) -> Any:
-    return Schedule.parse(key, value) if Schedule.is_meant(value) else _to_exponent(value)
+    return Schedule.parse(key, value) if Schedule.is_meant(value) else to_exponent(value)
 
 
 def _plain(value: Any) -> Any:
@@ -655,9 +378,9 @@ def _plain(value: Any) -> Any:
 
 def _bounded(what: str, value: Any, most: float, advice: str) -> Any:
     """Read a number from 0 to `most`, or a schedule of such."""
-    setting = _to_number(_setting(what, value))
+    setting = to_number(_setting(what, value))
     for end in (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,):
-        if not _is_number(end) or not 0 <= end <= most:
+        if not is_number(end) or not 0 <= end <= most:
             limits = "0 or above" if most == math.inf else f"between 0 and {most:g}"
             raise ValueError(f"`{what}` must be a number {limits}, or a schedule of such, got {value!r}. {advice}")
     return setting
@@ -677,7 +400,7 @@ def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
         spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
     for other in spec:
         if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
-            near = "".join(_nearest(key, ["weight"]) for key in other if key != "name") if isinstance(other, Mapping) else ""
+            near = "".join(nearest(key, ["weight"]) for key in other if key != "name") if isinstance(other, Mapping) else ""
             raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}.{near} {example}")
     return tuple(
         (
@@ -712,16 +435,7 @@ def _import(path: str) -> Callable[..., Tensor]:
     try:
         function = attrgetter(attribute)(module)
     except AttributeError as error:
-        raise ValueError(f"Module {module_name!r} has no {attribute!r}.{_nearest(attribute, vars(module))} {hint}") from error
+        raise ValueError(f"Module {module_name!r} has no {attribute!r}.{nearest(attribute, vars(module))} {hint}") from error
     if not callable(function):
         raise ValueError(f"Objective {path!r} is a {type(function).__name__}, not a function. {hint}")
     return function
-
-
-def _from_json(key: str, value: Any, example: str) -> Any:
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error

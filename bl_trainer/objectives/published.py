@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pointwise import _Pointwise, _power, _require_number, _widen
+from .functions import Pointwise, power_per_token, require_number, widen
 
 ANCHOR_REACH = 10.0  # SkyRL's `asft_kl_clamp`
 
@@ -24,7 +24,7 @@ def dft(logp: Tensor, min_weight: float = 0.0) -> Tensor:
     Source: https://arxiv.org/abs/2508.05629; min_weight, 0.1 there, is from the authors' code.
     """
     _require("dft", "min_weight", min_weight, 0, 1)
-    return _weighted(logp, _widen(logp).exp().clamp(min=min_weight))
+    return _weighted(logp, widen(logp).exp().clamp(min=min_weight))
 
 
 def talr(logp: Tensor, tau: float, min_weight: float = 0.01) -> Tensor:
@@ -38,7 +38,7 @@ def talr(logp: Tensor, tau: float, min_weight: float = 0.01) -> Tensor:
     """
     _require("talr", "tau", tau, 0, above=True)
     _require("talr", "min_weight", min_weight, 0, 1)
-    return _weighted(logp, (_widen(logp) / tau).exp().clamp(min=min_weight))
+    return _weighted(logp, (widen(logp) / tau).exp().clamp(min=min_weight))
 
 
 def trsft(logp: Tensor, a: float = 0.1) -> Tensor:
@@ -49,10 +49,10 @@ def trsft(logp: Tensor, a: float = 0.1) -> Tensor:
     Source: https://arxiv.org/abs/2512.17636, second-hand: the paper's code doesn't have it.
     """
     _require("trsft", "a", a, 0, 1, above=True)
-    excess = _widen(logp) - math.log(a)
+    excess = widen(logp) - math.log(a)
     below = excess.clamp(max=0)
     value = -torch.expm1(below) - excess.clamp(min=0) - math.log(a)
-    return _Pointwise.apply(logp, value.to(logp.dtype), -below.exp().to(logp.dtype))
+    return Pointwise.apply(logp, value.to(logp.dtype), -below.exp().to(logp.dtype))
 
 
 def profit(logp: Tensor, tau: float) -> Tensor:
@@ -64,7 +64,7 @@ def profit(logp: Tensor, tau: float) -> Tensor:
     Source: https://arxiv.org/abs/2601.09195 and its code.
     """
     _require("profit", "tau", tau, 0, 1, below=True)
-    return _weighted(logp, (_widen(logp).exp() > tau).to(logp.dtype))
+    return _weighted(logp, (widen(logp).exp() > tau).to(logp.dtype))
 
 
 def infosft(logp: Tensor, P: float = 0.93) -> Tensor:
@@ -75,7 +75,7 @@ def infosft(logp: Tensor, P: float = 0.93) -> Tensor:
     Source: https://arxiv.org/abs/2605.14967 and its code.
     """
     _require("infosft", "P", P, 0.5, 1, above=True, below=True)
-    wide = _widen(logp)
+    wide = widen(logp)
     logit = (wide - torch.log(-torch.expm1(wide))).clamp(min=-1e3)  # at p = 0 too the weight is 0
     return _weighted(logp, wide.exp() * (1 - logit / math.log(P / (1 - P))).clamp(min=0))
 
@@ -87,7 +87,7 @@ def chord_phi(logp: Tensor) -> Tensor:
 
     Source: https://arxiv.org/abs/2508.11408, as in ms-swift and Trinity-RFT.
     """
-    wide = _widen(logp)
+    wide = widen(logp)
     return _weighted(logp, -wide.exp() * torch.expm1(wide))
 
 
@@ -103,14 +103,14 @@ def focal(logp: Tensor, gamma: float = 2.0, stop_gradient: bool = True) -> Tenso
     _require("focal", "gamma", gamma, 0)
     if not isinstance(stop_gradient, bool):
         raise ValueError(f"`stop_gradient` of objective 'focal' must be true or false, got {stop_gradient!r}.")
-    wide = _widen(logp)
+    wide = widen(logp)
     q = -torch.expm1(wide)
     weight = q**gamma
     if stop_gradient:
         return _weighted(logp, weight)
     ratio = torch.where(q > 0, -wide.clamp(min=-1e4) / q, 1.0)  # -log p / (1 - p), 1 at p = 1; finite at p = 0
     slope = -weight * (1 + gamma * wide.exp() * ratio)
-    return _Pointwise.apply(logp, (-weight * wide).to(logp.dtype), slope.to(logp.dtype))
+    return Pointwise.apply(logp, (-weight * wide).to(logp.dtype), slope.to(logp.dtype))
 
 
 def eaft(logp: Tensor, entropy: Tensor, alpha: float = 1.0) -> Tensor:
@@ -126,7 +126,7 @@ def eaft(logp: Tensor, entropy: Tensor, alpha: float = 1.0) -> Tensor:
     Source: https://arxiv.org/abs/2601.02151 and its code.
     """
     _require("eaft", "alpha", alpha, 0)
-    return _weighted(logp, (_widen(entropy.detach()) / math.log(20)).clamp(0, 1) ** alpha)
+    return _weighted(logp, (widen(entropy.detach()) / math.log(20)).clamp(0, 1) ** alpha)
 
 
 def mile(logp: Tensor, entropy: Tensor, gamma: float = 1.0) -> Tensor:
@@ -139,7 +139,7 @@ def mile(logp: Tensor, entropy: Tensor, gamma: float = 1.0) -> Tensor:
     Source: https://arxiv.org/abs/2310.19531 and its code; gamma from a third party's.
     """
     _require("mile", "gamma", gamma, 0)
-    return _weighted(logp, (1 + _widen(entropy.detach()).clamp(min=0)) ** gamma)
+    return _weighted(logp, (1 + widen(entropy.detach()).clamp(min=0)) ** gamma)
 
 
 def deft(logp: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def deft(logp: Tensor, log_sum_sq_probs: Tensor) -> Tensor:
 
     Source: https://arxiv.org/abs/2602.11424 and its code.
     """
-    return _power(logp, _widen(log_sum_sq_probs.detach()).clamp(max=0).exp())
+    return power_per_token(logp, widen(log_sum_sq_probs.detach()).clamp(max=0).exp())
 
 
 def deft_cayley(logp: Tensor, mean_p: float) -> Tensor:
@@ -162,8 +162,8 @@ def deft_cayley(logp: Tensor, mean_p: float) -> Tensor:
     Source: https://arxiv.org/abs/2602.11424 and its code.
     """
     _require("deft_cayley", "mean_p", mean_p, 0, 1)
-    p, offset = _widen(logp.detach()).exp(), mean_p / 2
-    return _power(logp, (offset + (1 - offset) * p / (2 - p)).clamp(0.001, 1))
+    p, offset = widen(logp.detach()).exp(), mean_p / 2
+    return power_per_token(logp, (offset + (1 - offset) * p / (2 - p)).clamp(0.001, 1))
 
 
 def asft(logp: Tensor, ref_logp: Tensor, kl_weight: float = 0.1) -> Tensor:
@@ -179,13 +179,13 @@ def asft(logp: Tensor, ref_logp: Tensor, kl_weight: float = 0.1) -> Tensor:
     Source: https://arxiv.org/abs/2509.23753; the anchor from SkyRL's code, kl_weight from LLaMA-Factory's.
     """
     _require("asft", "kl_weight", kl_weight, 0)
-    wide = _widen(logp)
-    p, ratio = wide.exp(), _widen(ref_logp) - wide
+    wide = widen(logp)
+    p, ratio = wide.exp(), widen(ref_logp) - wide
     near = ratio.clamp(max=ANCHOR_REACH)
     pull = torch.expm1(near)
     anchor = pull - near + pull * (ratio - near)
     value = -p * wide.clamp(min=-1e4) + kl_weight * anchor  # at p = 0 the first is 0
-    return _Pointwise.apply(logp, value.to(logp.dtype), -(p + kl_weight * pull).to(logp.dtype))
+    return Pointwise.apply(logp, value.to(logp.dtype), -(p + kl_weight * pull).to(logp.dtype))
 
 
 def psft(logp: Tensor, ref_logp: Tensor, clip_high: float = 0.28) -> Tensor:
@@ -199,10 +199,10 @@ def psft(logp: Tensor, ref_logp: Tensor, clip_high: float = 0.28) -> Tensor:
     """
     _require("psft", "clip_high", clip_high, 0)
     most = math.log1p(clip_high)
-    excess = _widen(logp) - _widen(ref_logp)
+    excess = widen(logp) - widen(ref_logp)
     ratio = excess.clamp(max=most).exp()
     slope = torch.where(excess <= most, -ratio, 0.0)
-    return _Pointwise.apply(logp, -ratio.to(logp.dtype), slope.to(logp.dtype))
+    return Pointwise.apply(logp, -ratio.to(logp.dtype), slope.to(logp.dtype))
 
 
 PUBLISHED = {
@@ -215,14 +215,14 @@ def _weighted(logp: Tensor, weight: Tensor) -> Tensor:
     """Return -sg(weight) log p; a token that weighs nothing costs nothing, also at p = 0."""
     weight = weight.detach()
     value = torch.where(weight > 0, -weight * logp.detach(), 0.0)
-    return _Pointwise.apply(logp, value.to(logp.dtype), -weight.to(logp.dtype))
+    return Pointwise.apply(logp, value.to(logp.dtype), -weight.to(logp.dtype))
 
 
 def _require(
     objective: str, name: str, value: Any, low: float, high: float = math.inf, above: bool = False, below: bool = False
 ) -> None:
     """Raise ValueError unless `value` is a number from `low` to `high`, these excluded if `above` and `below`."""
-    _require_number(objective, name, value)
+    require_number(objective, name, value)
     if value < low or value > high or (above and value == low) or (below and value == high):
         lower = f"{'above' if above else 'at least'} {low:g}"
         upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"

@@ -17,8 +17,9 @@ import yaml
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from ..local_data import local_files
-from ..parser import RecipeError, sentence
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..recipe.datasets import local_files
 from .format import Format
 from .options import PrepareArguments
 from .sources import BOXED, INSTRUCTED, SETS, Part, Row, load, noisy_labels, reader, revision_of, source_of

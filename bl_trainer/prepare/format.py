@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 from transformers import AutoTokenizer
 
-from ..parser import RecipeError, sentence
+from .._util.text import sentence
+from ..errors import RecipeError
 from .sources import BOXED, Example
 
 USER, ASSISTANT = "User:", "Assistant:"

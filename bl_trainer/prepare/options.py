@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..local_data import is_path
-from ..objectives import _nearest
-from ..parser import Parser, RecipeError
+from .._util.text import nearest
+from ..errors import RecipeError
+from ..recipe.datasets import is_path
+from ..recipe.parser import Parser
 from .sources import SETS
 
 SEED = 42  # the paper's
@@ -50,7 +51,7 @@ class PrepareArguments:
             raise RecipeError(f"No data set is named. Write `prepare-data NAME --output DIR`; names: {names}.")
         name, *argv = argv
         if name not in SETS:
-            raise RecipeError(f"Unknown data set {name!r}.{_nearest(name, SETS)} Names: {names}.")
+            raise RecipeError(f"Unknown data set {name!r}.{nearest(name, SETS)} Names: {names}.")
         parser.check({}, argv)
         options = parser.parse({}, argv)[0]
         options.name = name

@@ -11,8 +11,9 @@ import datasets
 from huggingface_hub import HfApi
 from trl import ScriptArguments
 
-from ..local_data import LOCAL_FORMATS, find_fault, is_empty, load_dataset, local_files
-from ..parser import RecipeError, sentence
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_empty, load_dataset, local_files
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 FIGLET = (
@@ -96,7 +97,7 @@ class Figlets(Sequence[Row]):
 FIGFONT = {"train": range(40000), "test": range(40000, 45000)}
 
 
-def _math(question: str, solution: str) -> Example:
+def math_row(question: str, solution: str) -> Example:
     return Example(question, solution, suffix=BOXED)
 
 
@@ -142,11 +143,11 @@ SETS = {
                 "math",
                 "gaotang/numina-cot-subset-67k",
                 {
-                    ("extra_info.question", "extra_info.answer"): lambda row: _math(
+                    ("extra_info.question", "extra_info.answer"): lambda row: math_row(
                         row["extra_info"]["question"], row["extra_info"]["answer"]
                     ),
-                    ("problem", "solution"): lambda row: _math(row["problem"], row["solution"]),
-                    ("question", "answer"): lambda row: _math(row["question"], row["answer"]),
+                    ("problem", "solution"): lambda row: math_row(row["problem"], row["solution"]),
+                    ("question", "answer"): lambda row: math_row(row["question"], row["answer"]),
                 },
             ),
         ),

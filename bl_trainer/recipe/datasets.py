@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from trl import DatasetMixtureConfig, ScriptArguments
 
-from .layouts import CONTENTS, SPEAKERS, align, are_chats, arrange, fault_of, short
-from .parser import RecipeError
+from ..errors import RecipeError
+from ..tokens.layouts import CONTENTS, SPEAKERS, align, are_chats, arrange, fault_of, short
 
 OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
 BOM = codecs.BOM_UTF8  # the libraries read over it

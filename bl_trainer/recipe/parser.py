@@ -9,74 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from datasets.exceptions import DatasetsError
 from trl import TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from .composition import KEYS
-from .objectives import OBJECTIVES, _nearest
-
-
-class RecipeError(ValueError):
-    """A mistake in a recipe or in what it points to; the message is one sentence for the user."""
-
-
-# Keys of older recipes and what to write instead: the fields of TRL 0.8 to 1.15's and transformers 4.30 to 5.3's
-# dataclasses that are gone, and those of the alignment handbook. Read only for keys that the installed versions lack.
-REPLACED = {
-    "max_seq_length": "max_length: {value}",
-    "torch_dtype": "dtype: {value}",
-    "use_liger": "use_liger_kernel: {value}",
-    "dataset_batch_size": None,
-    "num_of_sequences": None,
-    "chars_per_token": None,
-    "gradient_checkpointing_use_reentrant": "gradient_checkpointing_kwargs: {{use_reentrant: {value}}}",
-    "response_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
-    "instruction_template": "assistant_only_loss: true, or prompt-completion data with completion_only_loss: true",
-    "dataset_mixer": "datasets: [{{path: ..., split: train, fraction: ...}}]",
-    "dataset_mixture": "datasets: [{{path: ..., split: train, fraction: ...}}], and test_split_size",
-    "dataset_splits": "dataset_train_split and dataset_test_split",
-    "dataset_configs": "dataset_config: ...",
-    "text_column": "dataset_text_field: {value}",
-    "preprocessing_num_workers": "dataset_num_proc: {value}",
-    "chat_template": "chat_template_path: template.jinja",
-    "tokenizer_name_or_path": "chat_template_path: {value}, if it was for the chat template",
-    "use_flash_attention_2": "attn_implementation: flash_attention_2",
-    "evaluation_strategy": "eval_strategy: {value}",
-    "warmup_ratio": "warmup_steps: {value}  (a value below 1 is a share of all steps)",
-    "overwrite_output_dir": None,
-    "group_by_length": "train_sampling_strategy: group_by_length",
-    "adafactor": "optim: adafactor",
-    "no_cuda": "use_cpu: {value}",
-    "use_mps_device": None,
-    "use_ipex": None,
-    "jit_mode_eval": None,
-    "past_index": None,
-    "mp_parameters": None,
-    "tpu_num_cores": None,
-    "tpu_metrics_debug": None,
-    "ray_scope": None,
-    "save_safetensors": None,
-    "use_legacy_prediction_loop": None,
-    "logging_dir": "report_to: tensorboard, with the folder in the environment variable TENSORBOARD_LOGGING_DIR",
-    "include_inputs_for_metrics": "include_for_metrics: [inputs]",
-    "include_tokens_per_second": "include_num_input_tokens_seen: true",
-    "per_gpu_train_batch_size": "per_device_train_batch_size: {value}",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size: {value}",
-    "push_to_hub_model_id": "hub_model_id: {value}",
-    "push_to_hub_organization": "hub_model_id: {value}/MODEL",
-    "push_to_hub_token": "hub_token: ...",
-    "fp16_backend": None,
-    "half_precision_backend": None,
-    "fp16_opt_level": None,
-    "sharded_ddp": "fsdp: full_shard",
-    "fsdp_min_num_params": "fsdp_config: {{min_num_params: {value}}}",
-    "fsdp_transformer_layer_cls_to_wrap": "fsdp_config: {{transformer_layer_cls_to_wrap: [{value}]}}",
-    "dispatch_batches": "accelerator_config: {{dispatch_batches: {value}}}",
-    "split_batches": "accelerator_config: {{split_batches: {value}}}",
-    "torchdynamo": "torch_compile_backend: {value}",
-    "xpu_backend": "ddp_backend: {value}",
-}
+from .._util.text import nearest, sentence
+from ..errors import RecipeError
+from ..objectives.composition import KEYS
+from ..objectives.objective import OBJECTIVES
+from ..training.config import SECRETS
+from .keys import NAMES, REPLACED
 
 
 class Parser(TrlParser):
@@ -153,10 +94,6 @@ class Parser(TrlParser):
         return True
 
 
-SECRETS = ("hub_token", "push_to_hub_token")
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
-
-
 def kinds_of(hint: Any) -> set[Any]:
     """The classes that a type hint allows; of an enumeration and of `Literal`, those of their values."""
     if get_origin(hint) in (list, dict):
@@ -191,7 +128,7 @@ def _checked(action: Any, hint: Any, value: Any) -> Any:
     if isinstance(value, str) and dict in kinds and str not in kinds:
         raise RecipeError(f"`{key}: {shown}` is of the wrong type. Write a mapping.")
     if action.choices and value not in action.choices:
-        near = _nearest(value, map(str, action.choices))
+        near = nearest(value, map(str, action.choices))
         raise RecipeError(f"`{key}: {shown}` is not allowed.{near} Allowed: {', '.join(map(str, action.choices))}.")
     return value
 
@@ -236,7 +173,7 @@ def load_yaml(paths: list[str], what: str = "recipe") -> dict[str, Any]:
             raise RecipeError(f"Each of `datasets` must be a mapping with `path`, got {entry!r}.")
         for key in entry:
             if key not in allowed:
-                raise RecipeError(f"Unknown key {key!r} in `datasets`.{_nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
+                raise RecipeError(f"Unknown key {key!r} in `datasets`.{nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
     return config
 
 
@@ -256,10 +193,4 @@ def _unknown(key: str, value: Any, known: list[str], program: str, kind: str) ->
         return f"`{key}` is not a {kind} any more. {what}"
     if kind == Parser.kind and key in {*KEYS, *(name for each in OBJECTIVES.values() for name in signature(each).parameters)}:
         return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
-    return f"Unknown {kind} {key!r}.{_nearest(key, known)} See `python -m {program} --help` for all {kind.split()[-1]}s."
-
-
-def sentence(error: BaseException) -> str:
-    """An exception's message on one line."""
-    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
-    return " ".join(f"{error}{cause}".split()) or type(error).__name__
+    return f"Unknown {kind} {key!r}.{nearest(key, known)} See `python -m {program} --help` for all {kind.split()[-1]}s."

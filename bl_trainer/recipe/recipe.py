@@ -4,9 +4,7 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -41,76 +39,21 @@ from trl import (
 )
 from trl.data_utils import is_conversational
 
-from .checkpoint import (
-    CheckpointError,
-    last_whole,
-    refuse_changed_keys,
-    refuse_lost_epoch,
-    refuse_other_model,
-    refuse_other_recipe,
-    why_broken,
-)
-from .columns import check_columns
-from .interruption import LossError
-from .labels import check_labels, columns_of
-from .layouts import CHATS, RowError, arrange, check_stream
-from .local_data import find_fault, is_path, load_dataset, load_mixture, local_files, unreadable_name
-from .objectives import Objective, _nearest
-from .parser import Parser, RecipeError, load_yaml, sentence, without_secrets
-from .reference import reference_source, refuse_lost_context
-from .refusals import refuse_lm_head_adapter
-from .rendering import RenderedRow
-from .statistics import MeasurementError
-from .trainer import METRICS, BLConfig
-
-# Keys that do nothing unless another is set: key -> (the other key, what to write). Naming the other key, even to switch
-# it off, is taken for a decision.
-NEEDS = {
-    **dict.fromkeys(
-        (f.name for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora")),
-        ("use_peft", "use_peft: true"),
-    ),
-    **dict.fromkeys(
-        ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-        ("load_in_4bit", "load_in_4bit: true"),
-    ),
-    **dict.fromkeys(("streaming", "test_split_size"), ("datasets", "datasets: [{path: ...}]")),
-    **dict.fromkeys(
-        ("dataset_config", "dataset_streaming"),
-        ("dataset_name", "dataset_name: ..., or name and streaming of a `datasets` mixture"),
-    ),
-    "packing_strategy": ("packing", "packing: true"),
-    **dict.fromkeys(("eval_steps", "dataset_test_split", "eval_packing"), ("eval_strategy", "eval_strategy: steps")),
-    "liger_kernel_config": ("use_liger_kernel", "use_liger_kernel: true"),
-}
-
-# Keys whose values the libraries refuse late, or take without a word: the least and the greatest
-RANGES = {
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "lora_r",
-            "save_total_limit",
-        ),
-        (1, math.inf),
-    ),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "adam_epsilon"), (0, math.inf)),
-    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), (0, 1)),
-    "max_length": (2, math.inf),
-    "max_steps": (-1, math.inf),
-}
-
-# What a run writes to `output_dir`, so that none of it may be there already
-WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "README.md")
-
-ROWS_RENDERED = 32  # that are rendered before the model loads
-
-CARD_TAG = "- bl-trainer"  # in the model cards of `BLTrainer`
-
-DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
+from .._util.text import nearest, sentence
+from ..errors import RecipeError
+from ..objectives.objective import Objective
+from ..tokens.columns import check_columns
+from ..tokens.labels import check_labels, columns_of
+from ..tokens.layouts import CHATS, RowError, arrange, check_stream
+from ..tokens.reference import reference_source, refuse_lost_context
+from ..tokens.rendering import RenderedRow
+from ..training.checkpoints import last_whole, why_broken
+from ..training.config import METRICS, BLConfig
+from ..training.refusals import refuse_lm_head_adapter
+from ..training.resume import refuse_changed_keys, refuse_lost_epoch, refuse_other_model, refuse_other_recipe
+from .datasets import find_fault, is_path, load_dataset, load_mixture, local_files, unreadable_name
+from .keys import CARD_TAG, DATACLASSES, NEEDS, RANGES, ROWS_RENDERED, WRITTEN
+from .parser import Parser, load_yaml, without_secrets
 
 
 @dataclass
@@ -403,7 +346,7 @@ class Recipe:
         reported += ["runtime", "samples_per_second", "steps_per_second"]
         best = training.metric_for_best_model
         if best is not None and best.removeprefix("eval_") not in reported:
-            near = _nearest(best, [f"eval_{name}" for name in reported])
+            near = nearest(best, [f"eval_{name}" for name in reported])
             raise RecipeError(f"`metric_for_best_model: {best}` is not reported.{near} Allowed: {', '.join(reported)}.")
 
     def _check_optimizer(self) -> None:
@@ -562,23 +505,3 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise RecipeError(f"`output_dir: {folder}` can't be written: {error.strerror}. Write another `output_dir`.") from error
-
-
-def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False, traced: bool = False) -> None:
-    """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1, or `traced`, where it came from.
-
-    Only one process a machine writes it, unless it may be that process's own (`anywhere`). If `error` is not one of ours, the
-    line also says which line of the `recipe`'s local files can't be trained on, if there is one.
-    """
-    is_ours = isinstance(error, (RecipeError, MeasurementError, CheckpointError, LossError))
-    if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
-        traceback.print_exception(error)
-    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
-        if not is_ours:
-            fault = recipe.data_fault() if recipe else None
-            message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"
-            message = f"{fault}; hence {message}" if fault else message
-        # a progress bar may stand on the line
-        print(f"{chr(10) if anywhere else ''}error: {message}", file=sys.stderr)
-    sys.exit(2)

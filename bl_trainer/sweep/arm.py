@@ -20,17 +20,22 @@ import optuna
 import yaml
 from filelock import FileLock
 
-from ..curves import Curve
+from .._util.files import write_text
+from .._util.text import sentence
+from ..errors import RecipeError
 from ..evaluation import read_items
-from ..files import write_text
-from ..parser import RecipeError, sentence
+from ..training.record import Curve
 from . import guard
-from .plan import LOGGED, MODEL_KEYS, RULERS, Plan, evaluate_argv
+from .plan import MODEL_KEYS, Plan, evaluate_argv
+from .rulers import LOGGED, RULERS, is_higher_better, ruler_of
 from .study import POLL, ArmError
 
 RESULT_SCHEMA = 1
+
 ATTEMPTS = 3  # of an arm that something kills
+
 KILLED = re.compile(r"SIGKILL|SIGTERM|SIGSEGV|SIGBUS|exitcode\s*: -\d+|Signal \d+")
+
 CPU_LAUNCH = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process"
 
 
@@ -269,11 +274,6 @@ def task_scores(output: Path) -> dict[str, dict[str, Any]]:
     return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
 
 
-def is_higher_better(ruler: str, result: dict[str, Any]) -> bool:
-    """Return which way a ruler is better; a task's, as its results say."""
-    return RULERS[ruler][0] == "higher" if ruler in RULERS else ruler not in result.get("lower_is_better", [])
-
-
 def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | None:
     """Return (weight, weighted value) by held-out item of a ruler that is a mean over them, else None."""
     if ruler in COLUMNS:
@@ -285,15 +285,6 @@ def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | No
         return None
     items = read_items(folder / "tasks" / score["samples"], score["metric"])
     return {item: (1.0, value) for item, value in items.items()}
-
-
-def ruler_of(result: dict[str, Any], name: str) -> float:
-    """Return an arm's value of a ruler."""
-    if name == "perplexity":
-        return math.exp(result["rulers"]["nll"]) if result["rulers"]["nll"] < 700 else math.inf
-    if name not in result["rulers"]:
-        raise RecipeError(f"`rank_by: {name}` is not among what was measured: {', '.join(result['rulers'])}.")
-    return result["rulers"][name]
 
 
 def _logged(line: dict[str, Any], ruler: str) -> float | None:

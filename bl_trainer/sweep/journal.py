@@ -6,8 +6,8 @@ from pathlib import Path
 
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from ..files import write_bytes
-from ..parser import RecipeError
+from .._util.files import write_bytes
+from ..errors import RecipeError
 
 START = b'{"op_code":'  # of each operation, as Optuna writes them
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..statistics import unequal, within
-from .arm import arm_folder, is_higher_better, read_result, read_values, ruler_of, task_scores
-from .plan import RULERS, Plan, describe
+from .._util.intervals import unequal, within
+from .arm import arm_folder, read_result, read_values, task_scores
+from .plan import Plan, describe
+from .rulers import RULERS, is_higher_better, ruler_of
 
 Values = dict[str, tuple[float, float]]  # by held-out item: weight, and weighted value of a ruler
 LEVEL = 0.05

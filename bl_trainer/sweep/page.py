@@ -14,12 +14,14 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ..curves import Curve
-from ..objectives import Objective, Threshold
-from ..pages import document, escape, picture, table
-from .arm import arm_folder, ruler_of
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from ..pages.html import document, escape, picture, table
+from ..training.record import Curve
+from .arm import arm_folder
 from .leaderboard import MIN_SEEDS, Difference, Leaderboard, Row
-from .plan import RULERS, describe
+from .plan import describe
+from .rulers import RULERS, ruler_of
 
 MAX_CURVES = 8
 ACROSS = 4  # rulers in a row
@@ -122,7 +124,7 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
     if curves:
         drawn = picture(partial(_draw_curves, curves), (7.2, 2.9), "Held-out nll over the steps of training")
         sections.append(f"<section><h2>Learning curves</h2>{drawn}</section>")
-    alphas = _alphas(board)
+    alphas = alpha_curves(board)
     if len(alphas) > 2:
         drawn = picture(partial(_draw_alphas, alphas, board.plan.rank_by), (7.2, 2.9), "The ruler against alpha")
         sections.append(f"<section><h2>Along alpha</h2><p>nll is alpha 0, neg_p alpha 1.</p>{drawn}</section>")
@@ -298,7 +300,7 @@ def _curves(board: Leaderboard, folder: Path) -> dict[str, list[tuple[int, float
     return found
 
 
-def _alphas(board: Leaderboard) -> dict[float, tuple[float, Any]]:
+def alpha_curves(board: Leaderboard) -> dict[float, tuple[float, Any]]:
     """Return the ruler by alpha, of the groups that differ in the objective alone and have one."""
     found: dict[float, tuple[float, Any]] = {}
     for row in board.rows:

@@ -16,37 +16,38 @@ import optuna
 import yaml
 from trl import ModelConfig
 
-from ..continuum import objective_name
+from .._util.text import nearest, sentence
+from ..diagnosis.continuum import objective_name
+from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
 from ..evaluation.options import Checkpoint
-from ..local_data import is_path, local_files
-from ..objectives import Objective, Threshold, _nearest
-from ..parser import RecipeError, kinds_of, load_yaml, sentence
-from ..recipe import DATACLASSES, Recipe
-from ..trainer import BLConfig
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from ..recipe.datasets import is_path, local_files
+from ..recipe.keys import DATACLASSES
+from ..recipe.parser import kinds_of, load_yaml
+from ..recipe.recipe import Recipe
+from ..training.config import BLConfig
+from .rulers import LOGGED, RULERS
 
-RULERS = {  # name -> (which way is better, what it is)
-    "accuracy": ("higher", "share of held-out target tokens that are the model's most probable one"),
-    "nll": ("lower", "mean -log p of held-out target tokens, which `nll` itself minimises"),
-    "perplexity": ("lower", "exp of nll"),
-    "target_prob": ("higher", "mean p of held-out target tokens, which `neg_p` itself maximises"),
-    "calibration_error": ("lower", "expected calibration error of the most probable token"),
-    "drift": ("lower", "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one"),
-}
-LOGGED = ("nll", "perplexity", "target_prob")  # rulers that a run's own evaluations give while it trains
 OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
+
 # Keys that a sweep sets for each arm, or that would make its arms incomparable
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
+
 # What a model is loaded by, and what its target tokens are made by
 MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16", "use_cpu"}
+
 DATA_KEYS = {
     "max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "dataset_config",
     "completion_only_loss", "assistant_only_loss", "chat_template_path", "eos_token", "pad_token", "shuffle_dataset",
     "per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers", "trust_remote_code",
     "pad_to_multiple_of", "remove_unused_columns", "disable_tqdm", "report_to",
 }  # fmt: skip
+
 # Keys whose values are numbers
 NUMBERS = {key for each in (BLConfig, ModelConfig) for key, hint in get_type_hints(each).items() if float in kinds_of(hint)}
+
 SEEDS, RATE_FACTORS = (0, 1, 2), (1 / 3, 1, 3)
 
 
@@ -96,7 +97,7 @@ class Plan:
         allowed = [*OWN_KEYS, *(f.name for each in DATACLASSES for f in fields(each))]
         for key in keys:
             if key not in allowed:
-                near = _nearest(str(key), allowed)
+                near = nearest(str(key), allowed)
                 raise RecipeError(
                     f"Unknown key {key!r} in the sweep file.{near} Allowed: {', '.join(OWN_KEYS)}, and recipe keys with a list."
                 )
@@ -164,7 +165,7 @@ class Plan:
                 raise RecipeError(f"`{key}: {value}`: there is no such file.")
         tasks = self._check_evaluate() if self.evaluate is not None else []
         if self.rank_by not in RULERS and str(self.rank_by).rpartition("/")[0] not in tasks:
-            near = _nearest(str(self.rank_by), RULERS)
+            near = nearest(str(self.rank_by), RULERS)
             allowed = [*RULERS, *(f"{task}/METRIC" for task in tasks)]
             raise RecipeError(f"`rank_by: {self.rank_by}` is no ruler.{near} Allowed: {', '.join(allowed)}.")
         for key, module in (("sampler", optuna.samplers), ("pruner", optuna.pruners)):
@@ -213,7 +214,7 @@ class Plan:
         for key in options:
             if key not in own or key in ("model", "adapter", "output", "overwrite"):
                 raise RecipeError(
-                    f"`evaluate` has no option {key!r}.{_nearest(str(key), own)} See `bl_trainer evaluate --help`."
+                    f"`evaluate` has no option {key!r}.{nearest(str(key), own)} See `bl_trainer evaluate --help`."
                 )
         argv = ["--model", str(self.base["model_name_or_path"]), "--output", "unused", *evaluate_argv(options)]
         read = EvaluateArguments.read(argv)
@@ -320,7 +321,7 @@ def _build(key: str, module: Any, spec: Any) -> Any:
     kind = getattr(module, name, None)
     if name not in module.__all__ or kind is None:
         allowed = [each for each in module.__all__ if each.endswith(key.capitalize()) and not each.startswith("Base")]
-        raise RecipeError(f"`{key}: {name}` is none of Optuna's.{_nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
+        raise RecipeError(f"`{key}: {name}` is none of Optuna's.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")
     try:
         return kind(**spec)
     except (TypeError, ValueError, ImportError) as error:

@@ -24,10 +24,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from ..files import write_text
-from ..parser import RecipeError, sentence
+from .._util.files import write_text
+from .._util.text import sentence
+from ..errors import RecipeError
 from .journal import open_journal
-from .plan import RULERS, Plan, are_whole, pruner_of, sampler_of
+from .plan import Plan, are_whole, pruner_of, sampler_of
+from .rulers import RULERS
 
 SCHEMA = 1  # of what a study holds; a study of another one is refused
 HEARTBEAT, GRACE = 30, 120  # seconds, in databases

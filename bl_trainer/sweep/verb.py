@@ -15,9 +15,10 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..local_data import find_fault, is_empty, load_dataset, local_files
-from ..parser import RecipeError, sentence
-from ..recipe import Recipe
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..recipe.datasets import find_fault, is_empty, load_dataset, local_files
+from ..recipe.recipe import Recipe
 from .arm import Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
 from .page import summary, write_leaderboard
@@ -69,7 +70,7 @@ def sweep(argv: list[str]) -> None:
     if next(path for path in (folder, *folder.parents) if path.exists()).is_file():
         raise RecipeError(f"Cannot write to `--sweep_dir {folder}`: it is a file, or in one. Choose another folder.")
     plan = Plan.read(recipe, options.sweep, folder)
-    devices = _devices(options.jobs, recipe.training.use_cpu)
+    devices = device_shares(options.jobs, recipe.training.use_cpu)
     plan.launch = f"{options.launch or ''} {[share.count(',') + 1 for share in devices] if devices else 'cpu'}".strip()
     held_out = held_out_recipe(plan, recipe)
     check_data(plan)
@@ -220,7 +221,7 @@ def _length(tokenizer: Any, row: dict[str, Any], text_field: str) -> int:
     return len(tokenizer(row["prompt"] + row["completion"] if "prompt" in row else row[text_field])["input_ids"])
 
 
-def _devices(jobs: int, use_cpu: bool) -> list[str] | None:
+def device_shares(jobs: int, use_cpu: bool) -> list[str] | None:
     """Return each job's share of the GPUs. Raises RecipeError if there are fewer than jobs."""
     if use_cpu or not torch.cuda.is_available():
         return None

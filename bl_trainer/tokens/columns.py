@@ -1,6 +1,6 @@
 """What a data set says of each token besides its label, on its way to the objective: weights, and the chat template's tokens.
 
-A column has a value for each token of a row, or one for all of them; packing cuts and joins it as it does the tokens, and it
+A column has a value for each token of a row, or one for all of them; packing cuts and joins it does the tokens, and it
 is collated as the labels are.
 """
 
@@ -9,21 +9,13 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from trl.data_utils import is_conversational
 
-from .annotation import template_mask
-from .interruption import REFERENCE, ROW
+from .._util.text import is_number
+from ..errors import RecipeError
 from .labels import columns_of, plain
-from .parser import RecipeError
-from .specs import is_number
-
-WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
-TEMPLATE = "bl_template"  # 1 for a token that the chat template made
-FILLS = {WEIGHT: 1.0, TEMPLATE: 0, REFERENCE: 0.0}
+from .names import FILLS, REFERENCE, ROW, TEMPLATE, WEIGHT
 
 
 def check_weights(dataset: Any, name: str) -> Any:
@@ -81,26 +73,6 @@ def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = N
         )
 
 
-class TemplateMark:
-    """Adds `TEMPLATE` to a tokenised example. Raises RecipeError where the template's tokens can't be told from content."""
-
-    def __init__(self, tokenizer: Any, chat_template: str | None, name: str):
-        self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
-
-    def __call__(self, example: Any) -> dict[str, Any]:
-        ids = example["input_ids"]
-        if not is_conversational(example):
-            return {TEMPLATE: [0] * len(ids)}
-        mask = template_mask(self.tokenizer, self.chat_template, example, ids)
-        if -1 in mask:
-            raise RecipeError(
-                f"`special_tokens` can't tell the chat template's tokens from content in row {example[ROW]} of the {self.name} "
-                "set, counted from 0: its messages hold more than text (tool calls, reasoning), the template changes them, or "
-                "the tokenizer is a slow one. Give messages of plain text, or remove `special_tokens`."
-            )
-        return {TEMPLATE: mask}
-
-
 def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return what turns an example's columns into ones of each token, which packing cuts and joins as it does the tokens."""
 
@@ -109,34 +81,6 @@ def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, A
         return {key: example[key] if isinstance(example[key], list) else [example[key]] * size for key in columns}
 
     return spread
-
-
-def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
-    """Add to a collated batch the columns that its examples have: (batch, length) tensors, right-padded, as the labels are."""
-    height, width = batch["labels"].shape
-    for key, fill in FILLS.items():
-        if any(key in each for each in features):
-            rows = [_row(key, each) for each in features]
-            rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
-            laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
-            batch[key] = pad(laid_out, (0, width - laid_out.shape[1]), value=fill)
-
-
-def _row(key: str, example: dict[str, Any]) -> Tensor:
-    """Return a column of an example, a number for each token. Raises RecipeError on what only an unprepared set may hold."""
-    size, value = len(example["input_ids"]), example.get(key)
-    if value is not None and hasattr(value, "tolist"):  # of a set `with_format`
-        value = value.tolist()
-    if isinstance(value, list) and len(value) != size:
-        raise RecipeError(f"`{key}` has {len(value)} numbers for {size} tokens. Give one for each.")
-    try:
-        row = torch.tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError):
-        raise RecipeError(f"`{key}` of an example is {value!r}. Give every example a number, or one for each token.") from None
-    wrong = row[~(row.isfinite() & (row >= 0))]
-    if key == WEIGHT and len(wrong):
-        raise RecipeError(f"`{key}` of an example is {wrong[0]:g}: it must be a finite number, 0 or above.")
-    return row.expand(size)
 
 
 class TokenColumns:
@@ -159,3 +103,11 @@ class TokenColumns:
             special = torch.isin(labels, self.special_ids.to(labels.device))
             found["is_special"] = special | (aligned[TEMPLATE] == 1) if TEMPLATE in aligned else special
         return found
+
+
+def number_rows(dataset: Any) -> Any:
+    """Add the column `ROW` to a data set or a stream."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda example, row: {ROW: row}, with_indices=True)
+    assert isinstance(dataset, Dataset)
+    return dataset.add_column(ROW, list(range(len(dataset))))

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from .interruption import REFERENCE
-from .parser import RecipeError
+from ..errors import RecipeError
+from .names import REFERENCE
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from .interruption import ROW
-from .parser import RecipeError
+from ..errors import RecipeError
+from .names import ROW
 
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
 SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from .interruption import REFERENCE, ROW
-from .objectives import Objective
-from .parser import RecipeError
-from .specs import is_number
+from .._util.text import is_number
+from ..errors import RecipeError
+from ..objectives.objective import Objective
+from .names import REFERENCE, ROW
 
 HOW = (
     f"Train an adapter (`use_peft: true`), whose base model is then the reference, or give the data set a column `{REFERENCE}` "

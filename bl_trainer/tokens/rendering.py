@@ -11,9 +11,9 @@ from datasets import IterableDataset
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from .interruption import ROW
+from .._util.text import sentence
 from .layouts import RowError, arrange, check_stream, first_row, short
-from .parser import sentence
+from .names import ROW
 
 logger = get_logger(__name__)
 

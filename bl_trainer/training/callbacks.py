@@ -1,23 +1,16 @@
 """What ends a run before its last step: SIGTERM, and a loss that is not finite."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
-REFERENCE = "ref_logprobs"  # log p of each token under a reference model
-NOT_FOR_THE_MODEL = (ROW, REFERENCE, "example_lengths", "objective_weight", "bl_template")  # what our collators add to a batch
-
-
-class LossError(ValueError):
-    """The loss is NaN or infinite; the message says where."""
+from .._util.tensors import local
+from ..errors import LossError
 
 
 class StopOnSigterm(TrainerCallback):
@@ -71,36 +64,6 @@ class RefuseNonfinite(TrainerCallback):
             )
 
 
-def number_rows(dataset: Any) -> Any:
-    """Add the column `ROW` to a data set or a stream."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda example, row: {ROW: row}, with_indices=True)
-    assert isinstance(dataset, Dataset)
-    return dataset.add_column(ROW, list(range(len(dataset))))
-
-
-class RowCollator:
-    """A collator that adds to the batch the rows that its examples come from: (batch, most rows of one), filled up with -1."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        self.collator = collator
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator([{key: value for key, value in each.items() if key != ROW} for each in features])
-        if ROW in features[0]:
-            rows = [each[ROW] if isinstance(each[ROW], list) else [each[ROW]] for each in features]
-            distinct = [torch.tensor(sorted(set(each))) for each in rows]
-            batch[ROW] = torch.nn.utils.rnn.pad_sequence(distinct, batch_first=True, padding_value=-1)
-        return batch
-
-
-def local(parameter: Tensor) -> Tensor:
-    """Return this process's share of a parameter that FSDP2 or ZeRO-3 shards, or all of it; no gradient."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().detach()
-    return getattr(parameter, "ds_tensor", parameter).detach()
-
-
 def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, process: int) -> None:
     """Raise LossError if `loss` of the micro-batch that holds `rows` in optimizer step `step` is NaN or infinite.
 
@@ -123,3 +86,15 @@ def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, p
         f"The loss is {loss.item()} in step {step} on process {process}, whose micro-batch holds {numbers} of the "
         f"training set, counted from 0. {where}."
     )
+
+
+class BeginTraining(TrainerCallback):
+    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_counting()
+        self.trainer.ensure_verified()
+        self.trainer.resolve_threshold()

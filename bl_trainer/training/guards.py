@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .parser import RecipeError
-from .specs import nearest
+from .._util.text import nearest
+from ..errors import RecipeError
 
 
 def leaves_no_empty_folder(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
@@ -24,46 +24,35 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from .annotation import end_ids, special_ids, tokenizer_of
-from .checkpoint import (
-    RECORD_FILE,
-    CheckpointError,
-    has_model,
-    last_whole,
-    read_record,
-    refuse_lost_epoch,
-    refuse_other_head,
-    refuse_other_recipe,
-    why_broken,
-    writing,
-)
-from .columns import (
-    TEMPLATE,
-    WEIGHT,
-    TemplateMark,
-    TokenColumns,
-    check_columns,
-    check_weights,
-    for_each_token,
-    lay_out,
-)
-from .composition import spell
+from ..errors import CheckpointError, MeasurementError, RecipeError
+from ..head.lm_head import Head
+from ..head.ops import TokenCosts, objective_head, score
+from ..head.patch import add_scoring
+from ..head.verification import verify_head
+from ..measurement.percentiles import resolve_percentile
+from ..objectives.objective import Objective
+from ..objectives.pricing import Price, masked_cost, price
+from ..objectives.threshold import Threshold, spell_probability, trains
+from ..tokens.collators import RowCollator, TokenCollator
+from ..tokens.columns import TokenColumns, check_columns, check_weights, for_each_token, number_rows
+from ..tokens.labels import check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
+from ..tokens.layouts import arrange_all
+from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
+from ..tokens.reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
+from ..tokens.rendering import check_rendering
+from ..tokens.template import TemplateMark
+from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
+from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
+from .checkpoints import RECORD_FILE, has_model, last_whole, read_record, why_broken, writing
+from .config import METRICS
 from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
-from .head import Head, TokenCosts, add_scoring, objective_head, score
-from .interruption import REFERENCE, ROW, RefuseNonfinite, RowCollator, StopOnSigterm, number_rows, refuse_nonfinite
-from .labels import check_example, check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
-from .layouts import arrange_all
-from .measurement import resolve_percentile
-from .objectives import Objective, Price, Threshold, masked_cost, price, spell_probability, trains
-from .parser import SECRETS, RecipeError
-from .reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
 from .refusals import (
     is_context_parallel,
     refuse_bypass,
@@ -73,108 +62,9 @@ from .refusals import (
     refuse_replaced_loss,
     refuse_virtual_tokens,
 )
-from .rendering import check_rendering
-from .statistics import MeasurementError
-from .verification import verify_head
+from .resume import refuse_lost_epoch, refuse_other_head, refuse_other_recipe
 
 logger = get_logger(__name__)
-
-# The means over target tokens that every run reports
-METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
-LOWER_IS_BETTER = ("nll", "perplexity")
-
-
-@dataclass
-class BLConfig(SFTConfig):
-    r"""
-    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and four keys.
-
-    Parameters:
-        objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
-            The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
-            a function of your own by its import path, `"my_package.losses:my_objective"`; composed with schedules, `floor`,
-            `mix` and `special_tokens` as [`Objective`] says.
-        threshold (`float` or `dict[str, Any]`, *optional*):
-            Train only on target tokens of which the current model's probability is at least this, or
-            `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
-        loss_head (`str`, *optional*, defaults to `"auto"`):
-            `"trl"` computes log-probabilities with TRL's loss head; `"auto"` does so only where `bl_trainer`'s doesn't apply.
-        stop_on_nan (`bool`, *optional*, defaults to `False`):
-            Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
-            NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
-
-    Raises:
-        `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
-            would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
-
-    > [!NOTE]
-    > `greater_is_better` defaults to `False` for `metric_for_best_model="eval_nll"` and `"eval_perplexity"`.
-    """
-
-    objective: dict[str, Any] | str | None = field(
-        default="nll",
-        metadata={
-            "help": "Objective f(p): nll, neg_p, log_one_minus_p, package.module:function, or a mapping such as "
-            "{name: power, alpha: 10}."
-        },
-    )
-    threshold: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Train only on target tokens with at least this probability, or a mapping such as "
-            "{above: 0.2, below: 0.9, normalize: tokens}."
-        },
-    )
-
-    loss_head: str = field(
-        default="auto",
-        metadata={
-            "help": "Loss head: trl uses TRL's, with which nll trains exactly SFTTrainer's weights; auto uses it only where "
-            "bl_trainer's doesn't apply."
-        },
-    )
-
-    stop_on_nan: bool = field(
-        default=False,
-        metadata={"help": "Stop when the loss is NaN or infinite, with the step and the rows of the training set."},
-    )
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            **{key: None for key in SECRETS if hasattr(self, key)},
-        }  # transformers pickles its arguments into every checkpoint
-
-    def __post_init__(self) -> None:
-        objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
-        if isinstance(self.objective, Objective):
-            self.objective = objective.to_dict()
-        if isinstance(self.threshold, Threshold):
-            self.threshold = threshold.to_dict()
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
-            self.greater_is_better = False
-        super().__post_init__()
-        metric = self.metric_for_best_model or ""  # that chooses a checkpoint, or paces a plateau schedule
-        if metric.endswith("loss") and not threshold.keeps_all:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
-                "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
-            )
-        if metric.endswith("loss") and "progress" in objective.statistics:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
-                f"its meaning as the objective's {', '.join(objective.scheduled_at(0)) or 'progress'} moves. Write "
-                "`metric_for_best_model: eval_nll`, or another metric."
-            )
-        if metric.endswith("loss") and not objective.is_ruler:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
-                f"tell the better model under objective '{spell(objective.to_dict())}', whose cost may fall where targets "
-                "become less probable, or the model merely surer. Write `metric_for_best_model: eval_nll`, or another metric."
-            )
-        refuse_bypass(self)
 
 
 class BLTrainer(SFTTrainer):
@@ -264,10 +154,12 @@ class BLTrainer(SFTTrainer):
         self._observe: Callable[..., None] | None = None
         if not self._is_sharded():
             self._verify(self.model)
-        self.add_callback(_BeginTraining(self))
+        self.add_callback(BeginTraining(self))
         if type(self.data_collator) is DataCollatorForLanguageModeling:
-            self.data_collator = _Collator(**vars(self.data_collator))
-        if self.reference == "column" and (not isinstance(self.data_collator, _Collator) or self._is_shared_out("cp", "sp")):
+            self.data_collator = TokenCollator(**vars(self.data_collator))
+        if self.reference == "column" and (
+            not isinstance(self.data_collator, TokenCollator) or self._is_shared_out("cp", "sp")
+        ):
             raise ValueError(
                 f"The column `{REFERENCE}` goes with text, and with whole sequences on each device: not with images, nor "
                 "with context parallelism. Train an adapter without it: its base model is the reference then."
@@ -922,31 +814,6 @@ class BLTrainer(SFTTrainer):
             ]
             with open(Path(str(self.args.output_dir)) / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n".join(lines))
-
-
-class _BeginTraining(TrainerCallback):
-    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place."""
-
-    def __init__(self, trainer: BLTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_counting()
-        self.trainer.ensure_verified()
-        self.trainer.resolve_threshold()
-
-
-class _Collator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also lays columns out, and says where one example ends in the one row of padding-free mode."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        for example in examples:
-            check_example(example)
-        batch = super().torch_call(examples)
-        lay_out(examples, batch)
-        if self.padding_free:
-            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
-        return batch
 
 
 def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import anneal_study
 import continuum
 from anneal_study import ANNEAL, DESIGNS, FIXED, LEARNING_RATES
-from bl_trainer.pages import render
+from bl_trainer.pages.figures import render
 from miniature import prepare
 
 BASE = {"greedy": 0.25, "sampled": 0.125}

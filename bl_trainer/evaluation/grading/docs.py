@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ...parser import RecipeError
+from ...errors import RecipeError
 
 QUESTIONS = ("question", "problem", "Problem", "Question")
 

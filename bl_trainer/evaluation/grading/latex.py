@@ -56,7 +56,7 @@ class Unreadable(ValueError):
 
 
 class _Reader:
-    """Reads TeX as TeX does: an argument without braces is one token. Exponents are whole numbers, as people write them."""
+    """Reads TeX does: an argument without braces is one token. Exponents are whole numbers, as people write them."""
 
     def __init__(self, text: str):
         self.tokens, self.at, self.depth = TOKEN.findall(text), 0, 0

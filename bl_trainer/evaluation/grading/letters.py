@@ -4,7 +4,7 @@ import re
 from string import ascii_uppercase
 from typing import Any
 
-from ...data.format import USER
+from ...prepare.format import USER
 from ..choices import COLUMNS as CHOICES
 from ..choices import read_choices, right_index
 from .docs import read_docs

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache, reduce
 from typing import Any
 
-from ...parser import RecipeError
+from ...errors import RecipeError
 
 MOST_BITS = 1 << 17  # of a number that is computed; what is larger is compared as it is written
 MOST_SUMMED = 32  # of the limits of a sum, likewise

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...parser import RecipeError
+from ...errors import RecipeError
 from .docs import read_docs
 from .reasoning import without_reasoning
 

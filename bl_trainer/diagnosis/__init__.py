@@ -1,0 +1,5 @@
+"""Where a model and a data set stand on the model-capability continuum."""
+
+from .run import DiagnoseArguments, Diagnosis
+
+__all__ = ["DiagnoseArguments", "Diagnosis"]

@@ -1,0 +1,57 @@
+"""How figures of a report are said, on the page and in the terminal."""
+
+from typing import Any
+
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from .continuum import objective_name
+
+KIND_NAMES = {
+    "all": "all",
+    "content": "content",
+    "eos": "end of sequence",
+    "special": "special tokens",
+    "template": "chat template",
+}
+
+
+def sample_text(report: dict[str, Any]) -> str:
+    return "the beginning of a stream" if report["streamed"] else "a random sample"
+
+
+def asked_percentiles(percentiles: dict[str, float]) -> list[str]:
+    """Return the percentiles that were asked for besides 1 to 99."""
+    usual = set(map(str, range(1, 100)))
+    return [rank for rank in percentiles if rank not in usual]
+
+
+def kinds_shown(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the kinds of tokens, without the special ones where those are the end tokens again."""
+    kinds = report["kinds"]
+    return {name: kind for name, kind in kinds.items() if name != "special" or kind != kinds.get("eos")}
+
+
+def interval_text(mean: float, interval: Any) -> str:
+    return f"{mean:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples)")
+
+
+def placement_text(placement: dict[str, Any]) -> str:
+    if not placement["decided"]:
+        return "undecided: " + " or ".join(f"model-{region}" for region in placement["possible"])
+    near = ", ".join(f"{abs(d):.3f} {'above' if d >= 0 else 'below'} the cut at {c:.3f}"
+                     for d, c in zip(placement["distance_to_cuts"], placement["cuts"], strict=True))  # fmt: skip
+    return f"model-{placement['region']} ({near})"
+
+
+def arm_name(arm: dict[str, Any]) -> str:
+    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    return objective_name({"objective": objective.to_dict(), "threshold": threshold.to_dict()})
+
+
+def short_name(name: str, size: int = 48) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= size else "…" + name[1 - size :]
+
+
+def clipped(line: str, size: int = 260) -> str:
+    return line if len(line) <= size else line[: size - 1] + "…"

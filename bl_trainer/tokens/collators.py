@@ -1,0 +1,112 @@
+"""Collators that carry what is known of each token along with it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..errors import RecipeError
+from .annotation import group_name
+from .labels import check_example
+from .names import FILLS, ROW, WEIGHT
+from .template import segments
+
+
+class RowCollator:
+    """A collator that adds to the batch the rows that its examples come from: (batch, most rows of one), filled up with -1."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{key: value for key, value in each.items() if key != ROW} for each in features])
+        if ROW in features[0]:
+            rows = [each[ROW] if isinstance(each[ROW], list) else [each[ROW]] for each in features]
+            distinct = [torch.tensor(sorted(set(each))) for each in rows]
+            batch[ROW] = torch.nn.utils.rnn.pad_sequence(distinct, batch_first=True, padding_value=-1)
+        return batch
+
+
+def lay_out(features: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    """Add to a collated batch the columns that its examples have: (batch, length) tensors, right-padded, as the labels are."""
+    height, width = batch["labels"].shape
+    for key, fill in FILLS.items():
+        if any(key in each for each in features):
+            rows = [_row(key, each) for each in features]
+            rows = [torch.cat(rows)] if height < len(rows) else rows  # padding-free: one row
+            laid_out = pad_sequence(rows, batch_first=True, padding_value=fill)
+            batch[key] = pad(laid_out, (0, width - laid_out.shape[1]), value=fill)
+
+
+def _row(key: str, example: dict[str, Any]) -> Tensor:
+    """Return a column of an example, a number for each token. Raises RecipeError on what only an unprepared set may hold."""
+    size, value = len(example["input_ids"]), example.get(key)
+    if value is not None and hasattr(value, "tolist"):  # of a set `with_format`
+        value = value.tolist()
+    if isinstance(value, list) and len(value) != size:
+        raise RecipeError(f"`{key}` has {len(value)} numbers for {size} tokens. Give one for each.")
+    try:
+        row = torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise RecipeError(f"`{key}` of an example is {value!r}. Give every example a number, or one for each token.") from None
+    wrong = row[~(row.isfinite() & (row >= 0))]
+    if key == WEIGHT and len(wrong):
+        raise RecipeError(f"`{key}` of an example is {wrong[0]:g}: it must be a finite number, 0 or above.")
+    return row.expand(size)
+
+
+class Collator:
+    """A trainer's own collator, which also says which example each token belongs to."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], by: str | None, cuts: bool):
+        self.collator, self.by, self.cuts = collator, by, cuts
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        examples: list[dict[str, Any]] = []
+        names = ("bl_template", "bl_position", "bl_length") if self.cuts else ("bl_template",)
+        lines: dict[str, list[Tensor]] = {name: [] for name in ("bl_owner", *names)}
+        for feature in features:
+            line = []
+            for start, stop in segments(feature):
+                row, group = feature["bl_row"], None
+                if isinstance(row, list):  # packed
+                    row, group = row[start], feature["bl_group"][start]
+                elif self.by is not None:
+                    group = feature["bl_group"] if "bl_group" in feature else group_name(feature[self.by])
+                line.append(torch.full((stop - start,), len(examples)))
+                examples.append(
+                    {
+                        "row": row,
+                        "group": group if self.by is not None else None,
+                        "input_ids": feature["input_ids"][start:stop],
+                        "is_part": self.cuts,
+                    }
+                )
+            lines["bl_owner"].append(torch.cat(line))
+            for name in names:
+                lines[name].append(torch.tensor(feature[name]))
+        batch = self.collator(features)
+        height, width = batch["input_ids"].shape
+        for name, values in lines.items():
+            values = [torch.cat(values)] if height < len(values) else values  # padding-free: one row
+            padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=-1)
+            batch[name] = torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=-1)
+        batch["bl_examples"] = examples
+        return batch
+
+
+class TokenCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also lays columns out, and says where one example ends in the one row of padding-free mode."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            check_example(example)
+        batch = super().torch_call(examples)
+        lay_out(examples, batch)
+        if self.padding_free:
+            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return batch

@@ -1,0 +1,35 @@
+"""End and special tokens, and tokens as text."""
+
+from typing import Any
+
+from transformers import ProcessorMixin
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """Return the tokenizer, also that of a multimodal processor."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def end_ids(trainer: Any) -> set[int]:
+    """Return the ids of the tokens that end a generation."""
+    more = getattr(trainer.model.generation_config, "eos_token_id", None)
+    return {tokenizer_of(trainer.processing_class).eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of all special tokens."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added}
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return the text that each token adds; of the tokens that make up one character, the last has it, the others a dot."""
+    texts, start, done = [], 0, 0
+    for i in range(len(ids)):
+        before, after = tokenizer.decode(ids[start:done]), tokenizer.decode(ids[start : i + 1])
+        if after.endswith("\ufffd") and i + 1 < len(ids) and i - done < 8:
+            texts.append("·")
+            continue
+        texts.append(after[len(before) :])
+        start, done = done, i + 1
+    return texts

@@ -1,0 +1,113 @@
+""""""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from ..objectives.composition import spell
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from .refusals import (
+    refuse_bypass,
+)
+
+SECRETS = ("hub_token", "push_to_hub_token")
+
+# The means over target tokens that every run reports
+METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
+
+LOWER_IS_BETTER = ("nll", "perplexity")
+
+
+@dataclass
+class BLConfig(SFTConfig):
+    r"""
+    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and four keys.
+
+    Parameters:
+        objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
+            The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
+            a function of your own by its import path, `"my_package.losses:my_objective"`; composed with schedules, `floor`,
+            `mix` and `special_tokens` as [`Objective`] says.
+        threshold (`float` or `dict[str, Any]`, *optional*):
+            Train only on target tokens of which the current model's probability is at least this, or
+            `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
+        loss_head (`str`, *optional*, defaults to `"auto"`):
+            `"trl"` computes log-probabilities with TRL's loss head; `"auto"` does so only where `bl_trainer`'s doesn't apply.
+        stop_on_nan (`bool`, *optional*, defaults to `False`):
+            Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
+            NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
+
+    Raises:
+        `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
+            would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
+
+    > [!NOTE]
+    > `greater_is_better` defaults to `False` for `metric_for_best_model="eval_nll"` and `"eval_perplexity"`.
+    """
+
+    objective: dict[str, Any] | str | None = field(
+        default="nll",
+        metadata={
+            "help": "Objective f(p): nll, neg_p, log_one_minus_p, package.module:function, or a mapping such as "
+            "{name: power, alpha: 10}."
+        },
+    )
+    threshold: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only on target tokens with at least this probability, or a mapping such as "
+            "{above: 0.2, below: 0.9, normalize: tokens}."
+        },
+    )
+
+    loss_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Loss head: trl uses TRL's, with which nll trains exactly SFTTrainer's weights; auto uses it only where "
+            "bl_trainer's doesn't apply."
+        },
+    )
+
+    stop_on_nan: bool = field(
+        default=False,
+        metadata={"help": "Stop when the loss is NaN or infinite, with the step and the rows of the training set."},
+    )
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            **{key: None for key in SECRETS if hasattr(self, key)},
+        }  # transformers pickles its arguments into every checkpoint
+
+    def __post_init__(self) -> None:
+        objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
+        if isinstance(self.objective, Objective):
+            self.objective = objective.to_dict()
+        if isinstance(self.threshold, Threshold):
+            self.threshold = threshold.to_dict()
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False
+        super().__post_init__()
+        metric = self.metric_for_best_model or ""  # that chooses a checkpoint, or paces a plateau schedule
+        if metric.endswith("loss") and not threshold.keeps_all:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
+                "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
+            )
+        if metric.endswith("loss") and "progress" in objective.statistics:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
+                f"its meaning as the objective's {', '.join(objective.scheduled_at(0)) or 'progress'} moves. Write "
+                "`metric_for_best_model: eval_nll`, or another metric."
+            )
+        if metric.endswith("loss") and not objective.is_ruler:
+            raise ValueError(
+                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
+                f"tell the better model under objective '{spell(objective.to_dict())}', whose cost may fall where targets "
+                "become less probable, or the model merely surer. Write `metric_for_best_model: eval_nll`, or another metric."
+            )
+        refuse_bypass(self)

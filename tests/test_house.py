@@ -1,0 +1,117 @@
+"""The shape of the package: the order of its rooms, its imports, and the length of its functions and classes."""
+
+import ast
+import io
+import statistics
+import tokenize
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bl_trainer"
+# Each imports only from those above it
+ROOMS = (
+    "errors", "_util", "pages", "objectives", "head", "tokens", "measurement", "training", "recipe", "diagnosis", "prepare",
+    "evaluation", "sweep", "cli", "__init__", "__main__",
+)  # fmt: skip
+LONGEST, MEDIAN, LARGEST = 40, 8, 250
+
+
+def _modules() -> dict[str, ast.Module]:
+    """Return dotted name -> syntax tree of every module; a package goes by its own name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+MODULES = _modules()
+PACKAGES = {name for name in MODULES if any(other.startswith(f"{name}.") for other in MODULES)}
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def _source(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".") if module in PACKAGES else module.split(".")[:-1]
+    parts = parts[: len(parts) - node.level + 1]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _imports(module: str, lazy: bool = True) -> list[tuple[str, str]]:
+    """Return (module of ours, name) of what a module imports; without `lazy` only what is imported when it is."""
+    nodes = ast.walk(MODULES[module]) if lazy else MODULES[module].body
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and _source(module, node).split(".")[0] == "bl_trainer":
+            source = _source(module, node)
+            for alias in node.names:
+                submodule = f"{source}.{alias.name}"
+                found.append((submodule, "") if submodule in MODULES else (source, alias.name))
+    return found
+
+
+def test_every_module_stands_in_a_room_of_the_house() -> None:
+    assert {_room(module) for module in MODULES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_from_the_rooms_above_it(module: str) -> None:
+    if module == "bl_trainer":  # which hands out names of all rooms when they are asked for
+        return
+    own = ROOMS.index(_room(module))
+    upward = [source for source, _ in _imports(module) if source != "bl_trainer" and ROOMS.index(_room(source)) > own]
+    assert not upward
+
+
+def test_imports_make_no_circle() -> None:
+    waiting = {module: {source for source, _ in _imports(module, lazy=False)} - {module} for module in MODULES}
+    while waiting:
+        free = [module for module, sources in waiting.items() if not sources & waiting.keys()]
+        assert free, f"a circle among {sorted(waiting)}"
+        for module in free:
+            del waiting[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_crosses_a_file(module: str) -> None:
+    assert [name for _, name in _imports(module) if name.startswith("_") and not name.startswith("__")] == []
+
+
+def _code_lines(path: Path) -> set[int]:
+    """Return the numbers of the lines that hold code: no blank lines, comments and docstrings."""
+    text = path.read_text(encoding="utf-8")
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return lines
+
+
+def _lengths(kind: type) -> dict[str, int]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code = _code_lines(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kind):
+                own = range(node.lineno, (node.end_lineno or 0) + 1)  # type: ignore[attr-defined]
+                found[f"{path.relative_to(PACKAGE)}:{node.name}:{node.lineno}"] = len(code & set(own))  # type: ignore[attr-defined]
+    return found
+
+
+def test_functions_are_short() -> None:
+    lengths = _lengths(ast.FunctionDef)
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+    assert statistics.median(lengths.values()) <= MEDIAN
+
+
+def test_classes_are_no_larger_than_a_reader_can_hold() -> None:
+    assert {name: length for name, length in _lengths(ast.ClassDef).items() if length > LARGEST} == {}
