@@ -487,9 +487,7 @@ class BLTrainer(SFTTrainer):
         found = self.objective.scheduled_at(self._progress(done))
         return {f"objective_{name}": value for name, value in found.items()}
 
-    def _kept_scale(
-        self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
+    def _kept_scale(self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
         scale = cost.new_ones(()) / self._whole_count(kept)
         if num_items_in_batch is None:
