@@ -125,7 +125,7 @@ ROWS_OF_A_TASK = [
     ("wide.csv", b"prompt,completion\na,b,c\n", "wide.csv, line 2: it has 3 values, the header 2."),
     ("number.json", b"5", "number.json, line 1: it holds 5, not an object."),
     ("deep.json", b"[" * 5000, "deep.json, line 1: its values are nested too deeply."),
-    ("type.jsonl", PAIR.encode() + b'{"prompt": 5, "completion": "b"}\n', "type.jsonl, line 2: 'prompt' is 5, not a text or"),
+    ("type.jsonl", PAIR.encode() + b'{"prompt": 5, "completion": "b"}\n', "type.jsonl, line 2: 'prompt' is 5, not a text"),
     ("numbers.csv", b"prompt,completion\na,007\n", "its column 'completion' holds numbers, not texts. Use a .jsonl file."),
 ]
 TASK_FILES = [

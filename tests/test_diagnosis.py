@@ -27,7 +27,7 @@ from bl_trainer.diagnosis.report import gradient_mass
 from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
 from bl_trainer.diagnosis.terminal import terminal_summary
 from bl_trainer.errors import RecipeError
-from bl_trainer.measurement import forward as measurement
+from bl_trainer.measurement import percentiles
 from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.tokens.annotation import Annotation, group_name
@@ -42,7 +42,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
-    monkeypatch.setattr(measurement, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(percentiles, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -864,7 +864,7 @@ def test_measured_probabilities_are_kept_and_fit_other_percentiles(tokenizer, tm
     data = Dataset.from_list([{"text": row["text"]} for row in rows_of("text")])
     first = trainer_of(tokenizer, tmp_path / "a", data, threshold={"above_percentile": 10})
     first.resolve_threshold()
-    monkeypatch.setattr(measurement, "measure", None)  # a second measurement would fail
+    monkeypatch.setattr(percentiles, "measure", None)  # a second measurement would fail
     lora = get_peft_model(make_llama(tokenizer), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     second = trainer_of(tokenizer, tmp_path / "b", data, model=lora, threshold={"above_percentile": 50})
     second.resolve_threshold()
@@ -931,7 +931,7 @@ def test_quantised_weights_are_part_of_the_fingerprint(name, tokenizer, tmp_path
         return trainer_of(tokenizer, tmp_path / folder, data, model=model, threshold={"above_percentile": 10})
 
     made("first", 0).resolve_threshold()
-    monkeypatch.setattr(measurement, "measure", None)  # a second measurement would fail
+    monkeypatch.setattr(percentiles, "measure", None)  # a second measurement would fail
     made("same", 0).resolve_threshold()
     with pytest.raises(TypeError):
         made("other", 1).resolve_threshold()
@@ -1033,7 +1033,7 @@ def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_
 def test_percentile_of_a_stream_without_targets(tokenizer, tmp_path):
     data = Dataset.from_list([{"prompt": "a" * 50, "completion": "b"}] * 3).to_iterable_dataset()
     made = trainer_of(tokenizer, tmp_path / "a", data, threshold={"above_percentile": 25}, max_length=8)
-    with pytest.raises(measurement.MeasurementError, match="There is no example with a target token"):
+    with pytest.raises(percentiles.MeasurementError, match="There is no example with a target token"):
         made.resolve_threshold()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bl_trainer.head import blocks
+from bl_trainer.head import gradients as gradients_module
 from bl_trainer.head.lm_head import Head
 from bl_trainer.head.ops import compare, objective_head, score
 from bl_trainer.objectives.objective import Objective
@@ -47,8 +48,9 @@ def older_addmm(total, left, right, **how):
 def cuda(request, monkeypatch):
     """CUDA's products on a CPU, as a version of torch has them."""
     version, its_addmm = request.param
-    monkeypatch.setattr(blocks, "ADDS_TO_WIDE", blocks.adds_to_wide(version))
-    monkeypatch.setattr(blocks, "_has_wide_products", lambda tensor: True)
+    monkeypatch.setattr(gradients_module, "ADDS_TO_WIDE", gradients_module.adds_to_wide(version))
+    for module in (blocks, gradients_module):
+        monkeypatch.setattr(module, "has_wide_products", lambda tensor: True)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", its_addmm)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
 from bl_trainer.head import blocks as module
+from bl_trainer.head import gradients as gradients_module
 from bl_trainer.head.lm_head import Head
 from bl_trainer.head.ops import compare, objective_head, score
 from bl_trainer.head.patch import add_scoring
@@ -274,9 +275,9 @@ def test_rows_of_no_weight_stay_out_of_the_products(monkeypatch, backend):
     logp = reference(Objective.parse("nll"), Threshold(), hidden, head, target)[1]
     threshold = Threshold(above=logp.exp().median().item())
     rows = []
-    inner = module._add_in_weight
+    inner = gradients_module._add_in_weight
     monkeypatch.setattr(
-        module, "_add_in_weight", lambda total, left, *rest: rows.append(len(left)) or inner(total, left, *rest)
+        gradients_module, "_add_in_weight", lambda total, left, *rest: rows.append(len(left)) or inner(total, left, *rest)
     )
     ours = apply(Objective.parse("nll"), threshold, hidden, head, target)
     assert sum(rows) == int(ours.kept.sum()) < TOKENS
@@ -382,7 +383,7 @@ def test_divergences_equal_those_of_full_logits():
 
 def test_nothing_is_stored_without_gradient(monkeypatch):
     hidden, head, target = make()
-    monkeypatch.setattr(module.Gradients, "add", None)
+    monkeypatch.setattr(gradients_module.Gradients, "add", None)
     with torch.no_grad():
         ours = apply(Objective.parse("neg_p"), Threshold(), hidden, head, target)
     assert not ours.cost.requires_grad

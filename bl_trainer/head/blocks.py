@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
-from packaging.version import Version
 from torch import Tensor
 from transformers.utils import is_triton_available
 
@@ -27,14 +26,6 @@ ROW_MULTIPLE = 128  # of the rows of a block: by other numbers a CPU's head was 
 CACHE_BYTES = 2 * 2**20  # of the rows that a CPU works on at a time: twice that fits two cores' second-level caches
 
 SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
-
-
-def adds_to_wide(version: str) -> bool:
-    """Return whether this torch adds a product of half-precision matrices to a float32 matrix on CUDA, as since 2.10."""
-    return Version(version) >= Version("2.10")
-
-
-ADDS_TO_WIDE = adds_to_wide(torch.__version__)
 
 
 @dataclass

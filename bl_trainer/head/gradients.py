@@ -1,16 +1,22 @@
 """Gradients formed block by block."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from ..objectives.pricing import Price
+from .blocks import Blocks, has_wide_products, slices
 
-if TYPE_CHECKING:
-    pass
-from .blocks import ADDS_TO_WIDE, Blocks, has_wide_products, slices
+
+def adds_to_wide(version: str) -> bool:
+    """Return whether this torch adds a product of half-precision matrices to a float32 matrix on CUDA, as since 2.10."""
+    return Version(version) >= Version("2.10")
+
+
+ADDS_TO_WIDE = adds_to_wide(torch.__version__)
 
 
 class Gradients:
