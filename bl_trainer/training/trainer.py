@@ -214,6 +214,7 @@ class BLTrainer(SFTTrainer):
                 "Cannot train the model that `model_init` returns: the trainer's model has an adapter, this one has none. "
                 "Return `get_peft_model(model, peft_config)`."
             )
+        refuse_frozen(model)
         self._add_heads(model)
         return model
 
@@ -669,7 +670,8 @@ class BLTrainer(SFTTrainer):
         if trial is not None:  # whose model is another, and its percentile too
             self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         self._first_step, self._has_met_targets = 0, False
-        refuse_frozen(self.model)
+        if self.model is not None:  # or a search makes it, by `call_model_init`
+            refuse_frozen(self.model)
         self._refuse_dropped()
         listens = getattr(self.args, "enable_jit_checkpoint", False)
         with self._sigterm.listening() if listens else nullcontext():
