@@ -153,8 +153,9 @@ def seen(tokenizers):
 
     def seen(kind, name):
         form, rows, tokenized, lm = trainer(kind)
-        task = SimpleNamespace(tokenizer=form.tokenizer, format=form, own_prompt=lambda row: row["prompt"])
-        text = completion.Completion.fewshot_context(task, rows[name], 0)
+        task = object.__new__(completion.Completion)
+        task.format, task.own_prompt = form, lambda row: row["prompt"]
+        text = task.fewshot_context(rows[name], 0)
         prompt = lm.tok_batch_encode([text])[0][0].tolist()
         trained = {key: tokenized[name][key] for key in ("input_ids", "labels")}
         return SimpleNamespace(form=form, row=rows[name], text=text, prompt=prompt, **trained)
