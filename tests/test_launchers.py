@@ -58,7 +58,7 @@ def start(config, processes, *command, dies_at=-1, cwd=None, **options):
 def finish(*started):
     """Wait for launchers; returns their exit codes and stderrs. None outlives a test that they hang."""
     try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
+        errors = [process.communicate(timeout=600)[1] for process in started]
         return [process.returncode for process in started], errors
     finally:
         for process in started:

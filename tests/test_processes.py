@@ -35,7 +35,7 @@ def launcher(processes):
     ]  # fmt: skip
 
 
-def launch(processes, *command, cwd=None, timeout=240):
+def launch(processes, *command, cwd=None, timeout=600):
     """Run under `accelerate launch`, and wait."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
@@ -219,7 +219,7 @@ def test_processes_that_would_train_alone_are_refused(checkpoint, data_folder, t
     recipe = write_recipe(tmp_path, checkpoint, data_folder, use_cpu=False)
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, env=environment, timeout=240
+        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, env=environment, timeout=600
     )
     assert done.returncode == 2
     assert "error: 2 processes were launched, and each would train alone. On CPUs write `use_cpu: true`" in done.stderr

@@ -99,7 +99,7 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so(checkpoint, data_folder
     for trusted in (False, True):
         more = ["--trust_remote_code", "true"] if trusted else []
         done = subprocess.run(
-            [sys.executable, SCRIPT, "--config", recipe, *more], capture_output=True, text=True, check=False, timeout=240,
+            [sys.executable, SCRIPT, "--config", recipe, *more], capture_output=True, text=True, check=False, timeout=600,
             stdin=subprocess.DEVNULL, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         )  # fmt: skip
         assert (done.returncode == 0) is trusted, done.stderr[-3000:]
@@ -134,7 +134,7 @@ def test_nothing_is_written_elsewhere(checkpoint, data_folder, tmp_path):
         "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, timeout=240,
+        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, timeout=600,
         cwd=folders["work"], env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
