@@ -49,14 +49,16 @@ class BLConfig(SFTConfig):
         default="nll",
         metadata={
             "help": "Objective f(p): nll, neg_p, log_one_minus_p, package.module:function, or a mapping such as "
-            "{name: power, alpha: 10}."
+            "{name: power, alpha: 10}.",
+            "metavar": "NAME|JSON",
         },
     )
     threshold: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Train only on target tokens with at least this probability, or a mapping such as "
-            "{above: 0.2, below: 0.9, normalize: tokens}."
+            "{above: 0.2, below: 0.9, normalize: tokens}.",
+            "metavar": "P|JSON",
         },
     )
 
@@ -64,7 +66,8 @@ class BLConfig(SFTConfig):
         default="auto",
         metadata={
             "help": "Loss head: trl uses TRL's, with which nll trains exactly SFTTrainer's weights; auto uses it only where "
-            "bl_trainer's doesn't apply."
+            "bl_trainer's doesn't apply.",
+            "metavar": "auto|trl",
         },
     )
 
