@@ -1,4 +1,7 @@
-"""The verbs: `accelerate launch -m bl_trainer train --config recipe.yaml`."""
+"""The verbs: `bl-trainer VERB`, or on several devices `accelerate launch -m bl_trainer VERB`.
+
+Importing it costs neither torch nor TRL, so that `bl-trainer --help` and a mistyped verb are answered at once.
+"""
 
 import os
 import signal
@@ -7,12 +10,39 @@ import time
 import traceback
 from typing import Any
 
-from ._util.text import sentence
-from .errors import CheckpointError, LossError, MeasurementError, RecipeError
-from .recipe.recipe import Recipe
-from .tokens.layouts import RowError
+from . import __version__
+from ._util.text import nearest, sentence
+from .errors import BLError, RecipeError
 
-VERBS = ("train", "diagnose", "sweep", "evaluate", "prepare-data")
+VERBS = {
+    "diagnose": "Measure what the model already knows of the training data, without training.",
+    "train": "Fine-tune a model on a recipe, with any objective.",
+    "sweep": "Compare objectives and learning rates on the same metrics.",
+    "evaluate": "Score checkpoints on tasks, and compare them item by item.",
+    "prepare-data": "Prepare a data set of the paper.",
+}
+
+HELP = f"""usage: bl-trainer VERB [OPTION ...]
+
+Supervised fine-tuning with objectives f(p) of the target token's probability, on TRL.
+
+Verbs:
+{chr(10).join(f"  {verb:<14}{summary}" for verb, summary in VERBS.items())}
+
+Options:
+  -h, --help    Show this help; `bl-trainer VERB --help` shows a verb's options and recipe keys.
+  --version     Show the version.
+
+Examples:
+  bl-trainer diagnose --config recipe.yaml --report out/diagnosis
+  bl-trainer train --config recipe.yaml --objective neg_p --learning_rate 1e-5
+  bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
+  bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
+  bl-trainer prepare-data figfont --output data/figfont
+
+On several devices:
+  accelerate launch -m bl_trainer train --config recipe.yaml
+"""
 
 
 def train(argv: list[str]) -> None:
@@ -115,8 +145,6 @@ def sweep(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, before any arm runs.
     """
-    from .errors import RecipeError
-
     try:
         from .sweep.verb import sweep as run
     except ImportError as error:
@@ -137,7 +165,6 @@ def evaluate(argv: list[str]) -> None:
     """
     import torch
 
-    from .errors import RecipeError
     from .evaluation import EvaluateArguments
     from .evaluation import evaluate as run
 
@@ -180,36 +207,36 @@ def end(trainer: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the verb that `argv` names."""
+    """Run the verb that `argv` names, by default the command line's."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
-        print("accelerate launch -m bl_trainer VERB --config recipe.yaml [--any_key value ...]")
-        print(f"verbs: {', '.join(VERBS)}; VERB --help lists its keys")
+        print(HELP, end="")
         return
-    if not argv or argv[0] not in VERBS:
-        wrong = f"unknown verb {argv[0]!r}" if argv else "no verb"
-        print(
-            f"error: {wrong}. Write `accelerate launch -m bl_trainer train --config recipe.yaml`; verbs: {', '.join(VERBS)}.",
-            file=sys.stderr,
-        )
+    if argv and argv[0] == "--version":
+        print(f"bl-trainer {__version__}")
+        return
+    verbs = {"diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
+    if not argv or argv[0] not in verbs:
+        wrong = f"unknown verb {argv[0]!r}.{nearest(argv[0], verbs)}" if argv else "no verb."
+        write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"
+        print(f"error: {wrong} {write}; verbs: {', '.join(verbs)}.", file=sys.stderr)
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    verbs = {"train": train, "diagnose": diagnose, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
     verbs[argv[0]](argv[1:])
 
 
-def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False, traced: bool = False) -> None:
+def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: bool = False) -> None:
     """End the process with exit code 2 and one line on stderr; with BL_TRACEBACK=1, or `traced`, where it came from.
 
     Only one process a machine writes it, unless it may be that process's own (`anywhere`). If `error` is not one of ours, the
     line also says which line of the `recipe`'s local files can't be trained on, if there is one.
     """
-    is_ours = isinstance(error, (RecipeError, MeasurementError, CheckpointError, LossError))
+    is_ours = isinstance(error, BLError)
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
     if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
+        message = _located(error, recipe)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None
             message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"
@@ -217,3 +244,12 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
         # a progress bar may stand on the line
         print(f"{chr(10) if anywhere else ''}error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _located(error: Exception, recipe: Any) -> str:
+    """Return the message of an error, with the line of the recipe's local files that it is about, if there is one."""
+    if recipe is None:
+        return sentence(error)
+    from .tokens.layouts import RowError
+
+    return recipe.located(error) if isinstance(error, RowError) else sentence(error)

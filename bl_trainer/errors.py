@@ -1,17 +1,21 @@
-"""The package's errors: each message is for the user."""
+"""The package's errors: each message tells the user what failed, why, and what to do."""
 
 
-class RecipeError(ValueError):
-    """A mistake in a recipe or in what it points to; the message is one sentence for the user."""
+class BLError(ValueError):
+    """Base of the errors that a user can put right."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be written or gone on with; the message is one sentence for the user."""
+class RecipeError(BLError):
+    """A mistake in a recipe, on the command line, or in what they point to."""
 
 
-class LossError(ValueError):
-    """The loss is NaN or infinite; the message says where."""
+class CheckpointError(BLError):
+    """A checkpoint that cannot be written or resumed from."""
 
 
-class MeasurementError(ValueError):
-    """Data or weights that can't be measured; the message is one sentence for the user."""
+class MeasurementError(BLError):
+    """Data or weights that cannot be measured."""
+
+
+class LossError(BLError):
+    """A loss or gradient that is NaN or infinite; the message names the step."""

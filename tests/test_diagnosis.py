@@ -1003,7 +1003,7 @@ def test_wrong_percentiles(spec, message):
 
 
 def test_percentile_threshold_does_not_choose_by_loss(tmp_path):
-    with pytest.raises(ValueError, match="falls as tokens drop out"):
+    with pytest.raises(ValueError, match="only the loss of `objective: nll` without `threshold`"):
         BLConfig(output_dir=str(tmp_path), threshold={"above_percentile": 10}, metric_for_best_model="eval_loss", bf16=False)
 
 

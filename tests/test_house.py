@@ -82,6 +82,14 @@ def test_no_private_name_crosses_a_file(module: str) -> None:
     assert [name for _, name in _imports(module) if name.startswith("_") and not name.startswith("__")] == []
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_imported_that_windows_lacks(module: str) -> None:
+    nodes = list(ast.walk(MODULES[module]))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    assert not names & {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
 def _code_lines(path: Path) -> set[int]:
     """Return the numbers of the lines that hold code: no blank lines, comments and docstrings."""
     text = path.read_text(encoding="utf-8")

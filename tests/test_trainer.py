@@ -269,6 +269,28 @@ def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data,
     assert not {f"eval_{metric}" for metric in METRICS} & logs.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "metric", "greater"),
+    [
+        ({}, "loss", False),
+        ({"objective": {"name": "nll"}}, "loss", False),
+        ({"objective": "neg_p"}, "eval_nll", False),
+        ({"objective": {"name": "nll", "floor": 0.5}}, "eval_nll", False),
+        ({"threshold": 0.2}, "eval_nll", False),
+        ({"objective": "dft", "metric_for_best_model": "eval_target_prob"}, "eval_target_prob", True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("needs", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}], ids=str)
+def test_best_model_is_chosen_by_nll_unless_the_loss_is_it(needs, options, metric, greater, tmp_path):
+    config = BLConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", **needs, **options)
+    assert (config.metric_for_best_model, config.greater_is_better) == (metric, greater)
+
+
+def test_no_metric_is_chosen_where_none_is_needed(tmp_path):
+    assert BLConfig(output_dir=str(tmp_path), use_cpu=True, objective="neg_p").metric_for_best_model is None
+
+
 @pytest.mark.parametrize("metric", ["eval_nll", "nll", "eval_perplexity"])
 def test_best_model_has_the_lowest_nll(metric, tmp_path):
     assert BLConfig(output_dir=str(tmp_path), metric_for_best_model=metric, use_cpu=True).greater_is_better is False
@@ -523,15 +545,8 @@ class TestRefusals:
             ),
             ({"liger_kernel_config": {"cross_entropy": True}}, "is a cross-entropy of its own"),
             ({"eval_packing": True, "max_length": 64}, "`eval_packing: true` without `packing` would evaluate"),
-            (
-                {"load_best_model_at_end": True, "threshold": 0.2, "eval_strategy": "steps", "save_strategy": "steps"},
-                "`metric_for_best_model: loss`, the default of `load_best_model_at_end` .* falls as tokens drop out",
-            ),
             ({"metric_for_best_model": "eval_loss", "threshold": 0.2}, "`metric_for_best_model: eval_loss`"),
-            (
-                {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "threshold": {"below": 0.2}},
-                "`metric_for_best_model: loss`, the default of",
-            ),
+            ({"metric_for_best_model": "loss", "objective": "neg_p"}, "`metric_for_best_model: loss`.* Write .*eval_nll"),
         ],
         ids=str,
     )

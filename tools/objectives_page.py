@@ -70,11 +70,8 @@ behind `anneal` on one of four small synthetic tasks, level or better on the oth
 [the README](../README.md#composing-objectives).
 
 **Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
-becomes merely surer (where a weight is its entropy). Such a loss chooses no checkpoint: `metric_for_best_model: eval_loss`,
-the default of `load_best_model_at_end`, is refused with
-{no_ruler};
-with what is composed of them, a `floor` or an own function, where a trial on a few hundred values of p finds the same; and
-with any schedule, under which the loss changes its meaning.
+becomes merely surer (where a weight is its entropy), and a schedule or a threshold changes what the loss means. So
+`metric_for_best_model` defaults to `eval_nll` under every objective but `nll`, and `eval_loss` is refused.
 `nll`, `target_prob` and accuracy are reported for every objective.
 
 **What they share.** The sum of costs is divided by all target tokens. Papers that weigh a token by the rest of its batch
@@ -179,7 +176,6 @@ def page() -> str:
         table=header + "\n".join(rows),
         costs="| statistic | what it costs |\n|---|---|\n" + costs.rstrip(),
         sections="\n\n".join(sections),
-        no_ruler=", ".join(f"`{name}`" for name in OBJECTIVES if not Objective(name, CURVES.get(name, PLAIN)[0][1]).is_ruler),
     )
 
 

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from datasets.exceptions import DatasetsError
-
 
 def nearest(name: Any, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing."""
@@ -40,6 +38,7 @@ def to_number(value: Any) -> Any:
 
 
 def from_json(key: str, value: Any, example: str) -> Any:
+    """Return the mapping that JSON text for `key` spells, and anything else as it is. Raises ValueError on broken JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
@@ -49,6 +48,7 @@ def from_json(key: str, value: Any, example: str) -> Any:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception's message on one line."""
-    cause = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
+    """Return an exception's message on one line; that of `datasets` names its cause besides."""
+    is_of_datasets = any(kind.__name__ == "DatasetsError" for kind in type(error).__mro__)  # by name: importing it is slow
+    cause = f": {error.__cause__}" if is_of_datasets and error.__cause__ else ""
     return " ".join(f"{error}{cause}".split()) or type(error).__name__

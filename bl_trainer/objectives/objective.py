@@ -5,42 +5,23 @@ of `logp` = log p that returns one cost per token; it never masks and never redu
 its parameters filled in, `Threshold` says which target tokens train.
 """
 
-import importlib
 import inspect
-import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._util.text import from_json, is_number, nearest, to_exponent, to_number
-from .composition import COIN_FLIP, KEYS, Schedule, chosen, floored, value_at
-from .contract import STATISTICS, probe_tokens
-from .functions import (
-    anneal,
-    annealed_alpha,
-    log_one_minus_p,
-    neg_p,
-    nll,
-    power,
-)
+from .composition import Schedule, chosen, floored, value_at
+from .contract import STATISTICS, check_contract, check_parameters
+from .functions import anneal, annealed_alpha
 from .pricing import masked_cost
-from .published import PUBLISHED
+from .spec import OBJECTIVES, function_of, read_composition, read_spec
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "nll": nll,
-    "neg_p": neg_p,
-    "power": power,
-    "log_one_minus_p": log_one_minus_p,
-    "anneal": anneal,
-    **PUBLISHED,
-}
+__all__ = ["OBJECTIVES", "Objective"]
 
 
 @dataclass(frozen=True)
@@ -80,27 +61,11 @@ class Objective:
         """
         if isinstance(spec, Objective):
             return spec
-        spec = from_json("objective", spec, '{"name": "power", "alpha": 10}')
-        if callable(spec):
-            raise ValueError(
-                f"`objective` must be a name, got {spec!r}. Give a function by its import path, `module:function`, in "
-                "a notebook `__main__:function`, so that checkpoints can record it."
-            )
-        if isinstance(spec, Mapping):
-            parameters = {key: _setting(key, value) for key, value in spec.items() if key not in ("name", *KEYS)}
-            name, composition = spec.get("name"), {key: spec[key] for key in KEYS if key in spec}
-        else:
-            name, parameters, composition = spec, {}, {}
-        if not isinstance(name, str) or not name:
-            raise ValueError(
-                f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, with parameters "
-                "`{name: power, alpha: 10}`."
-            )
+        name, parameters, composition = read_spec(spec)
         objective = cls(name, parameters)
-        objective._check_parameters()
-        objective._check_contract()
-        read = {"floor": _floor, "mix": _mix, "special_tokens": _part}
-        return replace(objective, **{key: read[key](key, value) for key, value in composition.items()})
+        check_parameters(objective)
+        check_contract(objective)
+        return replace(objective, **read_composition(composition, cls.parse))
 
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return f, elementwise, composed as it is.
@@ -185,14 +150,7 @@ class Objective:
     @cached_property
     def function(self) -> Callable[..., Tensor]:
         """The objective function itself."""
-        if ":" in self.name:
-            return _import(self.name)
-        if self.name not in OBJECTIVES:
-            raise ValueError(
-                f"Unknown objective {self.name!r}.{nearest(self.name, OBJECTIVES)} Built in: {', '.join(OBJECTIVES)}. Your "
-                "own function goes by its import path, e.g. `objective: my_package.losses:my_objective`."
-            )
-        return OBJECTIVES[self.name]
+        return function_of(self.name)
 
     @cached_property
     def statistics(self) -> tuple[str, ...]:
@@ -206,35 +164,6 @@ class Objective:
     def own_statistics(self) -> tuple[str, ...]:
         """The names in `STATISTICS` that its function asks for."""
         return tuple(name for name in inspect.signature(self.function).parameters if name in STATISTICS)
-
-    @property
-    def is_ruler(self) -> bool:
-        """Whether a lower cost is a better model: a token's cost falls with its p, and not because the model is surer.
-
-        Tried on tokens from p = 1e-5 to 1. What an objective differentiates through, as the gradient of `entropy`, is part
-        of what it wants, and may count.
-        """
-        logp = torch.linspace(math.log(1e-5), 0, 400, dtype=torch.float64)
-        no, names = torch.zeros(len(logp), dtype=torch.bool), ("logp", *self.statistics)
-        surer = {"entropy": COIN_FLIP["entropy"] / 2, "log_sum_sq_probs": COIN_FLIP["log_sum_sq_probs"] / 2, "is_top1": True}
-        for ref_logp, is_special, progress in itertools.product((-5.0, -0.7, -0.05), (no, ~no), (0.5, 1.0)):
-            tokens: dict[str, Any] = {
-                name: torch.full_like(logp, value) for name, value in COIN_FLIP.items() if isinstance(value, float)
-            }
-            tokens |= {"logp": logp, "ref_logp": torch.full_like(logp, ref_logp), "label": no.long(), "progress": progress}
-            tokens |= {"is_top1": no, "is_special": is_special, "entropy": tokens["entropy"].requires_grad_()}
-            cost = self._try({name: tokens[name] for name in names})
-            if (cost.diff() > 1e-9).any():
-                return False
-            slope = None
-            if "entropy" in names and cost.requires_grad:
-                (slope,) = torch.autograd.grad(cost.sum(), tokens["entropy"], allow_unused=True)
-            for name, value in surer.items():
-                if name in names and not (name == "entropy" and slope is not None):
-                    changed = tokens | {name: torch.full_like(tokens[name], value)}
-                    if not torch.equal(self._try({key: changed[key] for key in names}), cost):
-                        return False
-        return True
 
     @property
     def resolved(self) -> "Objective":
@@ -261,181 +190,6 @@ class Objective:
             spec["special_tokens"] = self.special_tokens.to_dict()
         return spec
 
-    def _check_parameters(self) -> None:
-        function = self.function
-        try:
-            first, *others = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Objective {self.name!r} is not a function of `logp`: {error}. Give a Python function whose first "
-                "parameter is `logp`."
-            ) from error
-        if first.name != "logp":
-            raise ValueError(f"The first parameter of objective {self.name!r} must be `logp`, got {first.name!r}.")
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in others)
-        own = {p.name: p for p in others if p.name not in STATISTICS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-        for key in (*KEYS, "name", "weight"):
-            if key in own:
-                raise ValueError(
-                    f"Objective {self.name!r} has a parameter {key!r}, which in a recipe means the same for every objective: "
-                    "see `bl_trainer.objectives.composition`. Give the parameter another name."
-                )
-        supplied = [key for key in self.parameters if key in STATISTICS]
-        surplus = [key for key in self.parameters if key not in own and not takes_any]
-        missing = [key for key, p in own.items() if p.default is p.empty and key not in self.parameters]
-        if supplied or surplus or missing:
-            problems = [
-                f"{key!r} is a statistic that the trainer supplies" if key in supplied else f"{key!r} is not one of them"
-                for key in dict.fromkeys(supplied + surplus)
-            ]
-            problems += [f"{key!r} is missing" for key in missing]
-            example = ", ".join([f"name: {self.name}", *(f"{key}: {self.parameters.get(key, '...')}" for key in own)])
-            offer = f" Statistics that a function may name: {', '.join(STATISTICS)}." if missing and ":" in self.name else ""
-            near = "".join(nearest(key, (*own, *KEYS)) for key in surplus)
-            write = "" if near else f" Write `objective: {'{' + example + '}' if own else self.name}`."
-            if function is anneal:
-                write = " For another schedule give `start` and `end` the same one, as `{from: 0.5, to: 5, over: [0.3, 1]}`."
-            takes = f"Objective {self.name!r} takes {', '.join(own) or 'no parameters of its own'}"
-            raise ValueError(f"{takes}: {' and '.join(problems)}.{near}{write}{offer}")
-        for key in self.schedules:
-            default = own[key].default if key in own else None
-            if default not in (None, inspect.Parameter.empty) and not is_number(default):
-                raise ValueError(
-                    f"`{key}` of objective {self.name!r} can't be scheduled: it is no number, its default is {default!r}. "
-                    "Give it one value."
-                )
-
-    def _check_contract(self) -> None:
-        """Try the function on tokens from impossible to certain, and on each among others: its cost may not change."""
-        for progress in (0.0, 1.0, 0.5) if "progress" in self.statistics else (0.5,):  # the ends first, as the recipe has them
-            self.at(progress)._check_contract_at(progress)
-
-    @torch.inference_mode(False)
-    def _check_contract_at(self, progress: float) -> None:
-        what, shape = f"Objective {self.name!r}", (2, 6)
-        when = f" and progress {progress:g}" if "progress" in self.own_statistics else ""
-        tokens = probe_tokens([-50, -20, -8, -4, -2.5, -1.6, -1, -0.7, -0.3, -0.1, -1e-3, 0], shape, progress)
-        others = probe_tokens([-0.2, -0.02, 0, -0.4, -0.05, -0.6, -0.01, -0.15, -0.5, -0.3, -0.25, -0.08], shape, progress)
-        if self.name in OBJECTIVES:
-            self(**tokens)  # its parameters are checked; the rest is tested with the package
-            return
-        inputs = (tokens["logp"].requires_grad_(), tokens["entropy"].requires_grad_())
-        cost = self._try(tokens)
-        if not isinstance(cost, Tensor) or cost.shape != shape or not cost.is_floating_point():
-            got = f"{cost.dtype} {tuple(cost.shape)}" if isinstance(cost, Tensor) else type(cost).__name__
-            raise ValueError(
-                f"{what} must return one float per token, of the shape of `logp`; for a float32 {shape} it gave {got}. "
-                "Don't take the mean or the sum: the trainer does."
-            )
-        slopes = torch.autograd.grad(cost.sum(), inputs, allow_unused=True) if cost.requires_grad else (None, None)
-        if all(slope is None for slope in slopes):
-            raise ValueError(f"{what} has no gradient with respect to `logp`, so nothing would train. Don't detach all of it.")
-        for values in (cost, *(slope for slope in slopes if slope is not None)):
-            if not values.isfinite().all():
-                worst = tokens["logp"][~values.isfinite()][0].item()
-                raise ValueError(
-                    f"{what}, or its gradient, is not finite at log p = {worst:g}{when}. It must be from log p = -50 to 0, "
-                    "which confident models reach."
-                )
-        flat = {name: value.flatten() if isinstance(value, Tensor) else value for name, value in tokens.items()}
-        if not torch.allclose(self._try(flat), cost.flatten(), rtol=1e-4):
-            raise ValueError(f"{what} depends on how tokens are laid out. It must give the same costs for `logp` of any shape.")
-        for i in range(cost.numel()):
-            here = torch.arange(cost.numel()).view(shape) == i
-            mixed = {
-                name: torch.where(here, value, others[name]) if isinstance(value, Tensor) else value
-                for name, value in tokens.items()
-            }
-            if not torch.allclose(self._try(mixed)[here], cost[here], rtol=1e-4):
-                raise ValueError(
-                    f"{what} makes the cost of one token depend on other tokens, so training would depend on how a batch is "
-                    "cut into micro-batches and ranks. Compute each token's cost from its own statistics."
-                )
-
-    def _try(self, tokens: dict[str, Any]) -> Any:
-        before = {name: value.detach().clone() for name, value in tokens.items() if isinstance(value, Tensor)}
-        try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.manual_seed(0)  # an objective may draw at random for each token
-                cost = self(**tokens)
-        except Exception as error:
-            raise ValueError(
-                f"Objective {self.name!r} failed when tried on a few tokens: {type(error).__name__}: {error}"
-            ) from error
-        for name, value in before.items():
-            if not torch.equal(tokens[name], value):
-                raise ValueError(f"Objective {self.name!r} changes `{name}` in place, which others use too. Make a new tensor.")
-        return cost
-
-
-def _setting(key: str, value: Any) -> Any:
-    return Schedule.parse(key, value) if Schedule.is_meant(value) else to_exponent(value)
-
 
 def _plain(value: Any) -> Any:
     return value.to_dict() if isinstance(value, Schedule) else value
-
-
-def _bounded(what: str, value: Any, most: float, advice: str) -> Any:
-    """Read a number from 0 to `most`, or a schedule of such."""
-    setting = to_number(_setting(what, value))
-    for end in (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,):
-        if not is_number(end) or not 0 <= end <= most:
-            limits = "0 or above" if most == math.inf else f"between 0 and {most:g}"
-            raise ValueError(f"`{what}` must be a number {limits}, or a schedule of such, got {value!r}. {advice}")
-    return setting
-
-
-def _floor(key: str, value: Any) -> Any:
-    return _bounded(key, value, 1, "It is the smallest weight of a token on the NLL gradient, e.g. `floor: 0.1`.")
-
-
-def _mix(key: str, spec: Any) -> tuple[tuple[Objective, Any], ...]:
-    example = "Write `mix: {nll: 0.1}`, or with parameters `mix: [{name: power, alpha: 10, weight: 0.1}]`."
-    if not isinstance(spec, (Mapping, list, tuple)) or not spec:
-        raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
-    if isinstance(spec, Mapping):
-        if "name" in spec or any(isinstance(weight, Mapping) and not Schedule.is_meant(weight) for weight in spec.values()):
-            raise ValueError(f"`mix` with an objective's parameters must be a list, got {dict(spec)}. {example}")
-        spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
-    for other in spec:
-        if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
-            near = "".join(nearest(key, ["weight"]) for key in other if key != "name") if isinstance(other, Mapping) else ""
-            raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}.{near} {example}")
-    return tuple(
-        (
-            _part(key, {name: value for name, value in other.items() if name != "weight"}, example),
-            _bounded("weight", other["weight"], math.inf, f"It is that of {other['name']!r} in `mix`. {example}"),
-        )
-        for other in spec
-    )
-
-
-def _part(key: str, spec: Any, example: str = "") -> Objective:
-    """Read an objective within another; `example` takes the place of what a message says to write for one on its own."""
-    try:
-        part = Objective.parse(spec)
-    except ValueError as error:
-        what, write, how = str(error).partition(" Write `objective: ")
-        how = "" if not write else f" {example}" if example else f" Write `{key}: {how}"
-        what = what.replace("`objective` must", "it must")
-        raise ValueError(f"In `{key}` of the objective: {what}{how}") from error
-    if part.special_tokens is not None:
-        raise ValueError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")
-    return part
-
-
-def _import(path: str) -> Callable[..., Tensor]:
-    module_name, _, attribute = path.partition(":")
-    hint = "Write `objective: package.module:function`; the module must be importable from where you launch."
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
-    try:
-        function = attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise ValueError(f"Module {module_name!r} has no {attribute!r}.{nearest(attribute, vars(module))} {hint}") from error
-    if not callable(function):
-        raise ValueError(f"Objective {path!r} is a {type(function).__name__}, not a function. {hint}")
-    return function

@@ -17,6 +17,7 @@ from ..errors import RecipeError
 from ..objectives.composition import KEYS
 from ..objectives.objective import OBJECTIVES
 from ..training.config import SECRETS
+from .help import verb_help
 from .keys import NAMES, REPLACED
 
 
@@ -27,6 +28,10 @@ class Parser(TrlParser):
 
     def error(self, message: str) -> Any:
         raise RecipeError(message[:1].upper() + message[1:] + ".")
+
+    def format_help(self) -> str:
+        hints = {key: hint for each in self.dataclass_types for key, hint in get_type_hints(each).items()}
+        return verb_help(self.prog, self._actions, {key: kinds_of(hint) for key, hint in hints.items()}, self.description)
 
     @property
     def known(self) -> list[str]:

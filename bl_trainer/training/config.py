@@ -1,16 +1,13 @@
-""""""
+"""Configuration of a training run, and the rule which metric chooses a checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
-from ..objectives.composition import spell
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from .refusals import (
-    refuse_bypass,
-)
+from .refusals import refuse_bypass
 
 SECRETS = ("hub_token", "push_to_hub_token")
 
@@ -44,21 +41,24 @@ class BLConfig(SFTConfig):
             would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
 
     > [!NOTE]
-    > `greater_is_better` defaults to `False` for `metric_for_best_model="eval_nll"` and `"eval_perplexity"`.
+    > `metric_for_best_model` defaults to `"eval_nll"` where a metric is needed, unless the loss is NLL's itself; and
+    > `greater_is_better` to `False` for `"eval_nll"` and `"eval_perplexity"`.
     """
 
     objective: dict[str, Any] | str | None = field(
         default="nll",
         metadata={
             "help": "Objective f(p): nll, neg_p, log_one_minus_p, package.module:function, or a mapping such as "
-            "{name: power, alpha: 10}."
+            "{name: power, alpha: 10}.",
+            "metavar": "NAME|JSON",
         },
     )
     threshold: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Train only on target tokens with at least this probability, or a mapping such as "
-            "{above: 0.2, below: 0.9, normalize: tokens}."
+            "{above: 0.2, below: 0.9, normalize: tokens}.",
+            "metavar": "P|JSON",
         },
     )
 
@@ -66,7 +66,8 @@ class BLConfig(SFTConfig):
         default="auto",
         metadata={
             "help": "Loss head: trl uses TRL's, with which nll trains exactly SFTTrainer's weights; auto uses it only where "
-            "bl_trainer's doesn't apply."
+            "bl_trainer's doesn't apply.",
+            "metavar": "auto|trl",
         },
     )
 
@@ -89,25 +90,17 @@ class BLConfig(SFTConfig):
             self.objective = objective.to_dict()
         if isinstance(self.threshold, Threshold):
             self.threshold = threshold.to_dict()
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+        chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        is_ruler = objective.to_dict() == {"name": "nll"} and threshold.keeps_all  # no other loss compares models
+        if self.metric_for_best_model is None and chooses and not is_ruler:
+            self.metric_for_best_model = "eval_nll"
+        metric = self.metric_for_best_model or ""
+        if metric.endswith("loss") and not is_ruler:
+            raise ValueError(
+                f"Cannot choose by `metric_for_best_model: {metric}`: only the loss of `objective: nll` without `threshold` "
+                "tells the better model. Write `metric_for_best_model: eval_nll`, or remove the key."
+            )
+        if self.greater_is_better is None and metric.endswith(LOWER_IS_BETTER):
             self.greater_is_better = False
         super().__post_init__()
-        metric = self.metric_for_best_model or ""  # that chooses a checkpoint, or paces a plateau schedule
-        if metric.endswith("loss") and not threshold.keeps_all:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, falls as "
-                "tokens drop out of the `threshold`. Write `metric_for_best_model: eval_nll`, or another metric."
-            )
-        if metric.endswith("loss") and "progress" in objective.statistics:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, changes "
-                f"its meaning as the objective's {', '.join(objective.scheduled_at(0)) or 'progress'} moves. Write "
-                "`metric_for_best_model: eval_nll`, or another metric."
-            )
-        if metric.endswith("loss") and not objective.is_ruler:
-            raise ValueError(
-                f"`metric_for_best_model: {metric}`, the default of `load_best_model_at_end` and a plateau schedule, doesn't "
-                f"tell the better model under objective '{spell(objective.to_dict())}', whose cost may fall where targets "
-                "become less probable, or the model merely surer. Write `metric_for_best_model: eval_nll`, or another metric."
-            )
         refuse_bypass(self)

@@ -1,0 +1,114 @@
+"""The `--help` of a verb: its own options and the recipe keys, in titled groups."""
+
+import re
+import shutil
+import textwrap
+from argparse import Action
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..training.config import BLConfig
+from .keys import DATACLASSES
+
+# What must be given stands outside of brackets
+USAGE = {
+    "train": "--config RECIPE [--KEY VALUE ...]",
+    "diagnose": "--config RECIPE --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
+    "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
+    "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
+    "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
+}
+
+# Recipe keys by what a user looks for; a key stands in the first group whose pattern it matches
+GROUPS = {
+    "Objective": r"objective|threshold|loss_head|stop_on_nan",
+    "Model": r"model_.*|dtype|attn_implementation|trust_remote_code|chat_template_path|(eos|pad)_token|router_aux_loss_coef",
+    "Data": r"dataset.*|streaming|test_split_size|max_length|truncation_mode|(eval_)?packing.*|pad.*|.*_only_loss"
+    r"|shuffle_dataset|remove_unused_columns|label_names|train_sampling_strategy|length_column_name|dataloader_.*",
+    "LoRA and quantisation": r"use_peft|lora_.*|use_rslora|use_dora|load_in_.*|bnb_.*|use_bnb_.*",
+    "Evaluation": r"eval_.*|.*_eval_.*|.*_full_eval|metric_.*|greater_.*|load_best_.*|include_for_metrics",
+    "Training": r"per_device_.*|num_train_epochs|max_(steps|grad_norm)|learning_rate|lr_.*|warmup_.*|optim.*|weight_decay"
+    r"|adam.*|gradient_.*|seed|data_seed|bf16|fp16|tf32|activation_.*|use_cpu|neftune_.*|resume_.*|.*liger.*|torch_compile.*"
+    r"|use_cache",
+    "Logging and saving": r"output_dir|log.*|report_to|run_name|project|trackio_.*|save_.*|push_.*|hub_.*|disable_tqdm"
+    r"|include_.*",
+    "Several devices, and the rest": r".*",
+}
+
+INDENT = 30
+METAVARS = {bool: "true|false", float: "X", int: "N", dict: "JSON"}
+
+
+def verb_help(program: str, actions: list[Action], kinds: dict[str, set[Any]], description: str | None) -> str:
+    """Return the help of the verb that `program` ends with.
+
+    `actions`: of argparse, at least one for each key. `kinds`: the classes that a key may have. `description`: of the verb.
+    """
+    verb = program.split()[-1]
+    required = dict(re.findall(r"--(\w+) ([A-Z]+)", re.sub(r"\[.*?\]", "", USAGE[verb])))
+    by_name: dict[str, Action] = {}
+    for action in actions:
+        by_name.setdefault(action.dest, action)  # `--packing`, not `--no_packing`
+    del by_name["help"]
+    groups: dict[str, list[str]] = {title: [] for title in ("Required", "Options", *GROUPS)}
+    for name, metavar in required.items():
+        what = by_name[name].help if name in by_name else "The recipe: a YAML file of the keys below."
+        groups["Required"] += _entry(f"--{name} {metavar}", str(what))
+    for name in sorted(by_name, key=_rank):
+        if name not in required:
+            group = _group(name) if "config" in required else "Options"
+            groups[group] += _entry(_spelled(by_name[name], kinds[name]), _described(by_name[name]))
+    lines = [f"usage: bl-trainer {verb} {USAGE[verb]}", *(["", description] if description else [])]
+    for title, entries in groups.items():
+        lines += ["", f"{title}:", *entries] if entries else []
+    if "config" in required:
+        lines += ["", "Write a key in the recipe as `key: value`, or on the command line as `--key value`, which wins."]
+    return "\n".join(lines) + "\n"
+
+
+def _rank(key: str) -> int:
+    """Return where a key stands within its group: TRL's and ours before those of any training by transformers."""
+    own = {field.name for field in fields(TrainingArguments)}
+    trainers = {field.name for field in fields(BLConfig)}
+    return 2 if key in own else 1 if key in trainers else 0
+
+
+def _group(key: str) -> str:
+    """Return the title of the group that an option of a recipe's verb stands in."""
+    if not any(key == field.name for each in DATACLASSES for field in fields(each)):
+        return "Options"
+    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, key))
+
+
+def _spelled(action: Action, kinds: set[Any]) -> str:
+    """Return an option with what it takes: `--seed N`."""
+    choices = [str(choice) for choice in action.choices or ()]
+    if action.metavar:
+        what = str(action.metavar)
+    elif choices and sum(map(len, choices)) < 60:
+        what = "|".join(choices)
+    else:
+        taken = {action.type} if list in kinds else kinds
+        what = next((METAVARS[kind] for kind in METAVARS if kind in taken), "NAME")
+    return f"--{action.dest} {what}" + (f" [{what} ...]" if list in kinds else "")
+
+
+def _described(action: Action) -> str:
+    text = " ".join(str(action.help or "").replace("%%", "%").split())
+    default = str(action.default).lower() if isinstance(action.default, bool) else action.default
+    return text if default in (None, "", [], {}) else f"{text} (default: {default})"
+
+
+def _entry(option: str, text: str) -> Iterator[str]:
+    """Yield the lines of one option."""
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    lines = textwrap.wrap(text, width - INDENT) or [""]
+    option = f"  {option}"
+    if len(option) < INDENT - 1:
+        yield f"{option:<{INDENT}}{lines.pop(0)}".rstrip()
+    else:
+        yield option
+    yield from (f"{'':{INDENT}}{line}" for line in lines)
