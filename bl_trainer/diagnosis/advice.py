@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..measurement.results import CONFLICT_ENTROPY, CONFLICT_PROB
+from ..measurement.reader import CONFLICT_ENTROPY, CONFLICT_PROB
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from .continuum import CUTS, objective_name, place

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
 from ..measurement.means import VALUES
-from ..measurement.results import CONFLICT_ENTROPY, CONFLICT_PROB, EDGE, KINDS, OTHER, RELATIVE, Comparison, Measurement
+from ..measurement.reader import CONFLICT_ENTROPY, CONFLICT_PROB
+from ..measurement.results import EDGE, KINDS, OTHER, RELATIVE, Comparison, Measurement
 from ..objectives.composition import spell
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
