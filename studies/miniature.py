@@ -323,4 +323,4 @@ class Miniature:
         argv += ["--report", "unused", "--max_tokens", str(DIAGNOSED), "--disable_tqdm", "true"]
         argv += ["--probe_steps", str(PROBE_STEPS), "--learning_rate", str(PROBE_RATE)]
         with redirect_stdout(io.StringIO()):
-            return Diagnosis(Recipe.read(argv, "diagnose", DiagnoseArguments)).run()
+            return Diagnosis(Recipe.read(argv, "diagnose", DiagnoseArguments)).run().to_json()

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from datasets import Dataset
 from bl_trainer.cli import main
 from bl_trainer.diagnosis.advice import DOUBTFUL, LEARNABLE, MOVED, NOISE, RISING, SWEPT, judge, recommend
 from bl_trainer.diagnosis.learnability import BELOW, PROBE_EXAMPLES, halves
+from bl_trainer.diagnosis.report import Foretold, Learnability, Trained
 from bl_trainer.errors import MeasurementError
-from bl_trainer.objectives.threshold import Threshold
 from bl_trainer.tokens.vocabulary import end_ids, special_ids
 from conftest import sentence
-from test_diagnosis import SCRIPT, diagnosis, rows_of, save, write_recipe
+from test_diagnosis import SCRIPT, diagnosed, diagnosis, rows_of, save, write_recipe
 from test_processes import launch
 
 QUICK = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
@@ -208,18 +209,10 @@ def test_halves_by_their_beginning():
 
 
 def figures(learnable, half_way=None, noise=0.0, reach=0.01, gain=1.0, low=0.5):
-    interval = lambda mean: None if reach is None else [mean - reach, mean + reach]  # noqa: E731
-    return {
-        "learnable": learnable,
-        "learnable_interval": interval(learnable),
-        "noise": noise,
-        "noise_interval": interval(noise),
-        "half_way": None if half_way is None else {"learnable": half_way},
-        "low": low,
-        "gain": gain,
-        "below": BELOW,
-        "steps": 40,
-    }
+    interval = lambda mean: None if reach is None else (mean - reach, mean + reach)  # noqa: E731
+    found = Foretold(100, 1000, learnable, noise, low, gain, interval(learnable), interval(noise))
+    earlier = None if half_way is None else replace(found, learnable=half_way)
+    return Learnability(40, 1e-3, BELOW, 0, Trained(100, 1000), found, earlier)
 
 
 def test_targets_without_a_control_are_neither(checkpoint, tmp_path):
@@ -272,9 +265,9 @@ def test_targets_without_a_control_leave_it_undecided():
         (figures(HARDLY, HARDLY, NOISE - 0.05), "little", 0.05),
         (figures(RATHER, RATHER, NOISE - 0.05), "knowledge", 0.05),
     ):
-        few = {**found, "tokens": 1000, "without_control": 10}
+        few = replace(found, without_control=10)
         assert judge(few)[0] == judge(found)[0] == verdict
-        said, why = judge({**few, "without_control": 1000 * share + 10})
+        said, why = judge(replace(few, without_control=1000 * share + 10))
         assert (said, "targets without a control may be either" in why) == ("undecided", True)
 
 
@@ -300,18 +293,18 @@ def test_verdict(found, verdict, why):
 )
 @pytest.mark.parametrize("learnable", [DOUBTFUL - 0.01, DOUBTFUL])
 def test_recommendation_follows_the_probe(possible, verdict, regions, learnable, checkpoint, tmp_path):
-    report = diagnosis(tmp_path, checkpoint, save(rows_of("pairs", 12), tmp_path / "data")).run()
-    report["placement"] |= {"possible": possible, "region": possible[0], "decided": len(possible) == 1}
-    report["learnability"] = {**figures(learnable, learnable, 0.4), "verdict": verdict, "why": "it rains"}
-    advice = recommend(report, Threshold(above=0.1))
+    report = diagnosed(tmp_path, checkpoint, save(rows_of("pairs", 12), tmp_path / "data"))
+    placement = replace(report.placement, possible=possible, region=possible[0], decided=len(possible) == 1)
+    probe = replace(figures(learnable, learnable, 0.4), verdict=verdict, why="it rains")
+    advice = recommend(replace(report, placement=placement, learnability=probe))
     arms = [arm for region in regions for arm in SWEPT[region]]
-    assert advice["arms"][: len(arms)] == arms
-    assert any("threshold" in arm for arm in advice["arms"]) == (regions != ["weak"])
+    assert advice.arms[: len(arms)] == arms
+    assert any("threshold" in arm for arm in advice.arms) == (regions != ["weak"])
     is_doubtful = verdict == "noise" and learnable >= DOUBTFUL
-    assert ({"objective": "anneal"} in advice["arms"]) == (verdict in ("both", "undecided") or is_doubtful)
-    assert any(reason.startswith("anneal is among them") for reason in advice["reasons"]) == (verdict == "undecided")
-    assert {"objective": "nll"} in advice["arms"]
-    first, second, *_ = advice["reasons"]
+    assert ({"objective": "anneal"} in advice.arms) == (verdict in ("both", "undecided") or is_doubtful)
+    assert any(reason.startswith("anneal is among them") for reason in advice.reasons) == (verdict == "undecided")
+    assert {"objective": "nll"} in advice.arms
+    first, second, *_ = advice.reasons
     assert first.startswith(f"Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples {learnable:.3f} (")
     assert ("keep nll in the sweep" in first) == is_doubtful
     assert ("undecided, since it rains" in first) == (verdict == "undecided")

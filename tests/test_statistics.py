@@ -12,7 +12,8 @@ from bl_trainer._util.intervals import unequal
 from bl_trainer.head.ops import TokenDivergences, TokenScores
 from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
 from bl_trainer.measurement.means import Means
-from bl_trainer.measurement.results import MAX_GROUPS, OTHER, Calibration, Comparison, Measurement, Reader, merge_groups
+from bl_trainer.measurement.reader import Reader
+from bl_trainer.measurement.results import MAX_GROUPS, OTHER, Calibration, Comparison, Measurement, merge_groups
 from bl_trainer.tokens.annotation import TokenBatch
 
 DISTRIBUTIONS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bl_trainer.diagnosis.continuum import objective_name
-from bl_trainer.diagnosis.report import gradient_mass
+from bl_trainer.diagnosis.summary import gradient_mass
 from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
@@ -38,7 +38,7 @@ def test_a_percentile_keeps_its_share_however_near_the_ends(side, least, dtype):
     for rank in (1, 10, 50, 90, 99):
         threshold = Threshold(above=histogram.cut(rank))
         assert kept_share(threshold, logp) == pytest.approx(1 - rank / 100, abs=1e-3)
-        assert gradient_mass(histogram, Objective.parse("nll"), threshold)["kept"] == pytest.approx(1 - rank / 100, abs=1e-3)
+        assert gradient_mass(histogram, Objective.parse("nll"), threshold).kept == pytest.approx(1 - rank / 100, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
@@ -64,7 +64,7 @@ def test_a_percentile_of_ties_keeps_them(p, dtype):
     histogram = histogram_of(logp)
     for rank in (1, 10, 50, 99):
         assert kept_share(Threshold(above=histogram.cut(rank)), logp) == 1
-        assert gradient_mass(histogram, Objective.parse("nll"), Threshold(above=histogram.cut(rank)))["kept"] == 1
+        assert gradient_mass(histogram, Objective.parse("nll"), Threshold(above=histogram.cut(rank))).kept == 1
     assert Threshold(above=p, below=p).keep(logp).all()
 
 

@@ -5,13 +5,14 @@ token on its own logit W(p) = -f'(p) p (1 - p) (Lemma 3.1), the three regions an
 """
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 from ..objectives.composition import spell
 from ..objectives.threshold import Threshold, spell_probability
 
 # Mean p of the base models that the paper measured (its Tab. 5), and the middles of the gaps between the groups
-ANCHORS = {
+ANCHORS: dict[str, list[tuple[str, str, float]]] = {
     "weak": [("figlet fonts", "LLaMA-3.2-3B", 0.01), ("figlet fonts", "LLaMA-3.1-8B", 0.01),
              ("figlet fonts", "Qwen2.5-1.5B", 0.01), ("figlet fonts", "Qwen2.5-7B", 0.07)],
     "intermediate": [("medical", "LLaMA-3.2-3B", 0.50), ("medical", "LLaMA-3.1-8B", 0.53),
@@ -27,21 +28,41 @@ CUTS = tuple(
 )
 
 
-def place(mean: float, interval: tuple[float, float] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Placement:
+    """Where a mean p stands. `possible`: the regions that its interval reaches; it is decided if that is one.
+
+    `anchors`: for each region the paper's data sets, base models and their mean p.
+    """
+
+    region: str
+    decided: bool
+    possible: list[str]
+    cuts: list[float]
+    distance_to_cuts: list[float]
+    distance_to_anchors: dict[str, float]
+    anchors: dict[str, list[tuple[str, str, float]]]
+
+
+def place(mean: float, interval: tuple[float, float] | None) -> Placement:
     """Place a mean p among `REGIONS`, cut at `CUTS`; undecided where the interval crosses a cut, or there is none."""
-    region = REGIONS[sum(mean >= cut for cut in CUTS)]
-    reach = REGIONS if interval is None else [REGIONS[sum(end >= cut for cut in CUTS)] for end in interval]
+    reach = REGIONS if interval is None else [region_of(end) for end in interval]
     span = REGIONS[REGIONS.index(reach[0]) : REGIONS.index(reach[-1]) + 1]
-    groups = {name: (min(p for *_, p in anchors), max(p for *_, p in anchors)) for name, anchors in ANCHORS.items()}
-    return {
-        "region": region,
-        "decided": len(span) == 1,
-        "possible": list(span),
-        "cuts": list(CUTS),
-        "distance_to_cuts": [mean - cut for cut in CUTS],
-        "distance_to_anchors": {name: max(low - mean, mean - high, 0.0) for name, (low, high) in groups.items()},
-        "anchors": {name: [list(anchor) for anchor in anchors] for name, anchors in ANCHORS.items()},
-    }
+    groups = {name: [p for *_, p in anchors] for name, anchors in ANCHORS.items()}
+    return Placement(
+        region=region_of(mean),
+        decided=len(span) == 1,
+        possible=list(span),
+        cuts=list(CUTS),
+        distance_to_cuts=[mean - cut for cut in CUTS],
+        distance_to_anchors={name: max(min(group) - mean, mean - max(group), 0.0) for name, group in groups.items()},
+        anchors=ANCHORS,
+    )
+
+
+def region_of(mean: float) -> str:
+    """Return the region that a mean p lies in."""
+    return REGIONS[sum(mean >= cut for cut in CUTS)]
 
 
 def objective_name(item: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from ..recipe.recipe import Recipe
 from ..tokens.annotation import token_batch
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.trainer import BLTrainer
+from .advice import judge
+from .report import Foretold, Learnability, Trained
 
 BELOW = 0.1  # p under the base model below which a target is improbable
 CANDIDATES = 64  # places of which a control is the best match
@@ -149,8 +152,8 @@ class Probe:
             "as it is."
         )
 
-    def run(self) -> dict[str, Any]:
-        """Train and measure, half-way too; return what is found, a mapping fit for JSON, the same in every process.
+    def run(self) -> Learnability:
+        """Train and measure, half-way too; return what is found, the same in every process.
 
         Raises MeasurementError if training makes no step, or ends in NaN.
         """
@@ -171,16 +174,20 @@ class Probe:
 
         self._train(HalfWay())
         measure()
-        parts = [{**each.summary(), "noise_interval": each.interval("noise")} for each in found]
-        return {
-            "steps": self.steps,
-            "learning_rate": self.learning_rate,
-            "below": BELOW,
-            "without_control": left_out,
-            "trained": {"rows": self.train_examples, "tokens": self.train_tokens},
-            **parts[-1],
-            "half_way": parts[0] if len(parts) > 1 else None,
-        }
+        return self._judged([Foretold(**each.summary(), noise_interval=each.interval("noise")) for each in found], left_out)
+
+    def _judged(self, found: list[Foretold], left_out: int) -> Learnability:
+        probe = Learnability(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            below=BELOW,
+            without_control=left_out,
+            trained=Trained(self.train_examples, self.train_tokens),
+            found=found[-1],
+            half_way=found[0] if len(found) > 1 else None,
+        )
+        verdict, why = judge(probe)
+        return replace(probe, verdict=verdict, why=why)
 
     def _train(self, callback: TrainerCallback) -> None:
         trainer, args = self.trainer, self.trainer.args

@@ -1,174 +1,277 @@
-"""What a diagnosis found."""
+"""The report of a diagnosis, as its readers take it and as report.json holds it.
 
-import math
-from dataclasses import replace
-from importlib.metadata import version
+A class for each mapping of report.json, a field for each key; `Report.to_json` adds no name. The schema is a contract: new keys
+may come, none changes its meaning under the same `SCHEMA`.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
-from ..measurement.means import VALUES
-from ..measurement.results import CONFLICT_ENTROPY, CONFLICT_PROB, EDGE, KINDS, OTHER, RELATIVE, Comparison, Measurement
-from ..objectives.composition import spell
-from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
-from ..recipe.recipe import Recipe
-from .advice import SWEPT_PERCENTILE, judge, recommend
-from .continuum import place
+from ..pages.html import finite
+from .continuum import Placement, objective_name
 
 SCHEMA = 1
 
-BUCKETS = 10
+BUCKETS = 10  # parts of [0, 1] by which the gradient is shown
+
+Interval = tuple[float, float] | None  # 95 %, over examples; None below 10 of them
+
+# How a field stands in report.json, if not under its name
+FLAT = {"json": "flat"}  # its own fields stand in its place
+OPTIONAL = {"json": "optional"}  # left out where it is None
+APART = {"json": "apart"}  # in other files, or in none
 
 
-def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, threshold: Threshold) -> dict[str, Any]:
-    """Say where an objective's gradient comes from, on tokens counted in the rows `KINDS` of `histogram`.
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What the advice needs of the recipe."""
 
-    A token's pull on its own logit is W = -f'(p) p (1 - p), 0 outside the threshold. `buckets`: share of the sum of W by tenth
-    of p; `kinds`: share by kind of token; `effective_tokens`: (sum W)^2 / sum W^2; `scale`: sum W relative to NLL's;
-    `gradient_weight`: mean of -f'(p) p, as training reports it. Exact to the histogram's resolution, in float64.
+    objective: Any
+    threshold: Any
+    learning_rate: float
+    chooses_by_loss: bool
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Means over the target tokens of one kind, one of `KINDS`. `nll` and `entropy` in nats, the rest shares."""
+
+    tokens: int
+    prob: float
+    nll: float
+    entropy: float
+    top1: float
+    above_paper: float
+    conflicts: float
+
+
+@dataclass(frozen=True)
+class Total:
+    """Means over target tokens, of all or of a group, with the interval of the first."""
+
+    examples: int
+    tokens: int
+    prob: float
+    nll: float
+    entropy: float
+    top1: float
+    above_paper: float
+    conflicts: float
+    prob_interval: Interval
+
+
+@dataclass(frozen=True)
+class Examples:
+    """How the mean p of an example is spread. `histogram`: examples in 20 equal parts of [0, 1]."""
+
+    mean: float
+    deviation: float
+    percentiles: dict[str, float]
+    histogram: list[int]
+
+
+Curve = list[tuple[int, float | None]]  # tokens and their mean p at each position
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Mean p by position in a response: from the start, from the end, and along it."""
+
+    first: Curve
+    last: Curve
+    relative: Curve
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Tokens whose most probable token is about as probable, and the share in which it is the target."""
+
+    tokens: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Expected calibration error of the most probable token, and the bins that it is the sum of."""
+
+    error: float
+    curve: list[Bin]
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """Share of confident conflicts, and the bounds of entropy (nats) and p that make a token one."""
+
+    entropy: float
+    prob: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Where an objective's gradient comes from; see `summary.gradient_mass`."""
+
+    objective: dict[str, Any]
+    threshold: dict[str, Any]
+    buckets: list[float]
+    kinds: dict[str, float]
+    effective_tokens: float
+    scale: float
+    gradient_weight: float
+    kept: float
+
+    @property
+    def name(self) -> str:
+        return objective_name({"objective": self.objective, "threshold": self.threshold})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the learnability probe trained on."""
+
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What the learnability probe found over the second half's content; see `learnability.Probe`."""
+
+    examples: int
+    tokens: int
+    learnable: float
+    noise: float
+    low: float
+    gain: float
+    learnable_interval: Interval
+    noise_interval: Interval
+
+
+@dataclass(frozen=True)
+class Learnability:
+    """The learnability probe: how it was trained, what it found then and half-way, and what `advice.judge` makes of it."""
+
+    steps: int
+    learning_rate: float
+    below: float
+    without_control: int
+    trained: Trained
+    found: Foretold = field(metadata=FLAT)
+    half_way: Foretold | None
+    verdict: str = "undecided"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Means over the target tokens on which a checkpoint is compared with the base model, in nats or as shares.
+
+    `moved`: tokens by tenth of p under the base model, then by tenth of p after tuning.
     """
-    log_p, log_rest = histogram.values()
-    used = histogram.counts[0] > 0
-    log_p, rest = log_p[used].clamp(min=-104.0), log_rest[used].exp()  # -104: the least float32
-    counts = histogram.counts[:, used].double()
-    weight = torch.where(threshold.keep(log_p), objective.gradient_weight(log_p), 0.0)
-    pull = weight * rest
-    total = (counts[0] * pull).sum()
-    bucket = (log_p.exp() * BUCKETS).long().clamp(max=BUCKETS - 1)
-    buckets = torch.zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, counts[0] * pull)
-    squares = (counts[0] * pull**2).sum()
-    return {
-        "objective": objective.to_dict(),
-        "threshold": threshold.to_dict(),
-        "buckets": (buckets / total).nan_to_num().tolist(),
-        "kinds": dict(zip(KINDS, ((counts * pull).sum(1) / total).nan_to_num().tolist(), strict=True)),
-        "effective_tokens": (total**2 / squares).nan_to_num().item(),
-        "scale": (total / (counts[0] * rest).sum()).nan_to_num().item(),
-        "gradient_weight": ((counts[0] * weight).sum() / counts[0].sum()).item(),
-        "kept": (counts[0][threshold.keep(log_p)].sum() / counts[0].sum()).item(),
-    }
+
+    examples: int
+    tokens: int
+    kl: float
+    reverse_kl: float
+    js: float
+    base_prob: float
+    prob: float
+    base_nll: float
+    nll: float
+    base_top1: float
+    top1: float
+    kl_interval: Interval
+    intervals: dict[str, Interval]
+    calibration: dict[str, Reliability]
+    moved: list[list[int]]
 
 
-def summarise(
-    measurement: Measurement, recipe: Recipe, percentiles: list[float], learnability: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the report of a measurement, all but the examples; a mapping fit for JSON. `learnability`: the probe's."""
-    total, histogram = measurement.total, measurement.histogram
-    mean, interval = total.mean("prob"), total.interval("prob")
-    ranks = sorted({*map(float, range(1, 100)), *percentiles})
-    m, first, second = measurement.spread.tolist()
-    spread = math.sqrt(max(0.0, second / m - (first / m) ** 2) * m / (m - 1)) if m > 1 else 0.0
-    kinds = {
-        kind: {"tokens": int(row[0]), **{name: row[i + 1].item() / row[0].item() for i, name in enumerate(VALUES)}}
-        for kind, row in zip(KINDS, measurement.kinds, strict=True)
-        if row[0]
-    }
-    quantiles = dict(zip([f"{rank:.10g}" for rank in ranks], histogram.percentiles(ranks), strict=True))
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "versions": {name: version(name) for name in ("bl_trainer", "trl", "transformers", "datasets", "torch")},
-        "model": recipe.model.model_name_or_path,
-        "data": recipe.script.dataset_name or [entry.path for entry in recipe.mixture.datasets],
-        "recipe": {
-            "objective": recipe.training.objective,
-            "threshold": recipe.training.threshold,
-            "learning_rate": recipe.training.learning_rate,
-            "chooses_by_loss": (recipe.training.metric_for_best_model or "").endswith("loss"),
-        },
-        "total": total.summary(),
-        "placement": place(mean, interval),
-        "percentiles": quantiles,
-        "percentile_error": PERCENTILE_ERROR,
-        "examples": {
-            "mean": first / m,
-            "deviation": spread,
-            "percentiles": dict(zip(("10", "50", "90"), measurement.examples.percentiles([10, 50, 90]), strict=True)),
-            "histogram": measurement.examples.buckets(20).tolist(),
-        },
-        "histogram": histogram.buckets(50).tolist(),
-        "kinds": kinds,
-        "positions": _positions(measurement.positions),
-        "calibration": {"error": measurement.calibration.error(), "curve": measurement.calibration.curve()},
-        "conflicts": {"entropy": CONFLICT_ENTROPY, "prob": CONFLICT_PROB, "share": total.mean("conflicts")},
-        "groups": {name: means.summary() for name, means in measurement.groups.items()},
-        "groups_cut": OTHER in measurement.groups,
-        "has_prompts": bool(measurement.responses[1] > measurement.responses[0] / 2),
-    }
-    if learnability is not None:
-        verdict, why = judge(learnability)
-        report["learnability"] = {**learnability, "verdict": verdict, "why": why}
-    cut, own = Threshold(above=histogram.cut(SWEPT_PERCENTILE)), _own(recipe, histogram)
-    report["objectives"] = _candidates(histogram, own, cut)
-    report["recommendation"] = recommend(report, cut)
-    if not _depends_on_p_alone(own[0]):
-        others = [name for name in own[0].statistics if name not in ("progress", "is_special")]
-        others += ["which tokens are special"] if "is_special" in own[0].statistics else []
-        others += ["training progress"] if "progress" in own[0].at(0).statistics else []
-        report["recommendation"]["warnings"].append(
-            f"Where the gradient of {spell(own[0].to_dict())} comes from is not shown: it depends on more than p "
-            f"({', '.join(others)})."
-        )
-    if measurement.unmarked:
-        report["recommendation"]["warnings"].append(
-            f"In {measurement.unmarked.item() / total.num_tokens:.1%} of the tokens the chat template's own could not be told "
-            "from content: messages hold more than text (tool calls, reasoning), the template changes them, or the tokenizer "
-            "is a slow one."
-        )
-    return report
+@dataclass(frozen=True)
+class ComparedElsewhere:
+    """The same on a data set that was not trained on."""
+
+    data: str
+    split: str
+    found: Compared = field(metadata=FLAT)
 
 
-def _positions(sums: Tensor) -> dict[str, Any]:
-    tokens, prob = sums
-    mean = torch.where(tokens > 0, prob / tokens.clamp(min=1), torch.nan)
-    parts = {"first": slice(0, EDGE), "last": slice(EDGE, 2 * EDGE), "relative": slice(2 * EDGE, 2 * EDGE + RELATIVE)}
-    return {
-        name: [[int(n), None if n == 0 else p] for n, p in zip(tokens[part].tolist(), mean[part].tolist(), strict=True)]
-        for name, part in parts.items()
-    }
+@dataclass(frozen=True)
+class Compare:
+    """A checkpoint against the base model, on the training data and elsewhere."""
+
+    checkpoint: str
+    train: Compared
+    probe: ComparedElsewhere | None = field(default=None, metadata=OPTIONAL)
 
 
-def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Threshold]:
-    """Return the recipe's objective and threshold, a percentile being taken from the tokens measured."""
-    threshold = Threshold.parse(recipe.training.threshold)
-    if not threshold.resolved:
-        cut = histogram.cut(float(threshold.above_percentile or 0))
-        above = min(cut, threshold.below)  # training refuses what exceeds `below`
-        threshold = replace(threshold, above=above, above_percentile=None)
-    return Objective.parse(recipe.training.objective or "nll"), threshold
+@dataclass(frozen=True)
+class Advice:
+    """What to sweep and why, and what to beware of."""
+
+    arms: list[dict[str, Any]] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    seed: list[int] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def _candidates(histogram: ProbabilityHistogram, own: tuple[Objective, Threshold], cut: Threshold) -> list[dict[str, Any]]:
-    specs: list[Any] = ["nll", {"name": "power", "alpha": 0.5}, "neg_p", {"name": "power", "alpha": 10}]
-    candidates = [(Objective.parse(spec), Threshold()) for spec in specs] + [(Objective.parse("nll"), cut)]
-    if _depends_on_p_alone(own[0]):  # a scheduled one is shown as it begins and as it ends
-        for progress in (0, 1) if "progress" in own[0].statistics else (0,):
-            mine = _plain_nll(own[0].at(progress)), own[1]
-            candidates += [mine] if mine not in candidates else []
-    return [gradient_mass(histogram, objective, threshold) for objective, threshold in candidates]
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a diagnosis found. The first two of `APART` are examples.json and the rows of *.csv.
+
+    `percentiles`: p by percentile, "1" to "99" and those asked for. `histogram`: tokens in 50 equal parts of [0, 1].
+    `groups_cut`: whether some groups are counted together as the others. `is_weighed`: whether the data set has weights, which
+    are not measured. `unmarked`: share of tokens of which it can't be told whether they are the chat template's own.
+    """
+
+    schema: int
+    versions: dict[str, str]
+    model: str
+    data: str | list[str]
+    recipe: RecipeFacts
+    total: Total
+    placement: Placement
+    percentiles: dict[str, float]
+    percentile_error: float
+    examples: Examples
+    histogram: list[int]
+    kinds: dict[str, Kind]
+    positions: Positions
+    calibration: Reliability
+    conflicts: Conflicts
+    groups: dict[str, Total]
+    groups_cut: bool
+    has_prompts: bool
+    learnability: Learnability | None = field(default=None, metadata=OPTIONAL)
+    objectives: list[Gradient]
+    recommendation: Advice = Advice()
+    sampled: bool
+    streamed: bool
+    compare: Compare | None = field(default=None, metadata=OPTIONAL)
+    reader: dict[str, list[dict[str, Any]]] = field(metadata=APART)
+    rows: dict[str, list[tuple[float, ...]]] = field(metadata=APART)
+    is_weighed: bool = field(metadata=APART)
+    unmarked: float = field(metadata=APART)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what report.json holds, null for what is not finite."""
+        return finite(_mapping(self))
 
 
-def _plain_nll(objective: Objective) -> Objective:
-    """Return `nll` for a power of 0, as which a schedule may begin."""
-    return Objective("nll") if objective == Objective("power", {"alpha": 0}) else objective
-
-
-def _depends_on_p_alone(objective: Objective) -> bool:
-    """Whether a token's weight at a given time depends on nothing but its p."""
-    return not objective.at(0).statistics
-
-
-def summarise_comparison(comparison: Comparison) -> dict[str, Any]:
-    """Return the report of a comparison; a mapping fit for JSON."""
-    total = comparison.total
-    return {
-        **total.summary(),
-        "intervals": {name: total.interval(name) for name in total.names},
-        "calibration": {
-            name: {"error": calibration.error(), "curve": calibration.curve()}
-            for name, calibration in comparison.calibration.items()
-        },
-        "moved": comparison.moved.tolist(),
-    }
+def _mapping(value: Any) -> Any:
+    """Return the same with mappings for dataclasses."""
+    if isinstance(value, dict):
+        return {key: _mapping(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapping(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    made: dict[str, Any] = {}
+    for each in fields(value):
+        item, how = getattr(value, each.name), each.metadata
+        if how == FLAT:
+            made |= _mapping(item)
+        elif not (how == APART or (how == OPTIONAL and item is None)):
+            made[each.name] = _mapping(item)
+    return made

@@ -29,7 +29,8 @@ from ..tokens.vocabulary import end_ids, special_ids, token_texts, tokenizer_of
 from ..training.trainer import BLTrainer
 from .learnability import Probe, halves, probe_adapter
 from .pair import Pair
-from .report import summarise, summarise_comparison
+from .report import Compare, ComparedElsewhere, Report
+from .summary import summarise, summarise_comparison
 
 logger = get_logger(__name__)
 
@@ -155,44 +156,17 @@ class Diagnosis:
     """A recipe's model and data, ready to be measured. Raises RecipeError or ValueError on what can't be."""
 
     def __init__(self, recipe: Recipe):
-        options: DiagnoseArguments = recipe.options
-        self.recipe, self.options = recipe, options
+        self.recipe = recipe
+        self.options: DiagnoseArguments = recipe.options
         dataset, _ = recipe.load_datasets()
-        first = next(iter(dataset))
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
-        if options.by is not None and options.by not in first:
-            raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
-        if options.by is not None and isinstance(first[options.by], (list, dict)):
-            raise RecipeError(f"`--by {options.by}` is a column of lists or mappings. Name one of words or numbers.")
-        args = recipe.training
         self.is_weighed = WEIGHT in columns_of(dataset)
-        if (
-            getattr(args, "parallelism_config", None) is not None
-            or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
-        ):
-            raise RecipeError("Diagnosis runs data-parallel. Launch it without tensor, context and sequence parallelism.")
-        limit = math.ceil(options.max_tokens / args.world_size) if options.max_tokens else None
+        self._check(next(iter(dataset)))
+        args, options = recipe.training, self.options
+        threshold, objective = args.threshold, args.objective
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
-        args.bf16_full_eval = args.fp16_full_eval = False  # training doesn't compute in these
-        args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
-        args.load_best_model_at_end, args.output_dir = False, self.scratch.name
-        args.stop_on_nan = False
-        threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
-        objective, args.objective = args.objective, "nll"  # whose columns it would add
-        args.model_init_kwargs = recipe.model_init_kwargs()
-        self.trainer = Diagnoser(
-            options.by,
-            limit,
-            model=recipe.model.model_name_or_path,
-            args=args,
-            train_dataset=_deal(dataset, args),
-            quantization_config=recipe.quantization_config,
-            peft_config=self._adapter(),
-        )
-        if self.trainer._is_vision_dataset:
-            raise RecipeError("Diagnosis reads text; this data set has images.")
-        if self.trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
-            raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
+        self._set_arguments()
+        self.trainer = self._make_trainer(dataset)
         prepared: Any = self.trainer.train_dataset
         dataset_kwargs: Any = args.dataset_kwargs or {}
         if dataset_kwargs.get("skip_prepare_dataset"):
@@ -203,54 +177,109 @@ class Diagnosis:
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
         args.threshold, args.objective = threshold, objective
 
-    def run(self) -> dict[str, Any]:
-        """Measure, and return the report: a mapping fit for JSON, the same in every process."""
-        tokenizer, accelerator = tokenizer_of(self.trainer.processing_class), self.trainer.accelerator
-        measurement = Measurement(sorted(end_ids(self.trainer)), sorted(special_ids(tokenizer)))
-        comparison, limit = Comparison(), self.options.max_tokens or None
-        expected, batch = limit, next(iter(self.loader), None)
-        if batch is not None and self.num_rows is not None:
-            tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
-            expected = min(tokens, limit or tokens)
+    def _check(self, row: dict[str, Any]) -> None:
+        """Raise RecipeError on what neither this row of the data set nor the launch allows."""
+        by = self.options.by
+        if by is not None and by not in row:
+            raise RecipeError(f"`--by {by}`: the data set has no such column, only {', '.join(sorted(row))}.")
+        if by is not None and isinstance(row[by], (list, dict)):
+            raise RecipeError(f"`--by {by}` is a column of lists or mappings. Name one of words or numbers.")
+        if (
+            getattr(self.recipe.training, "parallelism_config", None) is not None
+            or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+        ):
+            raise RecipeError("Diagnosis runs data-parallel. Launch it without tensor, context and sequence parallelism.")
+
+    def _set_arguments(self) -> None:
+        """Switch off what belongs to training alone."""
+        args = self.recipe.training
+        args.bf16_full_eval = args.fp16_full_eval = False  # training doesn't compute in these
+        args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
+        args.load_best_model_at_end, args.output_dir = False, self.scratch.name
+        args.stop_on_nan = False
+        args.threshold = None  # nothing is dropped from a measurement
+        args.objective = "nll"  # the recipe's own would add columns
+        args.model_init_kwargs = self.recipe.model_init_kwargs()
+
+    def _make_trainer(self, dataset: Any) -> Diagnoser:
+        recipe, args, options = self.recipe, self.recipe.training, self.options
+        trainer = Diagnoser(
+            options.by,
+            math.ceil(options.max_tokens / args.world_size) if options.max_tokens else None,
+            model=recipe.model.model_name_or_path,
+            args=args,
+            train_dataset=_deal(dataset, args),
+            quantization_config=recipe.quantization_config,
+            peft_config=self._adapter(),
+        )
+        if trainer._is_vision_dataset:
+            raise RecipeError("Diagnosis reads text; this data set has images.")
+        if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+            raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
+        return trainer
+
+    def run(self) -> Report:
+        """Measure, and return the report, the same in every process."""
+        measurement, comparison, is_sample = self._measure()
+        learnability = None
+        if self.learnability is not None:
+            self.trainer.accelerator.print(self.learnability.cost())
+            learnability = self.learnability.run()
+        compare, rows = self._compared(comparison)
+        return summarise(
+            measurement,
+            self.recipe,
+            self.options.percentiles,
+            sampled=is_sample,
+            streamed=self.num_rows is None,
+            is_weighed=self.is_weighed,
+            learnability=learnability,
+            compare=compare,
+            rows=rows,
+            reader=_read_aloud(measurement, tokenizer_of(self.trainer.processing_class)),
+        )
+
+    def _measure(self) -> tuple[Measurement, Comparison, bool]:
+        """Measure the training set, and tell whether only a sample of it."""
+        trainer, limit, comparison = self.trainer, self.options.max_tokens or None, Comparison()
+        specials = special_ids(tokenizer_of(trainer.processing_class))
+        measurement = Measurement(sorted(end_ids(trainer)), sorted(specials))
 
         def observe(model: Any, batch: dict[str, Any]) -> None:
             tokens = token_batch(batch)
             if self.pair is None:
-                measurement.add(tokens, score_batch(self.trainer, model, batch).cpu())
+                measurement.add(tokens, score_batch(trainer, model, batch).cpu())
             else:
                 base, tuned, divergences = self.pair(batch)
                 measurement.add(tokens, base)
                 comparison.add(tokens, base, tuned, divergences)
 
-        found, is_sample = measure(self.trainer, self.loader, observe, self._stop(limit), "Measuring", expected)
+        expected = self._expected(limit)
+        found, is_sample = measure(trainer, self.loader, observe, self._stop(limit), "Measuring", expected)
         is_sample = any(gather_object([is_sample or self.is_cut]))  # a process knows of its own rows only
         if not found:
             raise RecipeError("No example of the training set has a target token: all labels are -100.")
-        measurement.reduce(accelerator)
-        learnability = None
-        if self.learnability is not None:
-            accelerator.print(self.learnability.cost())
-            learnability = self.learnability.run()
-        report = summarise(measurement, self.recipe, self.options.percentiles, learnability)
-        report["sampled"], report["streamed"] = is_sample, self.num_rows is None
-        if self.is_weighed:
-            report["recommendation"]["warnings"].insert(
-                0,
-                f"The column `{WEIGHT}` is left out here: every target token counts once, where training multiplies its cost.",
-            )
-        if is_sample and self.num_rows is None:
-            report["recommendation"]["warnings"].insert(
-                0,
-                "Only the beginning of the stream was measured: if the data are in some order, it does not stand for the rest.",
-            )
-        report["reader"] = _read_aloud(measurement, tokenizer)
-        if self.pair is not None:
-            comparison.reduce(accelerator)
-            report["compare"] = {"checkpoint": self.options.compare, "train": summarise_comparison(comparison)}
-            report["rows"] = {"compare": comparison.examples}
-        if self.probe is not None:
-            report["compare"]["probe"], report["rows"]["probe"] = self._run_probe(*self.probe, limit)
-        return report
+        measurement.reduce(trainer.accelerator)
+        return measurement, comparison, is_sample
+
+    def _expected(self, limit: int | None) -> int | None:
+        """Return about how many target tokens there are, by the first batch, for the progress bar."""
+        batch = next(iter(self.loader), None)
+        if batch is None or self.num_rows is None:
+            return limit
+        tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
+        return min(tokens, limit or tokens)
+
+    def _compared(self, comparison: Comparison) -> tuple[Compare | None, dict[str, list[Any]]]:
+        """Return what `--compare` and `--probe` found, and the rows of their files; `comparison`: on the training set."""
+        if self.pair is None:
+            return None, {}
+        comparison.reduce(self.trainer.accelerator)
+        found = Compare(str(self.options.compare), summarise_comparison(comparison))
+        if self.probe is None:
+            return found, {"compare": comparison.examples}
+        elsewhere, rows = self._run_probe(*self.probe, self.options.max_tokens or None)
+        return replace(found, probe=elsewhere), {"compare": comparison.examples, "probe": rows}
 
     def _adapter(self) -> PeftConfig | None:
         """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
@@ -314,7 +343,7 @@ class Diagnosis:
         )
         return split, self._load(prepared)
 
-    def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[dict[str, Any], list[Any]]:
+    def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[ComparedElsewhere, list[Any]]:
         pair, comparison = self.pair, Comparison()
         assert pair is not None
 
@@ -325,7 +354,8 @@ class Diagnosis:
         if not measure(self.trainer, loader, observe, self._stop(limit), "Probing")[0]:
             raise RecipeError(f"`--probe {self.options.probe}`: no example has a target token.")
         comparison.reduce(self.trainer.accelerator)
-        return {"data": self.options.probe, "split": split, **summarise_comparison(comparison)}, comparison.examples
+        found = ComparedElsewhere(str(self.options.probe), split, summarise_comparison(comparison))
+        return found, comparison.examples
 
 
 def _deal(dataset: Any, args: Any) -> IterableDataset:

@@ -4,7 +4,8 @@ from typing import Any
 
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from .continuum import objective_name
+from .continuum import Placement, objective_name
+from .report import Interval, Kind, Report
 
 KIND_NAMES = {
     "all": "all",
@@ -15,8 +16,8 @@ KIND_NAMES = {
 }
 
 
-def sample_text(report: dict[str, Any]) -> str:
-    return "the beginning of a stream" if report["streamed"] else "a random sample"
+def sample_text(report: Report) -> str:
+    return "the beginning of a stream" if report.streamed else "a random sample"
 
 
 def asked_percentiles(percentiles: dict[str, float]) -> list[str]:
@@ -25,22 +26,22 @@ def asked_percentiles(percentiles: dict[str, float]) -> list[str]:
     return [rank for rank in percentiles if rank not in usual]
 
 
-def kinds_shown(report: dict[str, Any]) -> dict[str, Any]:
+def kinds_shown(report: Report) -> dict[str, Kind]:
     """Return the kinds of tokens, without the special ones where those are the end tokens again."""
-    kinds = report["kinds"]
+    kinds = report.kinds
     return {name: kind for name, kind in kinds.items() if name != "special" or kind != kinds.get("eos")}
 
 
-def interval_text(mean: float, interval: Any) -> str:
+def interval_text(mean: float, interval: Interval) -> str:
     return f"{mean:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples)")
 
 
-def placement_text(placement: dict[str, Any]) -> str:
-    if not placement["decided"]:
-        return "undecided: " + " or ".join(f"model-{region}" for region in placement["possible"])
+def placement_text(placement: Placement) -> str:
+    if not placement.decided:
+        return "undecided: " + " or ".join(f"model-{region}" for region in placement.possible)
     near = ", ".join(f"{abs(d):.3f} {'above' if d >= 0 else 'below'} the cut at {c:.3f}"
-                     for d, c in zip(placement["distance_to_cuts"], placement["cuts"], strict=True))  # fmt: skip
-    return f"model-{placement['region']} ({near})"
+                     for d, c in zip(placement.distance_to_cuts, placement.cuts, strict=True))  # fmt: skip
+    return f"model-{placement.region} ({near})"
 
 
 def arm_name(arm: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""One pass of a trainer's model over target tokens, without gradient; and the percentiles that thresholds ask for.
+"""One pass of a trainer's model over target tokens, without gradient.
 
 The pass goes through transformers' evaluation loop, so that the model is placed, wrapped, sharded and cast as in training.
 """
@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import MeasurementError
 from ..head.ops import score
 from ..tokens.names import NOT_FOR_THE_MODEL
-
-logger = get_logger(__name__)
 
 
 def measure(

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
+from .._util.files import write_text
 from .._util.tensors import local
 from ..errors import MeasurementError
 from ..objectives.threshold import spell_probability
 from ..tokens.names import NOT_FOR_THE_MODEL
-from .forward import count_targets, logger, measure, score_batch, without_targets
+from .forward import count_targets, measure, score_batch, without_targets
 from .histogram import PERCENTILE_ERROR, ProbabilityHistogram
+
+logger = get_logger(__name__)
 
 PERCENTILE_TOKENS = 100_000  # target tokens that a percentile threshold is measured on
 
@@ -34,31 +38,13 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
     sample = _sample(trainer)
     if not sample:
         raise MeasurementError("There is no example with a target token. Raise `max_length`, if it cuts all answers off.")
-    digests = gather_object([_fingerprint(trainer, sample)]) if _is_sharded(trainer) else [_fingerprint(trainer, sample)]
-    key = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
-    path = CACHE / f"{key}.json"
-    found = [_read(path) if trainer.accelerator.is_main_process else None]
+    path, is_main = CACHE / f"{_key(trainer, sample)}.json", trainer.accelerator.is_main_process
+    found = [_read(path) if is_main else None]
     broadcast_object_list(found)
     if found[0] is None:
-        histogram = ProbabilityHistogram()
-        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        mine = sample[rank::world] or sample[:1]
-        if rank >= len(sample):
-            mine = [without_targets(mine[0])]
-
-        def observe(model: Any, batch: dict[str, Any]) -> None:
-            histogram.add(score_batch(trainer, model, batch).logp)
-
-        expected = sum(int(count_targets(batch)) for batch in sample)
-        tokens, _ = measure(trainer, mine, observe, name="Measuring probabilities", expected=expected)
-        if not tokens:
-            raise MeasurementError("No example of the training set has a target token, so `above_percentile` has no meaning.")
-        if world > 1:
-            counts = trainer.accelerator.reduce(histogram.counts.to(trainer.accelerator.device), reduction="sum")
-            histogram.counts.copy_(counts.cpu())
-        if trainer.accelerator.is_main_process:
+        histogram, source = _measured(trainer, sample), "measured now"
+        if is_main:
             _write(path, histogram)
-        source = "measured now"
     else:
         histogram, source = ProbabilityHistogram.from_state(found[0]), f"from {path}"
     value = histogram.cut(percentile)
@@ -67,6 +53,24 @@ def resolve_percentile(trainer: Any, percentile: float) -> float:
         f"target tokens under the starting model ({source}), off by at most {PERCENTILE_ERROR:.2%} of min(p, 1 - p)."
     )
     return value
+
+
+def _measured(trainer: Any, sample: list[dict[str, Any]]) -> ProbabilityHistogram:
+    """Return the probabilities of the sample's target tokens, of all processes; each measures its share."""
+    accelerator, histogram = trainer.accelerator, ProbabilityHistogram()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = sample[rank::world] or [without_targets(sample[0])]
+
+    def observe(model: Any, batch: dict[str, Any]) -> None:
+        histogram.add(score_batch(trainer, model, batch).logp)
+
+    expected = sum(int(count_targets(batch)) for batch in sample)
+    tokens, _ = measure(trainer, mine, observe, name="Measuring probabilities", expected=expected)
+    if not tokens:
+        raise MeasurementError("No example of the training set has a target token, so `above_percentile` has no meaning.")
+    if world > 1:
+        histogram.counts.copy_(accelerator.reduce(histogram.counts.to(accelerator.device), reduction="sum").cpu())
+    return histogram
 
 
 def _sample(trainer: Any) -> list[dict[str, Any]]:
@@ -86,6 +90,13 @@ def _sample(trainer: Any) -> list[dict[str, Any]]:
         batches.append(trainer.data_collator(examples))
         tokens += int(count_targets(batches[-1]))
     return batches
+
+
+def _key(trainer: Any, sample: list[dict[str, Any]]) -> str:
+    own = _fingerprint(trainer, sample)
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    digests = gather_object([own]) if is_sharded else [own]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
 
 def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
@@ -129,10 +140,6 @@ def _digest(tensor: Tensor) -> bytes:
     return torch.cat([tensor.flatten()[::step].to(wide), tensor.sum(dtype=wide)[None]]).cpu().numpy().tobytes()
 
 
-def _is_sharded(trainer: Any) -> bool:
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -146,8 +153,6 @@ def _read(path: Path) -> Any:
 def _write(path: Path, histogram: ProbabilityHistogram) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(histogram.state()))
-        part.replace(path)
+        write_text(path, json.dumps(histogram.state()))
     except OSError as error:
         logger.warning(f"Can't keep the measured probabilities in {path} ({error}): the next run measures them anew.")

@@ -1,43 +1,77 @@
-"""What all pages have in common: figures drawn by matplotlib, light and dark, tables, and one self-contained HTML file.
+"""What all pages have in common: templates that escape, plots, tables, and one self-contained HTML file.
 
-All text from data is escaped: in HTML by `html.escape`, in a page's JSON by writing `<` as an escape, in figures by taking `$`
-literally. `report.css` and `report.js` go into a page as they are.
+A page is a Jinja2 template that extends `base.html.j2`. Templates escape all text from data. In a page's JSON `<` is an escape;
+plots take `$` literally.
 """
 
 import base64
 import html
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from .figures import Draw, render
 
+HOME = Path(__file__).parent
 
-def picture(draw: Draw, size: tuple[float, float], alt: str) -> str:
-    """Return a figure as HTML that follows the reader's colour scheme."""
+
+class Picture(NamedTuple):
+    """A plot in both colour schemes, as SVG in base64, and what it shows in words."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+def drawn(draw: Draw, size: tuple[float, float], alt: str) -> Picture:
+    """Draw a plot of `size`, in inches, for the macro `picture` of `parts.html.j2`."""
     light, dark = (base64.b64encode(render(draw, size, theme, "svg")).decode() for theme in ("light", "dark"))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark}">'
-        f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{light}"></picture>'
-    )
+    return Picture(light, dark, alt)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return an HTML table; cells are plain text."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+def fill(template: Path, **values: Any) -> str:
+    """Return the page of a template, which finds those of this folder by name; `values`: its variables, `title` among them."""
+    style = Markup((HOME / "page.css").read_text(encoding="utf-8"))
+    return _environment(template.parent).get_template(template.name).render(style=style, **values)
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    loader = FileSystemLoader([folder, HOME])
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+
+
+def script_json(value: Any) -> Markup:
+    """Return JSON for a script element, which no text in it can end."""
+    return Markup(to_json(value).replace("<", "\\u003c"))
 
 
 def document(title: str, sections: list[str], script: str = "") -> str:
-    """Return the page: sections of HTML, and what stands after them."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
-        f'initial-scale=1"><meta name="color-scheme" content="light dark"><title>{escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>{"".join(sections)}</main>{script}'
-        "</body></html>\n"
-    )
+    """Return a page without a template of its own: sections of HTML, and what stands after them."""
+    return fill(HOME / "base.html.j2", title=title, body=Markup("".join(sections)), script=Markup(script))
+
+
+def picture(draw: Draw, size: tuple[float, float], alt: str) -> str:
+    """Return a plot as HTML that follows the reader's colour scheme, for `document`."""
+    return _part("picture", drawn(draw, size, alt))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return an HTML table, for `document`; cells are plain text."""
+    return _part("table", header, rows)
+
+
+def _part(name: str, *values: Any) -> str:
+    """Return the HTML of a macro as text that joins other text without escaping it."""
+    module: Any = _environment(HOME).get_template("parts.html.j2").module
+    return "".join([getattr(module, name)(*values)])
 
 
 def escape(text: str) -> str:
