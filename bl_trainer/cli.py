@@ -7,6 +7,7 @@ import time
 import traceback
 from typing import Any
 
+from ._util.process import is_first_here
 from ._util.text import sentence
 from .errors import CheckpointError, LossError, MeasurementError, RecipeError
 from .recipe.recipe import Recipe
@@ -208,7 +209,7 @@ def fail(error: Exception, recipe: Recipe | None = None, anywhere: bool = False,
     is_ours = isinstance(error, (RecipeError, MeasurementError, CheckpointError, LossError))
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
-    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+    if anywhere or is_first_here():
         message = recipe.located(error) if recipe and isinstance(error, RowError) else sentence(error)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None

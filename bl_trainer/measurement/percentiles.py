@@ -13,6 +13,7 @@ from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 
+from .._util.files import write_text
 from .._util.tensors import local
 from ..errors import MeasurementError
 from ..objectives.threshold import spell_probability
@@ -146,8 +147,6 @@ def _read(path: Path) -> Any:
 def _write(path: Path, histogram: ProbabilityHistogram) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(histogram.state()))
-        part.replace(path)
+        write_text(path, json.dumps(histogram.state()))
     except OSError as error:
         logger.warning(f"Can't keep the measured probabilities in {path} ({error}): the next run measures them anew.")
