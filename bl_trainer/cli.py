@@ -30,7 +30,7 @@ def train(argv: list[str]) -> None:
     recipe: Any = None
     try:
         recipe = Recipe.read(argv)
-        checkpoint = recipe.checkpoint()
+        plan = recipe.plan_resume()
         train_dataset, eval_dataset = recipe.load_datasets()
         recipe.training.model_init_kwargs = recipe.model_init_kwargs()
         trainer = BLTrainer(
@@ -47,7 +47,7 @@ def train(argv: list[str]) -> None:
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=plan)
         if trainer.was_terminated:
             _say_terminated(trainer)
             sys.exit(128 + signal.SIGTERM)

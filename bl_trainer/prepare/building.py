@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .._util.files import replacing, write_text
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import local_files
+from ..recipe.local_files import local_files
 from .format import Format
 from .options import PrepareArguments
 from .sources import BOXED, INSTRUCTED, SETS, Part, Row, load, noisy_labels, reader, revision_of, source_of

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from .._util.process import is_launched
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import find_fault, is_empty, load_dataset, local_files
+from ..recipe.datasets import load_dataset
+from ..recipe.local_files import find_fault, is_empty, local_files
 from ..recipe.recipe import Recipe
 from .arm import Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
