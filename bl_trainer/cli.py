@@ -11,6 +11,7 @@ import traceback
 from typing import Any
 
 from . import __version__
+from ._util.process import is_first_here
 from ._util.text import nearest, sentence
 from .errors import BLError, RecipeError
 
@@ -59,7 +60,7 @@ def train(argv: list[str]) -> None:
     recipe: Any = None
     try:
         recipe = Recipe.read(argv)
-        checkpoint = recipe.checkpoint()
+        plan = recipe.plan_resume()
         train_dataset, eval_dataset = recipe.load_datasets()
         recipe.training.model_init_kwargs = recipe.model_init_kwargs()
         trainer = BLTrainer(
@@ -76,7 +77,7 @@ def train(argv: list[str]) -> None:
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=plan)
         if trainer.was_terminated:
             _say_terminated(trainer)
             sys.exit(128 + signal.SIGTERM)
@@ -235,7 +236,7 @@ def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: b
     is_ours = isinstance(error, BLError)
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
-    if anywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+    if anywhere or is_first_here():
         message = _located(error, recipe)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None

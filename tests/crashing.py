@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerState
 
+import bl_trainer.training.trainer
 from bl_trainer import BLTrainer
 from bl_trainer.cli import main
 
@@ -19,6 +20,8 @@ CALLS = {
     "optimizer": (Trainer, "_save_optimizer_and_scheduler"),
     "rng": (BLTrainer, "_save_rng_state"),
     "state": (TrainerState, "save_to_json"),
+    "saved": (Trainer, "_save_checkpoint"),  # before the manifest
+    "manifest": (bl_trainer.training.trainer, "write_manifest"),
     "card": (BLTrainer, "create_model_card"),
 }
 

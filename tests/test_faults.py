@@ -23,7 +23,7 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import CheckpointError, LossError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.training.checkpoints import why_broken
+from bl_trainer.training.checkpoints import MANIFEST_FILE, why_broken
 from bl_trainer.training.record import Curve, MetricsLog
 from bl_trainer.training.resume import refuse_lost_epoch
 from conftest import make_llama, write_recipe
@@ -101,7 +101,9 @@ CUTS = [
     ("state", "{weights}", 0.5), ("state", "{weights}", 0), ("state", "optimizer.pt", 0.5), ("state", "optimizer.pt", 0),
     ("state", "scheduler.pt", 0.9), ("state", "rng_state.pth", 0.5), ("state", "rng_state.pth", 0),
     ("state", "bl_trainer.json", 0.5),
-    ("state", "trainer_state.json", 0.7), ("state", "trainer_state.json", 0),
+    ("state", "trainer_state.json", 0.7), ("state", "trainer_state.json", 0), ("saved", "optimizer.pt", 0.5),
+    # the manifest is there as well
+    ("manifest", "{weights}", 0), ("manifest", "optimizer.pt", 0.5), ("manifest", "training_args.bin", 0),
 ]  # fmt: skip
 
 
@@ -120,14 +122,13 @@ def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, unint
     assert code == 0, said
     found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) (?:is|are) (missing|cut short)", said)
     assert found, said
-    expected = "weights" if name == FILE[kind] and to == 0 else name
-    assert found.groups() == (
-        ("trainer_state.json", "missing") if where != "state" else (expected, "cut short" if to else "missing")
-    )
+    expected = "weights" if name == FILE[kind] and to == 0 and where != "manifest" else name
+    has_state = where in ("state", "saved", "manifest")
+    assert found.groups() == ((expected, "cut short" if to else "missing") if has_state else ("trainer_state.json", "missing"))
     assert_same(tmp_path, kind, uninterrupted)
 
 
-@pytest.mark.parametrize(("where", "number"), [("step", 1), ("step", 7), ("evaluation", 3), ("card", 1)])
+@pytest.mark.parametrize(("where", "number"), [("step", 1), ("step", 7), ("evaluation", 3), ("card", 1), ("saved", 2)])
 def test_killed_in_a_step_an_evaluation_or_the_first_checkpoint(where, number, make, kind, uninterrupted, tmp_path):
     recipe = make(tmp_path)
     code, _ = run(recipe, crashing.kill, where, number)
@@ -308,6 +309,7 @@ def test_versions_that_would_lose_the_epoch_are_refused(monkeypatch, tmp_path):
 def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
     train(Ordered, tokenizer, text_data, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     folder = tmp_path / "out" / "checkpoint-1"
+    (folder / MANIFEST_FILE).unlink()  # as an older version leaves it
     assert why_broken(folder) is None
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         content = (folder / name).read_bytes()
@@ -327,6 +329,46 @@ def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
     (folder / "bl_trainer.json").write_text(json.dumps(record))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert why_broken(folder) == "its model-00001-of-00002.safetensors is missing"
+
+
+def test_a_checkpoint_is_judged_by_its_manifest(tokenizer, text_data, tmp_path):
+    train(Ordered, tokenizer, text_data, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "out" / "checkpoint-1"
+    text = (folder / MANIFEST_FILE).read_text()
+    (folder / MANIFEST_FILE).unlink()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert json.loads(text) == {"files": sizes}
+    assert sizes.keys() >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    (folder / MANIFEST_FILE).write_text(text)
+    (folder / "notes.txt").write_text("my own")
+    for name in sizes:
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        assert why_broken(folder) == f"its {name} is missing"
+        for part in (content[: len(content) // 2], b"", *([] if name.endswith(".json") else [content[:-1]])):
+            (folder / name).write_bytes(part)
+            assert why_broken(folder) == f"its {name} is cut short"
+        (folder / name).write_bytes(content)
+        assert why_broken(folder) is None
+    (folder / "config.json").write_text("{}")  # by hand
+    assert why_broken(folder) is None
+    (folder / MANIFEST_FILE).write_text(text[:-9])
+    assert why_broken(folder) == f"its {MANIFEST_FILE} is cut short"
+    (folder / MANIFEST_FILE).write_text("[]")  # which says nothing, so that names are gone by
+    assert why_broken(folder) is None
+    (folder / "optimizer.pt").unlink()
+    assert why_broken(folder) == "its optimizer.pt is missing"
+
+
+def test_a_checkpoint_that_is_written_anew_has_no_old_manifest(tokenizer, text_data, tmp_path, monkeypatch):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    train(Ordered, tokenizer, text_data, tmp_path, **options)
+    folder = tmp_path / "out" / "checkpoint-1"
+    assert (folder / MANIFEST_FILE).exists()
+    monkeypatch.setattr("bl_trainer.training.trainer.write_manifest", lambda checkpoint: None)
+    train(Ordered, tokenizer, text_data, tmp_path, **options)
+    assert not (folder / MANIFEST_FILE).exists()
+    assert why_broken(folder) is None
 
 
 def test_parts_of_sharded_checkpoints_are_missed(tmp_path):
@@ -398,9 +440,19 @@ def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys
     with pytest.raises(RecipeError, match="was saved with `save_only_model: true`, without what is needed to go on"):
         resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
     path.unlink()  # as TRL's own trainer leaves it
+    path.with_name(MANIFEST_FILE).unlink()
     assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
     with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'nll'\}, the recipe says"):
         resumed(tmp_path, checkpoint, data_folder, **again, objective="neg_p").checkpoint()
+
+
+def test_a_recipe_is_compared_with_its_checkpoint_once(checkpoint, data_folder, tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, max_steps=1, save_steps=1, resume_from_checkpoint=True)
+    main(["train", "--config", str(recipe)])
+    compared = []
+    monkeypatch.setattr("bl_trainer.training.resume.refuse_lost_epoch", compared.append)
+    main(["train", "--config", str(recipe)])
+    assert compared == [str(tmp_path / "out" / "checkpoint-1")]
 
 
 def test_a_log_goes_on_after_a_line_that_was_cut_short(tmp_path):
@@ -447,7 +499,8 @@ def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokeniz
     (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 0.5 if FORGETS else 1.5}))
     record = json.loads((path / "bl_trainer.json").read_text())
     (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
-    build(Ordered, tokenizer, stream, tmp_path, **options)._take_up(str(path))
+    again = build(Ordered, tokenizer, stream, tmp_path, **options)
+    again._take_up(again._plan_resume(str(path)))
     assert any("is of 2 processes, and now there are 1" in line for line in said)
     assert any("from a stream the examples may come in another order" in line for line in said) or FORGETS
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
+from .._util.process import is_first
 from ..errors import RecipeError
 from ..measurement.forward import count_targets, measure, score_batch
 from ..measurement.results import Comparison, Measurement
@@ -82,7 +83,7 @@ class DiagnoseArguments:
         present = [name for name in REPORT_FILES if (folder / name).exists()]
         if present and not self.overwrite:
             raise RecipeError(f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`.")
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first():
             return  # the first process writes the report
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:

@@ -1,8 +1,8 @@
 """The evaluate verb: checkpoints on the tasks of lm-evaluation-harness and on data of one's own, compared item by item."""
 
-import os
 from typing import Any
 
+from .._util.process import is_first
 from ..errors import RecipeError
 from .options import EvaluateArguments
 from .results import Results, paired_difference, read_items, table
@@ -40,7 +40,7 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any]:
                 results.add(checkpoint, task, found, chat)
                 print(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.", flush=True)
         del lm  # before the next one is loaded
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         results.write()
         print(table(results))
     return results.content()

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..prepare.format import Format
-from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_empty
+from ..recipe.local_files import LOCAL_FORMATS, find_fault, is_empty
 from .completion import COLUMNS, Completion
 from .generation import Generation
 from .options import Checkpoint, EvaluateArguments

@@ -13,7 +13,7 @@ import yaml
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_path, local_files
+from ..recipe.local_files import LOCAL_FORMATS, find_fault, is_path, local_files
 from ..recipe.parser import Parser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

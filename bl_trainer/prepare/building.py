@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ import yaml
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
+from .._util.files import replacing, write_text
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import local_files
+from ..recipe.local_files import local_files
 from .format import Format
 from .options import PrepareArguments
 from .sources import BOXED, INSTRUCTED, SETS, Part, Row, load, noisy_labels, reader, revision_of, source_of
@@ -74,7 +73,7 @@ def prepare(options: PrepareArguments) -> Path:
         record["files"] = sorted(path.name for path in part_folder.glob("*.parquet"))
         record["sha256"] = digests
         text = _card(record, counts, options)
-        _write(part_folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(part_folder / CARD, text)
         _put_in_place(part_folder, output)
     except OSError as error:
         raise RecipeError(
@@ -179,6 +178,8 @@ def _open_part(folder: Path, settings: dict[str, Any], options: PrepareArguments
     if folder.exists():
         record = _read_card(folder / CARD)
         if record is not None and record["settings"] == settings:
+            for torn in folder.glob("*.part"):  # by a kill
+                torn.unlink()
             return record
         if record is None and any(folder.iterdir()):
             raise RecipeError(f"{folder} holds what prepare-data didn't write. Move it away, or write another `--output`.")
@@ -192,7 +193,7 @@ def _open_part(folder: Path, settings: dict[str, Any], options: PrepareArguments
     hubs = {} if options.source else {part.hub or part.name: part for part in SETS[options.name].parts}
     record = {"settings": settings, "revisions": {hub: revision_of(part, options.revision) for hub, part in hubs.items()}}
     folder.mkdir(parents=True)
-    _write(folder / CARD, lambda path: path.write_text(_front_matter({KEY: record}), encoding="utf-8"))
+    write_text(folder / CARD, _front_matter({KEY: record}))
     return record
 
 
@@ -229,7 +230,8 @@ def _build(
                 table = _read_table(path)
                 if table is None or KEY.encode() not in (table.schema.metadata or {}):  # not there, or broken since
                     table = _table(piece, form, options, bar)
-                    _write(path, partial(pq.write_table, table))
+                    with replacing(path) as part:
+                        pq.write_table(table, part)
                 else:
                     bar.update(len(piece.span))
                 counts[split].update(json.loads(table.schema.metadata[KEY.encode()]))
@@ -282,13 +284,6 @@ def _check_kept(row: dict[str, Any], kept: Iterable[str]) -> None:
         value = row.get(name)
         if name not in KEPT and value is not None and not isinstance(value, str):
             raise TypeError(f"{value!r} stands where a text should, as {name!r}")
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file, that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _put_in_place(folder: Path, output: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._util.text import nearest
 from ..errors import RecipeError
-from ..recipe.datasets import is_path
+from ..recipe.local_files import is_path
 from ..recipe.parser import Parser
 from .sources import SETS
 

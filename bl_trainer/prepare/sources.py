@@ -13,7 +13,8 @@ from trl import ScriptArguments
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import LOCAL_FORMATS, find_fault, is_empty, load_dataset, local_files
+from ..recipe.datasets import load_dataset
+from ..recipe.local_files import LOCAL_FORMATS, find_fault, is_empty, local_files
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 FIGLET = (

@@ -116,6 +116,4 @@ WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "READM
 
 ROWS_RENDERED = 32  # that are rendered before the model loads
 
-CARD_TAG = "- bl-trainer"  # in the model cards of `BLTrainer`
-
 DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from inspect import signature
@@ -70,33 +71,22 @@ class Parser(TrlParser):
             message = sentence(error)
             if "bf16/gpu" in message:
                 message += " On a machine without a GPU write `use_cpu: true`."
-            key = None if any(re.search(rf"\b{key}\b", message) for key in self.known) else self._culprit(config, argv)
-            message = f"`{key}: {without_secrets(config)[key]}`: {message}" if key else message
+            if not any(re.search(rf"\b{key}\b", message) for key in self.known):
+                message = f"{self._culprit(config, argv)}{message}"
             raise RecipeError(message) from error
+
+    def _culprit(self, config: dict[str, Any], argv: list[str]) -> str:
+        """Return the key without which `config` could be parsed, as the start of a message; nothing if there is none."""
+        for key in config:
+            with suppress(Exception):  # as in `parse`
+                self._parse({name: value for name, value in config.items() if name != key}, argv)
+                return f"`{key}: {without_secrets(config)[key]}`: "
+        return ""
 
     def _parse(self, config: dict[str, Any], argv: list[str]) -> list[Any]:
         parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)
         parser.set_defaults_with_config(**config)
         return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-
-    def _culprit(self, config: dict[str, Any], argv: list[str]) -> str | None:
-        """Return the key without which `config` could be parsed, or one of several, or None."""
-        less = dict(config)
-        for key in config:
-            if self._parses({name: value for name, value in config.items() if name != key}, argv):
-                return key
-        for key in reversed(config):
-            del less[key]
-            if self._parses(less, argv):
-                return key
-        return None
-
-    def _parses(self, config: dict[str, Any], argv: list[str]) -> bool:
-        try:
-            self._parse(config, argv)
-        except Exception:  # as in `parse`
-            return False
-        return True
 
 
 def kinds_of(hint: Any) -> set[Any]:

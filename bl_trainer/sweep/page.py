@@ -14,6 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from .._util.files import write_text
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..pages.html import document, escape, picture, table
@@ -34,9 +35,7 @@ def write_leaderboard(board: Leaderboard, folder: Path, command: str) -> None:
     if board.rows:
         files["winner.yaml"] = winner(board, folder)
     for name, text in files.items():
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        write_text(folder / name, text)
 
 
 def winner(board: Leaderboard, folder: Path) -> str:

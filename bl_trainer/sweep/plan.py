@@ -23,8 +23,8 @@ from ..evaluation import EvaluateArguments
 from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from ..recipe.datasets import is_path, local_files
 from ..recipe.keys import DATACLASSES
+from ..recipe.local_files import is_path, local_files
 from ..recipe.parser import kinds_of, load_yaml
 from ..recipe.recipe import Recipe
 from ..training.config import BLConfig

@@ -15,9 +15,11 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .._util.process import is_launched
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import find_fault, is_empty, load_dataset, local_files
+from ..recipe.datasets import load_dataset
+from ..recipe.local_files import find_fault, is_empty, local_files
 from ..recipe.recipe import Recipe
 from .arm import Runner, arm_folder, evaluate_base, read_result
 from .leaderboard import judge
@@ -56,7 +58,7 @@ def sweep(argv: list[str]) -> None:
     options: SweepArguments = recipe.options
     if not options.sweep:
         raise RecipeError("`--sweep` is missing: the sweep file. Write `--sweep sweep.yaml`; diagnosis writes one.")
-    if "WORLD_SIZE" in os.environ:
+    if is_launched():
         raise RecipeError("A sweep launches its arms itself. Start it with `python`, not with `accelerate launch`.")
     if options.jobs < 1:
         raise RecipeError(f"`--jobs {options.jobs}` must be at least 1.")

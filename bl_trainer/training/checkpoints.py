@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import re
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .._util.files import write_text
 from ..errors import CheckpointError
 
 RECORD_FILE = "bl_trainer.json"
+
+MANIFEST_FILE = "bl_trainer_manifest.json"
 
 STATE_FILE = "trainer_state.json"  # transformers writes it after all others
 
@@ -41,19 +42,49 @@ def writing(path: str) -> Iterator[None]:
         ) from error
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Write the names and sizes of all files of `checkpoint` in one go; to be its last file."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST_FILE)
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    write_text(checkpoint / MANIFEST_FILE, json.dumps({"files": sizes}, indent=1) + "\n")
+
+
 def why_broken(checkpoint: Path) -> str | None:
-    """Return what is missing or cut short in `checkpoint`, which a killed run may leave behind; None if it is whole."""
+    """Return what is missing or cut short in `checkpoint`, which a killed run may leave behind; None if it is whole.
+
+    A checkpoint is judged by its manifest. Without one it is judged by what its files and their names tell: an older
+    version's, another trainer's, or one killed before the manifest. The last may be the only one left, since transformers
+    deletes older checkpoints before the manifest can be written.
+    """
     if (checkpoint / SENTINEL).exists():
         return f"it holds {SENTINEL}"
+    manifest = read_json(checkpoint / MANIFEST_FILE)
+    sizes = manifest.get("files") if isinstance(manifest, dict) else None
+    return next(_faults_by_size(checkpoint, sizes) if sizes else _faults_by_name(checkpoint), None)
+
+
+def _faults_by_size(checkpoint: Path, sizes: dict[str, int]) -> Iterator[str]:
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            yield f"its {name} is missing"
+        elif path.suffix == ".json":  # which may have been edited by hand
+            yield from () if _is_complete(path) else (f"its {name} is cut short",)
+        elif path.stat().st_size < size:
+            yield f"its {name} is cut short"
+
+
+def _faults_by_name(checkpoint: Path) -> Iterator[str]:
     if "global_step" not in (read_json(checkpoint / STATE_FILE) or {}):
-        return f"its {STATE_FILE} is {'cut short' if (checkpoint / STATE_FILE).exists() else 'missing'}"
+        yield f"its {STATE_FILE} is {'cut short' if (checkpoint / STATE_FILE).exists() else 'missing'}"
     if not any(next(checkpoint.glob(pattern), None) for pattern in WEIGHTS):
-        return "its weights are missing"
+        yield "its weights are missing"
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and not _is_complete(path):
-            return f"its {path.relative_to(checkpoint)} is cut short"
-    missing = [name for name in _expected(checkpoint) if not (checkpoint / name).exists()]
-    return f"its {missing[0]} is missing" if missing else None
+            yield f"its {path.relative_to(checkpoint)} is cut short"
+    for name in _expected(checkpoint):
+        if not (checkpoint / name).exists():
+            yield f"its {name} is missing"
 
 
 def has_model(folder: Path) -> bool:
@@ -113,17 +144,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def last_whole(folder: Path) -> tuple[Path | None, list[Path]]:
-    """Return the last whole checkpoint of `folder`, or None, and the broken ones; says on stderr which it passes over."""
+def last_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Return the last whole checkpoint of `folder`, or None, and the later ones with what is wrong with each."""
     found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\d+", path.name[11:])}
-    broken: list[Path] = []
+    broken: dict[Path, str] = {}
     for _, path in sorted(found.items(), reverse=True):
         why = why_broken(path)
         if why is None:
             return path, broken
-        broken.append(path)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"warning: {path} is passed over, since {why}: it was not written to its end.", file=sys.stderr)
-    if broken and os.environ.get("LOCAL_RANK", "0") == "0":
-        print("warning: no whole checkpoint is left, so training starts anew.", file=sys.stderr)
+        broken[path] = why
     return None, broken

@@ -1,9 +1,9 @@
-"""What a run may resume from, and with which settings."""
+"""What a run resumes from: the only place that compares a recipe, or a trainer's arguments, with a checkpoint."""
 
 import json
-import os
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,43 +11,183 @@ from typing import Any
 from packaging.version import Version
 from transformers import TrainingArguments
 
+from .._util.process import is_first_here
 from ..errors import CheckpointError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from .checkpoints import STATE_FILE, read_json, read_record
+from .checkpoints import STATE_FILE, last_whole, read_json, read_record, why_broken
+
+# What must stay as it was; other keys may change, with a warning
+FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
+
+FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
 
 
-def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
-    """Return the threshold to go on with from `checkpoint`: a percentile's value is what it was at the start.
+@dataclass(frozen=True)
+class Given:
+    """What a recipe knows besides the training arguments: its keys as written, the keys' defaults, and its model."""
 
-    Raises CheckpointError if `checkpoint` records another objective or threshold than `args` has, or none where a percentile
-    needs it.
+    keys: dict[str, Any]
+    defaults: dict[str, Any]
+    model: str
+    use_peft: bool
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What a run resumes from.
+
+    `checkpoint`: the folder, None for a new run. `threshold`: the run's, with the percentile that the checkpoint records.
+    `skipped`: later checkpoints that are broken, and why. `warnings`: what differs from an uninterrupted run.
     """
-    objective = Objective.parse(getattr(args, "objective", "nll"))
-    threshold = Threshold.parse(getattr(args, "threshold", None))
-    recorded = read_record(checkpoint) or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}  # of TRL's own
-    if recorded.get("save_only_model"):
+
+    checkpoint: Path | None = None
+    threshold: Threshold = field(default_factory=Threshold)
+    skipped: dict[Path, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def say_skipped(self) -> None:
+        """Warn on stderr of checkpoints that are skipped."""
+        say(f"{path} is passed over, since {why}: it was not written to its end." for path, why in self.skipped.items())
+        if self.skipped and self.checkpoint is None:
+            say(["no whole checkpoint is left, so training starts anew."])
+
+
+def say(warnings: Iterable[str]) -> None:
+    """Write warnings to stderr, once per machine."""
+    for warning in warnings if is_first_here() else ():
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def plan_resume(
+    args: TrainingArguments, requested: str | bool | None, *, processes: int, given: Given | None = None
+) -> ResumePlan:
+    """Return what to resume from: nothing, the last whole checkpoint of `output_dir` (`true`), or the folder `requested`.
+
+    It reads files and writes none. `processes`: how many train now. `given`: what the recipe says; without one, as in Python,
+    a folder's completeness, model and further keys are not looked at. Raises CheckpointError on a checkpoint that can't be
+    resumed from, or was trained with something else.
+    """
+    asked, folder = str(requested or False), Path(args.output_dir or ".")
+    skipped: dict[Path, str] = {}
+    if asked.lower() == "true":
+        checkpoint, skipped = last_whole(folder)
+    else:
+        checkpoint = None if asked.lower() == "false" else Path(asked)
+        if checkpoint and given:
+            _refuse_broken(checkpoint)
+    if checkpoint is None:
+        return ResumePlan(skipped=skipped)
+    objective, asked_threshold = _asked_for(args)
+    record = read_record(str(checkpoint))
+    threshold = _recorded_threshold(checkpoint, record, asked_threshold)
+    _refuse_other_loss(checkpoint, record, objective, threshold, asked_threshold)
+    refuse_lost_epoch(str(checkpoint))
+    warnings = list(_warn_of_processes(checkpoint, record, processes))
+    if given:
+        _refuse_other_model(checkpoint, given)
+        warnings = [*_warn_of_changes(checkpoint, record, objective, given), *warnings]
+        if checkpoint.resolve().parent == folder.resolve():
+            _refuse_earlier(checkpoint, folder)
+    return ResumePlan(checkpoint, threshold, skipped, tuple(warnings))
+
+
+def _asked_for(args: TrainingArguments) -> tuple[Objective, Threshold]:
+    """Return what `args` ask for; a `BLConfig` has it parsed already."""
+    objective = getattr(args, "parsed_objective", None) or Objective.parse(getattr(args, "objective", "nll"))
+    threshold = getattr(args, "parsed_threshold", None) or Threshold.parse(getattr(args, "threshold", None))
+    return objective, threshold
+
+
+def _refuse_broken(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"`resume_from_checkpoint: {checkpoint}` is not a folder. Write a checkpoint's path, or `true` for the last "
+            "one in `output_dir`."
+        )
+    why = why_broken(checkpoint)
+    if why:
+        raise CheckpointError(f"`resume_from_checkpoint: {checkpoint}` can't be done, since {why}. Write another checkpoint.")
+
+
+def _refuse_earlier(checkpoint: Path, folder: Path) -> None:
+    """Raise CheckpointError if `folder` has later checkpoints, which resuming from this one would overwrite."""
+    last, _ = last_whole(folder)
+    if last is not None and last.name != checkpoint.name and int(last.name[11:]) > int(checkpoint.name[11:]):
+        raise CheckpointError(
+            f"`resume_from_checkpoint: {checkpoint}`: {last} is later, and would be overwritten. Write another "
+            "`output_dir`, or move the later checkpoints away."
+        )
+
+
+def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Threshold) -> Threshold:
+    """Return the threshold to resume with: a percentile's value is what it was at the start."""
+    if record.get("save_only_model"):
         raise CheckpointError(
             f"{checkpoint} was saved with `save_only_model: true`, without what is needed to go on: the optimizer's state and "
             "the random numbers. Start a new run from it as `model_name_or_path`."
         )
-    value = (recorded.get("threshold") or {}).get("above")
-    if not threshold.resolved and isinstance(value, float) and value > 0:
-        threshold = replace(threshold, above=value)
-    if not threshold.resolved:
-        raise CheckpointError(
-            f"{checkpoint} doesn't record the probability that `above_percentile: {threshold.above_percentile}` stands for, "
-            "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
-        )
-    current = {"objective": objective.resolved.to_dict(), "threshold": threshold.to_dict()}
-    said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
-    for key, value in current.items():
+    if asked.resolved:
+        return asked
+    value = (record.get("threshold") or {}).get("above")
+    if isinstance(value, float) and value > 0:
+        return replace(asked, above=value)
+    raise CheckpointError(
+        f"{checkpoint} doesn't record the probability that `above_percentile: {asked.above_percentile}` stands for, "
+        "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
+    )
+
+
+def _refuse_other_loss(
+    checkpoint: Path, record: dict[str, Any], objective: Objective, threshold: Threshold, asked: Threshold
+) -> None:
+    """Raise CheckpointError if another objective or threshold is recorded; TRL's own checkpoints are of NLL without one."""
+    recorded = record or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}
+    objective_now = objective.resolved.to_dict()
+    for key, value, said in (
+        ("objective", objective_now, objective_now),
+        ("threshold", threshold.to_dict(), asked.to_dict()),
+    ):
         if recorded.get(key) != json.loads(json.dumps(value, default=str)):
             raise CheckpointError(
-                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said[key]}. Resume with the "
+                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said}. Resume with the "
                 f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
-    return threshold
+
+
+def _warn_of_processes(checkpoint: Path, record: dict[str, Any], processes: int) -> Iterator[str]:
+    before = record.get("processes", processes)
+    if before != processes:
+        yield (
+            f"{checkpoint} is of {before} processes, and now there are {processes}: batches and random numbers are others "
+            "than in an uninterrupted run."
+        )
+
+
+def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Objective, given: Given) -> Iterator[str]:
+    """Yield which keys have changed since; raises CheckpointError if one of them is `FIXED`."""
+    recorded = record.get("recipe")
+    if recorded is None:
+        return
+    now = json.loads(json.dumps(given.keys, default=str))
+    changed = {}
+    for key in sorted({*recorded, *now} - set(FREE)):
+        before, after = (values.get(key, given.defaults.get(key)) for values in (recorded, now))
+        if before != after:
+            changed[key] = f"`{key}` from {before} to {after}"
+    for key in FIXED:
+        if key in changed:
+            raise CheckpointError(
+                f"{checkpoint} can't be gone on with after a change of {changed[key]}. Write it as it was, or another "
+                "`output_dir`."
+            )
+    if changed:
+        yield f"since {checkpoint} the recipe has changed: {', '.join(changed.values())}."
+    if "progress" in objective.statistics and {"max_steps", "num_train_epochs"} & changed.keys():
+        yield (
+            "the objective goes by training progress, which the change of length moves: the next step is at another point "
+            "of its schedule."
+        )
 
 
 def refuse_other_head(checkpoint: str, loss_head: str) -> None:
@@ -59,39 +199,6 @@ def refuse_other_head(checkpoint: str, loss_head: str) -> None:
             f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
             f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
         )
-
-
-# What a checkpoint can't be gone on with under another value; the others may change, which is said
-FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
-
-FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
-
-
-def refuse_changed_keys(checkpoint: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise CheckpointError if `checkpoint` was trained under other `FIXED` keys than `given`; say which others changed."""
-    recorded = read_record(checkpoint).get("recipe")
-    if recorded is None:
-        return
-    now = json.loads(json.dumps(given, default=str))
-    changed = {}
-    for key in sorted({*recorded, *now} - set(FREE)):
-        before, after = (values.get(key, defaults.get(key)) for values in (recorded, now))
-        if before != after:
-            changed[key] = f"`{key}` from {before} to {after}"
-    for key in FIXED:
-        if key in changed:
-            raise CheckpointError(
-                f"{checkpoint} can't be gone on with after a change of {changed[key]}. Write it was, or another `output_dir`."
-            )
-    if changed and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: since {checkpoint} the recipe has changed: {', '.join(changed.values())}.", file=sys.stderr)
-        moves = "progress" in Objective.parse(now.get("objective") or "nll").statistics
-        if moves and {"max_steps", "num_train_epochs"} & changed.keys():
-            print(
-                "warning: the objective goes by training progress, which the change of length moves: the next step is at "
-                "another point of its schedule.",
-                file=sys.stderr,
-            )
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:
@@ -111,10 +218,10 @@ def refuse_lost_epoch(checkpoint: str) -> None:
         )
 
 
-def refuse_other_model(checkpoint: str, model: str, use_peft: bool) -> None:
-    """Raise CheckpointError unless `checkpoint` holds an adapter of `model`, or with no `use_peft` a whole model."""
-    path = Path(checkpoint) / "adapter_config.json"
-    if path.is_file() is not use_peft:
+def _refuse_other_model(checkpoint: Path, given: Given) -> None:
+    """Raise CheckpointError unless `checkpoint` holds an adapter of the recipe's model, or without `use_peft` a whole model."""
+    path, model = checkpoint / "adapter_config.json", given.model
+    if path.is_file() is not given.use_peft:
         holds, says = ("an adapter", "no `use_peft`") if path.is_file() else ("a whole model", "`use_peft: true`")
         raise CheckpointError(f"{checkpoint} holds {holds}, and the recipe has {says}. Make the recipe that of the checkpoint.")
     base = (read_json(path) or {}).get("base_model_name_or_path")

@@ -31,6 +31,7 @@ from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
+from .._util.files import write_text
 from ..errors import CheckpointError, MeasurementError, RecipeError
 from ..head.lm_head import Head
 from ..head.ops import TokenCosts, objective_head, score
@@ -50,7 +51,8 @@ from ..tokens.rendering import check_rendering
 from ..tokens.template import TemplateMark
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
-from .checkpoints import RECORD_FILE, has_model, last_whole, read_record, why_broken, writing
+from .card import TAG, add_objective
+from .checkpoints import MANIFEST_FILE, RECORD_FILE, has_model, read_record, why_broken, write_manifest, writing
 from .config import METRICS
 from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
 from .refusals import (
@@ -62,7 +64,7 @@ from .refusals import (
     refuse_replaced_loss,
     refuse_virtual_tokens,
 )
-from .resume import refuse_lost_epoch, refuse_other_head, refuse_other_recipe
+from .resume import ResumePlan, plan_resume, refuse_other_head
 
 logger = get_logger(__name__)
 
@@ -101,7 +103,7 @@ class BLTrainer(SFTTrainer):
     parsed_objective: Objective  # `objective` is the name that transformers' hyperparameter search writes its score to
     threshold: Threshold
 
-    _tag_names = [*SFTTrainer._tag_names, "bl-trainer"]
+    _tag_names = [*SFTTrainer._tag_names, TAG]
     _name = "BLTrainer"
     _paper = {
         "title": "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model "
@@ -664,7 +666,7 @@ class BLTrainer(SFTTrainer):
 
     @leaves_no_empty_folder
     def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+        self, resume_from_checkpoint: str | bool | ResumePlan | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         self.is_left, self._tokens_before = False, self._total_train_tokens
         if trial is not None:  # whose model is another, and its percentile too
@@ -675,16 +677,13 @@ class BLTrainer(SFTTrainer):
         self._refuse_dropped()
         listens = getattr(self.args, "enable_jit_checkpoint", False)
         with self._sigterm.listening() if listens else nullcontext():
-            if resume_from_checkpoint is True:
-                last, _ = last_whole(Path(str(self.args.output_dir)))
-                if last is None:
-                    raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
-                resume_from_checkpoint = str(last)
-            if isinstance(resume_from_checkpoint, str):
-                refuse_other_head(resume_from_checkpoint, self.loss_head)
-                state = self._take_up(resume_from_checkpoint)
-                if 0 < self._steps_of(resume_from_checkpoint, state) <= state.global_step:
-                    return self._finish(resume_from_checkpoint, state)
+            plan = self._plan_resume(resume_from_checkpoint)
+            checkpoint = str(plan.checkpoint) if plan.checkpoint else None
+            if checkpoint:
+                refuse_other_head(checkpoint, self.loss_head)
+                state = self._take_up(plan)
+                if 0 < self._steps_of(checkpoint, state) <= state.global_step:
+                    return self._finish(checkpoint, state)
             whose = "bl_trainer's own" if self.reference_head is None else f"TRL's, since {self.reference_head}"
             self.accelerator.print(f"Loss head: {whose}.")
             if self.reference is not None:
@@ -692,7 +691,7 @@ class BLTrainer(SFTTrainer):
                 self.accelerator.print(f"Reference: {what}.")
             if self.train_dataset is not None and WEIGHT in columns_of(self.train_dataset):
                 self.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
-            output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
+            output = super().train(checkpoint, trial, *args, **kwargs)
             self.average_weights()
             self._refuse_unlearnt()
             return output
@@ -715,10 +714,21 @@ class BLTrainer(SFTTrainer):
         self.average_weights()  # or saving would average the best model's with the last step's
         super()._load_best_model()
 
-    def _take_up(self, checkpoint: str) -> TrainerState:
-        """Return the state to go on from, and take over the threshold; says what can't be as in an uninterrupted run."""
-        self.threshold = refuse_other_recipe(checkpoint, self.args)
-        refuse_lost_epoch(checkpoint)
+    def _plan_resume(self, requested: str | bool | ResumePlan | None) -> ResumePlan:
+        """Return the plan that a recipe has made, or make one and say what can't be as in an uninterrupted run."""
+        if isinstance(requested, ResumePlan):
+            return requested
+        plan = plan_resume(self.args, requested, processes=self.accelerator.num_processes)
+        plan.say_skipped()
+        if requested is True and plan.checkpoint is None:
+            raise CheckpointError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        for warning in plan.warnings:
+            logger.warning(warning)
+        return plan
+
+    def _take_up(self, plan: ResumePlan) -> TrainerState:
+        """Return the state to go on from, and take over the threshold."""
+        self.threshold, checkpoint = plan.threshold, str(plan.checkpoint)
         if self.threshold.above_percentile is not None:
             self.accelerator.print(
                 f"The threshold is p >= {spell_probability(self.threshold.above, 6)}: percentile "
@@ -727,12 +737,6 @@ class BLTrainer(SFTTrainer):
         state_file = Path(checkpoint) / "trainer_state.json"
         state = TrainerState.load_from_json(str(state_file)) if state_file.is_file() else TrainerState()
         self._first_step = state.global_step
-        processes = read_record(checkpoint).get("processes", self.accelerator.num_processes)
-        if processes != self.accelerator.num_processes:
-            logger.warning(
-                f"{checkpoint} is of {processes} processes, and now there are {self.accelerator.num_processes}: batches and "
-                "random numbers are others than in an uninterrupted run."
-            )
         is_stream = isinstance(self.train_dataset, IterableDataset)
         by_length = getattr(self.args, "train_sampling_strategy", "") == "group_by_length"
         by_length |= bool(getattr(self.args, "group_by_length", False))  # an older transformers'
@@ -783,7 +787,7 @@ class BLTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECORD_FILE).write_text(json.dumps(self._record(), indent=2, default=str) + "\n")
+            write_text(folder / RECORD_FILE, json.dumps(self._record(), indent=2, default=str) + "\n")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -793,29 +797,20 @@ class BLTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with writing(str(folder)):
-            if self.args.should_save and folder.exists() and why_broken(folder):
-                shutil.rmtree(folder)  # what an earlier start left, of which some would stay
+            if self.args.should_save and folder.exists():
+                if why_broken(folder):
+                    shutil.rmtree(folder)  # what an earlier start left, of which some would stay
+                else:
+                    (folder / MANIFEST_FILE).unlink(missing_ok=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and folder.exists():
+                write_manifest(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            record = self._record()
-            lines = [
-                "",
-                "",
-                "## Objective",
-                "",
-                "```yaml",
-                *(f"{key}: {json.dumps(record[key])}" for key in ("objective", "threshold")),
-                "```",
-                "",
-                "Trained with " + ", ".join(f"{name} {number}" for name, number in record["versions"].items()) + ".",
-                "",
-            ]
-            with open(Path(str(self.args.output_dir)) / "README.md", "a", encoding="utf-8") as card:
-                card.write("\n".join(lines))
+            add_objective(Path(str(self.args.output_dir)) / "README.md", self._record())
 
 
 def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
