@@ -23,8 +23,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bl_trainer.pages.figures import render
-from bl_trainer.sweep.leaderboard import Leaderboard, compare, difference
-from bl_trainer.sweep.plan import describe
+from bl_trainer.sweep.design import describe
+from bl_trainer.sweep.differences import difference
+from bl_trainer.sweep.leaderboard import Leaderboard, compare
 from continuum import NEG_P, NLL, RULERS, begin, boards_of, call, means, quiet, read_plan, row_of, sweep, values_of
 from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 

@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 from bl_trainer.pages.figures import render
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.sweep.arm import RESULT_SCHEMA, arm_folder, read_result
 from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
+from bl_trainer.sweep.outcome import RESULT_SCHEMA, arm_folder, read_result
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import Study
 from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gzip
 import importlib.metadata
 import itertools
 import json
@@ -24,8 +25,9 @@ from trl.data_utils import _tokenize
 
 from bl_trainer.cli import main
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
+from bl_trainer.evaluation.items import item_rows
 from bl_trainer.evaluation.options import Checkpoint
-from bl_trainer.evaluation.results import item_rows, macro
+from bl_trainer.evaluation.scores import macro
 from bl_trainer.prepare.format import Format
 from bl_trainer.prepare.sources import FIGLET, Example, math_row
 from conftest import LETTERS, make_llama, sentence
@@ -922,7 +924,9 @@ def test_files_of_all_kinds_hold_the_same_items(models, tmp_path):
     (tmp_path / "mapping.json").write_text(json.dumps({"one": rows[:1], "two": rows[1:]}, indent=2))
     Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
     found = {}
-    for name in ("lines.jsonl", "array.json", "mapping.json", "table.parquet"):
+    for name in ("lines.jsonl", "array.json", "mapping.json"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for name in ("lines.jsonl", "array.json", "mapping.json", "table.parquet", "lines.jsonl.gz", "mapping.json.gz"):
         data = [f"medical={tmp_path / name}"]
         (entry,) = run(models, tmp_path, "silent", out=f"of-{name}", tasks=["medical"], data=data, max_new_tokens=1)[
             "evaluations"

@@ -2,12 +2,14 @@
 
 import json
 import threading
+from importlib.metadata import version
 
 import pytest
 
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
 from bl_trainer.evaluation.results import Results
+from bl_trainer.evaluation.table import table
 
 ITEMS = 12
 
@@ -62,6 +64,18 @@ def test_evaluations_at_the_same_time_keep_each_others_entries_and_differences(t
     add(again, "a", "x", 3)
     add(again, "b", "x", 9)
     assert {each["task"]: each["difference"] for each in stored(tmp_path)["differences"]} == {"x": 0.5, "y": 0.25}
+
+
+def test_scores_of_different_versions_are_told(tmp_path, monkeypatch):
+    results = open_results(tmp_path, ["a", "b"], ["x", "y"])
+    add(results, "a", "x", 3)
+    add(results, "a", "y", 3)
+    add(results, "b", "y", 3)
+    monkeypatch.setattr("bl_trainer.evaluation.results.version", lambda name: "99" if name == "lm_eval" else version(name))
+    add(results, "b", "x", 6)
+    (note,) = stored(tmp_path)["notes"]
+    assert note.startswith(f"x was run with different versions of lm_eval ({version('lm_eval')}, 99).")
+    assert f"Note: {note}" in table(results)
 
 
 def test_many_writers_lose_nothing(tmp_path):

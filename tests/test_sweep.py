@@ -27,9 +27,13 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import CPU_LAUNCH
-from bl_trainer.sweep.leaderboard import difference, rank
-from bl_trainer.sweep.page import alpha_curves, arms_csv, comparison, markdown, page, summary
-from bl_trainer.sweep.plan import Plan, describe
+from bl_trainer.sweep.design import describe
+from bl_trainer.sweep.differences import difference
+from bl_trainer.sweep.figures import alpha_curves
+from bl_trainer.sweep.leaderboard import rank
+from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
+from bl_trainer.sweep.plan import Plan
+from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
@@ -231,13 +235,27 @@ def test_a_journal_of_something_else_is_refused(journal, tmp_path):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("module", ["arm", "guard", "journal", "leaderboard", "page", "plan", "study", "verb"])
+@pytest.mark.parametrize("module", ["arm", "guard", "journal", "leaderboard", "page", "plan", "signature", "study", "verb"])
 def test_a_sweep_needs_no_module_of_unix(module, monkeypatch):
     for name in ("fcntl", "termios", "pwd", "grp", "resource"):
         monkeypatch.setitem(sys.modules, name, None)
     real = sys.modules[f"bl_trainer.sweep.{module}"]
     spec = importlib.util.spec_from_file_location(real.__name__, real.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_a_guard_ends_its_command_when_its_stdin_closes(tmp_path):
+    """On every system: the pipe is the guard's stdin, and no descriptor has to be passed on."""
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", f"import time; open({str(started)!r}, 'w').close(); time.sleep(600)"]
+    own = {**os.environ, guard.MARK: str(tmp_path)}
+    process = subprocess.Popen([sys.executable, guard.__file__, str(tmp_path), *command], stdin=subprocess.PIPE, env=own)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdin.close()
+    assert process.wait(timeout=120) == 1
+    assert not arms_of(tmp_path)
 
 
 def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):
@@ -676,6 +694,33 @@ def test_what_is_no_evidence_is_not_called_so(make, tmp_path):
     nothing = rank(tie.plan, {}, lambda index: None, {0: ({"objective": "nll"}, "no luck")})
     assert nothing.verdict() == "No arm finished."
     assert "no luck" in page(nothing, tmp_path, "accelerate launch")
+
+
+def test_rulers_are_made_of_results_or_known():
+    assert [ruler.name for ruler in rulers_in([{"rulers": {"task/acc": 0.5, "nll": 2.0}}])] == ["nll", "perplexity", "task/acc"]
+    assert RULERS["perplexity"].of({"nll": 2.0}) == pytest.approx(math.exp(2))
+    assert RULERS["perplexity"].of({"nll": 1e5}) == math.inf
+    with pytest.raises(RecipeError, match="`rank_by: drift` is not among what was measured: nll"):
+        RULERS["drift"].of({"nll": 2.0})
+    results = [{"rulers": {"a": 0.5, "b": 7.0, "c": 0.5}, "lower_is_better": ["c"]}]
+    made = {name: ruler_named(name, results) for name in "abc"}
+    assert {name: (ruler.better, ruler.bounds) for name, ruler in made.items()} == {
+        "a": ("higher", (0, 1)), "b": ("higher", (-math.inf, math.inf)), "c": ("lower", (-math.inf, math.inf)),
+    }  # fmt: skip
+    assert (study_direction("c"), study_value("c", results[0])) == ("maximize", -0.5)
+    assert (study_direction("nll"), study_value("nll", {"rulers": {"nll": 2.0}})) == ("minimize", 2.0)
+
+
+def test_runs_of_different_versions_are_told(make, tmp_path):
+    settings = [{"objective": o, "learning_rate": 1e-2, "seed": 0} for o in ("nll", "neg_p")]
+    board = board_of(make, [(setting, (1, 1, 1)) for setting in settings])
+    assert "different versions" not in summary(board, tmp_path)
+    for index, version in enumerate(("0.1", "0.2")):
+        board.arms[index]["versions"] = {"bl_trainer": version, "lm_eval": "0.4", "torch": version}
+    said = "Runs used different versions of bl_trainer (0.1, 0.2)."
+    for text in (summary(board, tmp_path), markdown(board, tmp_path, "x"), page(board, tmp_path, "x")):
+        assert said in text
+    assert "lm_eval" not in summary(board, tmp_path)
 
 
 def test_odd_values(make, tmp_path):

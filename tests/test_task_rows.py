@@ -9,8 +9,8 @@ import pytest
 from bl_trainer.errors import RecipeError
 
 pytest.importorskip("lm_eval")
+from bl_trainer.evaluation.data import task_splits
 from bl_trainer.evaluation.grading import letter_docs
-from bl_trainer.evaluation.harness import task_splits
 
 BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # at all of which `str.splitlines` splits
 

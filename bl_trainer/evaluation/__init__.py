@@ -4,8 +4,11 @@ from typing import Any
 
 from .._util.process import is_first
 from ..errors import RecipeError
+from .items import read_items
 from .options import EvaluateArguments
-from .results import Results, paired_difference, read_items, table
+from .results import Results
+from .scores import paired_difference
+from .table import table
 
 __all__ = ["EvaluateArguments", "evaluate", "paired_difference", "read_items"]
 

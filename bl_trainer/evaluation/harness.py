@@ -4,13 +4,10 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
@@ -22,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..prepare.format import Format
-from ..recipe.local_files import LOCAL_FORMATS, find_fault, is_empty
-from .completion import COLUMNS, Completion
+from .data import with_data
 from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
 
@@ -59,34 +55,40 @@ class Tasks:
 
     def load(self, name: str) -> Loaded:
         """Load one of them, with its data."""
-        known, path = self.manager.task_index, self.options.files().get(name)
-        if _is_file(name) and not Path(name).is_file():
-            raise RecipeError(f"`--tasks {name}` is not a file.")
-        if name not in known and not _is_file(name):
-            raise RecipeError(f"Unknown task {name!r}.{nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
-        source = known[name].yaml_path if name in known else Path(name)
-        config = _configuration(source) if source else {}
-        if _is_file(name) and "group" in config:
-            raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
+        path = self.options.files().get(name)
+        source, config = self._source(name)
         self._refuse_unsafe(name, config.get("unsafe_code"))
         is_own = source is not None and Path(source).parent == OWN
         if is_own and path is None and config.get("dataset_path") == "json":
             raise RecipeError(f"`--tasks {name}` needs your data. Write `--data {name}=path.jsonl`.")
         if path is not None and (not source or "group" in config):
             raise RecipeError(f"`--data {name}=...`: that is a group of tasks. Name one of them.")
-        given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
         try:
-            loaded = self.manager.load([name if path is None else _with_data(load_yaml(source), name, path)])
+            loaded = self.manager.load([name if path is None else with_data(load_yaml(source), name, path)])
         except RecipeError as error:
             if str(error).startswith("`"):
                 raise
             raise RecipeError(f"{f'`--data {name}={path}`' if path else f'The task {name!r}'}: {error}") from error
         except Exception as error:  # of the task's own code, or of the data sets' libraries
+            given = f"`--data {name}={path}` can't be read by the task" if path else f"The task {name!r} can't be loaded"
             raise RecipeError(f"{given}: {type(error).__name__}: {sentence(error)}") from error
         groups = [group for key, group in loaded.get("groups", {}).items() if key == name]
         for task in loaded["tasks"].values():
             self._check(name, task, path)
         return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
+
+    def _source(self, name: str) -> tuple[Path | str | None, dict[str, Any]]:
+        """Return a task's YAML file, of which the harness's groups may have none, and what it holds."""
+        known, is_file = self.manager.task_index, _is_file(name)
+        if is_file and not Path(name).is_file():
+            raise RecipeError(f"`--tasks {name}` is not a file.")
+        if name not in known and not is_file:
+            raise RecipeError(f"Unknown task {name!r}.{nearest(name, known)} `lm-eval ls tasks` lists the harness's.")
+        source = known[name].yaml_path if name in known else Path(name)
+        config = _configuration(source) if source else {}
+        if is_file and "group" in config:
+            raise RecipeError(f"`--tasks {name}` is a group of tasks. Give the files of these.")  # the harness can't load it
+        return source, config
 
     def _refuse_unsafe(self, name: str, unsafe: Any) -> None:
         if unsafe and self.options.confirm_run_unsafe_code:
@@ -97,26 +99,34 @@ class Tasks:
             )
 
     def _check(self, name: str, task: Any, path: Path | None) -> None:
+        """Raise RecipeError if a task, or its data, doesn't go with the options."""
         self._refuse_unsafe(name, getattr(task, "UNSAFE_CODE", False))
         shots = self.options.num_fewshot
         if shots and task.get_config("num_fewshot") == 0:
             raise RecipeError(f"`--num_fewshot {shots}`: the task {task.task_name!r} takes no examples. Leave it out.")
-        if not isinstance(task, Generation):
-            for key in ("samples", "temperature", "max_new_tokens"):
-                value = getattr(self.options, key)
-                if value != EvaluateArguments.__dataclass_fields__[key].default:
-                    raise RecipeError(
-                        f"`--{key} {value}`: the harness's task {task.task_name!r} says itself how to answer. Leave it out, or "
-                        "evaluate that task by a command of its own."
-                    )
-        elif self.options.apply_chat_template is not None and task.is_chat is not None:
-            if task.is_chat != self.options.apply_chat_template:
-                kind = "messages, which need the" if task.is_chat else "plain text, which takes no"
-                raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
+        if isinstance(task, Generation):
+            self._check_template(name, task)
+        else:
+            self._check_generation(task)
         for i, doc in enumerate(task.eval_docs if path else []):
             right = task.doc_to_target(doc)
             if right in (None, "", []) or (right == "None" and None in doc.values()):
                 raise RecipeError(f"`--data {name}={path}`: row {i + 1} has no gold answer.")
+
+    def _check_template(self, name: str, task: Generation) -> None:
+        if self.options.apply_chat_template is not None and task.is_chat is not None:
+            if task.is_chat != self.options.apply_chat_template:
+                kind = "messages, which need the" if task.is_chat else "plain text, which takes no"
+                raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
+
+    def _check_generation(self, task: Any) -> None:
+        for key in ("samples", "temperature", "max_new_tokens"):
+            value = getattr(self.options, key)
+            if value != EvaluateArguments.__dataclass_fields__[key].default:
+                raise RecipeError(
+                    f"`--{key} {value}`: the harness's task {task.task_name!r} says itself how to answer. Leave it out, or "
+                    "evaluate that task by a command of its own."
+                )
 
 
 def _configuration(path: Path | str) -> dict[str, Any]:
@@ -128,81 +138,6 @@ def _configuration(path: Path | str) -> dict[str, Any]:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
-
-
-def _with_data(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Return the task's configuration with `path` in place of its data set."""
-    own = config.get("class")
-    if isinstance(own, type) and issubclass(own, Generation) and not issubclass(own, Completion):
-        return {**config, "dataset_path": None, "custom_dataset": partial(task_splits, path), "test_split": "test"}
-    fault = find_fault([path], COLUMNS[:2]) if name == "completion" else None
-    if is_empty(path):
-        raise RecipeError(f"`--data {name}={path}` is empty.")
-    try:
-        rows = datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # the libraries raise many kinds for a broken file
-        raise RecipeError(f"`--data {name}={path}`: {fault or sentence(error)}") from error
-    columns = set(rows.column_names)
-    if name == "completion" and not any(set(wanted) <= columns for wanted in COLUMNS):
-        raise RecipeError(
-            f"`--data {name}={path}` has the columns {', '.join(sorted(columns))}. Needed: prompt and completion, or messages."
-        )
-    if fault:
-        raise RecipeError(f"`--data {name}=...`: {fault}.")
-    for column in sorted({"prompt", "completion"} & columns) if name == "completion" else ():
-        if getattr(rows.features[column], "dtype", None) not in (None, "string", "large_string"):
-            raise RecipeError(f"`--data {name}={path}`: its column {column!r} holds numbers, not texts. Use a .jsonl file.")
-    config = {key: value for key, value in config.items() if key not in ("custom_dataset", "dataset_name", "include")}
-    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
-    shots = dict(config.get("fewshot_config") or {})
-    if "samples" not in shots:  # else the task has its own examples
-        splits["fewshot_split"] = "test"  # the same as the items', or an item could be an example for itself
-        shots.pop("split", None)
-    data = {"dataset_path": LOCAL_FORMATS[path.suffix], "dataset_kwargs": {"data_files": {"test": str(path)}}}
-    return {**config, **data, **splits, "fewshot_config": shots or None}
-
-
-def task_splits(path: Path, **kwargs: Any) -> dict[str, datasets.Dataset]:
-    """Return the rows of a file as the split "test".
-
-    A JSON object is taken as a mapping from the column `source` to rows. Rows may differ in the keys of their mappings.
-    """
-    if path.suffix not in (".json", ".jsonl"):
-        if is_empty(path):
-            raise RecipeError("it is empty.")
-        return {"test": datasets.load_dataset(LOCAL_FORMATS[path.suffix], data_files=str(path), split="train")}
-    rows = _json_rows(path)
-    columns = dict.fromkeys(column for row in rows for column in row)  # `from_list` takes those of the first row alone
-    if not columns:
-        raise RecipeError("it is empty.")
-    return {"test": datasets.Dataset(pa.table({column: _column(column, rows) for column in columns}))}
-
-
-def _column(name: str, rows: list[dict[str, Any]]) -> pa.Array:
-    try:
-        return pa.array([row.get(name) for row in rows])
-    except pa.ArrowException as error:
-        raise RecipeError(f"its column {name!r} mixes types: {sentence(error)}. Write values of one type.") from error
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    lines = [line for line in text.split("\n") if line.strip()]  # `splitlines` splits within texts, at U+2028 and U+0085
-    if path.suffix == ".jsonl" and not text.lstrip().startswith("["):
-        return [_object(json.loads(line)) for line in lines]
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError:
-        rows = [json.loads(line) for line in lines]
-    if isinstance(rows, dict) and not {"prompt", "messages"} & rows.keys() and all(isinstance(v, list) for v in rows.values()):
-        return [{**_object(row), "source": source} for source, part in rows.items() for row in part]
-    return [_object(row) for row in (rows if isinstance(rows, list) else [rows])]
-
-
-def _object(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise RecipeError(f"it holds {str(row)[:40]!r} where a row should be. Write each row as an object.")
-    return row
 
 
 def find_model(checkpoint: Checkpoint) -> None:
@@ -265,16 +200,12 @@ def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
 def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:
     """Run a task; return what the harness makes of it, None but in the first process, and whether the template was applied."""
     options, limit = tasks.options, tasks.options.limit
-    chat = bool(lm.tokenizer.chat_template) if options.apply_chat_template is None else options.apply_chat_template
-    if chat and not lm.tokenizer.chat_template:
-        raise RecipeError("`--apply_chat_template true`: the tokenizer has no chat template.")
-    for task in loaded.tasks.values():
-        if isinstance(task, Generation) and task.is_chat is not None:
-            chat = task.is_chat
+    own = [task for task in loaded.tasks.values() if isinstance(task, Generation)]
+    chat = _is_chat(lm, own, options)
     lm.add_bos_token = False if chat else None  # as in training: a template brings its own special tokens
-    for task in loaded.tasks.values():
-        if isinstance(task, Generation):
-            task.prepare(lm, options, chat)
+    for task in own:
+        task.prepare(lm, options, chat)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
             lm,
@@ -283,10 +214,18 @@ def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, b
             num_fewshot=options.num_fewshot,
             limit=int(limit) if limit and limit >= 1 else limit,
             apply_chat_template=chat,
-            random_seed=options.seed,
-            numpy_random_seed=options.seed,
-            torch_random_seed=options.seed,
-            fewshot_random_seed=options.seed,
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+            **dict.fromkeys(seeds, options.seed),
         )
     return found, chat
+
+
+def _is_chat(lm: Any, own: list[Generation], options: EvaluateArguments) -> bool:
+    """Whether prompts go into the chat template: as the data are, else as the options say, else if there is one."""
+    chat = bool(lm.tokenizer.chat_template) if options.apply_chat_template is None else options.apply_chat_template
+    if chat and not lm.tokenizer.chat_template:
+        raise RecipeError("`--apply_chat_template true`: the tokenizer has no chat template.")
+    for task in own:
+        if task.is_chat is not None:
+            chat = task.is_chat
+    return chat

@@ -13,7 +13,8 @@ import yaml
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.local_files import LOCAL_FORMATS, find_fault, is_path, local_files
+from ..recipe.datasets import find_fault, format_of, is_path, local_files
+from ..recipe.local_files import unreadable_name
 from ..recipe.parser import Parser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -117,6 +118,14 @@ class EvaluateArguments:
         for key, example in (("model", "out/model"), ("tasks", "gsm8k"), ("output", "out/evaluation")):
             if not getattr(self, key):
                 raise RecipeError(f"`--{key}` is missing. Write e.g. `--{key} {example}`.")
+        self._check_numbers()
+        self._check_choices()
+        if self.adapter and len(self.model) > 1:
+            raise RecipeError("`--adapter` goes with one `--model`. To compare adapters, give their folders as `--model`.")
+        for part in self.data:
+            self._check_data(part)
+
+    def _check_numbers(self) -> None:
         if self.limit is not None and not (self.limit > 0 and (self.limit <= 1 or self.limit % 1 == 0)):
             raise RecipeError(f"`--limit {self.limit:g}` must be a number of items, or a share between 0 and 1.")
         for key, least in (("samples", 1), ("temperature", 0), ("max_new_tokens", 1), ("num_fewshot", 0), ("seed", 0)):
@@ -128,6 +137,8 @@ class EvaluateArguments:
             raise RecipeError(f"`--temperature {self.temperature}` must be a number.")
         if self.samples > 1 and not self.is_sampled:
             raise RecipeError(f"`--temperature 0` gives {self.samples} equal answers. Write a higher one, or `--samples 1`.")
+
+    def _check_choices(self) -> None:
         if self.backend not in BACKENDS:
             raise RecipeError(f"`--backend {self.backend}` is not allowed. Allowed: {', '.join(BACKENDS)}.")
         if self.backend == "vllm" and not find_spec("vllm"):
@@ -136,19 +147,18 @@ class EvaluateArguments:
             raise RecipeError(f"`--batch_size {self.batch_size}` must be a number above 0, or auto.")
         if self.dtype not in DTYPES:
             raise RecipeError(f"`--dtype {self.dtype}` is not allowed. Allowed: {', '.join(DTYPES)}.")
-        if self.adapter and len(self.model) > 1:
-            raise RecipeError("`--adapter` goes with one `--model`. To compare adapters, give their folders as `--model`.")
-        for part in self.data:
-            task, _, path = part.partition("=")
-            if not path or Path(path).suffix not in LOCAL_FORMATS or Path(path).suffix == ".txt":
-                raise RecipeError(f"`--data {part}` must be task=path, of a .jsonl, .json, .parquet or .csv file.")
-            if not Path(path).is_file():
-                raise RecipeError(f"`--data {part}`: there is no such file.")
-            if [each.partition("=")[0] for each in self.data].count(task) > 1:
-                raise RecipeError(f"`--data {task}=...` is given more than once. Put the rows into one file.")
-            fault = find_fault([Path(path)])
-            if fault:
-                raise RecipeError(f"`--data {task}=...`: {fault}.")
+
+    def _check_data(self, part: str) -> None:
+        task, _, path = part.partition("=")
+        if not path or format_of(Path(path)) in (None, "text"):
+            raise RecipeError(f"`--data {part}` must be task=path, of a .jsonl, .json, .parquet or .csv file.")
+        if not Path(path).is_file():
+            raise RecipeError(f"`--data {part}`: there is no such file.")
+        if [each.partition("=")[0] for each in self.data].count(task) > 1:
+            raise RecipeError(f"`--data {task}=...` is given more than once. Put the rows into one file.")
+        fault = unreadable_name([Path(path)]) or find_fault([Path(path)])
+        if fault:
+            raise RecipeError(f"`--data {task}=...`: {fault}.")
 
     def files(self) -> dict[str, Path]:
         """The local file of each task that has one."""
@@ -210,7 +220,7 @@ def task_files(path: Path) -> Iterator[Path]:
 def _names_data(value: str) -> bool:
     """Whether a value can only be a path of local data, not a text such as a delimiter `/`."""
     is_folder = "/" in value and bool(value.strip("./ ")) and len(value) < 256 and Path(value).is_dir()
-    return is_folder or ("\n" not in value and Path(value).suffix in LOCAL_FORMATS)
+    return is_folder or ("\n" not in value and format_of(Path(value)) is not None)
 
 
 def _scalars(node: Any) -> Iterator[yaml.ScalarNode]:

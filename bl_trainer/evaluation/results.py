@@ -1,10 +1,8 @@
-"""What an evaluation leaves: results.json, the items of each checkpoint and task, and a table."""
+"""What an evaluation leaves in its folder: results.json, and the items of each checkpoint and task."""
 
 import json
-import math
-import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -13,15 +11,14 @@ from typing import Any
 from filelock import FileLock
 
 from .._util.files import write_text
-from .._util.intervals import t_quantile, within
 from ..errors import RecipeError
-from .grading.reasoning import split_reasoning
+from .items import item_rows, read_items
 from .options import Checkpoint, EvaluateArguments
+from .scores import MACRO, largest_difference, macro, paired_difference, scores_of
 
 RESULTS = "results.json"
-MACRO = ":macro"  # of a metric's name: the mean over groups of items
-COUNTED = {"empty": "empty answers", "unfinished": "unfinished reasoning"}  # columns of the table, where there are any
 PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
+MEASURING = ("bl_trainer", "lm_eval")  # those of which another version may score the same answers otherwise
 
 
 class Results:
@@ -108,10 +105,14 @@ class Results:
             path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
             rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"))
             files[path] = "".join(_json(row) for row in rows)
-            scores += _scores(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
+            scores += scores_of(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
         for name in found.get("groups", {}):
-            scores += _scores(found["results"][name], name, None, None)
-        entry = {
+            scores += scores_of(found["results"][name], name, None, None)
+        self.own.append(json.loads(_json(self._entry(checkpoint, task, found, scores, chat))))
+        self.write(files)
+
+    def _entry(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], scores: Any, chat: bool) -> dict[str, Any]:
+        return {
             "checkpoint": checkpoint.name,
             "model": checkpoint.model,
             "adapter": checkpoint.adapter,
@@ -126,8 +127,6 @@ class Results:
             "task_versions": found["versions"],
             "versions": {name: version(name) for name in PACKAGES},
         }
-        self.own.append(json.loads(_json(entry)))
-        self.write(files)
 
     def write(self, files: dict[str, str] | None = None) -> None:
         """Write results.json and `files`, by their path; other evaluations may write to the same folder."""
@@ -139,7 +138,20 @@ class Results:
 
     def content(self) -> dict[str, Any]:
         """What results.json holds."""
-        return {"evaluations": self.entries, "differences": self.differences() + self._other_differences()}
+        notes = self.notes()
+        found = {"evaluations": self.entries, "differences": self.differences() + self._other_differences()}
+        return {**found, "notes": notes} if notes else found
+
+    def notes(self) -> list[str]:
+        """Return what makes the checkpoints of this evaluation less comparable: packages of different versions."""
+        found = []
+        for task in self.options.tasks:
+            for package, versions in mixed_versions(entry.get("versions", {}) for entry in self.of(task)).items():
+                found.append(
+                    f"{task} was run with different versions of {package} ({', '.join(versions)}). Differences may come from "
+                    "that. Add `--overwrite` to run it again."
+                )
+        return found
 
     def of(self, task: str) -> list[dict[str, Any]]:
         """The entries of a task, in the command line's order of checkpoints."""
@@ -189,171 +201,6 @@ def _key(entry: dict[str, Any]) -> tuple[str, str]:
     return entry["checkpoint"], entry["task"]
 
 
-def item_rows(samples: list[dict[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
-    """Return a row for each item; the harness has one for each item and filter.
-
-    With `by`, a column of the data, each metric stands there again by the name METRIC:VALUE OF THAT COLUMN.
-    """
-    rows: dict[int, dict[str, Any]] = {}
-    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
-        first = sample["filtered_resps"][0]
-        is_choice = isinstance(first, (list, tuple)) and isinstance(first[0], float)
-        if is_choice:  # log-likelihoods of continuations
-            best = max(range(len(sample["filtered_resps"])), key=lambda i: sample["filtered_resps"][i][0])
-            answer = sample["arguments"][best][-1]
-        else:
-            answers = sample["resps"][0]
-            answer = answers[0] if len(answers) == 1 else answers
-        row = {"id": sample["doc_id"], "hash": sample["doc_hash"], "prompt": sample["arguments"][0][0]}
-        row |= {"gold": sample["target"], "answer": answer, "metrics": {}}
-        row = rows.setdefault(sample["doc_id"], row)
-        if sample["filter"] != "none" and not is_choice:
-            row.setdefault("extracted", {})[sample["filter"]] = first
-        for metric in sample["metrics"]:
-            name, value = _name(metric, sample["filter"]), sample[metric]
-            if isinstance(value, list):
-                row.setdefault("graded", {})[name] = value
-                value = statistics.fmean(value)
-            row["metrics"][name] = value
-            if by and sample["doc"].get(by):
-                row["metrics"][f"{name}:{sample['doc'][by]}"] = value
-    return list(rows.values())
-
-
-def read_items(path: Path, metric: str) -> dict[str, float]:
-    """Return the value of a metric for each item in a file of items that has it."""
-    with path.open(encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if metric in row["metrics"]]
-    return {f"{row['id']} {row['hash']}": row["metrics"][metric] for row in rows}
-
-
-def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str, Any]:
-    """Return the mean of new - old over the items in both, its standard error, and its 95 % interval.
-
-    The interval is None below 10 items, where it would be a guess.
-    """
-    values = [new[item] - old[item] for item in old.keys() & new.keys()]
-    mean, stderr, most = statistics.fmean(values) if values else None, standard_error(values), largest_difference(new, old)
-    found = {"difference": mean, "stderr": stderr, "items": len(values)}
-    return {**found, "interval": _interval(mean, stderr, len(values), most)}
-
-
-def largest_difference(*scores: dict[str, float]) -> float:
-    """Return by how much values of a metric can differ, as far as they tell: 1 if all lie between 0 and 1."""
-    return 1.0 if all(0 <= value <= 1 for items in scores for value in items.values()) else math.inf
-
-
-def _interval(mean: float | None, stderr: float | None, items: int, most: float, groups: int = 1) -> list[float] | None:
-    if mean is None or stderr is None or items < 10 * groups:
-        return None
-    reach = t_quantile(items - groups) * stderr
-    return list(within((mean - reach, mean + reach), (-most, most)))
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Return that of the mean of `values`, one for each item, so that several answers to an item are a cluster."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def macro(parts: list[dict[str, Any]], key: str, most: float = math.inf) -> dict[str, Any]:
-    """Return the mean of `key`, "value" or "difference", over groups of items that count alike, and its standard error.
-
-    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item. `most`: the largest
-    difference there can be.
-    """
-    mean, errors = statistics.fmean(part[key] for part in parts), [part["stderr"] for part in parts]
-    stderr = None if None in errors else math.hypot(*errors) / len(errors)
-    items = sum(part["items"] for part in parts)
-    found = {key: mean, "stderr": stderr, "items": items}
-    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, most, len(parts))}
-
-
-def table(results: Results) -> str:
-    """Return the scores, and the differences from the first checkpoint, as lines of text."""
-    entries = [entry for task in results.options.tasks for entry in results.of(task)]
-    scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
-    scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
-    counted = {key: name for key, name in COUNTED.items() if any(score.get(key) for score in scores)}
-    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", *counted.values())]
-    for s in scores:
-        counts = [_share(s, key) for key in counted]
-        rows.append((*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), *counts))
-    lines, differences = _columns(rows), results.differences()
-    if differences:
-        wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
-        wide += [(*_names(d), _figure(d["difference"], d["stderr"], "+"), _range(d), str(d["items"])) for d in differences]
-        lines += ["", f"Difference from {next(iter(results.prints))} on the same items:", *_columns(wide)]
-    return "\n".join(lines)
-
-
-def _names(row: dict[str, Any]) -> tuple[str, str, str]:
-    answers = row.get("answers", 1)
-    return row["task"], row["metric"] + (f", Avg@{answers}" if answers > 1 else ""), row["checkpoint"]
-
-
-def _share(score: dict[str, Any], key: str) -> str:
-    count, answers = score.get(key), score.get("answers", 1)
-    return "" if count is None else f"{count} of {score['items'] * answers}"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _figure(value: Any, stderr: Any, sign: str = "") -> str:
-    if not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
-
-
-def _range(difference: dict[str, Any]) -> str:
-    low, high = difference["interval"] or (None, None)
-    return "too few items" if low is None else f"{low:+.4f} to {high:+.4f}"
-
-
-def _name(metric: str, kind: str) -> str:
-    return metric if kind == "none" else f"{metric},{kind}"
-
-
-def _scores(
-    found: dict[str, Any], task: str, items: int | None, path: str | None, rows: Any = (), higher: Any = ()
-) -> list[dict[str, Any]]:
-    scores = []
-    for key, value in found.items():
-        metric, comma, kind = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            name, stderr = _name(metric, kind), found.get(f"{metric}_stderr,{kind}")
-            stderr = stderr if isinstance(stderr, float) else None  # "N/A"
-            values = [row["metrics"].get(name) for row in rows]
-            is_mean = all(isinstance(v, (int, float)) for v in values) and bool(values)
-            is_mean = is_mean and math.isclose(statistics.fmean(values), value, abs_tol=1e-9)
-            score = {"task": task, "metric": name, "value": value, "stderr": standard_error(values) if is_mean else stderr}
-            shared = {"higher_is_better": dict(higher).get(metric), "samples": path}
-            scores.append({**score, **_counts(rows, items), "is_mean": is_mean, **shared})
-            groups = sorted({other for row in rows for other in row["metrics"] if other.startswith(f"{name}:")})
-            parts = []
-            for group in groups:
-                part = [row for row in rows if group in row["metrics"]]
-                values = [row["metrics"][group] for row in part]
-                score = {"task": task, "metric": group, "value": statistics.fmean(values), "stderr": standard_error(values)}
-                parts.append({**score, **_counts(part, len(part)), "is_mean": True, **shared})
-            scores += parts
-            if parts:
-                score = {"task": task, "metric": name + MACRO, **_counts(rows, items), **macro(parts, "value")}
-                scores.append({**score, "is_mean": False, **shared})
-    return scores
-
-
-def _counts(rows: Any, items: int | None) -> dict[str, Any]:
-    """Count items, answers to each, and the answers that are empty or whose reasoning is unfinished."""
-    given = [row["answer"] if isinstance(row["answer"], list) else [row["answer"]] for row in rows]
-    said = [split_reasoning(answer, row["prompt"]) for row, answers in zip(rows, given, strict=True) for answer in answers]
-    empty = sum(is_finished and not text.strip() for text, is_finished in said) if rows else None
-    unfinished = sum(not is_finished for _, is_finished in said) if rows else None
-    return {"items": items, "answers": len(given[0]) if rows else 1, "empty": empty, "unfinished": unfinished}
-
-
 def _json(value: Any, **kwargs: Any) -> str:
     def plain(each: Any) -> Any:
         return each.item() if hasattr(each, "item") else str(each)
@@ -382,3 +229,10 @@ def _write(path: Path, text: str) -> None:
         write_text(path, text)
     except OSError as error:
         raise RecipeError(f"Can't write {path}: {error.strerror}.") from error
+
+
+def mixed_versions(used: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return the versions of each of `MEASURING` of which several were used, of which there may be none."""
+    used = list(used)
+    found = {name: sorted({each[name] for each in used if name in each}) for name in MEASURING}
+    return {name: versions for name, versions in found.items() if len(versions) > 1}

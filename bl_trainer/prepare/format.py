@@ -1,9 +1,11 @@
 """How examples are written for a model: as messages, or as text where it has no chat template."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer
 
 from .._util.text import sentence
@@ -11,6 +13,10 @@ from ..errors import RecipeError
 from .sources import BOXED, Example
 
 USER, ASSISTANT = "User:", "Assistant:"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 DATE = "26 Jul 2024"  # what Llama's templates say where they can't tell the day
 
 
@@ -33,9 +39,10 @@ class Format:
 
     def __init__(self, model: Any):
         self.tokenizer: Any = model
-        if isinstance(model, str):
+        self.model = model if isinstance(model, str) else None
+        if self.model:
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(model)
+                self.tokenizer = AutoTokenizer.from_pretrained(self.model)
             except Exception as error:  # it can be told in many ways that there is no such model
                 raise RecipeError(f"`--model {model}` has no tokenizer that can be loaded: {sentence(error)}") from error
         self.template = getattr(self.tokenizer, "chat_template", None)
@@ -68,7 +75,9 @@ class Format:
         """What the rows depend on."""
         kind = "messages" if self.is_chat else "text"
         digest = hashlib.sha256(str(self.template).encode()).hexdigest()[:16] if self.template else None
-        return {"format": kind, "chat_template": digest, "instruction": "the template's" if self.instructs else None}
+        instruction = "the template's" if self.instructs else None
+        tokenizer = fingerprint(self.model) if self.model else None
+        return {"format": kind, "chat_template": digest, "instruction": instruction, "tokenizer": tokenizer}
 
     def write(self, example: Example) -> dict[str, Any] | None:
         """Return prompt, completion and the other columns, or None if one of the two would be empty. Raises TypeError."""
@@ -119,3 +128,13 @@ class Format:
             end = self.tokenizer.eos_token or ""
             prompt, whole = self.tokenizer(row["prompt"]), self.tokenizer(row["prompt"] + row["completion"] + end)
         return len(prompt["input_ids"]), len(whole["input_ids"])
+
+
+def fingerprint(model: str) -> str:
+    """Return a hash of a model's tokenizer files, in its folder or in the Hub's cache."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        found = Path(model) / name if Path(model).is_dir() else try_to_load_from_cache(model, name)
+        if isinstance(found, (str, Path)) and Path(found).is_file():
+            digest.update(f"{name} {Path(found).stat().st_size}".encode() + Path(found).read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,6 +1,5 @@
 """One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
 
-import csv
 import json
 import math
 import os
@@ -21,16 +20,14 @@ import yaml
 from filelock import FileLock
 
 from .._util.files import write_text
-from .._util.text import sentence
 from ..errors import RecipeError
-from ..evaluation import read_items
 from ..training.record import Curve
 from . import guard
-from .plan import MODEL_KEYS, Plan, evaluate_argv
-from .rulers import LOGGED, RULERS, is_higher_better, ruler_of
+from .design import MODEL_KEYS, evaluate_argv
+from .outcome import RESULT_SCHEMA, arm_folder, read_result, task_scores, task_versions
+from .plan import Plan
+from .rulers import RULERS, measured_by, show, study_value
 from .study import POLL, ArmError
-
-RESULT_SCHEMA = 1
 
 ATTEMPTS = 3  # of an arm that something kills
 
@@ -55,8 +52,8 @@ class Runner:
     jobs: int
     tell: Callable[[int, str], None]
     held_out: dict[str, Any] = field(default_factory=dict)
-    _pipes: set[int] = field(default_factory=set)
-    _lock: Any = field(default_factory=threading.Lock)
+    guards: set[subprocess.Popen[bytes]] = field(default_factory=set)  # each of which ends when its stdin is closed
+    lock: Any = field(default_factory=threading.RLock)
 
     def __call__(self, index: int, setting: dict[str, Any], trial: optuna.Trial, job: int) -> float:
         """Run an arm, or what is left of it, and return the ruler that it is ranked by. Raises ArmError, TrialPruned."""
@@ -66,18 +63,23 @@ class Runner:
             found = arm.run(trial)
         elif found["setting"] != setting:
             raise RecipeError(f"{arm.folder} holds the results of {found['setting']}, not of {setting}. Remove the folder.")
-        value = ruler_of(found, self.plan.rank_by)
+        value = study_value(self.plan.rank_by, found)
         if not math.isfinite(value):
             raise ArmError(f"{self.plan.rank_by} is {value}")
-        is_task = self.plan.rank_by not in RULERS  # whose study goes for the highest value
-        return -value if is_task and not is_higher_better(self.plan.rank_by, found) else value
+        return value
+
+    def release(self, process: "subprocess.Popen[bytes]") -> None:
+        """Have a guard stop its arm, if that is not over."""
+        with self.lock:
+            self.guards.discard(process)
+            if process.stdin is not None:
+                process.stdin.close()
 
     def close(self) -> None:
         """Stop all arms."""
-        with self._lock:
-            for pipe in self._pipes:
-                os.close(pipe)
-            self._pipes.clear()
+        with self.lock:
+            for process in [*self.guards]:
+                self.release(process)
 
 
 class Arm:
@@ -102,7 +104,7 @@ class Arm:
         self._step("measure", [sys.executable, "-m", "bl_trainer", "diagnose", *config, *measured, *probe])
         if self.plan.evaluate:
             self._step("evaluate", evaluation(self.plan, self.model, self.folder / "tasks"))
-        result = {"schema": RESULT_SCHEMA, "index": self.index, "setting": self.setting, **self._rulers()}
+        result = self._result()
         for name, value in result["rulers"].items():
             if not math.isfinite(value):
                 raise ArmError(f"measure: {name} is {value}")
@@ -152,16 +154,14 @@ class Arm:
                 raise ArmError(f"{name}: {reason or killed} ({log})")
 
     def _watch(self, name: str, command: list[str], log: Path, trial: optuna.Trial | None) -> int:
-        reading, writing = os.pipe()
-        folder = str(self.folder.absolute())
-        with log.open("ab") as output, self.runner._lock:
+        """Run a command under a guard, and report how far training is meanwhile."""
+        folder, runner = str(self.folder.absolute()), self.runner
+        with log.open("ab") as output, runner.lock:
             process = subprocess.Popen(
-                [sys.executable, guard.__file__, folder, str(reading), *command],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(name), pass_fds=[reading],
-                start_new_session=True,
+                [sys.executable, guard.__file__, folder, *command],
+                stdin=subprocess.PIPE, stdout=output, stderr=output, env=self._environment(name), start_new_session=True,
             )  # fmt: skip
-            self.runner._pipes.add(writing)
-        os.close(reading)
+            runner.guards.add(process)
         try:
             curve = Curve(self.model)
             while process.poll() is None:
@@ -170,74 +170,43 @@ class Arm:
                     self._report(curve, trial)
             return process.returncode
         finally:
-            with self.runner._lock:
-                if writing in self.runner._pipes:
-                    self.runner._pipes.remove(writing)
-                    os.close(writing)
+            runner.release(process)
             process.wait()
             guard.stop(folder)
 
     def _report(self, curve: Curve, trial: optuna.Trial) -> None:
         """Show how far training is, and let the pruner see the ruler."""
+        logged = RULERS[self.plan.rank_by].logged if self.plan.rank_by in RULERS else None
         for line in curve.new():
             self.runner.tell(self.index, f"step {line['step']}/{line['max_steps']}")
-            value = _logged(line, self.plan.rank_by)
+            value = line.get(logged or "")
             if value is not None:
                 trial.report(value, line["step"])
                 if trial.should_prune():
-                    trial.set_user_attr("reason", f"pruned at step {line['step']}, {self.plan.rank_by} {value:.4g}")
+                    trial.set_user_attr("reason", f"pruned at step {line['step']}, {self.plan.rank_by} {show(value)}")
                     raise optuna.TrialPruned
 
-    def _rulers(self) -> dict[str, Any]:
-        """Return what the report of the held-out data says, of the arm and of the base model."""
+    def _result(self) -> dict[str, Any]:
+        """Return what the reports on the held-out data and on tasks say, of the arm and of the base model."""
         report = json.loads((self.folder / "held_out" / "report.json").read_text(encoding="utf-8"))
-        compared = report["compare"]
-        both = {}
-        for prefix, name in (("base_", "base"), ("", "rulers")):
-            part = compared["train"]
-            both[name] = {
-                "accuracy": part[f"{prefix}top1"],
-                "nll": part[f"{prefix}nll"],
-                "target_prob": part[f"{prefix}prob"],
-                "calibration_error": part["calibration"]["base" if prefix else "tuned"]["error"],
-                "drift": 0.0 if prefix else compared.get("probe", part)["kl"],
-            }
-        tasks = task_scores(self.folder / "tasks")
-        both["rulers"] |= {name: score["value"] for name, score in tasks.items()}
-        lower = [name for name, score in tasks.items() if score["higher_is_better"] is False]
+        tasks, compared = task_scores(self.folder / "tasks"), report["compare"]
         losses = Curve(self.model).points("train_loss")
-        loss = losses[-1][1] if losses else None
-        counts = {name: compared["train"][name] for name in ("examples", "tokens")}
-        return {**both, "lower_is_better": lower, "loss": loss, **counts, "versions": report["versions"]}
-
-
-# Rulers that are means over target tokens, and their columns in compare.csv
-COLUMNS = {"accuracy": "top1", "nll": "nll", "target_prob": "prob", "drift": "kl"}
-
-
-def arm_folder(folder: Path, index: int) -> Path:
-    """Return an arm's folder in a sweep's."""
-    return folder / "arms" / f"{index:03d}"
+        return {
+            "schema": RESULT_SCHEMA,
+            "index": self.index,
+            "setting": self.setting,
+            "base": measured_by(compared, is_base=True),
+            "rulers": measured_by(compared, is_base=False) | {name: score["value"] for name, score in tasks.items()},
+            "lower_is_better": [name for name, score in tasks.items() if score["higher_is_better"] is False],
+            "loss": losses[-1][1] if losses else None,
+            **{name: compared["train"][name] for name in ("examples", "tokens")},
+            "versions": {**task_versions(self.folder / "tasks"), **report["versions"]},
+        }
 
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
     """Write a recipe in one go."""
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return a finished arm's result, or None."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        schema = result.get("schema")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder}, and the arm runs again.") from error
-    if schema != RESULT_SCHEMA:
-        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
-    return result
 
 
 def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
@@ -263,32 +232,6 @@ def evaluate_base(plan: Plan, folder: Path) -> None:
     scores = task_scores(base / "tasks")
     if plan.rank_by not in RULERS and plan.rank_by not in scores:
         raise RecipeError(f"`rank_by: {plan.rank_by}` is not among what is measured: {', '.join([*RULERS, *scores])}.")
-
-
-def task_scores(output: Path) -> dict[str, dict[str, Any]]:
-    """Return task/metric -> score of an evaluation's results, of which there may be none."""
-    path = output / "results.json"
-    if not path.exists():
-        return {}
-    scores = [score for entry in json.loads(path.read_text(encoding="utf-8"))["evaluations"] for score in entry["scores"]]
-    return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
-
-
-def read_values(folder: Path, ruler: str) -> dict[str, tuple[float, float]] | None:
-    """Return (weight, weighted value) by held-out item of a ruler that is a mean over them, else None."""
-    if ruler in COLUMNS:
-        name = "probe.csv" if ruler == "drift" and (folder / "held_out" / "probe.csv").exists() else "compare.csv"
-        with (folder / "held_out" / name).open(encoding="utf-8", newline="") as file:
-            return {line["row"]: (float(line["tokens"]), float(line[COLUMNS[ruler]])) for line in csv.DictReader(file)}
-    score = task_scores(folder / "tasks").get(ruler)
-    if score is None or not score["is_mean"]:
-        return None
-    items = read_items(folder / "tasks" / score["samples"], score["metric"])
-    return {item: (1.0, value) for item, value in items.items()}
-
-
-def _logged(line: dict[str, Any], ruler: str) -> float | None:
-    return line.get(f"eval_{ruler}") if ruler in LOGGED else None
 
 
 def _reason(said: str) -> str | None:

@@ -1,8 +1,8 @@
 """Runs a command that must not outlive the sweep that started it; standard library and psutil alone, to start at once.
 
-    python guard.py FOLDER FD COMMAND ...
+    python guard.py FOLDER COMMAND ...
 
-`FD` is the reading end of a pipe whose other end only the sweep holds, so that it ends when the sweep does, however that comes.
+Its stdin is a pipe whose other end only the sweep holds, so that it ends when the sweep does, however that comes.
 The command and all that it starts are known by `MARK` in their environment, since launchers give their processes sessions of
 their own.
 """
@@ -32,11 +32,11 @@ def stop(folder: str) -> list[int]:
 
 
 def main(argv: list[str]) -> int:
-    folder, pipe, *command = argv
-    child = subprocess.Popen(command, close_fds=True)
+    folder, *command = argv
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def watch() -> None:
-        os.read(int(pipe), 1)
+        os.read(sys.stdin.fileno(), 1)
         stop(folder)
         os._exit(1)
 

@@ -1,31 +1,127 @@
-"""The metrics that runs are compared by."""
+"""The metrics that runs are compared by: one entry for each in `RULERS`, and one made of the results for a task's metric."""
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..errors import RecipeError
 
-RULERS = {  # name -> (which way is better, what it is)
-    "accuracy": ("higher", "share of held-out target tokens that are the model's most probable one"),
-    "nll": ("lower", "mean -log p of held-out target tokens, which `nll` itself minimises"),
-    "perplexity": ("lower", "exp of nll"),
-    "target_prob": ("higher", "mean p of held-out target tokens, which `neg_p` itself maximises"),
-    "calibration_error": ("lower", "expected calibration error of the most probable token"),
-    "drift": ("lower", "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one"),
-}
-
-LOGGED = ("nll", "perplexity", "target_prob")  # rulers that a run's own evaluations give while it trains
+SHARE = (0.0, 1.0)
+Result = Mapping[str, Any]  # what result.json holds of a run
 
 
-def is_higher_better(ruler: str, result: dict[str, Any]) -> bool:
-    """Return which way a ruler is better; a task's, as its results say."""
-    return RULERS[ruler][0] == "higher" if ruler in RULERS else ruler not in result.get("lower_is_better", [])
+@dataclass(frozen=True)
+class Ruler:
+    """A metric of a run.
+
+    `better`: which way. `bounds`: the values that it can have. `column`: of compare.csv, where it is a mean over target tokens.
+    `logged`: the name under which a run logs it while it trains. `log`: the metric whose exp it is. `favours`: the objective
+    that optimises it.
+    """
+
+    name: str
+    better: Literal["higher", "lower"] = "higher"
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    description: str = ""
+    column: str | None = None
+    logged: str | None = None
+    log: str | None = None
+    favours: str | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, else -1."""
+        return 1 if self.better == "higher" else -1
+
+    @property
+    def explanation(self) -> str:
+        """What the metric is, and which way it is better, in a sentence."""
+        return f"{self.name}: {self.description}; {self.better} is better."
+
+    def is_in(self, measured: Mapping[str, float]) -> bool:
+        """Whether the measured values give this metric."""
+        return (self.log or self.name) in measured
+
+    def of(self, measured: Mapping[str, float]) -> float:
+        """Return its value among measured ones. Raises RecipeError if they don't give it."""
+        if not self.is_in(measured):
+            raise RecipeError(f"`rank_by: {self.name}` is not among what was measured: {', '.join(measured)}.")
+        value = measured[self.log or self.name]
+        if self.log is None:
+            return value
+        return math.exp(value) if value < 700 else math.inf  # beyond which exp overflows
 
 
-def ruler_of(result: dict[str, Any], name: str) -> float:
-    """Return an arm's value of a ruler."""
-    if name == "perplexity":
-        return math.exp(result["rulers"]["nll"]) if result["rulers"]["nll"] < 700 else math.inf
-    if name not in result["rulers"]:
-        raise RecipeError(f"`rank_by: {name}` is not among what was measured: {', '.join(result['rulers'])}.")
-    return result["rulers"][name]
+RULERS = {
+    ruler.name: ruler
+    for ruler in (
+        Ruler("accuracy", "higher", SHARE, "share of held-out target tokens that are the model's most probable one", "top1"),
+        Ruler(
+            "nll", "lower", (0.0, math.inf), "mean -log p of held-out target tokens, which `nll` itself minimises",
+            column="nll", logged="eval_nll", favours="nll",
+        ),
+        Ruler("perplexity", "lower", (1.0, math.inf), "exp of nll", logged="eval_perplexity", log="nll", favours="nll"),
+        Ruler(
+            "target_prob", "higher", SHARE, "mean p of held-out target tokens, which `neg_p` itself maximises",
+            column="prob", logged="eval_target_prob", favours="neg_p",
+        ),
+        Ruler("calibration_error", "lower", SHARE, "expected calibration error of the most probable token"),
+        Ruler(
+            "drift", "lower", (0.0, math.inf),
+            "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one", column="kl",
+        ),
+    )
+}  # fmt: skip
+
+LOGGED = [ruler.name for ruler in RULERS.values() if ruler.logged]
+
+
+def show(value: float) -> str:
+    """Return a metric's value as readers see it."""
+    return f"{value:.4g}"
+
+
+def ruler_named(name: str, results: Iterable[Result]) -> Ruler:
+    """Return the ruler of a name.
+
+    A task's metric is better as its results say. It is a share if higher is better and all its values could be shares.
+    """
+    if name in RULERS:
+        return RULERS[name]
+    results = list(results)
+    if any(name in result.get("lower_is_better", []) for result in results):
+        return Ruler(name, "lower")
+    every = [result["rulers"][name] for result in results if name in result["rulers"]]
+    return Ruler(name, "higher", SHARE if all(0 <= value <= 1 for value in every) else (-math.inf, math.inf))
+
+
+def rulers_in(results: Iterable[Result]) -> list[Ruler]:
+    """Return the rulers that the first of some results gives: ours in their order, then those of tasks."""
+    results = list(results)
+    measured = results[0]["rulers"] if results else {}
+    own = [ruler for ruler in RULERS.values() if ruler.is_in(measured)]
+    return own + [ruler_named(name, results) for name in measured if name not in RULERS]
+
+
+def study_direction(name: str) -> str:
+    """Return which way a study goes; up for a task's metric, of which it isn't known before the first result."""
+    return "minimize" if name in RULERS and RULERS[name].sign < 0 else "maximize"
+
+
+def study_value(name: str, result: Result) -> float:
+    """Return a result's value for the study, so that `study_direction` is the better way."""
+    ruler = ruler_named(name, [result])
+    value = ruler.of(result["rulers"])
+    return value if name in RULERS else ruler.sign * value
+
+
+def measured_by(compared: Mapping[str, Any], is_base: bool) -> dict[str, float]:
+    """Return the metrics of the tuned model, or of its base, from the report that compares the two."""
+    part, prefix = compared["train"], "base_" if is_base else ""
+    columns = {ruler.name: ruler.column for ruler in RULERS.values() if ruler.column and ruler.name != "drift"}
+    return {
+        **{name: part[f"{prefix}{column}"] for name, column in columns.items()},
+        "calibration_error": part["calibration"]["base" if is_base else "tuned"]["error"],
+        "drift": 0.0 if is_base else compared.get("probe", part)["kl"],
+    }

@@ -5,7 +5,6 @@ out twice and none has to be written down beforehand. A trial whose worker is go
 """
 
 import copy
-import hashlib
 import json
 import random
 import socket
@@ -20,18 +19,18 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from .._util.files import write_text
 from .._util.text import sentence
 from ..errors import RecipeError
+from .design import Setting, are_whole
 from .journal import open_journal
-from .plan import Plan, are_whole, pruner_of, sampler_of
-from .rulers import RULERS
+from .plan import Plan
+from .rulers import study_direction
+from .samplers import ArmSampler, pruner_of
+from .signature import digest, sign
 
-SCHEMA = 1  # of what a study holds; a study of another one is refused
 HEARTBEAT, GRACE = 30, 120  # seconds, in databases
 POLL = 1.0  # seconds
 
@@ -61,7 +60,7 @@ class Study:
         self.is_local = storage is None
         self.lock = self._lock_of(self.worker)  # held for as long as this process lives
         self.lock.acquire()
-        self.sampler = _Arms(self)
+        self.sampler = ArmSampler(plan, self.index_of)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sign(plan, folder)
         try:
@@ -73,7 +72,6 @@ class Study:
             raise RecipeError(f"{where} can't be used: {sentence(error)}") from error
 
     def _open(self, storage: str | None) -> optuna.Study:
-        best = RULERS.get(self.plan.rank_by, ("higher",))[0]
         for attempt in range(3):
             try:
                 return optuna.create_study(
@@ -81,7 +79,7 @@ class Study:
                     storage=self._storage(storage),
                     sampler=self.sampler,
                     pruner=pruner_of(self.plan),
-                    direction="maximize" if best == "higher" else "minimize",
+                    direction=study_direction(self.plan.rank_by),
                     load_if_exists=True,
                 )
             except Exception:  # two workers that set a new database up at the same time get in each other's way
@@ -121,7 +119,7 @@ class Study:
                 found.setdefault(index[trial.number], []).append(trial)
         return found
 
-    def run(self, run_arm: Callable[[int, dict[str, Any], optuna.Trial, int], float], jobs: int, retry_failed: bool) -> None:
+    def run(self, run_arm: Callable[[int, Setting, optuna.Trial, int], float], jobs: int, retry_failed: bool) -> None:
         """Call `run_arm(index, setting, trial, job)`, which returns the ruler, in `jobs` threads until no arm is left.
 
         An arm of which it raises ArmError has failed, and the others go on; failed ones of earlier calls are run again if
@@ -193,35 +191,35 @@ class Study:
             trial.set_user_attr(REASON, reason)
             raise ArmError(reason) from error
 
-    def _setting(self, index: int, trial: optuna.Trial, arms: dict[int, list[FrozenTrial]]) -> dict[str, Any]:
+    def _setting(self, index: int, trial: optuna.Trial, arms: dict[int, list[FrozenTrial]]) -> Setting:
         """Return an arm's settings, and have the study know them."""
         plan = self.plan
-        if not plan.trials:
-            fixed = plan.listed()[index]
-        else:
-            points = plan.points()
-            again = index - plan.trials
-            which = (index if again < 0 else again) % len(points)
-            fixed = {**points[which], "seed": plan.seeds[0 if again < 0 else 1 + again // len(points)]}
-            if again >= 0:
-                drawn = [arms[i][-1] for i in range(which, plan.trials, len(points))]
-                done = [each for each in drawn if each.state == TrialState.COMPLETE]
-                if not done:
-                    raise ArmError("none of the points drawn for it finished")
-                sign = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-                best = min(done, key=lambda each: (sign * each.values[0], each.number))
-                fixed = {**{key: best.user_attrs[SETTING][key] for key in plan.ranges}, **fixed}
+        fixed = self._fixed(index, arms) if plan.trials else plan.listed()[index]
         self.sampler.fixed[trial.number] = fixed
         for key in list(fixed):
             if key not in plan.ranges:
                 choices = [json.dumps(each) for each in plan.values_of(key)]
                 trial.suggest_categorical(key, choices)
-        if plan.trials and again < 0:
-            for key, bounds in plan.ranges.items():  # under a name of its own for each point: each is searched for by itself
-                if key not in fixed:
-                    suggest = trial.suggest_int if are_whole(bounds) else trial.suggest_float
-                    fixed[key] = suggest(f"{key} of arm {which}", **bounds)
+        for key, bounds in plan.ranges.items():  # under a name of its own for each point: each is searched for by itself
+            if key not in fixed:
+                suggest = trial.suggest_int if are_whole(bounds) else trial.suggest_float
+                fixed[key] = suggest(f"{key} of arm {plan.drawn_at(index)[0]}", **bounds)
         return fixed
+
+    def _fixed(self, index: int, arms: dict[int, list[FrozenTrial]]) -> Setting:
+        """Return the settings of an arm of a search, without what is to be drawn. Raises ArmError if none can be repeated."""
+        plan = self.plan
+        place, seed = plan.drawn_at(index)
+        fixed = {**plan.points()[place], "seed": plan.seeds[0] if seed is None else seed}
+        if seed is None:
+            return fixed
+        drawn = [arms[i][-1] for i in range(place, plan.trials or 0, len(plan.points()))]
+        done = [each for each in drawn if each.state == TrialState.COMPLETE]
+        if not done:
+            raise ArmError("none of the points drawn for it finished")
+        way = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+        best = min(done, key=lambda each: (way * each.values[0], each.number))
+        return {**{key: best.user_attrs[SETTING][key] for key in plan.ranges}, **fixed}
 
     def _reclaim(self) -> None:
         """Ask again for what workers that are gone have left."""
@@ -260,48 +258,6 @@ class Study:
         RetryHeartbeatStaleTrialCallback()(self.study, again)
 
 
-def digest(plan: Plan) -> str:
-    """Return a hash of a plan."""
-    return hashlib.sha256(json.dumps(plan.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def sign(plan: Plan, folder: Path, write: bool = True) -> None:
-    """Write into a sweep's folder what it is of, or raise RecipeError if it is another's."""
-    path = folder / "sweep.json"
-    if not write and not path.exists():
-        return
-    own = {"schema": SCHEMA, "parts": plan.fingerprint()}
-    with FileLock(folder / "sweep.lock"):
-        if not path.exists() or not path.stat().st_size:
-            write_text(path, json.dumps(own, indent=1) + "\n")
-            return
-        found = _read_signature(path)
-    what, instead = f"The sweep in {folder}", "Write another `--sweep_dir`, or remove that one"
-    if found.get("schema") != SCHEMA:
-        raise RecipeError(
-            f"{what} is of another version of bl_trainer (schema {found.get('schema')}, now {SCHEMA}). {instead}."
-        )
-    then, now = found["parts"], plan.fingerprint()
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if changed:
-        raise RecipeError(
-            f"{what} had another {', another '.join(changed)}, and its arms can't be compared with these. {instead}; or go "
-            "back to what it was."
-        )
-
-
-def _read_signature(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and (found.get("schema") != SCHEMA or isinstance(found.get("parts"), dict)):
-            return found
-        raise ValueError("it holds something else")
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"Cannot read {path}: {sentence(error)}. Remove the sweep's folder, or choose another `--sweep_dir`."
-        ) from error
-
-
 def _is_over(trials: list[FrozenTrial]) -> bool:
     """Whether an arm is done: by any of its trials, unless it was asked for again since it failed."""
     if any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials):
@@ -321,39 +277,3 @@ def _has_right(other: FrozenTrial, trial: FrozenTrial) -> bool:
 
 class _NotNow(Exception):
     """A best point is asked for before it is known."""
-
-
-class _Arms(optuna.samplers.BaseSampler):
-    """Gives the settings of an arm as they are, and lets a sampler of the arm's own draw the rest.
-
-    Seeded by the arm, so that workers and restarts draw different points, and the same ones for the same arm and history.
-    """
-
-    def __init__(self, study: Study):
-        self.study = study
-        self.fixed: dict[int, dict[str, Any]] = {}  # by number of the trial
-        self.inner: dict[int, optuna.samplers.BaseSampler] = {}
-
-    def _own(self, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
-        if trial.number not in self.inner:
-            self.inner[trial.number] = sampler_of(self.study.plan, self.study.index_of(trial))
-        return self.inner[trial.number]
-
-    def infer_relative_search_space(self, study, trial):
-        space = self._own(trial).infer_relative_search_space(study, trial)
-        return {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
-
-    def sample_relative(self, study, trial, search_space):
-        return self._own(trial).sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study, trial, param_name, param_distribution):
-        fixed = self.fixed.get(trial.number, {})
-        if isinstance(param_distribution, CategoricalDistribution) and param_name in fixed:
-            return json.dumps(fixed[param_name])
-        return self._own(trial).sample_independent(study, trial, param_name, param_distribution)
-
-    def before_trial(self, study, trial):
-        self._own(trial).before_trial(study, trial)
-
-    def after_trial(self, study, trial, state, values):
-        self._own(trial).after_trial(study, trial, state, values)

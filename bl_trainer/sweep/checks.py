@@ -1,0 +1,150 @@
+"""What a sweep's design must satisfy: one function per rule, each of which raises RecipeError."""
+
+import json
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .._util.text import nearest, sentence
+from ..errors import RecipeError
+from ..evaluation import EvaluateArguments
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from ..recipe.datasets import is_path, local_files
+from ..recipe.recipe import Recipe
+from .design import Design, Setting, describe, evaluate_argv
+from .rulers import LOGGED, RULERS
+from .samplers import MODULES, build
+
+REFUSED = ("model", "adapter", "output", "overwrite")  # options of the evaluate verb that a sweep sets itself
+
+
+def check(design: Design, recipe: Recipe) -> None:
+    """Check a design for a recipe, by every rule."""
+    texts_are_texts(design)
+    rank_is_measured(design)
+    optuna_has_them(design)
+    pruner_sees_the_ruler(design, recipe)
+    ranges_go_with_trials(design)
+    trials_are_enough(design)
+    sampler_has_ranges(design)
+    seeds_are_seeds(design)
+    mixture_has_held_out(design)
+    arms_can_train(design)
+
+
+def texts_are_texts(design: Design) -> None:
+    """`rank_by`, `held_out` and `probe` are texts, and the paths among them are there."""
+    for key in ("rank_by", "held_out", "probe"):
+        value = getattr(design, key)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise RecipeError(f"`{key}: {value}` must be a text.")
+        if key != "rank_by" and value is not None and is_path(value) and not list(local_files(value)):
+            raise RecipeError(f"`{key}: {value}`: there is no such file.")
+
+
+def rank_is_measured(design: Design) -> None:
+    """`evaluate` has options that the verb takes, and `rank_by` is one of ours or of its tasks."""
+    tasks = evaluated_tasks(design) if design.evaluate is not None else []
+    if design.rank_by not in RULERS and str(design.rank_by).rpartition("/")[0] not in tasks:
+        allowed = [*RULERS, *(f"{task}/METRIC" for task in tasks)]
+        near = nearest(str(design.rank_by), RULERS)
+        raise RecipeError(f"`rank_by: {design.rank_by}` is no ruler.{near} Allowed: {', '.join(allowed)}.")
+
+
+def evaluated_tasks(design: Design) -> list[str]:
+    """Return the tasks that arms are evaluated on."""
+    options, own = design.evaluate, [f.name for f in fields(EvaluateArguments)]
+    if not isinstance(options, dict):
+        raise RecipeError(f"`evaluate: {options}` must be a mapping of options of the evaluate verb, e.g. {{tasks: [gsm8k]}}.")
+    for key in options:
+        if key not in own or key in REFUSED:
+            near = nearest(str(key), own)
+            raise RecipeError(f"`evaluate` has no option {key!r}.{near} See `bl_trainer evaluate --help`.")
+    argv = ["--model", str(design.base["model_name_or_path"]), "--output", "unused", *evaluate_argv(options)]
+    read = EvaluateArguments.read(argv)
+    read.check()
+    return read.tasks
+
+
+def optuna_has_them(design: Design) -> None:
+    """`sampler` and `pruner` are Optuna's, with parameters that these take."""
+    for key in MODULES:
+        if getattr(design, key) is not None:
+            build(key, getattr(design, key))
+
+
+def pruner_sees_the_ruler(design: Design, recipe: Recipe) -> None:
+    """A pruner judges by what a run's own evaluations log."""
+    if design.pruner and (recipe.training.eval_strategy == "no" or design.rank_by not in LOGGED):
+        raise RecipeError(
+            f"`pruner` judges by evaluations during training. Write `rank_by` as one of {', '.join(LOGGED)}, and "
+            "`eval_strategy: steps` in the recipe."
+        )
+
+
+def ranges_go_with_trials(design: Design) -> None:
+    """A range is drawn from `trials` times."""
+    if bool(design.ranges) != (design.trials is not None):
+        given, other = ("a range", "trials: 30") if design.ranges else ("`trials`", "learning_rate: {low: ..., high: ...}")
+        raise RecipeError(f"The sweep file has {given}, but not how many or of what. Write `{other}`.")
+
+
+def trials_are_enough(design: Design) -> None:
+    """Each arm has a point at least."""
+    least = len(design.points())
+    if design.trials is not None and (type(design.trials) is not int or design.trials < least):
+        raise RecipeError(f"`trials: {design.trials}` must be a whole number, at least one for each of {least} arms.")
+
+
+def sampler_has_ranges(design: Design) -> None:
+    """A sampler has something to draw from."""
+    if design.sampler and not design.ranges:
+        raise RecipeError("`sampler` does nothing without a range. Write a range, or remove `sampler`: a grid is run whole.")
+
+
+def seeds_are_seeds(design: Design) -> None:
+    """Seeds are different whole numbers that NumPy takes."""
+    seeds = design.seeds
+    if not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds) or len({*seeds}) < len(seeds):
+        raise RecipeError(f"`seed: {seeds}` must be a list of different whole numbers, from 0 and below {2**32}.")
+
+
+def mixture_has_held_out(design: Design) -> None:
+    """A mixture of data sets comes with held-out data."""
+    if design.base.get("datasets") and not design.held_out:
+        raise RecipeError("A mixture has no test split of its own. Write `held_out: test.jsonl` in the sweep file.")
+
+
+def arms_can_train(design: Design) -> None:
+    """The train verb takes every arm's recipe, and no two of these are the same."""
+    seen: set[str] = set()
+    for point in design.points():
+        name = json.dumps(_plain(point), sort_keys=True)
+        if name in seen:
+            raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
+        seen.add(name)
+        check_arm(design.recipe_at(point))
+
+
+def check_arm(recipe: dict[str, Any]) -> Recipe:
+    """Return an arm's recipe as the train verb will read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump({"output_dir": str(Path(folder) / "out"), **recipe}), encoding="utf-8")
+        try:
+            return Recipe.read(["--config", str(path)])
+        except RecipeError as error:
+            raise RecipeError(f"In an arm of the sweep: {error}") from error
+
+
+def _plain(setting: Setting) -> Setting:
+    """Return settings with objective and threshold written out, so that equal ones look alike."""
+    parsed: dict[str, Any] = {"objective": Objective, "threshold": Threshold}
+    try:
+        return {key: parsed[key].parse(value).to_dict() if key in parsed else value for key, value in setting.items()}
+    except ValueError as error:
+        raise RecipeError(f"In the arm {setting}: {sentence(error)}") from error

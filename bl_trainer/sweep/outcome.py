@@ -1,0 +1,65 @@
+"""What runs leave in a sweep's folder: results, values by held-out item, and the scores of tasks."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..evaluation import read_items
+from .rulers import RULERS
+
+RESULT_SCHEMA = 1
+
+Values = dict[str, tuple[float, float]]  # by held-out item: weight, and weighted value of a ruler
+
+
+def arm_folder(folder: Path, index: int) -> Path:
+    """Return an arm's folder in a sweep's."""
+    return folder / "arms" / f"{index:03d}"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return a finished arm's result, or None."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        schema = result.get("schema")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder}, and the arm runs again.") from error
+    if schema != RESULT_SCHEMA:
+        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
+    return result
+
+
+def read_values(folder: Path, ruler: str) -> Values | None:
+    """Return an arm's values by held-out item of a ruler that is a mean over them, else None."""
+    column = RULERS[ruler].column if ruler in RULERS else None
+    if column:
+        name = "probe.csv" if ruler == "drift" and (folder / "held_out" / "probe.csv").exists() else "compare.csv"
+        with (folder / "held_out" / name).open(encoding="utf-8", newline="") as file:
+            return {line["row"]: (float(line["tokens"]), float(line[column])) for line in csv.DictReader(file)}
+    score = task_scores(folder / "tasks").get(ruler)
+    if score is None or not score["is_mean"]:
+        return None
+    items = read_items(folder / "tasks" / score["samples"], score["metric"])
+    return {item: (1.0, value) for item, value in items.items()}
+
+
+def task_scores(output: Path) -> dict[str, dict[str, Any]]:
+    """Return task/metric -> score of an evaluation's results, of which there may be none."""
+    scores = [score for entry in _evaluations(output) for score in entry["scores"]]
+    return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
+
+
+def task_versions(output: Path) -> dict[str, str]:
+    """Return the versions of packages by which an evaluation was done, of which there may be none."""
+    return {name: version for entry in _evaluations(output) for name, version in entry.get("versions", {}).items()}
+
+
+def _evaluations(output: Path) -> list[dict[str, Any]]:
+    path = output / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["evaluations"] if path.exists() else []
