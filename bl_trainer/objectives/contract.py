@@ -52,8 +52,9 @@ def check_parameters(objective: "Objective") -> None:
 
 def _own_parameters(objective: "Objective") -> tuple[dict[str, inspect.Parameter], bool]:
     """Return the parameters that a recipe may give, by name, and whether the function takes any others."""
+    function = objective.function  # an unknown name is another mistake
     try:
-        first, *others = inspect.signature(objective.function).parameters.values()
+        first, *others = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Objective {objective.name!r} is not a function of `logp`: {error}. Give a Python function whose first "
