@@ -32,7 +32,9 @@ def kinds_shown(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def interval_text(mean: float, interval: Any) -> str:
-    return f"{mean:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples)")
+    return f"{mean:.4f}" + (
+        f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples, or alike)"
+    )
 
 
 def placement_text(placement: dict[str, Any]) -> str:

@@ -194,9 +194,10 @@ def _behind(row: Row) -> str:
 def _difference(behind: Difference | None) -> str:
     if behind is None:
         return ""
-    if behind.interval is None:
-        return f"{behind.mean:.4g} (no interval: {'nothing' if not behind.over else 'too little'} to pair by)"
-    shown = f"{behind.mean:.4g} ({behind.interval[0]:.4g} to {behind.interval[1]:.4g})"
+    if behind.p_value is None:
+        return f"{behind.mean:.4g} (no interval: nothing to pair by)"
+    interval = "no interval: all differ alike" if behind.interval is None else "{:.4g} to {:.4g}".format(*behind.interval)
+    shown = f"{behind.mean:.4g} ({interval})"
     if "seeds" in behind.over and len(behind.by_seed) < MIN_SEEDS:
         shown = f"{behind.mean:.4g} (by seed: {_listed(behind.by_seed)})"
     if "seeds" not in behind.over:
