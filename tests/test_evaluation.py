@@ -262,7 +262,7 @@ def test_differences_are_those_computed_by_hand(models, tmp_path, capital, capsy
         stderr = np.std(new - old, ddof=1) / 12**0.5
         assert d["difference"] == pytest.approx(np.mean(new - old))
         assert d["stderr"] == pytest.approx(stderr)
-        half = 2.200985 * stderr  # of Student's t with 11 degrees of freedom
+        half = 2.200985 * stderr or 1 - 0.05 ** (1 / 12)  # of Student's t with 11 degrees of freedom
         assert d["interval"] == pytest.approx([np.mean(new - old) - half, np.mean(new - old) + half], abs=1e-3)
     out = capsys.readouterr().out
     exact = found["differences"][0]
@@ -290,6 +290,19 @@ def test_interval_of_a_difference_stays_within_its_bounds():
     parts = [{**found, "stderr": 0.5}] * 2
     assert macro(parts, "difference")["interval"][1] > 1
     assert macro(parts, "difference", 1.0)["interval"] == [macro(parts, "difference")["interval"][0], 1]
+
+
+@pytest.mark.parametrize(("new", "old"), [(1.0, 0.0), (0.0, 0.0), (0.7, 0.6)])
+def test_items_that_all_differ_alike_have_an_interval_with_width(new, old):
+    found = paired_difference(*({str(i): value for i in range(10)} for value in (new, old)))
+    share, mean = 1 - 0.05**0.1, new - old
+    assert found["interval"] == pytest.approx([mean - share * (1 + mean), mean + share * (1 - mean)])
+    scaled = paired_difference(*({str(i): 100 * value for i in range(10)} for value in (new, old)))
+    assert (scaled["interval"] is None) == (new + old > 0)  # of which no bound is known
+    part = {**found, "stderr": 0.0}
+    whole = macro([part, {**part, "items": 40}], "difference", 1.0)["interval"]
+    share = 1 - 0.05 ** (1 / 20)
+    assert whole == pytest.approx([mean - share * (1 + mean), mean + share * (1 - mean)])
 
 
 def test_choices_and_filters_give_one_row_for_each_item():

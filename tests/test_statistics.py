@@ -11,7 +11,7 @@ from scipy import stats
 from bl_trainer._util.intervals import unequal
 from bl_trainer.head.ops import TokenDivergences, TokenScores
 from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
-from bl_trainer.measurement.means import Means
+from bl_trainer.measurement.means import BOUNDS, Means
 from bl_trainer.measurement.reader import Reader
 from bl_trainer.measurement.results import MAX_GROUPS, OTHER, Calibration, Comparison, Measurement, merge_groups
 from bl_trainer.tokens.annotation import TokenBatch
@@ -164,6 +164,26 @@ def test_interval_stays_within_the_bounds_of_its_metric(name, bounds):
         found = means.interval(name)
         assert low <= found[0] < means.mean(name) < found[1] <= high
         assert usual in found or usual not in bounds  # where the mean is near a bound, the interval ends there
+
+
+@pytest.mark.parametrize("examples", [10, 12, 100])
+@pytest.mark.parametrize(("name", "value"), [("top1", 1.0), ("top1", 0.0), ("prob", 0.3), ("learnable", 0.0), ("js", 0.0)])
+def test_examples_that_are_all_alike_leave_room_for_others(name, value, examples):
+    """With the bound, all examples are alike with probability 0.05."""
+    means = Means([name])
+    means.add(torch.full((examples,), 7), torch.full((1, examples), 7 * value, dtype=torch.float64))
+    low, high = means.interval(name)
+    least, most = BOUNDS[name]
+    shares = [(value - low) / (value - least)] if value > least else []
+    shares += [(high - value) / (most - value)] if value < most else []
+    assert [(1 - share) ** examples for share in shares] == pytest.approx([0.05] * len(shares))
+    assert least <= low < high <= most
+
+
+def test_examples_that_are_all_alike_in_a_value_without_bounds_have_no_interval():
+    means = Means(["kl", "nll"])
+    means.add(torch.ones(20, dtype=torch.int64), torch.tensor([[0.0], [0.1]], dtype=torch.float64).expand(2, 20))
+    assert (means.interval("kl"), means.interval("nll")) == (None, None)
 
 
 def test_no_interval_below_ten_examples():

@@ -549,6 +549,39 @@ def test_difference_is_the_paired_t_test_where_one_thing_was_sampled():
     assert not found.is_significant or found.mean > 0
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_differences_that_are_all_alike_give_the_sign_tests_p(seeds):
+    better, worse = np.array([0.6, 0.7] * 4)[:seeds], np.array([0.5, 0.6] * 4)[:seeds]
+    by_seed, rng = better - worse, np.random.default_rng(0)
+    alike = difference(0.1, {"seeds": by_seed}, 1.0)
+    assert alike.p_value == 2 ** (1 - seeds)
+    assert alike.is_significant == (seeds > 5)
+    share = 1 - 0.05 ** (1 / seeds)
+    assert alike.interval == pytest.approx((0.1 - share * 1.1, 0.1 + share * 0.9))
+    assert difference(0.1, {"seeds": by_seed}).interval is None
+    items = 0.1 + rng.normal(0, 0.01, 40)
+    both = difference(0.1, {"seeds": by_seed, "examples": items}, 1.0)
+    assert both.p_value == alike.p_value  # whatever the examples say
+    assert both.interval == alike.interval
+    none = difference(0.0, {"seeds": 0 * by_seed, "examples": np.zeros(40)}, 1.0)
+    assert (none.p_value, none.is_significant) == (1.0, False)
+    assert none.interval == pytest.approx((-share, share))
+
+
+def test_seeds_that_are_all_alike_have_no_interval_without_width(make, tmp_path):
+    settings = [{"objective": o, "learning_rate": 1e-2, "seed": s} for o in ("nll", "neg_p") for s in (0, 1, 2)]
+    board = board_of(make, [(each, [6 if each["objective"] == "nll" else 5] * 40) for each in settings], (10,) * 40,
+                     seed=[0, 1, 2])  # fmt: skip
+    share = 1 - 0.05 ** (1 / 3)
+    first, second = board.rows
+    assert first.values["accuracy"][1] == pytest.approx((0.6 * (1 - share), 0.6 + 0.4 * share))
+    assert first.values["nll"][1] is None
+    assert second.behind.p_value == 0.25
+    assert "no significant difference" in board.verdict()
+    by_loss = rank(replace(board.plan, rank_by="nll"), board.arms, lambda index: None, {})
+    assert "no interval: all differ alike" in markdown(by_loss, tmp_path, "accelerate launch")
+
+
 def test_interval_covers_the_difference_over_new_seeds_and_examples():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(1000):
@@ -665,6 +698,7 @@ def test_a_clear_winner_is_called_one(make):
     hits = [[2 + (i + k) % 2 for i in range(40)] for k in range(2)] + [
         [8 + (i * 7 + k) % 2 for i in range(40)] for k in range(2)
     ]
+    hits[0][0] += 1  # so that the difference is another at each seed
     board = board_of(make, list(zip(settings, hits, strict=True)), tokens)
     assert board.verdict() == "neg_p is ahead by accuracy; all others are worse by more than chance."
 
@@ -686,8 +720,9 @@ def test_what_is_no_evidence_is_not_called_so(make, tmp_path):
     assert "no significant difference" in board.verdict()  # neg_p is better at each seed that both have
     assert "2 of 3 seeds finished" in markdown(board, tmp_path, "accelerate launch")
     both = [(setting(o, s), [h] * 40) for o, h in (("nll", 5), ("neg_p", 5), ("power", 2)) for s in (0, 1)]
-    for each, _ in both[4:]:
+    for each, hits in both[4:]:
         each["objective"] = {"name": "power", "alpha": 2}
+        hits[0] += each["seed"]  # so that the difference is another at each seed
     assert board_of(make, both, tokens).verdict() == "nll; neg_p tie by accuracy; all others are worse by more than chance."
     tie = board_of(make, [(setting(o, s), [5] * 40) for o in ("nll", "neg_p") for s in (0, 1)], tokens)
     assert tie.verdict() == "All tie by accuracy, at 0.5: it tells nothing here. Rank by another ruler."

@@ -4,6 +4,9 @@ import math
 
 from scipy.special import stdtrit
 
+Bounds = tuple[float, float] | None  # of the values of a metric, if it has any
+ROUNDING = 1e-12  # of a mean near 1: a standard error below it is none
+
 
 def unequal(second: float, third: float, fourth: float, fifth: float) -> tuple[float, float]:
     """Return (c, degrees of freedom) for the mean of clusters of unequal weights.
@@ -24,7 +27,41 @@ def t_quantile(free: float) -> float:
     return float(stdtrit(free, 0.975))
 
 
-def within(interval: tuple[float, float], bounds: tuple[float, float] | None) -> tuple[float, float]:
+def within(interval: tuple[float, float], bounds: Bounds) -> tuple[float, float]:
     """Return what of an interval lies within the bounds of its metric, if it has any."""
     low, high = bounds or (-math.inf, math.inf)
     return max(low, interval[0]), min(high, interval[1])
+
+
+def is_alike(mean: float, error: float) -> bool:
+    """Whether a sample with this standard error of its mean has no variation but rounding."""
+    return error <= ROUNDING * max(1.0, abs(mean))
+
+
+def mean_interval(mean: float, error: float, free: float, size: float, bounds: Bounds) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean with standard error `error`, within `bounds`.
+
+    `free`: its degrees of freedom. `size`: how many independent values the mean is of. It is Student's; that of a sample
+    without variation is `alike_interval`.
+    """
+    if is_alike(mean, error):
+        return alike_interval(mean, size, bounds)
+    reach = t_quantile(free) * error
+    return within((mean - reach, mean + reach), bounds)
+
+
+def alike_interval(mean: float, size: float, bounds: Bounds) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean that `size` equal values leave; None without bounds, where nothing is known.
+
+    With probability 0.95 at most a share 1 - 0.05^(1/size) of the source is other, which can be as far off as the bounds.
+    """
+    low, high = bounds or (-math.inf, math.inf)
+    if math.isinf(low) or math.isinf(high):
+        return None
+    share = -math.expm1(math.log(0.05) / size)
+    return mean - share * (mean - low), mean + share * (high - mean)
+
+
+def sign_test(mean: float, size: int) -> float:
+    """Return the two-sided p-value of no difference that `size` equal differences leave."""
+    return 1.0 if abs(mean) <= ROUNDING else 2.0 ** (1 - size)

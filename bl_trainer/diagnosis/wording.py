@@ -33,7 +33,9 @@ def kinds_shown(report: Report) -> dict[str, Kind]:
 
 
 def interval_text(mean: float, interval: Interval) -> str:
-    return f"{mean:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples)")
+    return f"{mean:.4f}" + (
+        f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else " (no interval: under 10 examples, or alike)"
+    )
 
 
 def placement_text(placement: Placement) -> str:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .._util.intervals import t_quantile, within
+from .._util.intervals import mean_interval
 from .grading.reasoning import split_reasoning
 from .items import metric_name
 
@@ -77,12 +77,13 @@ def _counts(rows: Rows, items: int | None) -> dict[str, Any]:
 def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str, Any]:
     """Return the mean of new - old over the items in both, its standard error, and its 95 % interval.
 
-    The interval is None below 10 items, where it would be a guess.
+    The interval is None below 10 items, where it would be a guess, and where items that all differ alike could differ by
+    anything.
     """
     values = [new[item] - old[item] for item in old.keys() & new.keys()]
     mean, stderr, most = statistics.fmean(values) if values else None, standard_error(values), largest_difference(new, old)
     found = {"difference": mean, "stderr": stderr, "items": len(values)}
-    return {**found, "interval": _interval(mean, stderr, len(values), most)}
+    return {**found, "interval": _interval(mean, stderr, [len(values)], most)}
 
 
 def largest_difference(*scores: dict[str, float]) -> float:
@@ -90,11 +91,13 @@ def largest_difference(*scores: dict[str, float]) -> float:
     return 1.0 if all(0 <= value <= 1 for items in scores for value in items.values()) else math.inf
 
 
-def _interval(mean: float | None, stderr: float | None, items: int, most: float, groups: int = 1) -> list[float] | None:
-    if mean is None or stderr is None or items < 10 * groups:
+def _interval(mean: float | None, stderr: float | None, items: list[int], most: float) -> list[float] | None:
+    """Return the interval of a mean over groups of as many items."""
+    groups = len(items)
+    if mean is None or stderr is None or sum(items) < 10 * groups:
         return None
-    reach = t_quantile(items - groups) * stderr
-    return list(within((mean - reach, mean + reach), (-most, most)))
+    found = mean_interval(mean, stderr, sum(items) - groups, groups * min(items), (-most, most))
+    return None if found is None else list(found)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -110,6 +113,6 @@ def macro(parts: list[dict[str, Any]], key: str, most: float = math.inf) -> dict
     """
     mean, errors = statistics.fmean(part[key] for part in parts), [part["stderr"] for part in parts]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
-    items = sum(part["items"] for part in parts)
-    found = {key: mean, "stderr": stderr, "items": items}
-    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, most, len(parts))}
+    items = [part["items"] for part in parts]
+    found = {key: mean, "stderr": stderr, "items": sum(items)}
+    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, most)}

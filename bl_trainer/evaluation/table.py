@@ -50,4 +50,4 @@ def _figure(value: Any, stderr: Any, sign: str = "") -> str:
 
 def _range(difference: dict[str, Any]) -> str:
     low, high = difference["interval"] or (None, None)
-    return "too few items" if low is None else f"{low:+.4f} to {high:+.4f}"
+    return "not enough to tell" if low is None else f"{low:+.4f} to {high:+.4f}"

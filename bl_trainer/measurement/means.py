@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._util.intervals import t_quantile, unequal, within
+from .._util.intervals import mean_interval, unequal
 from ..tokens.annotation import TokenBatch
 
 VALUES = ("prob", "nll", "entropy", "top1", "above_paper", "conflicts")
@@ -21,6 +21,8 @@ BOUNDS = {
     "learnable": (-1.0, 1.0),
     "noise": (0.0, 2.0),
 }
+
+RESIDUAL = 1e-12  # a share of a sum of squares that may be the rounding of it
 
 MAX_PARTS = 10_000  # examples, cut up by packing, of which further parts are waited for
 
@@ -58,16 +60,19 @@ class Means:
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95 % confidence interval of `mean`, or None below 10 examples, where it would be a guess.
 
-        It is for the source that the examples were drawn from, and within `BOUNDS`.
+        It is for the source that the examples were drawn from, and within `BOUNDS`. None, too, of examples that are all alike
+        in a value without bounds.
         """
         if self.num_examples < 10:
             return None
         j, mean, total = 2 + self.names.index(name), self.mean(name), self.gram[0, 1]
-        residual = self.gram[j, j] - 2 * mean * self.gram[1, j] + mean**2 * self.gram[1, 1]
+        residual = (self.gram[j, j] - 2 * mean * self.gram[1, j] + mean**2 * self.gram[1, 1]).item()
+        if residual <= RESIDUAL * self.gram[j, j].item():
+            residual = 0.0
         sums = (self.gram[1, 1], self.gram[1, -2], self.gram[-2, -2], self.gram[-2, -1])
         factor, free = unequal(*((each / total**k).item() for k, each in enumerate(sums, 2)))
-        reach = t_quantile(free) * math.sqrt(max(0.0, factor * residual.item())) / total.item()
-        return within((mean - reach, mean + reach), BOUNDS.get(name))
+        error = math.sqrt(factor * residual) / total.item()
+        return mean_interval(mean, error, free, (total**2 / self.gram[1, 1]).item(), BOUNDS.get(name))
 
     def summary(self) -> dict[str, Any]:
         """Return counts, means and the interval of the first value."""

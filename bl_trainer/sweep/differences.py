@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .._util.intervals import unequal, within
+from .._util.intervals import alike_interval, is_alike, mean_interval, sign_test, unequal
 from .outcome import Values
 
 LEVEL = 0.05
@@ -40,6 +40,7 @@ def difference(
     """Return `mean` with what samples of paired differences, each about it, say of its uncertainty.
 
     `most`: the largest difference there can be. `weights`: those of the examples, equal if None.
+    A sample whose differences are all alike doesn't show how they vary: it gives no better p-value than the sign test's.
     """
     variances = {name: float(each.var(ddof=1)) / len(each) for name, each in samples.items()}
     frees: dict[str, float] = {name: len(each) - 1 for name, each in samples.items()}
@@ -47,16 +48,24 @@ def difference(
         shares, m = weights / weights.sum(), len(weights)
         factor, frees["examples"] = unequal(*(float((shares**k).sum()) for k in range(2, 6)))
         variances["examples"] *= factor * (m - 1) / m
-    total = sum(variances.values())
     over = tuple(samples)
+    alike = [len(each) for name, each in samples.items() if is_alike(mean, math.sqrt(variances[name]))]
     if not samples:
         return Difference(mean, None, None, over)
-    if total == 0:
-        return Difference(mean, (mean, mean), 1.0 if mean == 0 else 0.0, over)
+    if len(alike) == len(samples):
+        return Difference(mean, alike_interval(mean, min(alike), (-most, most)), sign_test(mean, min(alike)), over)
+    total = sum(variances.values())
     free = total**2 / sum(variances[name] ** 2 / frees[name] for name in samples)
-    half = float(stats.t.ppf(1 - LEVEL / 2, free)) * math.sqrt(total)
     p_value = float(2 * stats.t.sf(abs(mean) / math.sqrt(total), free))
-    return Difference(mean, within((mean - half, mean + half), (-most, most)), p_value, over)
+    intervals = [mean_interval(mean, math.sqrt(total), free, min(map(len, samples.values())), (-most, most))]
+    intervals += [alike_interval(mean, size, (-most, most)) for size in alike]
+    return Difference(mean, _widest(intervals), max([p_value, *(sign_test(mean, size) for size in alike)]), over)
+
+
+def _widest(intervals: list[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Return what covers all intervals; None if one isn't known."""
+    known = [each for each in intervals if each is not None]
+    return None if len(known) < len(intervals) else (min(low for low, _ in known), max(high for _, high in known))
 
 
 def by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -93,8 +102,5 @@ def holm(differences: list[Difference]) -> None:
 def interval_over_seeds(values: list[float], bounds: tuple[float, float]) -> tuple[float, float] | None:
     if len(values) < MIN_SEEDS:
         return None
-    mean = float(np.mean(values))
-    if not math.isfinite(mean):
-        return None
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return within((mean - half, mean + half), bounds)
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean_interval(mean, error, len(values) - 1, len(values), bounds) if math.isfinite(mean) else None

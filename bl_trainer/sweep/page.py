@@ -182,9 +182,10 @@ def _behind(row: Row) -> str:
 def _difference(behind: Difference | None) -> str:
     if behind is None:
         return ""
-    if behind.interval is None:
-        return f"{show(behind.mean)} (no interval: {'nothing' if not behind.over else 'too little'} to pair by)"
-    shown = f"{show(behind.mean)} ({show(behind.interval[0])} to {show(behind.interval[1])})"
+    if behind.p_value is None:
+        return f"{show(behind.mean)} (no interval: nothing to pair by)"
+    interval = "no interval: all differ alike" if behind.interval is None else " to ".join(map(show, behind.interval))
+    shown = f"{show(behind.mean)} ({interval})"
     if "seeds" in behind.over and len(behind.by_seed) < MIN_SEEDS:
         shown = f"{show(behind.mean)} (by seed: {_listed(behind.by_seed)})"
     if "seeds" not in behind.over:

@@ -16,7 +16,6 @@ from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
-from ..recipe.datasets import local_files
 from ..recipe.keys import DATACLASSES
 from ..recipe.local_files import local_files
 from ..recipe.parser import kinds_of, load_yaml
