@@ -1,4 +1,4 @@
-""""""
+"""The settings of a run: `BLConfig`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +8,7 @@ from trl import SFTConfig
 from ..objectives.composition import spell
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from .refusals import (
-    refuse_bypass,
-)
+from .refusals import refuse_bypass
 
 SECRETS = ("hub_token", "push_to_hub_token")
 

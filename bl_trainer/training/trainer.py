@@ -1,7 +1,6 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
 import copy
-import functools
 import inspect
 import json
 import math
@@ -29,23 +28,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import CheckpointError, MeasurementError, RecipeError
-from ..head.lm_head import Head
-from ..head.ops import TokenCosts, objective_head, score
 from ..head.patch import add_scoring
 from ..head.verification import verify_head
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.objective import Objective
-from ..objectives.pricing import Price, masked_cost, price
-from ..objectives.threshold import Threshold, spell_probability, trains
+from ..objectives.threshold import Threshold, spell_probability
 from ..tokens.collators import RowCollator, TokenCollator
-from ..tokens.columns import TokenColumns, check_columns, check_weights, for_each_token, number_rows
+from ..tokens.columns import check_columns, check_weights, for_each_token, number_rows
 from ..tokens.labels import check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
 from ..tokens.layouts import arrange_all
 from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
-from ..tokens.reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
+from ..tokens.reference import check_reference, has_target, reference_source, refuse_lost_context, truncated
 from ..tokens.rendering import check_rendering
 from ..tokens.template import TemplateMark
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
@@ -53,13 +49,14 @@ from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_non
 from .checkpoints import RECORD_FILE, has_model, last_whole, read_record, why_broken, writing
 from .config import METRICS
 from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
+from .loss import ObjectiveLoss, OwnHead, TokenLoss, TRLHead, explains_lost_images
+from .metrics import TokenMetrics, own_targets
 from .refusals import (
     is_context_parallel,
     refuse_bypass,
     refuse_copied_tied_head,
     refuse_lm_head_adapter,
     refuse_no_causal_lm,
-    refuse_replaced_loss,
     refuse_virtual_tokens,
 )
 from .resume import refuse_lost_epoch, refuse_other_head, refuse_other_recipe
@@ -176,8 +173,7 @@ class BLTrainer(SFTTrainer):
             self.remove_callback(JITCheckpointCallback)
             signal.signal(signal.SIGTERM, previous)  # which that callback has replaced
             self.add_callback(self._sigterm)
-        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
-        self._tokens_before = 0  # that earlier calls of `train` have seen
+        self.token_metrics = TokenMetrics(self.accelerator, self.get_tp_size())
         self.recipe: dict[str, Any] | None = None
         self._has_met_targets = False
         self._first_step = 0  # of this process; a resumed run begins later
@@ -405,97 +401,61 @@ class BLTrainer(SFTTrainer):
         self._observe(model, inputs)
         return None, None, None
 
+    @property
+    def objective_loss(self) -> ObjectiveLoss:
+        """The loss of a batch's tokens, as it is now: a percentile threshold is resolved when training begins."""
+        head = OwnHead() if self.reference_head is None else TRLHead()
+        adapted = self.model if self.reference == "adapter" else None
+        return ObjectiveLoss(self.parsed_objective, self.threshold, head, self._special_ids, adapted)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         refuse_misaligned(inputs)
         example_lengths, rows = (inputs.pop(name, None) for name in ("example_lengths", ROW))
         if self.reference == "column" and REFERENCE not in inputs:
             raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
-        columns, has_asked = TokenColumns(inputs, self._special_ids), False
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        with explains_lost_images(self.args.max_length):
+            tokens = self.objective_loss(model, inputs, self._progress())
+        loss = self._mean(tokens, num_items_in_batch)
+        if self.model.training:
+            self.token_metrics.add("train", tokens, tokens.is_target)
+            self.token_metrics.count(inputs)
+            if self.stops_on_nan:
+                step = self.state.global_step + 1
+                refuse_nonfinite(loss.detach(), step, rows, self.model, self.accelerator.process_index)
+        else:
+            self.token_metrics.add("eval", tokens, own_targets(self.accelerator, tokens.is_target, example_lengths))
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # no loss head makes the logits
+            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
 
-        def forward(**kwargs):
-            nonlocal has_asked
-            if not kwargs.get("fused_lm_head"):
-                return model(**kwargs)
-            has_asked = True
-            outputs, cost, weight, kept = (
-                self._own_head(model, kwargs, columns)
-                if self.reference_head is None
-                else self._trl_head(model, kwargs, columns)
-            )
-            with torch.no_grad():
-                logp = outputs.log_probs
-                per_token = (-logp, logp.exp(), kept, weight, outputs.entropy, outputs.is_top1, cost)
-                self._add(per_token, self._counted(outputs.label_mask, example_lengths), outputs.aux_loss)
-            if self.threshold.normalize == "kept":
-                cost = cost * self._kept_scale(cost, kept, outputs.label_mask, num_items_in_batch)
-            outputs.log_probs = -cost
-            return outputs
+    def _mean(self, tokens: TokenLoss, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Return the loss to minimise, as `SFTTrainer.compute_loss` forms it: the sum of costs by the global batch's targets.
 
-        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
-        if not has_asked:
-            refuse_replaced_loss(super().compute_loss)
-        if self.stops_on_nan and self.model.training:
-            loss, step = (result[0] if return_outputs else result).detach(), self.state.global_step + 1
-            refuse_nonfinite(loss, step, rows, self.model, self.accelerator.process_index)
-        return result
+        The processes' gradients are averaged afterwards, those of micro-batches summed unless there is no count.
+        """
+        counts = num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps if counts else 1
+        total = tokens.cost.sum()
+        if self.threshold.normalize == "kept":
+            loss = total / self._whole_count(tokens.kept) / steps
+        else:
+            loss = total / torch.as_tensor(num_items_in_batch if counts else tokens.is_target.sum()).clamp(min=1)
+            if counts and self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss + self.router_aux_loss_coef * tokens.aux_loss / steps if self.aux_loss_enabled else loss
 
-    def _trl_head(
-        self, model, inputs: dict[str, Any], columns: TokenColumns
-    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
-        """Return TRL's outputs; f per token, zero on tokens that don't train; weight on the NLL gradient; which train."""
-        ref_logp = None
-        if self.reference == "adapter":
-            with base_of(model, self.model):
-                ref_logp = model(**inputs).log_probs
-        outputs = model(**inputs)
-        logp, is_target = outputs.log_probs, outputs.label_mask
-        known = columns.at(_labels_of(logp, inputs), lambda column, fill: _beside(logp, column, fill))
-        kept = is_target & trains(self.threshold, logp, known.get("is_special"))
-        available = {
-            "entropy": lambda: outputs.entropy,
-            "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
-            "is_top1": lambda: outputs.is_top1,
-            "ref_logp": lambda: known["ref_logp"] if ref_logp is None else ref_logp,
-            "label": lambda: _labels_of(logp, inputs),
-            "progress": self._progress,
-            "is_special": lambda: known["is_special"],
-        }
-        statistics = {name: available[name]() for name in self.parsed_objective.statistics}
-        return outputs, *masked_cost(self.parsed_objective, kept, logp, known.get(WEIGHT), **statistics), kept
-
-    def _own_head(
-        self, model, inputs: dict[str, Any], columns: TokenColumns
-    ) -> tuple[FusedCausalLMOutput, Tensor, Tensor, Tensor]:
-        """The same from `objective_head`, which forms the gradient as it goes."""
-        inputs = {key: value for key, value in inputs.items() if key != "fused_lm_head"}
-        extras, ref_logp = tuple({"log_sum_sq_probs"} & set(self.parsed_objective.statistics)), {}
-        if self.reference == "adapter":
-            with base_of(model, self.model):
-                ref_logp = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
-
-        def cost(hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
-            is_target = inputs["labels"][:, 1:] != -100
-            known = columns.at(target, lambda column, fill: column[:, 1:][is_target].to(target.device))
-            return objective_head(hidden, head, target, self._price, extras, {**known, **ref_logp})
-
-        costs, is_target = model(**inputs, use=cost)
-        scores = costs.scores
-
-        def laid_out(values: Tensor) -> Tensor:
-            # connected to the model where there is no target too, which a backward needs on every process
-            return values.new_zeros(is_target.shape).masked_scatter(is_target, values)
-
-        outputs = FusedCausalLMOutput(
-            log_probs=laid_out(scores.logp),
-            entropy=laid_out(scores.entropy),
-            log_sum_sq_probs=None if scores.log_sum_sq_probs is None else laid_out(scores.log_sum_sq_probs),
-            is_top1=laid_out(costs.is_top1),
-            label_mask=is_target,
-        )
-        return outputs, laid_out(costs.cost), laid_out(costs.weight), laid_out(costs.kept)
-
-    def _price(self, statistics: dict[str, Tensor]) -> Price:
-        return price(self.parsed_objective, self.threshold, {**statistics, "progress": self._progress()})
+    def _whole_count(self, kept: Tensor) -> Tensor:
+        """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
+        parallelism, count = self.accelerator.parallelism_config, kept.sum()
+        if parallelism is None or not parallelism.cp_enabled:
+            return count.clamp(min=1)
+        mesh = self.accelerator.torch_device_mesh["cp"]
+        torch.distributed.all_reduce(count, group=mesh.get_group())
+        return count.clamp(min=1) / mesh.size()
 
     def _progress(self, done: int | None = None) -> float:
         """Return the share of training that is done after `done` steps, now unless told."""
@@ -507,68 +467,20 @@ class BLTrainer(SFTTrainer):
         found = self.parsed_objective.scheduled_at(self._progress(done))
         return {f"objective_{name}": value for name, value in found.items()}
 
-    def _kept_scale(self, cost: Tensor, kept: Tensor, is_target: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """What turns TRL's division by all target tokens of the batch into one by the kept tokens of the micro-batch."""
-        scale = cost.new_ones(()) / self._whole_count(kept)
-        if num_items_in_batch is None:
-            return scale * is_target.sum().clamp(min=1)
-        if self.args.average_tokens_across_devices:
-            scale = scale / (self.accelerator.num_processes // self.get_tp_size())
-        return scale * torch.as_tensor(num_items_in_batch).clamp(min=1) / self.current_gradient_accumulation_steps
-
-    def _whole_count(self, kept: Tensor) -> Tensor:
-        """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
-        parallelism, count = self.accelerator.parallelism_config, kept.sum()
-        if parallelism is None or not parallelism.cp_enabled:
-            return count.clamp(min=1)
-        mesh = self.accelerator.torch_device_mesh["cp"]
-        torch.distributed.all_reduce(count, group=mesh.get_group())
-        return count.clamp(min=1) / mesh.size()
-
-    def _counted(self, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
-        """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes."""
-        state, accelerator = self.accelerator.gradient_state, self.accelerator
-        parallelism = accelerator.parallelism_config
-        sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
-        filled = accelerator.num_processes > sharers and state.end_of_dataloader
-        if self.model.training or not filled or state.remainder <= 0:
-            return is_target
-        examples = len(is_target) if example_lengths is None else len(example_lengths)
-        own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
-        is_own = torch.zeros_like(is_target)
-        if example_lengths is None:
-            is_own[:own] = True
-        else:
-            is_own[:, : int(example_lengths[:own].sum())] = True
-        return is_target & is_own
-
-    def _add(self, per_token: tuple[Tensor, ...], counted: Tensor, aux_loss: Tensor | None) -> None:
-        """Add to the sums over target tokens, on the device: [number of tokens, auxiliary loss, *METRICS, f]."""
-        wide = torch.float32 if counted.device.type == "mps" else torch.float64
-        num_tokens = counted.sum(dtype=wide)
-        aux = num_tokens * aux_loss if aux_loss is not None else torch.zeros_like(num_tokens)
-        sums = torch.stack([num_tokens, aux, *(torch.where(counted, x, x.new_zeros(())).sum(dtype=wide) for x in per_token)])
-        mode = "train" if self.model.training else "eval"
-        total = self._sums[mode]
-        self._sums[mode] = sums if total is None else total + sums
-
     def _pop_means(self, mode: str) -> dict[str, float]:
-        """Return the means over all processes' target tokens since the last call. The one synchronisation per log."""
-        sums, self._sums[mode] = self._sums[mode], None
-        if sums is None:
-            return {}
-        num_tokens, *rest = self.accelerator.reduce(sums, reduction="sum").tolist()
-        means = [x / num_tokens if num_tokens else float("nan") for x in rest]
-        return dict(zip(("aux_loss", *METRICS, "objective"), means, strict=True))
+        """Return the means since the last call, and let TRL log its own other metrics."""
+        means = self.token_metrics.pop(mode)
+        if means:
+            self._metrics[mode]["num_tokens"] = [self.token_metrics.num_tokens]
+        if means and self.aux_loss_enabled:
+            self._metrics[mode]["aux_loss"] = [means["aux_loss"]]
+        return means
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Only where every process logs: `_pop_means` communicates. After a last evaluation the model is not in training mode
         if "loss" in logs or "train_loss" in logs:
             means = self._pop_means("train")
-            for name in METRICS:
-                if name in means:
-                    self._metrics["train"].pop(name, None)  # TRL's list of micro-batch means
-                    logs[name] = means[name]
+            logs.update({name: means[name] for name in METRICS if name in means})
             self._has_met_targets |= math.isfinite(means.get("kept_fraction", math.nan))
             self._warn(means, logs.get("grad_norm"))
             logs.update(self._scheduled(max(self.state.global_step - 1, 0)))  # by which the last step was made
@@ -621,7 +533,7 @@ class BLTrainer(SFTTrainer):
         self._shard()
         self.ensure_verified()
         self.resolve_threshold()
-        self._sums["eval"] = None
+        self.token_metrics.clear("eval")
         processes = self.accelerator.num_processes
         if processes > 1 and not has_length(dataloader.dataset):
             logger.warning(
@@ -636,8 +548,6 @@ class BLTrainer(SFTTrainer):
             )
         if means and output.metrics is not None:
             self._warn(means)
-            for name in METRICS:
-                self._metrics["eval"].pop(name, None)  # TRL's list, which it would log without the name of the set
             loss, aux_loss = means.pop("objective"), means.pop("aux_loss")
             if self.threshold.normalize == "kept":
                 loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
@@ -665,7 +575,8 @@ class BLTrainer(SFTTrainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        self.is_left, self._tokens_before = False, self._total_train_tokens
+        self.is_left = False
+        self.token_metrics.begin()
         if trial is not None:  # whose model is another, and its percentile too
             self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         self._first_step, self._has_met_targets = 0, False
@@ -697,7 +608,7 @@ class BLTrainer(SFTTrainer):
 
     def begin_counting(self) -> None:
         """Forget what has been counted in this call of `train`: `auto_find_batch_size` begins again after a failed step."""
-        self._sums["train"], self._total_train_tokens = None, self._tokens_before
+        self.token_metrics.restart()
         self._metrics["train"].clear()
 
     def average_weights(self) -> None:
@@ -814,16 +725,3 @@ class BLTrainer(SFTTrainer):
             ]
             with open(Path(str(self.args.output_dir)) / "README.md", "a", encoding="utf-8") as card:
                 card.write("\n".join(lines))
-
-
-def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return the token ids that `logp` is about, -100 where there is none; same shape as `logp`."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"].to(logp.device)
-    return _beside(logp, inputs["labels"], -100)
-
-
-def _beside(logp: Tensor, column: Tensor, fill: float) -> Tensor:
-    """Return the values of a (batch, length) column that `logp` is about, `fill` where it has none; same shape as `logp`."""
-    virtual_tokens = logp.shape[1] + 1 - column.shape[1]  # that prompt-learning PEFT puts in front
-    return torch.nn.functional.pad(column.to(logp.device), (virtual_tokens, 0), value=fill)[:, 1:]
