@@ -27,7 +27,7 @@ from bl_trainer.diagnosis.report import gradient_mass
 from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
 from bl_trainer.diagnosis.terminal import terminal_summary
 from bl_trainer.errors import RecipeError
-from bl_trainer.measurement import forward as measurement
+from bl_trainer.measurement import percentiles as measurement
 from bl_trainer.measurement.histogram import PERCENTILE_ERROR, ProbabilityHistogram
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.tokens.annotation import Annotation, group_name

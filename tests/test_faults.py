@@ -438,7 +438,7 @@ def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_fol
 
 def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.resume.logger.warning", said.append)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
     stream = text_data.select(range(16)).to_iterable_dataset()
     train(Ordered, tokenizer, stream, tmp_path, **options)
@@ -447,7 +447,7 @@ def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokeniz
     (path / "trainer_state.json").write_text(json.dumps({**state, "epoch": 0.5 if FORGETS else 1.5}))
     record = json.loads((path / "bl_trainer.json").read_text())
     (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
-    build(Ordered, tokenizer, stream, tmp_path, **options)._take_up(str(path))
+    build(Ordered, tokenizer, stream, tmp_path, **options).take_up(str(path))
     assert any("is of 2 processes, and now there are 1" in line for line in said)
     assert any("from a stream the examples may come in another order" in line for line in said) or FORGETS
 

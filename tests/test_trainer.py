@@ -13,8 +13,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.config import METRICS
-from bl_trainer.training.trainer import RECORD_FILE
 from conftest import gap_near, make_double, make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
@@ -60,7 +60,7 @@ def test_sharded_heads_are_trls(kind, tokenizer, text_data, tmp_path, monkeypatc
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path)
     sizes = SimpleNamespace(**{f"{name}_size": 1 + (name == kind) for name in ("cp", "sp", "tp")})
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sizes)
-    monkeypatch.setattr("bl_trainer.training.trainer.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
+    monkeypatch.setattr("bl_trainer.training.scoring.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
     assert (trainer._why_reference_head(trainer.model) is None) is (kind is None)
 
 
@@ -399,7 +399,7 @@ def test_a_batch_with_nothing_to_train_on_is_a_finite_connected_zero(normalize, 
 
 def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     train(BLTrainer, tokenizer, text_data, tmp_path, threshold=0.01)
     assert not said
     train(BLTrainer, tokenizer, text_data, tmp_path, threshold=1.0)
@@ -409,7 +409,7 @@ def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkey
 
 def test_a_run_that_ends_with_an_evaluation_reports_its_last_steps(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     trainer = train(
         BLTrainer, tokenizer, text_data, tmp_path, max_steps=4, logging_steps=10, eval_strategy="steps", eval_steps=4,
         eval_data=text_data.select(range(4)), threshold=1.0,
@@ -431,7 +431,7 @@ def test_a_diverged_model_shows_in_the_loss(tokenizer, text_data, tmp_path):
 
 def test_an_infinite_gradient_is_said(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     model = make_llama(tokenizer)
     model.lm_head.weight.data *= 20
     train(
@@ -553,8 +553,8 @@ class TestRefusals:
             BLTrainer("no-such-model", args)
 
     def test_trl_without_a_head_for_this_device(self, monkeypatch):
-        monkeypatch.setattr("bl_trainer.training.trainer.version", lambda package: "1.15.0")
-        monkeypatch.setattr("bl_trainer.training.trainer.find_spec", lambda package: None)
+        monkeypatch.setattr("bl_trainer.training.setup.version", lambda package: "1.15.0")
+        monkeypatch.setattr("bl_trainer.training.setup.find_spec", lambda package: None)
         with pytest.raises(ValueError, match=r"TRL 1\.15\.0 computes the loss with Triton, which is not installed here"):
             BLTrainer("no-such-model")
 

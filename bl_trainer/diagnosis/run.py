@@ -1,5 +1,6 @@
 """The diagnose verb: one pass of a recipe's model over the target tokens of its training set, exactly as it would train."""
 
+import copy
 import math
 import os
 import tempfile
@@ -13,9 +14,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
+from .._util.transformers import is_deepspeed_zero3_enabled
 from ..errors import RecipeError
 from ..measurement.forward import count_targets, measure, score_batch
 from ..measurement.results import Comparison, Measurement
@@ -25,7 +26,9 @@ from ..tokens.annotation import Annotation, group_name, token_batch
 from ..tokens.collators import Collator
 from ..tokens.labels import columns_of
 from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.prepare import Rows
 from ..tokens.vocabulary import end_ids, special_ids, token_texts, tokenizer_of
+from ..training.scoring import ScoringTrainer
 from ..training.trainer import BLTrainer
 from .learnability import Probe, halves, probe_adapter
 from .pair import Pair
@@ -108,32 +111,23 @@ class Diagnoser(BLTrainer):
         self.by, self.limit, self.is_cut, self.packs = by, limit, False, False
         super().__init__(**kwargs)
 
-    def _find_reference(self, given: dict[str, Any], peft_config: Any) -> None:
-        return None  # no cost is computed
+    def heads_in_use(self) -> set[str]:
+        return super().heads_in_use() | {"own"}
 
-    def _heads_in_use(self) -> set[str]:
-        return super()._heads_in_use() | {"own"}
-
-    def _refuse_without_target(self, prepared: Any, name: str, args: Any, uncut: Any = tuple) -> None:
-        return  # one process's share of the rows may have none
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        length, self.packs, by = args.max_length, packing, self.by
+    def prepare_rows(self, rows: Rows) -> Any:
+        dataset, args, by, self.packs = rows.dataset, rows.args, self.by, rows.packing
         if by is not None:  # before TRL adds an end token to texts
             dataset = dataset.map(lambda example: {"bl_group": group_name(example[by])})
-        if packing:
-            args.max_length = None  # packing cuts to length by itself
-        try:
-            prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        finally:
-            args.max_length = length
-        prepared = prepared.map(Annotation(tokenizer_of(processing_class), self.chat_template, packing))
-        if not packing:
+        rows = replace(rows, dataset=dataset)
+        whole = rows.untruncated() if self.packs else rows  # packing cuts to length by itself
+        prepared = ScoringTrainer.prepare_rows(self, whole)  # one process's share of the rows may have no target
+        prepared = prepared.map(Annotation(tokenizer_of(rows.processing_class), self.chat_template, self.packs))
+        if not self.packs:
             return prepared
         columns = ["input_ids", "labels", "bl_row", "bl_group", "bl_template", "bl_position", "bl_length"]
         return pack_dataset(
-            self._take(prepared, length if args.packing_strategy == "bfd" else None).select_columns(columns),
-            length,
+            self._take(prepared, args.max_length if args.packing_strategy == "bfd" else None).select_columns(columns),
+            args.max_length,
             args.packing_strategy,
         )
 
@@ -164,7 +158,7 @@ class Diagnosis:
             raise RecipeError(f"`--by {options.by}`: the data set has no such column, only {', '.join(sorted(first))}.")
         if options.by is not None and isinstance(first[options.by], (list, dict)):
             raise RecipeError(f"`--by {options.by}` is a column of lists or mappings. Name one of words or numbers.")
-        args = recipe.training
+        args = copy.copy(recipe.training)  # the report names the recipe's own
         self.is_weighed = WEIGHT in columns_of(dataset)
         if (
             getattr(args, "parallelism_config", None) is not None
@@ -177,8 +171,8 @@ class Diagnosis:
         args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
         args.load_best_model_at_end, args.output_dir = False, self.scratch.name
         args.stop_on_nan = False
-        threshold, args.threshold = args.threshold, None  # nothing is dropped from a measurement
-        objective, args.objective = args.objective, "nll"  # whose columns it would add
+        args.threshold = None  # nothing is dropped from a measurement
+        args.objective = "nll"  # which adds no columns
         args.model_init_kwargs = recipe.model_init_kwargs()
         self.trainer = Diagnoser(
             options.by,
@@ -201,7 +195,6 @@ class Diagnosis:
         self.pair = Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
-        args.threshold, args.objective = threshold, objective
 
     def run(self) -> dict[str, Any]:
         """Measure, and return the report: a mapping fit for JSON, the same in every process."""
@@ -267,15 +260,15 @@ class Diagnosis:
 
         def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
             first, second = halves(dataset, args.seed, count, args.dataset_text_field)
-            shared = trainer.processing_class, args, packing, None
-            return BLTrainer._prepare_dataset(trainer, first, *shared, "train"), second
+            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
+            return ScoringTrainer.prepare_rows(trainer, rows), second
 
         train_dataset, second = make(rows, False)
         if args.packing and len(train_dataset):
             length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
             train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
         packs, trainer.packs, trainer.by = trainer.packs, False, None
-        prepared = trainer._prepare_dataset(_deal(second, args), trainer.processing_class, args, False, None, "probe")
+        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
         loader = self._load(prepared)
         trainer.packs, trainer.by = packs, self.options.by
         return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
@@ -309,9 +302,8 @@ class Diagnosis:
         trainer.by = None
         if trainer.args.completion_only_loss is None:
             trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        prepared = trainer._prepare_dataset(
-            _deal(dataset, trainer.args), trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"
-        )
+        rows = _deal(dataset, trainer.args)
+        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
         return split, self._load(prepared)
 
     def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[dict[str, Any], list[Any]]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -15,7 +16,8 @@ from ..objectives.objective import Objective
 from ..objectives.pricing import Price, masked_cost, price
 from ..objectives.threshold import Threshold, trains
 from ..tokens.columns import TokenColumns
-from ..tokens.names import WEIGHT
+from ..tokens.labels import columns_of
+from ..tokens.names import REFERENCE, WEIGHT
 from ..tokens.reference import base_of
 
 
@@ -150,6 +152,45 @@ def _beside(logp: Tensor, column: Tensor, fill: float) -> Tensor:
     """Return the values of a (batch, length) column that `logp` is about, `fill` where it has none; same shape as `logp`."""
     virtual_tokens = logp.shape[1] + 1 - column.shape[1]  # that prompt-learning PEFT puts in front
     return pad(column.to(logp.device), (virtual_tokens, 0), value=fill)[:, 1:]
+
+
+def mean_over_batch(trainer: Any, tokens: TokenLoss, num_items: Tensor | int | None) -> Tensor:
+    """Return the loss to minimise, as `SFTTrainer.compute_loss` forms it: the sum of costs by the global batch's targets.
+
+    `num_items`: target tokens of all micro-batches and processes of the step, over which the trainer sums gradients; without,
+    as in evaluation, the micro-batch's own count. `normalize: kept` divides by the micro-batch's kept tokens instead.
+    """
+    counts = num_items is not None
+    steps = trainer.current_gradient_accumulation_steps if counts else 1
+    total = tokens.cost.sum()
+    if trainer.threshold.normalize == "kept":
+        loss = total / _whole_count(trainer.accelerator, tokens.kept) / steps
+    else:
+        loss = total / torch.as_tensor(num_items if counts else tokens.is_target.sum()).clamp(min=1)
+        if counts and trainer.args.average_tokens_across_devices:
+            loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return loss + trainer.router_aux_loss_coef * tokens.aux_loss / steps if trainer.aux_loss_enabled else loss
+
+
+def _whole_count(accelerator: Any, kept: Tensor) -> Tensor:
+    """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
+    parallelism, count = accelerator.parallelism_config, kept.sum()
+    if parallelism is None or not parallelism.cp_enabled:
+        return count.clamp(min=1)
+    mesh = accelerator.torch_device_mesh["cp"]
+    torch.distributed.all_reduce(count, group=mesh.get_group())
+    return count.clamp(min=1) / mesh.size()
+
+
+def tell_of_loss(trainer: Any) -> None:
+    """Print where a trainer's log p, reference and weights come from."""
+    whose = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
+    trainer.accelerator.print(f"Loss head: {whose}.")
+    if trainer.reference is not None:
+        what = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
+        trainer.accelerator.print(f"Reference: {what}.")
+    if trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset):
+        trainer.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
 
 
 @contextmanager

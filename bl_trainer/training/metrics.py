@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.threshold import Threshold
 from .config import METRICS
 from .loss import TokenLoss
 
@@ -73,6 +74,16 @@ class TokenMetrics:
         self.num_tokens += int(read_tokens) // self.sharers
         means = [x / num_tokens if num_tokens else float("nan") for x in rest]
         return dict(zip(("aux_loss", *METRICS, "objective"), means, strict=True))
+
+
+def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficient: float) -> dict[str, float]:
+    """Return what an evaluation reports, from `TokenMetrics.pop`: `loss` as training minimises it, and `perplexity`."""
+    found = {name: means[name] for name in METRICS}
+    loss = means["objective"]
+    if threshold.normalize == "kept":
+        loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
+    perplexity = torch.tensor(means["nll"], dtype=torch.float64).exp().item()  # infinite where Python would raise
+    return {**found, "loss": loss + aux_loss_coefficient * means["aux_loss"], "perplexity": perplexity}
 
 
 def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:

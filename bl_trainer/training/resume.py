@@ -8,13 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from datasets import IterableDataset
 from packaging.version import Version
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..errors import CheckpointError
 from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
-from .checkpoints import STATE_FILE, read_json, read_record
+from ..objectives.threshold import Threshold, spell_probability
+from .checkpoints import STATE_FILE, last_whole, read_json, read_record
+
+logger = get_logger(__name__)
 
 
 def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
@@ -124,3 +128,53 @@ def refuse_other_model(checkpoint: str, model: str, use_peft: bool) -> None:
             "another `output_dir` for a new run; if it is the same model in another place, correct `base_model_name_or_path` "
             f"in {path}."
         )
+
+
+def requested_checkpoint(requested: str | bool | None, folder: Path) -> str | None:
+    """Return the checkpoint to resume from: for True the last complete one in `folder`. Raises CheckpointError without one."""
+    if requested is not True:
+        return requested or None
+    last, _ = last_whole(folder)
+    if last is None:
+        raise CheckpointError(f"There is no whole checkpoint in {folder} to resume from.")
+    return str(last)
+
+
+def state_of(checkpoint: str) -> TrainerState:
+    """Return the state that `checkpoint` holds, a new one if it holds none."""
+    path = Path(checkpoint) / STATE_FILE
+    return TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
+
+
+def steps_of(args: TrainingArguments, checkpoint: str, state: TrainerState) -> int:
+    """Return how many steps the run has that `checkpoint` is of, or 0 if it is to be made longer or shorter."""
+    if args.max_steps > 0:
+        return args.max_steps
+    is_same = read_record(checkpoint).get("num_train_epochs") == args.num_train_epochs
+    return state.max_steps if is_same else 0
+
+
+def tell_of_resuming(trainer: Any, checkpoint: str, state: TrainerState) -> None:
+    """Print where `trainer` resumes, and warn of what differs from an uninterrupted run."""
+    threshold, processes = trainer.threshold, trainer.accelerator.num_processes
+    if threshold.above_percentile is not None:
+        trainer.accelerator.print(
+            f"The threshold is p >= {spell_probability(threshold.above, 6)}: percentile {threshold.above_percentile:g}, as "
+            f"{checkpoint} records it."
+        )
+    recorded = read_record(checkpoint).get("processes", processes)
+    if recorded != processes:
+        logger.warning(
+            f"{checkpoint} is of {recorded} processes, and now there are {processes}: batches and random numbers are others "
+            "than in an uninterrupted run."
+        )
+    is_stream = isinstance(trainer.train_dataset, IterableDataset)
+    by_length = getattr(trainer.args, "train_sampling_strategy", "") == "group_by_length"
+    by_length |= bool(getattr(trainer.args, "group_by_length", False))  # an older transformers'
+    if (state.epoch or 0) > 1 and (is_stream or by_length):
+        source = "stream" if is_stream else "set grouped by length"
+        logger.warning(
+            f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} the examples may come in another order "
+            "than in an uninterrupted run."
+        )
+    trainer.accelerator.print(f"Going on from {checkpoint}, after step {state.global_step}.")
