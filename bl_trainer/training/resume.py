@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold, spell_probability
 from .checkpoints import STATE_FILE, last_whole, read_json, read_record
+from .config import objective_of, threshold_of
 
 logger = get_logger(__name__)
 
@@ -27,8 +28,7 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
     Raises CheckpointError if `checkpoint` records another objective or threshold than `args` has, or none where a percentile
     needs it.
     """
-    objective = Objective.parse(getattr(args, "objective", "nll"))
-    threshold = Threshold.parse(getattr(args, "threshold", None))
+    objective, threshold = objective_of(args), threshold_of(args)
     recorded = read_record(checkpoint) or {"objective": {"name": "nll"}, "threshold": Threshold().to_dict()}  # of TRL's own
     if recorded.get("save_only_model"):
         raise CheckpointError(
@@ -44,7 +44,7 @@ def refuse_other_recipe(checkpoint: str, args: TrainingArguments) -> Threshold:
             "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
         )
     current = {"objective": objective.resolved.to_dict(), "threshold": threshold.to_dict()}
-    said = {"objective": current["objective"], "threshold": Threshold.parse(getattr(args, "threshold", None)).to_dict()}
+    said = {"objective": current["objective"], "threshold": threshold_of(args).to_dict()}
     for key, value in current.items():
         if recorded.get(key) != json.loads(json.dumps(value, default=str)):
             raise CheckpointError(
