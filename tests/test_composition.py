@@ -700,7 +700,7 @@ def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):
 
 def test_weights_that_are_all_zero_are_told(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     for weight, warned in ((0.5, 0), (0.0, 1)):
         train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [weight] * len(text_data)), tmp_path)
         assert len(said) == warned

@@ -25,7 +25,7 @@ from bl_trainer.errors import CheckpointError, LossError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.training.checkpoints import MANIFEST_FILE, why_broken
 from bl_trainer.training.record import Curve, MetricsLog
-from bl_trainer.training.resume import refuse_lost_epoch
+from bl_trainer.training.resume import planned_resume, refuse_lost_epoch
 from conftest import make_llama, write_recipe
 from test_processes import SCRIPT, TESTS, launch, launcher
 from test_trainer import Ordered, build, train, weights
@@ -490,7 +490,7 @@ def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_fol
 
 def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.resume.logger.warning", said.append)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 8}
     stream = text_data.select(range(16)).to_iterable_dataset()
     train(Ordered, tokenizer, stream, tmp_path, **options)
@@ -500,7 +500,7 @@ def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokeniz
     record = json.loads((path / "bl_trainer.json").read_text())
     (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
     again = build(Ordered, tokenizer, stream, tmp_path, **options)
-    again._take_up(again._plan_resume(str(path)))
+    again._take_up(str(path), planned_resume(again.args, str(path), 1))
     assert any("is of 2 processes, and now there are 1" in line for line in said)
     assert any("from a stream the examples may come in another order" in line for line in said) or FORGETS
 

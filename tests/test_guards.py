@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
-from bl_trainer.training.guards import refuse_dropped
+from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
 from conftest import make_llama, write_recipe
 from ways import Gradients, build, train, weights
 
@@ -96,7 +96,7 @@ class TestNoTarget:
     def test_that_a_collator_makes(self, tokenizer, tmp_path, monkeypatch):
         """Only training shows it: the logs warn, and no model counts as trained."""
         said = []
-        monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+        monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
         trainer = build(BLTrainer, tokenizer, as_data([GOOD] * 8), tmp_path, eval_data=as_data([GOOD] * 8))
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: collate([{**row, "labels": [-100] * len(row["labels"])} for row in rows])
@@ -192,10 +192,10 @@ class TestNoStep:
     def test_of_training_on_several_processes(self, tokenizer, text_data, tmp_path, monkeypatch):
         options = {"dataloader_drop_last": True, "per_device_train_batch_size": 2}
         trainer = build(BLTrainer, tokenizer, text_data.select(range(5)), tmp_path, **options)
-        trainer._refuse_dropped()
+        refuse_dropped_sets(trainer)
         monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
         with pytest.raises(RecipeError, match="5 rows where all processes take 6"):
-            trainer._refuse_dropped()
+            refuse_dropped_sets(trainer)
 
     def test_of_evaluation(self, tokenizer, text_data, tmp_path):
         options = {"eval_data": text_data.select(range(3)), "per_device_eval_batch_size": 4, "dataloader_drop_last": True}

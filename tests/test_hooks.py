@@ -33,29 +33,23 @@ def stranger(tmp_path, monkeypatch):
     return module
 
 
-REPLACED = r"the module `stranger` has replaced `SFTTrainer.compute_loss`.* Import `bl_trainer` before `stranger`"
-
-
 @pytest.mark.parametrize("wraps", [False, True])
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict"])
-def test_a_replaced_loss_is_refused(verb, wraps, stranger, tokenizer, text_data, tmp_path, monkeypatch):
+def test_a_replaced_loss_of_trls_does_not_matter(verb, wraps, stranger, tokenizer, text_data, tmp_path, monkeypatch):
+    def done():
+        trainer = build(Ordered, tokenizer, text_data, tmp_path, eval_data=text_data, objective="neg_p")
+        result = getattr(trainer, verb)(*([trainer.eval_dataset] if verb == "predict" else []))
+        return weights(trainer), result.metrics if verb != "evaluate" else result
+
+    expected, log = done()
     replaced = stranger.compute_loss
     if wraps:
         functools.update_wrapper(replaced, SFTTrainer.compute_loss)
-    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, eval_data=text_data, objective="neg_p")
     monkeypatch.setattr(SFTTrainer, "compute_loss", replaced)
-    before = weights(trainer)
-    with pytest.raises(ValueError, match=REPLACED):
-        getattr(trainer, verb)(*([trainer.eval_dataset] if verb == "predict" else []))
-    assert all(torch.equal(p, before[name]) for name, p in weights(trainer).items())
-
-
-def test_a_loss_that_adds_to_trls_is_not(tokenizer, text_data, tmp_path, monkeypatch):
-    inner = SFTTrainer.compute_loss
-    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda self, *args, **kwargs: inner(self, *args, **kwargs) * 2)
-    trainer = train(Ordered, tokenizer, text_data, tmp_path, objective="neg_p")
-    log = trainer.state.log_history[0]
-    assert log["loss"] == pytest.approx(2 * (1 - log["target_prob"]), rel=1e-5)
+    found, other = done()
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    for name in ("train_loss", "eval_loss", "eval_nll", "test_loss"):
+        assert other.get(name) == log.get(name)
 
 
 # `auto_find_batch_size`

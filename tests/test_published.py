@@ -15,6 +15,7 @@ from bl_trainer.head.ops import objective_head
 from bl_trainer.objectives.objective import OBJECTIVES
 from bl_trainer.objectives.pricing import price
 from bl_trainer.objectives.published import PUBLISHED
+from bl_trainer.training.record import RunRecord
 from conftest import make_double
 from ways import Gradients, Ordered, build, relative_difference, train
 
@@ -564,7 +565,7 @@ def test_evaluation_set_without_the_column_is_refused(tokenizer, text_data, tmp_
 
 @pytest.mark.parametrize("kind", ["cp", "sp"])
 def test_column_of_sequences_that_are_cut_up_is_refused(kind, tokenizer, text_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(BLTrainer, "_is_shared_out", lambda self, *kinds: kind in kinds)
+    monkeypatch.setattr(BLTrainer, "is_shared_out", lambda self, *kinds: kind in kinds)
     with pytest.raises(ValueError, match="goes with text, and with whole sequences on each device"):
         build(BLTrainer, tokenizer, with_column(tokenizer, text_data.select(range(3))), tmp_path, objective="asft")
 
@@ -580,4 +581,4 @@ def test_a_reference_is_found_for_what_is_deep_within(tokenizer, text_data, tmp_
 
 def test_reference_and_objective_are_recorded(tokenizer, text_data, tmp_path):
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model=make_adapted(tokenizer), objective="psft")
-    assert json.loads(json.dumps(trainer._record()["objective"])) == {"name": "psft", "clip_high": 0.28}
+    assert json.loads(json.dumps(RunRecord.of(trainer).objective)) == {"name": "psft", "clip_high": 0.28}

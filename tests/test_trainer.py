@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.config import METRICS
-from bl_trainer.training.trainer import RECORD_FILE
 from conftest import gap_near, make_double, make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
@@ -59,7 +60,7 @@ def test_sharded_heads_are_trls(kind, tokenizer, text_data, tmp_path, monkeypatc
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path)
     sizes = SimpleNamespace(**{f"{name}_size": 1 + (name == kind) for name in ("cp", "sp", "tp")})
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sizes)
-    monkeypatch.setattr("bl_trainer.training.trainer.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
+    monkeypatch.setattr("bl_trainer.training.scoring.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
     assert (trainer._why_reference_head(trainer.model) is None) is (kind is None)
 
 
@@ -420,7 +421,7 @@ def test_a_batch_with_nothing_to_train_on_is_a_finite_connected_zero(normalize, 
 
 def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     train(BLTrainer, tokenizer, text_data, tmp_path, threshold=0.01)
     assert not said
     train(BLTrainer, tokenizer, text_data, tmp_path, threshold=1.0)
@@ -430,14 +431,14 @@ def test_a_run_that_keeps_nothing_says_so(tokenizer, text_data, tmp_path, monkey
 
 def test_a_run_that_ends_with_an_evaluation_reports_its_last_steps(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     trainer = train(
         BLTrainer, tokenizer, text_data, tmp_path, max_steps=4, logging_steps=10, eval_strategy="steps", eval_steps=4,
         eval_data=text_data.select(range(4)), threshold=1.0,
     )  # fmt: skip
     assert trainer.state.log_history[-1]["kept_fraction"] == 0
     assert len(said) == 2  # from the evaluation and from training
-    assert trainer._sums == {"train": None, "eval": None}
+    assert trainer.token_metrics.is_empty
 
 
 def test_a_diverged_model_shows_in_the_loss(tokenizer, text_data, tmp_path):
@@ -452,7 +453,7 @@ def test_a_diverged_model_shows_in_the_loss(tokenizer, text_data, tmp_path):
 
 def test_an_infinite_gradient_is_said(tokenizer, text_data, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.training.trainer.logger.warning", said.append)
+    monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
     model = make_llama(tokenizer)
     model.lm_head.weight.data *= 20
     train(
@@ -567,8 +568,8 @@ class TestRefusals:
             BLTrainer("no-such-model", args)
 
     def test_trl_without_a_head_for_this_device(self, monkeypatch):
-        monkeypatch.setattr("bl_trainer.training.trainer.version", lambda package: "1.15.0")
-        monkeypatch.setattr("bl_trainer.training.trainer.find_spec", lambda package: None)
+        monkeypatch.setattr("bl_trainer.training.setup.version", lambda package: "1.15.0")
+        monkeypatch.setattr("bl_trainer.training.setup.find_spec", lambda package: None)
         with pytest.raises(ValueError, match=r"TRL 1\.15\.0 computes the loss with Triton, which is not installed here"):
             BLTrainer("no-such-model")
 
@@ -608,15 +609,26 @@ def test_evaluation_does_not_depend_on_packing(tokenizer, text_data, tmp_path):
     assert alone != pytest.approx(plain, rel=1e-3)
 
 
-def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path):
-    """Operations that make the host wait for a GPU, counted on a CPU: as many as TRL's own, and one copy per log.
+@pytest.fixture
+def communicated(monkeypatch):
+    """The names of accelerate's methods that have been called to communicate between processes."""
+    called = []
+    for name in ("gather", "gather_for_metrics", "reduce"):
+        inner = getattr(Accelerator, name)
+        monkeypatch.setattr(Accelerator, name, lambda *a, name=name, inner=inner, **k: called.append(name) or inner(*a, **k))
+    return called
 
-    Our head waits three times more for a micro-batch of one block: which tokens are targets, whether their labels exist, and
+
+def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_path, communicated):
+    """Operations that make the host wait for a GPU, counted on a CPU: of TRL's, none of each micro-batch; one copy per log.
+
+    Our head waits three times for a micro-batch of one block: which tokens are targets, whether their labels exist, and
     which rows train; counted as five operations.
     """
     waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
     options = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
-    counts, pops = {}, []
+    micro_batches, of_trl = 6 * 2, 5  # two `> 0` and three `.item()`
+    counts = {}
     for trainer_class, head in ((SFTTrainer, "trl"), (BLTrainer, "trl"), (BLTrainer, "auto")):
         own = (
             {"objective": f"{__name__}:uses_everything", "threshold": 0.01, "loss_head": head}
@@ -624,13 +636,15 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
             else {}
         )
         trainer = build(trainer_class, tokenizer, text_data, tmp_path, **options, **own)
-        if trainer_class is BLTrainer:
-            inner = trainer._pop_means
-            trainer._pop_means = lambda mode, inner=inner: pops.append(mode) or inner(mode)
+        communicated.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             trainer.train()
         counts[trainer_class, head] = sum(event.count for event in profile.key_averages() if event.key in waits)
-    assert counts[SFTTrainer, "trl"] > 0
-    assert counts[BLTrainer, "trl"] <= counts[SFTTrainer, "trl"]
-    assert counts[BLTrainer, "auto"] <= counts[SFTTrainer, "trl"] + 5 * 6 * 2
-    assert len(pops) == 2 * 3  # two logs, and the last, of the whole run, which has nothing left to fetch
+        if trainer_class is BLTrainer:
+            assert communicated == ["reduce"] * 2  # one per log, and none for the last, of the whole run
+        else:
+            assert len(communicated) >= 4 * micro_batches
+    unavoidable = counts[SFTTrainer, "trl"] - of_trl * micro_batches
+    assert unavoidable > 0
+    assert counts[BLTrainer, "trl"] <= unavoidable
+    assert counts[BLTrainer, "auto"] <= unavoidable + 5 * micro_batches

@@ -26,8 +26,8 @@ from bl_trainer.head.ops import objective_head, score
 from bl_trainer.head.patch import add_scoring
 from bl_trainer.head.verification import HEADS, verify_head
 from bl_trainer.objectives.pricing import price
+from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.refusals import refuse_no_causal_lm
-from bl_trainer.training.trainer import RECORD_FILE
 from conftest import make_llama, make_mixtral, sizes
 from families import UNBUILT, families, tiny_model
 from ways import build, make_phi, make_recurrent_gemma, make_tied, relative_difference, weights

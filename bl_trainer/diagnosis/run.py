@@ -1,5 +1,6 @@
 """The diagnose verb: one pass of a recipe's model over the target tokens of its training set, exactly as it would train."""
 
+import copy
 import math
 import os
 import tempfile
@@ -13,10 +14,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import pack_dataset
 
 from .._util.process import is_first
+from .._util.transformers import is_deepspeed_zero3_enabled
 from ..errors import RecipeError
 from ..measurement.forward import count_targets, measure, score_batch
 from ..measurement.results import Comparison, Measurement
@@ -26,7 +27,9 @@ from ..tokens.annotation import Annotation, group_name, token_batch
 from ..tokens.collators import Collator
 from ..tokens.labels import columns_of
 from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.prepare import Rows
 from ..tokens.vocabulary import end_ids, special_ids, token_texts, tokenizer_of
+from ..training.scoring import ScoringTrainer
 from ..training.trainer import BLTrainer
 from .learnability import Probe, halves, probe_adapter
 from .pair import Pair
@@ -110,32 +113,23 @@ class Diagnoser(BLTrainer):
         self.by, self.limit, self.is_cut, self.packs = by, limit, False, False
         super().__init__(**kwargs)
 
-    def _find_reference(self, given: dict[str, Any], peft_config: Any) -> None:
-        return None  # no cost is computed
+    def heads_in_use(self) -> set[str]:
+        return super().heads_in_use() | {"own"}
 
-    def _heads_in_use(self) -> set[str]:
-        return super()._heads_in_use() | {"own"}
-
-    def _refuse_without_target(self, prepared: Any, name: str, args: Any, uncut: Any = tuple) -> None:
-        return  # one process's share of the rows may have none
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        length, self.packs, by = args.max_length, packing, self.by
+    def prepare_rows(self, rows: Rows) -> Any:
+        dataset, args, by, self.packs = rows.dataset, rows.args, self.by, rows.packing
         if by is not None:  # before TRL adds an end token to texts
             dataset = dataset.map(lambda example: {"bl_group": group_name(example[by])})
-        if packing:
-            args.max_length = None  # packing cuts to length by itself
-        try:
-            prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
-        finally:
-            args.max_length = length
-        prepared = prepared.map(Annotation(tokenizer_of(processing_class), self.chat_template, packing))
-        if not packing:
+        rows = replace(rows, dataset=dataset)
+        whole = rows.untruncated() if self.packs else rows  # packing cuts to length by itself
+        prepared = ScoringTrainer.prepare_rows(self, whole)  # one process's share of the rows may have no target
+        prepared = prepared.map(Annotation(tokenizer_of(rows.processing_class), self.chat_template, self.packs))
+        if not self.packs:
             return prepared
         columns = ["input_ids", "labels", "bl_row", "bl_group", "bl_template", "bl_position", "bl_length"]
         return pack_dataset(
-            self._take(prepared, length if args.packing_strategy == "bfd" else None).select_columns(columns),
-            length,
+            self._take(prepared, args.max_length if args.packing_strategy == "bfd" else None).select_columns(columns),
+            args.max_length,
             args.packing_strategy,
         )
 
@@ -163,11 +157,10 @@ class Diagnosis:
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.is_weighed = WEIGHT in columns_of(dataset)
         self._check(next(iter(dataset)))
-        args, options = recipe.training, self.options
-        threshold, objective = args.threshold, args.objective
+        options = self.options
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
-        self._set_arguments()
-        self.trainer = self._make_trainer(dataset)
+        args = self._arguments()
+        self.trainer = self._make_trainer(dataset, args)
         prepared: Any = self.trainer.train_dataset
         dataset_kwargs: Any = args.dataset_kwargs or {}
         if dataset_kwargs.get("skip_prepare_dataset"):
@@ -176,7 +169,6 @@ class Diagnosis:
         self.pair = Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
-        args.threshold, args.objective = threshold, objective
 
     def _check(self, row: dict[str, Any]) -> None:
         """Raise RecipeError on what neither this row of the data set nor the launch allows."""
@@ -191,9 +183,9 @@ class Diagnosis:
         ):
             raise RecipeError("Diagnosis runs data-parallel. Launch it without tensor, context and sequence parallelism.")
 
-    def _set_arguments(self) -> None:
-        """Switch off what belongs to training alone."""
-        args = self.recipe.training
+    def _arguments(self) -> Any:
+        """Return a copy of the recipe's arguments without what belongs to training alone; the report names the recipe's own."""
+        args = copy.copy(self.recipe.training)
         args.bf16_full_eval = args.fp16_full_eval = False  # training doesn't compute in these
         args.max_steps, args.eval_strategy, args.save_strategy, args.push_to_hub, args.report_to = 1, "no", "no", False, []
         args.load_best_model_at_end, args.output_dir = False, self.scratch.name
@@ -201,9 +193,10 @@ class Diagnosis:
         args.threshold = None  # nothing is dropped from a measurement
         args.objective = "nll"  # the recipe's own would add columns
         args.model_init_kwargs = self.recipe.model_init_kwargs()
+        return args
 
-    def _make_trainer(self, dataset: Any) -> Diagnoser:
-        recipe, args, options = self.recipe, self.recipe.training, self.options
+    def _make_trainer(self, dataset: Any, args: Any) -> Diagnoser:
+        recipe, options = self.recipe, self.options
         trainer = Diagnoser(
             options.by,
             math.ceil(options.max_tokens / args.world_size) if options.max_tokens else None,
@@ -297,15 +290,15 @@ class Diagnosis:
 
         def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
             first, second = halves(dataset, args.seed, count, args.dataset_text_field)
-            shared = trainer.processing_class, args, packing, None
-            return BLTrainer._prepare_dataset(trainer, first, *shared, "train"), second
+            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
+            return ScoringTrainer.prepare_rows(trainer, rows), second
 
         train_dataset, second = make(rows, False)
         if args.packing and len(train_dataset):
             length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
             train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
         packs, trainer.packs, trainer.by = trainer.packs, False, None
-        prepared = trainer._prepare_dataset(_deal(second, args), trainer.processing_class, args, False, None, "probe")
+        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
         loader = self._load(prepared)
         trainer.packs, trainer.by = packs, self.options.by
         return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
@@ -339,9 +332,8 @@ class Diagnosis:
         trainer.by = None
         if trainer.args.completion_only_loss is None:
             trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        prepared = trainer._prepare_dataset(
-            _deal(dataset, trainer.args), trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"
-        )
+        rows = _deal(dataset, trainer.args)
+        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
         return split, self._load(prepared)
 
     def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[ComparedElsewhere, list[Any]]:

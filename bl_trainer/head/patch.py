@@ -4,8 +4,7 @@ import functools
 import types
 from typing import Any
 
-from trl.trainer.utils import maybe_gather_lm_head_ctx
-
+from .._util.trl import maybe_gather_lm_head_ctx
 from .lm_head import Head
 from .ops import backbone
 

@@ -35,7 +35,7 @@ def measure(
     hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     with tqdm(total=expected or max_tokens, desc=name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
         dealt = _Lockstep(batches, trainer.accelerator, max_tokens, bar)
-        trainer.observe_instead(observe, dealt)
+        trainer.observe(dealt, observe)
     return dealt.num_tokens, dealt.is_cut
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
 
+from .names import EXAMPLES, GROUP, LENGTH, OWNER, POSITION, ROW, TEMPLATE
 from .template import template_mask
 
 
@@ -45,15 +46,15 @@ class Annotation:
 
     def __call__(self, example: Any) -> dict[str, Any]:
         ids = example["input_ids"]
-        row = example.get("bl_row")
+        row = example.get(ROW)
         if row is None:
             digest = hashlib.blake2b(f"{example.get('bl_index')} {ids}".encode(), digest_size=7).digest()
             row = -1 - int.from_bytes(digest)
         is_chat = is_conversational(example)
         template = template_mask(self.tokenizer, self.chat_template, example, ids) if is_chat else [0] * len(ids)
         if not self.packing:
-            return {"bl_row": row, "bl_template": template}
-        group = example.get("bl_group", "")
+            return {ROW: row, TEMPLATE: template}
+        group = example.get(GROUP, "")
         position, length = [0] * len(ids), [1] * len(ids)
         start = None
         for i, label in enumerate([*example["labels"], -100]):
@@ -65,8 +66,8 @@ class Annotation:
                     position[k], length[k] = max(0, k - first), max(1, i - first)
                 start = None
         size = len(ids)
-        return {"bl_row": [row] * size, "bl_group": [group] * size, "bl_template": template,
-                "bl_position": position, "bl_length": length}  # fmt: skip
+        return {ROW: [row] * size, GROUP: [group] * size, TEMPLATE: template,
+                POSITION: position, LENGTH: length}  # fmt: skip
 
 
 def group_name(value: Any) -> str:
@@ -77,15 +78,15 @@ def group_name(value: Any) -> str:
 
 def token_batch(batch: dict[str, Any]) -> TokenBatch:
     """Take what `Collator` added out of a batch, and return its target tokens."""
-    owner, examples = batch.pop("bl_owner"), batch.pop("bl_examples")
+    owner, examples = batch.pop(OWNER), batch.pop(EXAMPLES)
     is_target = batch["labels"][:, 1:] != -100
     row, column = is_target.nonzero(as_tuple=True)
     example = owner[:, 1:][is_target]
     first = torch.full((len(examples),), owner.shape[1])
     first.scatter_reduce_(0, owner[owner >= 0], (owner >= 0).nonzero()[:, 1], "amin")
-    given = {name: batch.pop(name)[:, 1:][is_target] for name in ("bl_template", "bl_position", "bl_length") if name in batch}
-    if "bl_position" in given:
-        position, length = given["bl_position"], given["bl_length"]
+    given = {name: batch.pop(name)[:, 1:][is_target] for name in (TEMPLATE, POSITION, LENGTH) if name in batch}
+    if POSITION in given:
+        position, length = given[POSITION], given[LENGTH]
     else:
         new = torch.ones_like(column, dtype=torch.bool)
         new[1:] = (row[1:] != row[:-1]) | (column[1:] != column[:-1] + 1) | (example[1:] != example[:-1])
@@ -98,7 +99,7 @@ def token_batch(batch: dict[str, Any]) -> TokenBatch:
         place=column + 1 - first[example],
         position=position,
         length=length,
-        is_template=given["bl_template"] == 1,
-        is_unmarked=given["bl_template"] < 0,
+        is_template=given[TEMPLATE] == 1,
+        is_unmarked=given[TEMPLATE] < 0,
         examples=examples,
     )

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .._util.trl import DataCollatorForLanguageModeling
 from ..errors import RecipeError
 from .annotation import group_name
 from .labels import check_example
-from .names import FILLS, ROW, WEIGHT
+from .names import EXAMPLE_LENGTHS, EXAMPLES, FILLS, GROUP, LENGTH, OWNER, POSITION, REFERENCE, ROW, TEMPLATE, WEIGHT
 from .template import segments
 
 
@@ -67,16 +67,16 @@ class Collator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         examples: list[dict[str, Any]] = []
-        names = ("bl_template", "bl_position", "bl_length") if self.cuts else ("bl_template",)
-        lines: dict[str, list[Tensor]] = {name: [] for name in ("bl_owner", *names)}
+        names = (TEMPLATE, POSITION, LENGTH) if self.cuts else (TEMPLATE,)
+        lines: dict[str, list[Tensor]] = {name: [] for name in (OWNER, *names)}
         for feature in features:
             line = []
             for start, stop in segments(feature):
-                row, group = feature["bl_row"], None
+                row, group = feature[ROW], None
                 if isinstance(row, list):  # packed
-                    row, group = row[start], feature["bl_group"][start]
+                    row, group = row[start], feature[GROUP][start]
                 elif self.by is not None:
-                    group = feature["bl_group"] if "bl_group" in feature else group_name(feature[self.by])
+                    group = feature[GROUP] if GROUP in feature else group_name(feature[self.by])
                 line.append(torch.full((stop - start,), len(examples)))
                 examples.append(
                     {
@@ -86,7 +86,7 @@ class Collator:
                         "is_part": self.cuts,
                     }
                 )
-            lines["bl_owner"].append(torch.cat(line))
+            lines[OWNER].append(torch.cat(line))
             for name in names:
                 lines[name].append(torch.tensor(feature[name]))
         batch = self.collator(features)
@@ -95,7 +95,7 @@ class Collator:
             values = [torch.cat(values)] if height < len(values) else values  # padding-free: one row
             padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=-1)
             batch[name] = torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=-1)
-        batch["bl_examples"] = examples
+        batch[EXAMPLES] = examples
         return batch
 
 
@@ -108,5 +108,19 @@ class TokenCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         lay_out(examples, batch)
         if self.padding_free:
-            batch["example_lengths"] = torch.tensor([len(example["input_ids"]) for example in examples])
+            batch[EXAMPLE_LENGTHS] = torch.tensor([len(example["input_ids"]) for example in examples])
         return batch
+
+
+def collator_of(trainer: Any) -> Any:
+    """Return a trainer's collator, made to carry our columns. Raises ValueError where it would lose `ref_logprobs`."""
+    collator = trainer.data_collator
+    if type(collator) is DataCollatorForLanguageModeling:
+        collator = TokenCollator(**vars(collator))
+    carries = isinstance(collator, TokenCollator) and not trainer.is_shared_out("cp", "sp")
+    if trainer.reference == "column" and not carries:
+        raise ValueError(
+            f"The column `{REFERENCE}` goes with text, and with whole sequences on each device: not with images, nor "
+            "with context parallelism. Train an adapter without it: its base model is the reference then."
+        )
+    return RowCollator(collator) if getattr(trainer.args, "stop_on_nan", False) else collator

@@ -1,13 +1,26 @@
-"""The names of all columns that this package reads or adds."""
-
-ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
-
-REFERENCE = "ref_logprobs"  # log p of each token under a reference model
-
-NOT_FOR_THE_MODEL = (ROW, REFERENCE, "example_lengths", "objective_weight", "bl_template")  # what our collators add to a batch
+"""The names of all columns that this package reads or adds, of data sets and of batches."""
 
 WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
 
+REFERENCE = "ref_logprobs"  # log p of each token under a reference model
+
+ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from
+
 TEMPLATE = "bl_template"  # 1 for a token that the chat template made
 
-FILLS = {WEIGHT: 1.0, TEMPLATE: 0, REFERENCE: 0.0}
+EXAMPLE_LENGTHS = "example_lengths"  # of a batch in padding-free mode: tokens of each example in its one row
+
+# What diagnosis adds
+GROUP = "bl_group"  # of the row: its value in the column that figures are broken down by
+
+POSITION = "bl_position"  # of a token in its example's answer
+
+LENGTH = "bl_length"  # of that answer
+
+OWNER = "bl_owner"  # of a batch: the example that each token belongs to
+
+EXAMPLES = "bl_examples"  # of a batch: what there is to know of each example
+
+FILLS = {WEIGHT: 1.0, TEMPLATE: 0, REFERENCE: 0.0}  # of the columns that our collators lay out, where there is no token
+
+NOT_FOR_THE_MODEL = (ROW, REFERENCE, EXAMPLE_LENGTHS, WEIGHT, TEMPLATE)  # what our collators add to a batch

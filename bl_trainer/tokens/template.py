@@ -32,7 +32,7 @@ class TemplateMark:
 
 def segments(feature: dict[str, Any]) -> Iterator[tuple[int, int]]:
     """Yield start and stop of each example in a row, which packing makes of several."""
-    rows, size = feature["bl_row"], len(feature["input_ids"])
+    rows, size = feature[ROW], len(feature["input_ids"])
     if feature.get("seq_lengths") is not None:
         starts = [0]
         for length in feature["seq_lengths"][:-1]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import ProcessorMixin
 
 
@@ -20,6 +22,11 @@ def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids of all special tokens."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {*tokenizer.all_special_ids, *added}
+
+
+def content_free_ids(trainer: Any) -> Tensor:
+    """Return the sorted ids of end and special tokens, (number,)."""
+    return torch.tensor(sorted(end_ids(trainer) | special_ids(tokenizer_of(trainer.processing_class))))
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .._util.tensors import local
+from .._util.transformers import jit_checkpoint_callback
 from ..errors import LossError
 
 
@@ -32,6 +33,12 @@ class StopOnSigterm(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+    def take_over(self, trainer: Any, previous: Any) -> None:
+        """Take the place of transformers' callback, which has replaced the `previous` handler of SIGTERM."""
+        trainer.remove_callback(jit_checkpoint_callback)
+        signal.signal(signal.SIGTERM, previous)
+        trainer.add_callback(self)
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True

@@ -1,5 +1,7 @@
-"""Configuration of a training run, and the rule which metric chooses a checkpoint."""
+"""The settings of a run, `BLConfig`, and the rule which metric chooses a checkpoint."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,17 +81,40 @@ class BLConfig(SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            **{key: None for key in SECRETS if hasattr(self, key)},
-        }  # transformers pickles its arguments into every checkpoint
+        state = {key: value for key, value in vars(self).items() if key != "_parsed"}
+        # transformers pickles its arguments into every checkpoint
+        return {**state, **{key: None for key in SECRETS if hasattr(self, key)}}
+
+    @property
+    def parsed_objective(self) -> Objective:
+        """The objective, parsed once however often it is asked for."""
+        return self._parse("objective", Objective.parse)
+
+    @property
+    def parsed_threshold(self) -> Threshold:
+        """The threshold, parsed once however often it is asked for."""
+        return self._parse("threshold", Threshold.parse)
+
+    def _known(self) -> dict[str, tuple[Any, Any]]:
+        """Return what each key was, and what it was parsed to."""
+        return vars(self).setdefault("_parsed", {})
+
+    def _parse(self, key: str, parse: Callable[[Any], Any]) -> Any:
+        known, spec = self._known(), getattr(self, key)
+        if key not in known or known[key][0] != spec:
+            known[key] = copy.deepcopy(spec), parse(spec)
+        return known[key][1]
+
+    def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:
+        """Keep the key fit for JSON, and what it was parsed to."""
+        if isinstance(getattr(self, key), (Objective, Threshold)):
+            setattr(self, key, parsed.to_dict())
+        self._known()[key] = copy.deepcopy(getattr(self, key)), parsed
 
     def __post_init__(self) -> None:
-        objective, threshold = Objective.parse(self.objective), Threshold.parse(self.threshold)  # type: ignore[arg-type]
-        if isinstance(self.objective, Objective):
-            self.objective = objective.to_dict()
-        if isinstance(self.threshold, Threshold):
-            self.threshold = threshold.to_dict()
+        objective, threshold = self.parsed_objective, self.parsed_threshold
+        self._keep_as_written("objective", objective)
+        self._keep_as_written("threshold", threshold)
         chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
         is_ruler = objective.to_dict() == {"name": "nll"} and threshold.keeps_all  # no other loss compares models
         if self.metric_for_best_model is None and chooses and not is_ruler:
@@ -103,4 +128,16 @@ class BLConfig(SFTConfig):
         if self.greater_is_better is None and metric.endswith(LOWER_IS_BETTER):
             self.greater_is_better = False
         super().__post_init__()
+        self._keep_as_written("objective", objective)  # a mapping that was JSON text
+        self._keep_as_written("threshold", threshold)
         refuse_bypass(self)
+
+
+def objective_of(args: Any) -> Objective:
+    """Return the parsed objective of `args`; of a plain `SFTConfig`, or None, `nll`."""
+    return args.parsed_objective if isinstance(args, BLConfig) else Objective.parse(getattr(args, "objective", "nll"))
+
+
+def threshold_of(args: Any) -> Threshold:
+    """Return the parsed threshold of `args`; of a plain `SFTConfig`, or None, one that keeps all tokens."""
+    return args.parsed_threshold if isinstance(args, BLConfig) else Threshold.parse(getattr(args, "threshold", None))

@@ -1,16 +1,23 @@
 """What would let a run end without having learnt: nothing trainable, no step, names that match nothing."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import nn
 
 from .._util.text import nearest
 from ..errors import RecipeError
+from ..objectives.threshold import Threshold
+from ..tokens.names import WEIGHT
+
+logger = get_logger(__name__)
 
 
 def leaves_no_empty_folder(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +56,61 @@ def refuse_dropped(rows: int, per_step: int, name: str, key: str) -> None:
         raise RecipeError(
             f"Cannot use the {name} set: `dataloader_drop_last: true` drops its only batch, {rows} rows where all processes "
             f"take {per_step}. Remove the key, or lower `{key}`."
+        )
+
+
+def refuse_dropped_sets(trainer: Any) -> None:
+    """Raise RecipeError if `dataloader_drop_last` leaves nothing of a trainer's set; of a stream nothing is dropped."""
+    args, accelerator = trainer.args, trainer.accelerator
+    if not args.dataloader_drop_last:
+        return
+    sharers = getattr(accelerator.parallelism_config, "non_data_parallel_size", 1)
+    processes = 1 if accelerator.split_batches else accelerator.num_processes // sharers
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    evaluated = {} if args.eval_strategy == "no" else evaluated
+    for name, dataset in {"train": trainer.train_dataset, **evaluated}.items():
+        kind = "train" if name == "train" else "eval"
+        if isinstance(dataset, Dataset):
+            size = getattr(args, f"{kind}_batch_size") * processes
+            refuse_dropped(len(dataset), size, name, f"per_device_{kind}_batch_size")
+
+
+def refuse_unlearnt(has_begun: bool, has_met_targets: bool) -> None:
+    """Raise RecipeError if training has ended without a step, or without a target in all its steps."""
+    if not has_begun:
+        raise RecipeError(
+            "Nothing trained: the training set gave no complete batch, so no step was made. Check its size, "
+            "`dataloader_drop_last` and `per_device_train_batch_size`."
+        )
+    if not has_met_targets:
+        raise RecipeError(
+            "Nothing trained: no row of any step had a target. Every label was -100. Check `labels`, the masks and the "
+            "`data_collator`."
+        )
+
+
+def warn_of_idle(means: dict[str, float], threshold: Threshold, grad_norm: float | None = None) -> None:
+    """Warn if nothing has trained since the last log, by its `means`, or if its `grad_norm` is not finite."""
+    if math.isnan(means.get("kept_fraction", 0)):
+        logger.warning(
+            "Nothing trains: since the last log no row had a target; every label was -100. Check `labels`, the masks and "
+            "`max_length`."
+        )
+    elif means.get("kept_fraction") == 0:
+        logger.warning(
+            f"Nothing trains: since the last log no target token was within the threshold {threshold.to_dict()} "
+            f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
+        )
+    elif means.get("gradient_weight") == 0:
+        logger.warning(
+            "Nothing trains: since the last log every target token had the weight 0 (gradient_weight 0, mean target_prob "
+            f"{means['target_prob']:.2g}). Take an objective with more weight there, or larger numbers in the column "
+            f"`{WEIGHT}`, if there is one."
+        )
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        logger.warning(
+            f"grad_norm is {grad_norm}: this step changes nothing, or breaks the optimizer's state. If `alpha` is negative "
+            "keep the least probable tokens out, e.g. by `threshold: 1.0e-6`."
         )
 
 

@@ -1,8 +1,7 @@
 """What would train something else than the recipe says: each is refused by name, before the model loads where that can be."""
 
 import os
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from accelerate.utils import is_peft_model
@@ -146,12 +145,3 @@ def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:
             f"Cannot train an adapter of {type(base).__name__}: {cause} wrap its tied LM head, which PEFT can't run or load. "
             f"{advice}."
         )
-
-
-def refuse_replaced_loss(compute_loss: Callable[..., Any]) -> NoReturn:
-    """Raise ValueError: `compute_loss`, in the place of TRL's, has not asked for log-probabilities, so no objective trains."""
-    module = getattr(compute_loss, "__globals__", {}).get("__name__", compute_loss.__module__)  # a wrapper copies `__module__`
-    raise ValueError(
-        f"Cannot compute the objective: the module `{module}` has replaced `SFTTrainer.compute_loss`, and its function trains "
-        f"the model's own loss. Import `bl_trainer` before `{module.partition('.')[0]}`, or remove the replacement."
-    )

@@ -8,14 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from datasets import IterableDataset
 from packaging.version import Version
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from .._util.process import is_first_here
 from ..errors import CheckpointError
 from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
+from ..objectives.threshold import Threshold, spell_probability
 from .checkpoints import STATE_FILE, last_whole, read_json, read_record, why_broken
+from .config import objective_of, threshold_of
+
+logger = get_logger(__name__)
 
 # What must stay as it was; other keys may change, with a warning
 FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
@@ -78,7 +83,7 @@ def plan_resume(
             _refuse_broken(checkpoint)
     if checkpoint is None:
         return ResumePlan(skipped=skipped)
-    objective, asked_threshold = _asked_for(args)
+    objective, asked_threshold = objective_of(args), threshold_of(args)
     record = read_record(str(checkpoint))
     threshold = _recorded_threshold(checkpoint, record, asked_threshold)
     _refuse_other_loss(checkpoint, record, objective, threshold, asked_threshold)
@@ -92,11 +97,17 @@ def plan_resume(
     return ResumePlan(checkpoint, threshold, skipped, tuple(warnings))
 
 
-def _asked_for(args: TrainingArguments) -> tuple[Objective, Threshold]:
-    """Return what `args` ask for; a `BLConfig` has it parsed already."""
-    objective = getattr(args, "parsed_objective", None) or Objective.parse(getattr(args, "objective", "nll"))
-    threshold = getattr(args, "parsed_threshold", None) or Threshold.parse(getattr(args, "threshold", None))
-    return objective, threshold
+def planned_resume(args: TrainingArguments, requested: str | bool | ResumePlan | None, processes: int) -> ResumePlan:
+    """Return the plan that a recipe has made, or make one, with its warnings. Raises CheckpointError as `plan_resume`."""
+    if isinstance(requested, ResumePlan):
+        return requested
+    plan = plan_resume(args, requested, processes=processes)
+    plan.say_skipped()
+    if requested is True and plan.checkpoint is None:
+        raise CheckpointError(f"There is no whole checkpoint in {args.output_dir} to resume from.")
+    for warning in plan.warnings:
+        logger.warning(warning)
+    return plan
 
 
 def _refuse_broken(checkpoint: Path) -> None:
@@ -178,8 +189,7 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
     for key in FIXED:
         if key in changed:
             raise CheckpointError(
-                f"{checkpoint} can't be gone on with after a change of {changed[key]}. Write it as it was, or another "
-                "`output_dir`."
+                f"{checkpoint} can't be resumed after a change of {changed[key]}. Write it as it was, or another `output_dir`."
             )
     if changed:
         yield f"since {checkpoint} the recipe has changed: {', '.join(changed.values())}."
@@ -231,3 +241,37 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
             "another `output_dir` for a new run; if it is the same model in another place, correct `base_model_name_or_path` "
             f"in {path}."
         )
+
+
+def state_of(checkpoint: str) -> TrainerState:
+    """Return the state that `checkpoint` holds, a new one if it holds none."""
+    path = Path(checkpoint) / STATE_FILE
+    return TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
+
+
+def steps_of(args: TrainingArguments, checkpoint: str, state: TrainerState) -> int:
+    """Return how many steps the run has that `checkpoint` is of, or 0 if it is to be made longer or shorter."""
+    if args.max_steps > 0:
+        return args.max_steps
+    is_same = read_record(checkpoint).get("num_train_epochs") == args.num_train_epochs
+    return state.max_steps if is_same else 0
+
+
+def tell_of_resuming(trainer: Any, checkpoint: str, state: TrainerState) -> None:
+    """Print where `trainer` resumes, and warn of what differs from an uninterrupted run."""
+    threshold = trainer.threshold
+    if threshold.above_percentile is not None:
+        trainer.accelerator.print(
+            f"The threshold is p >= {spell_probability(threshold.above, 6)}: percentile {threshold.above_percentile:g}, as "
+            f"{checkpoint} records it."
+        )
+    is_stream = isinstance(trainer.train_dataset, IterableDataset)
+    by_length = getattr(trainer.args, "train_sampling_strategy", "") == "group_by_length"
+    by_length |= bool(getattr(trainer.args, "group_by_length", False))  # an older transformers'
+    if (state.epoch or 0) > 1 and (is_stream or by_length):
+        source = "stream" if is_stream else "set grouped by length"
+        logger.warning(
+            f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} the examples may come in another order "
+            "than in an uninterrupted run."
+        )
+    trainer.accelerator.print(f"Going on from {checkpoint}, after step {state.global_step}.")

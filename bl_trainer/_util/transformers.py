@@ -1,0 +1,48 @@
+"""What this package uses from inside transformers, beyond its public names: a release that moves something breaks here.
+
+tests/test_foreign.py says what each is for.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+
+jit_checkpoint_callback: Any = None  # not in the oldest transformers
+with suppress(ImportError):
+    from transformers.trainer_jit_checkpoint import JITCheckpointCallback as jit_checkpoint_callback
+
+__all__ = [
+    "ATTRIBUTES",
+    "METHODS",
+    "EvalLoopOutput",
+    "TrainOutput",
+    "has_length",
+    "is_deepspeed_zero3_enabled",
+    "jit_checkpoint_callback",
+]
+
+# Methods of `Trainer` that are overridden or called -> what then breaks
+METHODS = {
+    "_hp_search_setup": "the refusal to search over the objective",
+    "call_model_init": "the loss head of a search's models",
+    "_load_from_checkpoint": "the model of a run that has all its steps",
+    "_load_best_model": "the best model of a schedule-free optimizer",
+    "_save_rng_state": "checkpoints of several processes, kept until all parts are written",
+    "_get_output_dir": "the removal of a broken checkpoint that is written again",
+    "_prepare_inputs": "measurements",
+    "compute_loss_context_manager": "measurements under autocast",
+    "evaluation_loop": "measurements and metrics",
+    "prediction_step": "measurements",
+    "get_tp_size": "the loss under tensor parallelism",
+    "create_optimizer": "measurements under FSDP2 before training",
+}
+
+# Attributes of a `Trainer` -> what then breaks
+ATTRIBUTES = {
+    "model_accepts_loss_kwargs": "the count of the global batch's target tokens",
+    "current_gradient_accumulation_steps": "`normalize: kept`, and the auxiliary loss",
+    "is_fsdp_enabled": "measurements of sharded models",
+    "is_deepspeed_enabled": "measurements of sharded models",
+}

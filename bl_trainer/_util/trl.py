@@ -1,0 +1,26 @@
+"""What this package uses from inside TRL, beyond its public names: a release that moves something breaks here.
+
+tests/test_foreign.py says what each is for.
+"""
+
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
+
+__all__ = ["ATTRIBUTES", "METHODS", "DataCollatorForLanguageModeling", "add_fused_lm_head", "maybe_gather_lm_head_ctx"]
+
+# Methods of `SFTTrainer` that are overridden or called -> what then breaks
+METHODS = {
+    "_prepare_dataset": "columns of tokens: weights, row numbers, the chat template's tokens, the reference",
+    "_set_signature_columns_if_needed": "the same columns, which `remove_unused_columns` would take away",
+    "_save_checkpoint": "checkpoints that are complete, or an error",
+    "create_model_card": "the objective in the model card",
+}
+
+# Attributes of an `SFTTrainer` -> what then breaks
+ATTRIBUTES = {
+    "aux_loss_enabled": "the auxiliary loss of a mixture of experts, and the choice of the loss head",
+    "chat_template": "the tokens that a chat template makes, and the check of what it renders",
+    "_metrics": "`num_tokens` and `aux_loss` in the log",
+    "_is_vision_dataset": "the refusal to diagnose images",
+    "_signature_columns": "columns of tokens",
+}

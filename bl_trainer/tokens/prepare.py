@@ -1,0 +1,107 @@
+"""A data set made ready to train: TRL's preparation, and the columns that go with the tokens through cutting and packing."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from trl import SFTTrainer, pack_dataset
+
+from .columns import check_columns, check_weights, for_each_token, number_rows
+from .labels import columns_of, refuse_without_target
+from .names import REFERENCE, ROW, TEMPLATE, WEIGHT
+from .reference import check_reference, has_target, truncated
+from .template import TemplateMark
+from .vocabulary import tokenizer_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set to be prepared, and how: what `SFTTrainer._prepare_dataset` takes. `name`: of the set, as errors call it."""
+
+    dataset: Any
+    processing_class: Any
+    args: Any
+    packing: bool
+    formatting_func: Any
+    name: str
+
+    def untruncated(self) -> "Rows":
+        """Return the same rows, to be prepared whole, one to a row."""
+        args = copy.copy(self.args)
+        args.max_length = None
+        return replace(self, args=args, packing=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Columns that rows are to get or keep.
+
+    `numbers`: each row's number. `marks`: which tokens the chat template made. `refers`: log p under a reference model.
+    """
+
+    numbers: bool = False
+    marks: bool = False
+    refers: bool = False
+
+
+def tokenize(trainer: SFTTrainer, rows: Rows) -> Any:
+    """Return the rows as TRL prepares them: token ids with labels, truncated and packed as `rows` says."""
+    return SFTTrainer._prepare_dataset(
+        trainer, rows.dataset, rows.processing_class, rows.args, rows.packing, rows.formatting_func, rows.name
+    )
+
+
+def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
+    """Return the rows as TRL prepares them, with the columns `wanted` and `objective_weight`.
+
+    Raises RecipeError on columns that are wrong.
+    """
+    dataset, args, present = rows.dataset, rows.args, columns_of(rows.dataset)
+    check_columns(dataset, rows.name, wanted.marks)
+    refers = wanted.refers and REFERENCE in present
+    if REFERENCE in present and not refers:
+        dataset = dataset.remove_columns(REFERENCE)  # which nothing would cut along with the tokens
+    asked = {ROW: wanted.numbers, WEIGHT: WEIGHT in present, TEMPLATE: wanted.marks, REFERENCE: refers}
+    columns = [key for key, holds in asked.items() if holds]
+    if not columns:
+        return tokenize(trainer, replace(rows, dataset=dataset))
+    if WEIGHT in columns:
+        dataset = check_weights(dataset, rows.name)
+    if columns != [WEIGHT] and ROW not in present:
+        dataset = number_rows(dataset)
+    rows, length = replace(rows, dataset=dataset), args.max_length
+    cuts = not rows.packing and length is not None and (refers or {WEIGHT, "input_ids"} <= {*present})
+    # What is per token is cut with the tokens
+    prepared = tokenize(trainer, rows.untruncated() if rows.packing or cuts else rows)
+    how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
+    with PartialState().local_main_process_first():
+        if refers:
+            prepared = prepared.map(check_reference, fn_kwargs={"name": rows.name}, **how)
+        if cuts:
+            kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
+            prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
+        if wanted.marks and TEMPLATE not in present:
+            mark = TemplateMark(tokenizer_of(rows.processing_class), trainer.chat_template, rows.name)
+            prepared = prepared.map(mark, **how)
+        return _packed(prepared, args, columns, how) if rows.packing else prepared
+
+
+def _packed(prepared: Any, args: Any, columns: list[str], how: dict[str, Any]) -> Any:
+    prepared = prepared.map(for_each_token(columns), **how).select_columns(["input_ids", "labels", *columns])
+    packed = pack_dataset(prepared, args.max_length, args.packing_strategy, how)
+    return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+
+def refuse_untargeted(prepared: Any, name: str, args: Any, untruncated: Callable[[], Any] = tuple) -> None:
+    """Raise RecipeError if a prepared set has no target, in what is used of it, and say if truncation took it.
+
+    `untruncated`: gives the same rows whole.
+    """
+    used = None
+    if isinstance(prepared, IterableDataset) and name == "train" and args.max_steps > 0:
+        used = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    refuse_without_target(islice(prepared, used), name, args, lambda: islice(untruncated(), used))

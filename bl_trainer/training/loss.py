@@ -1,0 +1,207 @@
+"""The objective's cost of each token of a batch, over a loss head: `bl_trainer`'s own, or TRL's."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..head.lm_head import Head
+from ..head.ops import TokenCosts, objective_head, score
+from ..objectives.objective import Objective
+from ..objectives.pricing import Price, masked_cost, price
+from ..objectives.threshold import Threshold, trains
+from ..tokens.columns import TokenColumns
+from ..tokens.labels import columns_of
+from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.reference import base_of
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """
+    What each token of a micro-batch costs: tensors (batch, length - 1), about the next token, 0 where that is no target.
+
+    `cost`: f, the one with a gradient; 0 on tokens that don't train. `logp`, `entropy`: nats. `weight`: on the NLL gradient.
+    `kept`: bool, which train. `is_top1`, `is_target`: bool. `aux_loss`: (), of a mixture of experts, or None.
+    """
+
+    cost: Tensor
+    logp: Tensor
+    weight: Tensor
+    kept: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    is_target: Tensor
+    aux_loss: Tensor | None = None
+
+
+class LossHead(Protocol):
+    """Where log p, and what else an objective asks for, come from."""
+
+    name: str  # as checkpoints record it
+
+    def __call__(
+        self, loss: "ObjectiveLoss", model: Any, inputs: dict[str, Any], columns: TokenColumns, progress: float
+    ) -> TokenLoss:
+        """Return the cost of each token of `inputs` under `loss`, from one forward of `model`."""
+
+
+@dataclass(frozen=True)
+class ObjectiveLoss:
+    """
+    The loss of a batch, per token: `objective` of the tokens within `threshold`, computed by `head`.
+
+    `special_ids`: (number,) ids of end and special tokens, where the objective has `special_tokens`. `adapted`: the PEFT model
+    whose base is the reference, where the objective's `ref_logp` comes from there.
+    """
+
+    objective: Objective
+    threshold: Threshold
+    head: LossHead
+    special_ids: Tensor | None = None
+    adapted: Any = None
+
+    def __call__(self, model: Any, inputs: dict[str, Any], progress: float) -> TokenLoss:
+        """Return the cost of each token. Takes the columns out of `inputs`, a collated batch; `progress`: 0 to 1."""
+        return self.head(self, model, inputs, TokenColumns(inputs, self.special_ids), progress)
+
+
+class OwnHead:
+    """`objective_head`, which forms the gradient as it goes: exact, in fewer products than TRL's."""
+
+    name = "own"
+
+    def __call__(
+        self, loss: ObjectiveLoss, model: Any, inputs: dict[str, Any], columns: TokenColumns, progress: float
+    ) -> TokenLoss:
+        extras, reference = tuple({"log_sum_sq_probs"} & set(loss.objective.statistics)), {}
+        if loss.adapted is not None:
+            with base_of(model, loss.adapted):
+                reference = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
+
+        def priced(statistics: dict[str, Tensor]) -> Price:
+            return price(loss.objective, loss.threshold, {**statistics, "progress": progress})
+
+        def cost(hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
+            is_target = inputs["labels"][:, 1:] != -100
+            known = columns.at(target, lambda column, fill: column[:, 1:][is_target].to(target.device))
+            return objective_head(hidden, head, target, priced, extras, {**known, **reference})
+
+        costs, is_target = model(**inputs, use=cost)
+
+        def laid_out(values: Tensor) -> Tensor:
+            # connected to the model where there is no target too, which a backward needs on every process
+            return values.new_zeros(is_target.shape).masked_scatter(is_target, values)
+
+        return TokenLoss(
+            cost=laid_out(costs.cost),
+            logp=laid_out(costs.scores.logp),
+            weight=laid_out(costs.weight),
+            kept=laid_out(costs.kept),
+            entropy=laid_out(costs.scores.entropy),
+            is_top1=laid_out(costs.is_top1),
+            is_target=is_target,
+        )
+
+
+class TRLHead:
+    """TRL's fused head, with which `nll` trains weights that are bit-identical to `SFTTrainer`'s."""
+
+    name = "trl"
+
+    def __call__(
+        self, loss: ObjectiveLoss, model: Any, inputs: dict[str, Any], columns: TokenColumns, progress: float
+    ) -> TokenLoss:
+        inputs, ref_logp = {**inputs, "fused_lm_head": True}, None
+        if loss.adapted is not None:
+            with base_of(model, loss.adapted):
+                ref_logp = model(**inputs).log_probs
+        outputs = model(**inputs)
+        logp, is_target = outputs.log_probs, outputs.label_mask
+        known = columns.at(_labels_of(logp, inputs), lambda column, fill: _beside(logp, column, fill))
+        kept = is_target & trains(loss.threshold, logp, known.get("is_special"))
+        available = {
+            "entropy": lambda: outputs.entropy,
+            "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
+            "is_top1": lambda: outputs.is_top1,
+            "ref_logp": lambda: known["ref_logp"] if ref_logp is None else ref_logp,
+            "label": lambda: _labels_of(logp, inputs),
+            "progress": lambda: progress,
+            "is_special": lambda: known["is_special"],
+        }
+        statistics = {name: available[name]() for name in loss.objective.statistics}
+        cost, weight = masked_cost(loss.objective, kept, logp, known.get(WEIGHT), **statistics)
+        return TokenLoss(
+            cost, logp, weight, kept, outputs.entropy, outputs.is_top1, is_target, getattr(outputs, "aux_loss", None)
+        )
+
+
+def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Return the token ids that `logp` is about, -100 where there is none; same shape as `logp`."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"].to(logp.device)
+    return _beside(logp, inputs["labels"], -100)
+
+
+def _beside(logp: Tensor, column: Tensor, fill: float) -> Tensor:
+    """Return the values of a (batch, length) column that `logp` is about, `fill` where it has none; same shape as `logp`."""
+    virtual_tokens = logp.shape[1] + 1 - column.shape[1]  # that prompt-learning PEFT puts in front
+    return pad(column.to(logp.device), (virtual_tokens, 0), value=fill)[:, 1:]
+
+
+def mean_over_batch(trainer: Any, tokens: TokenLoss, num_items: Tensor | int | None) -> Tensor:
+    """Return the loss to minimise, as `SFTTrainer.compute_loss` forms it: the sum of costs by the global batch's targets.
+
+    `num_items`: target tokens of all micro-batches and processes of the step, over which the trainer sums gradients; without,
+    as in evaluation, the micro-batch's own count. `normalize: kept` divides by the micro-batch's kept tokens instead.
+    """
+    counts = num_items is not None
+    steps = trainer.current_gradient_accumulation_steps if counts else 1
+    total = tokens.cost.sum()
+    if trainer.threshold.normalize == "kept":
+        loss = total / _whole_count(trainer.accelerator, tokens.kept) / steps
+    else:
+        loss = total / torch.as_tensor(num_items if counts else tokens.is_target.sum()).clamp(min=1)
+        if counts and trainer.args.average_tokens_across_devices:
+            loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return loss + trainer.router_aux_loss_coef * tokens.aux_loss / steps if trainer.aux_loss_enabled else loss
+
+
+def _whole_count(accelerator: Any, kept: Tensor) -> Tensor:
+    """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
+    parallelism, count = accelerator.parallelism_config, kept.sum()
+    if parallelism is None or not parallelism.cp_enabled:
+        return count.clamp(min=1)
+    mesh = accelerator.torch_device_mesh["cp"]
+    torch.distributed.all_reduce(count, group=mesh.get_group())
+    return count.clamp(min=1) / mesh.size()
+
+
+def tell_of_loss(trainer: Any) -> None:
+    """Print where a trainer's log p, reference and weights come from."""
+    whose = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
+    trainer.accelerator.print(f"Loss head: {whose}.")
+    if trainer.reference is not None:
+        what = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
+        trainer.accelerator.print(f"Reference: {what}.")
+    if trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset):
+        trainer.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
+
+
+@contextmanager
+def explains_lost_images(max_length: int | None) -> Iterator[None]:
+    """Say what to do where a batch has images whose tokens `max_length` has truncated."""
+    try:
+        yield
+    except ValueError as error:
+        if max_length is None or "Image features and image tokens do not match" not in str(error):
+            raise
+        raise ValueError(
+            f"Cannot compute the loss: `max_length: {max_length}` truncates the tokens of an image. Raise it, or write "
+            "`max_length: null`."
+        ) from error

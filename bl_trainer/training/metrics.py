@@ -1,0 +1,106 @@
+"""The metrics of a run: exact means over target tokens, summed on the device and fetched once per log."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives.threshold import Threshold
+from .config import METRICS
+from .loss import TokenLoss
+
+
+class TokenMetrics:
+    """
+    Sum what a run reports over target tokens, on the device, and hand out the means over all processes.
+
+    `num_tokens` is the number of tokens that training has read, of all processes, as of the last `pop`.
+    """
+
+    def __init__(self, accelerator: Any, sharers: int = 1):
+        """`sharers`: processes that read the same tokens, by tensor parallelism."""
+        self.accelerator, self.sharers = accelerator, sharers
+        self.num_tokens = self._before = 0
+        self._read: Tensor | int = 0
+        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be fetched."""
+        return not any(sums is not None for sums in self._sums.values())
+
+    def begin(self) -> None:
+        """Begin a call of `train`."""
+        self._before = self.num_tokens
+
+    def restart(self) -> None:
+        """Forget what this call of `train` has counted: `auto_find_batch_size` starts again after a failed step."""
+        self._sums["train"], self._read, self.num_tokens = None, 0, self._before
+
+    def clear(self, mode: str) -> None:
+        """Forget the sums of `mode`."""
+        self._sums[mode] = None
+
+    def add(self, mode: str, loss: TokenLoss, counted: Tensor) -> None:
+        """Add a micro-batch. `counted`: bool, the shape of `loss.is_target`, which of the targets count."""
+        with torch.no_grad():
+            wide = torch.float32 if counted.device.type == "mps" else torch.float64
+            per_token = (-loss.logp, loss.logp.exp(), loss.kept, loss.weight, loss.entropy, loss.is_top1, loss.cost)
+            num_tokens = counted.sum(dtype=wide)
+            aux = torch.zeros_like(num_tokens) if loss.aux_loss is None else num_tokens * loss.aux_loss
+            means = (torch.where(counted, x, x.new_zeros(())).sum(dtype=wide) for x in per_token)
+            sums, total = torch.stack([num_tokens, aux, *means]), self._sums[mode]
+            self._sums[mode] = sums if total is None else total + sums
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens that a micro-batch of the training set holds, padding apart."""
+        if "attention_mask" in inputs:
+            self._read = self._read + inputs["attention_mask"].sum()
+        elif "position_ids" in inputs:  # padding-free
+            self._read = self._read + inputs["position_ids"].size(1)
+        else:
+            raise ValueError("Cannot count tokens: the batch has neither `attention_mask` nor `position_ids`. Add one of them.")
+
+    def pop(self, mode: str) -> dict[str, float]:
+        """Return the means over all processes' tokens since the last call: `METRICS`, `objective` (f) and `aux_loss`.
+
+        Empty if there was no micro-batch, NaN if none had a target. The one synchronisation per log; call it on every process.
+        """
+        sums, self._sums[mode] = self._sums[mode], None
+        if sums is None:
+            return {}
+        read, self._read = torch.as_tensor(self._read, dtype=sums.dtype, device=sums.device), 0
+        read_tokens, num_tokens, *rest = self.accelerator.reduce(torch.cat([read[None], sums]), reduction="sum").tolist()
+        self.num_tokens += int(read_tokens) // self.sharers
+        means = [x / num_tokens if num_tokens else float("nan") for x in rest]
+        return dict(zip(("aux_loss", *METRICS, "objective"), means, strict=True))
+
+
+def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficient: float) -> dict[str, float]:
+    """Return what an evaluation reports, from `TokenMetrics.pop`: `loss` as training minimises it, and `perplexity`."""
+    found = {name: means[name] for name in METRICS}
+    loss = means["objective"]
+    if threshold.normalize == "kept":
+        loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
+    perplexity = torch.tensor(means["nll"], dtype=torch.float64).exp().item()  # infinite where Python would raise
+    return {**found, "loss": loss + aux_loss_coefficient * means["aux_loss"], "perplexity": perplexity}
+
+
+def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
+    """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes.
+
+    `is_target`: bool (batch, length). `example_lengths`: tokens of each example of a padding-free batch, whose one row holds
+    them all. Returns the targets that count.
+    """
+    state, parallelism = accelerator.gradient_state, accelerator.parallelism_config
+    sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
+    if accelerator.num_processes <= sharers or not state.end_of_dataloader or state.remainder <= 0:
+        return is_target
+    examples = len(is_target) if example_lengths is None else len(example_lengths)
+    own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
+    is_own = torch.zeros_like(is_target)
+    if example_lengths is None:
+        is_own[:own] = True
+    else:
+        is_own[:, : int(example_lengths[:own].sum())] = True
+    return is_target & is_own

@@ -1,0 +1,143 @@
+"""`ScoringTrainer`: what training and diagnosis share, a model that scores tokens where and as training places it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import SFTTrainer
+
+from .._util.transformers import is_deepspeed_zero3_enabled
+from .._util.trl import add_fused_lm_head
+from ..head.patch import add_scoring
+from ..head.verification import verify_head
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from ..tokens.labels import check_rows, plain
+from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
+from ..tokens.prepare import Rows, Wanted, prepare
+from ..tokens.rendering import check_rendering
+from .refusals import refuse_copied_tied_head
+
+
+class ScoringTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] whose model scores target tokens by a verified head, and whose data sets keep our columns.
+
+    `observe` runs anything over batches in place of an evaluation, `prepare_rows` makes a data set ready as training has it.
+    """
+
+    model: Any  # transformers' declaration leaves out what TRL has made of it
+    parsed_objective: Objective  # `objective` is the name that transformers' hyperparameter search writes its score to
+    threshold: Threshold
+    reference: str | None  # where `ref_logp` comes from: "column", "adapter" or nowhere
+    reference_head: str | None  # why TRL's head computes the loss, None if ours does
+
+    _observer: Callable[..., None] | None = None
+    _is_verified = False
+
+    @property
+    def loss_head(self) -> str:
+        """The loss head in use: `own` or `trl`."""
+        return "own" if self.reference_head is None else "trl"
+
+    def add_heads(self, model: Any) -> None:
+        """Let `model` compute the loss. Raises ValueError if neither our head nor TRL's gives its logits."""
+        base = model.get_base_model() if is_peft_model(model) else model
+        sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
+        add_scoring(base)
+        self.reference_head, self._is_verified = self._why_reference_head(base), False
+        refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
+
+    def _why_reference_head(self, base: Any) -> str | None:
+        """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
+        config = base.config
+        reasons = {
+            "`loss_head: trl` asks for it": getattr(self.args, "loss_head", "auto") == "trl",
+            "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
+            "the model is multimodal": config.get_text_config() is not config,
+            "the sequence or the head is shared out over devices": self.is_shared_out("cp", "sp", "tp"),
+            "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def is_shared_out(self, *kinds: str) -> bool:
+        """Whether sequences or weights are shared out over devices by a parallelism of these `kinds`: cp, sp, tp."""
+        return any(getattr(self.accelerator.parallelism_config, f"{kind}_size", 1) > 1 for kind in kinds)
+
+    # Verification
+
+    def _is_sharded(self) -> bool:
+        """Whether a forward pass needs the model as training places it."""
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return sharded or any(parameter.is_meta for parameter in self.model.parameters())
+
+    def heads_in_use(self) -> set[str]:
+        """Return the loss heads that this run computes with; percentiles are measured with `bl_trainer`'s own."""
+        return {self.loss_head} | (set() if self.threshold.resolved else {"own"})
+
+    def verify(self, model: Any) -> None:
+        """Verify the heads in use against the logits of `model`. Raises ValueError as `verify_head`."""
+        self._is_verified = True
+        for kind in sorted(self.heads_in_use()):
+            with self.accelerator.autocast():
+                verify_head(model, kind, trains=not self._is_sharded())
+
+    def verify_whole(self) -> None:
+        """Verify the heads of a model that is in place already, as a sharded one isn't before training."""
+        if not self._is_sharded():
+            self.verify(self.model)
+
+    def ensure_verified(self) -> None:
+        """Verify the loss head of a sharded model once it is in place. Raises ValueError as `verify_head`."""
+        if not self._is_verified:
+            self._is_verified = True  # the measurement below asks again
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            self.observe([{"input_ids": ids, "labels": ids}], lambda model, batch: self.verify(model))
+
+    # Measurement
+
+    def observe(self, batches: Iterable[dict[str, Any]], observer: Callable[..., None]) -> None:
+        """Run the evaluation loop over `batches` with `observer(model, batch)` in place of an evaluation step."""
+        self.shard()
+        self.ensure_verified()
+        self._observer = observer
+        try:
+            super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
+        finally:
+            self._observer = None
+
+    def shard(self) -> None:
+        """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
+        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self._observer is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._observer(model, inputs)
+        return None, None, None
+
+    # Data
+
+    def wanted(self, args: Any, name: str) -> Wanted:
+        """Return the columns that the data set `name` is to get or keep."""
+        return Wanted()
+
+    def prepare_rows(self, rows: Rows) -> Any:
+        """Return a data set ready to train, checked row by row. Raises RecipeError with the number of the row."""
+        dataset = plain(rows.dataset)
+        if rows.formatting_func is None:
+            where = f"the {rows.name} set"
+            dataset = check_rendering(dataset, rows.processing_class, self.chat_template, where, rows.args)
+        rows = replace(rows, dataset=check_rows(dataset, rows.name))
+        return prepare(self, rows, self.wanted(rows.args, rows.name))
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        return self.prepare_rows(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [key for key in (ROW, WEIGHT, TEMPLATE, REFERENCE) if key not in self._signature_columns]

@@ -1,0 +1,107 @@
+"""`Setup`: a trainer's arguments, checked before the model loads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from datasets import Dataset
+from packaging.version import Version
+from transformers import TrainingArguments
+
+from .._util.trl import DataCollatorForLanguageModeling
+from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
+from ..tokens.columns import check_columns
+from ..tokens.labels import check_labels, columns_of, plain
+from ..tokens.layouts import arrange_all
+from ..tokens.prepare import refuse_untargeted
+from ..tokens.reference import reference_source, refuse_lost_context
+from .config import objective_of, threshold_of
+from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_no_causal_lm, refuse_virtual_tokens
+
+
+@dataclass(frozen=True)
+class Setup:
+    """
+    What a trainer is built from: nothing in it would train something other than the recipe says.
+
+    `arguments`: `SFTTrainer`'s, with the data sets arranged. `reference`: where the objective's `ref_logp` comes from:
+    "column", "adapter", or None if it asks for none.
+    """
+
+    arguments: Mapping[str, Any]
+    objective: Objective
+    threshold: Threshold
+    reference: str | None
+
+    @classmethod
+    def check(cls, args: Any, arguments: Mapping[str, Any]) -> "Setup":
+        """Check `SFTTrainer`'s arguments: `args`, and the others by name. Raises ValueError before the model loads."""
+        _refuse_missing_triton()
+        if isinstance(args, TrainingArguments):
+            refuse_bypass(args)
+        if arguments.get("compute_loss_func") is not None:
+            raise ValueError(
+                "`compute_loss_func` would replace the objective. Leave it out, and write your loss as an objective: "
+                '`BLConfig(objective="my_package.losses:my_objective")`.'
+            )
+        peft_config = arguments.get("peft_config") or getattr(arguments["model"], "active_peft_config", None)
+        refuse_lm_head_adapter(peft_config)
+        refuse_virtual_tokens(peft_config, args)
+        objective, threshold = objective_of(args), threshold_of(args)
+        given = arrange_all({**arguments, "args": args})
+        _check_sets(given, args, objective)
+        refuse_no_causal_lm(given["model"], args)
+        return cls(given, objective, threshold, _reference(given, objective, peft_config))
+
+
+def _refuse_missing_triton() -> None:
+    if Version(version("trl")) < Version("1.16") and find_spec("triton") is None:
+        raise ValueError(
+            f"TRL {version('trl')} computes the loss with Triton, which is not installed here. Run `pip install "
+            "'trl>=1.16,<2'`, which also computes it without."
+        )
+
+
+def _sets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training set, then the evaluation sets, by name."""
+    evaluated = given.get("eval_dataset")
+    sets = {"train": given.get("train_dataset"), **(evaluated if isinstance(evaluated, dict) else {"eval": evaluated})}
+    return {name: dataset for name, dataset in sets.items() if dataset is not None and not isinstance(dataset, str)}
+
+
+def _check_sets(given: Mapping[str, Any], args: Any, objective: Objective) -> None:
+    """Raise RecipeError on columns and labels that are wrong, or that would be lost on their way."""
+    marks = objective.special_tokens is not None
+    for name, dataset in _sets(given).items():
+        check_columns(dataset, name, marks, _obstacle(given, args, marks))
+    if not _has_own_collator(given):
+        check_labels(_sets(given), args, given.get("formatting_func") is not None)
+        prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        for name, dataset in _sets(given).items():
+            if prepared and isinstance(dataset, Dataset):
+                refuse_untargeted(plain(dataset), name, args)
+
+
+def _has_own_collator(given: Mapping[str, Any]) -> bool:
+    collator = given.get("data_collator")
+    return collator is not None and type(collator) is not DataCollatorForLanguageModeling
+
+
+def _obstacle(given: Mapping[str, Any], args: Any, marks: bool) -> str | None:
+    """Return what would lose the columns of tokens on their way to the loss, if anything."""
+    if args is not None and is_context_parallel(args):
+        return "context parallelism cuts sequences up"
+    if marks and given.get("formatting_func") is not None:
+        return "`formatting_func` renders the examples"
+    return "the `data_collator` is your own" if _has_own_collator(given) else None
+
+
+def _reference(given: Mapping[str, Any], objective: Objective, peft_config: Any) -> str | None:
+    columns = {name: columns_of(dataset) for name, dataset in _sets(given).items()}
+    source = reference_source(objective, peft_config, columns, given.get("data_collator") is not None)
+    if source == "column" and given.get("args") is not None:
+        refuse_lost_context(given["args"])
+    return source

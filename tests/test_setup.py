@@ -1,0 +1,53 @@
+"""How a trainer starts: its signature; an objective and a threshold that are parsed once, and stay out of checkpoints."""
+
+import copy
+import inspect
+import pickle
+
+import torch
+from trl import SFTTrainer
+
+from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from conftest import make_llama
+
+calls = []
+
+
+def counted(logp):
+    calls.append(logp.shape)
+    return -torch.expm1(logp)
+
+
+def config(tmp_path, **options):
+    return BLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+
+
+def test_a_start_parses_a_users_function_once(tokenizer, text_data, tmp_path):
+    spec = f"{__name__}:counted"
+    Objective.parse(spec)
+    once = len(calls)
+    calls.clear()
+    args = config(tmp_path, objective=spec, threshold=0.1, max_steps=1)
+    trainer = BLTrainer(make_llama(tokenizer), args, train_dataset=text_data, processing_class=tokenizer)
+    assert len(calls) == once
+    assert trainer.parsed_objective is args.parsed_objective
+    assert trainer.threshold is args.parsed_threshold
+
+
+def test_the_signature_is_trls():
+    """Under whatever annotations."""
+    ours, theirs = (inspect.signature(each.__init__).parameters.values() for each in (BLTrainer, SFTTrainer))
+    assert [(each.name, each.kind, each.default) for each in ours] == [(each.name, each.kind, each.default) for each in theirs]
+
+
+def test_what_is_parsed_follows_its_key_and_is_not_saved(tmp_path):
+    args = config(tmp_path, objective='{"name": "power", "alpha": 2}', threshold={"above": 0.2})
+    assert args.parsed_objective == Objective.parse({"name": "power", "alpha": 2})
+    assert args.parsed_threshold == Threshold(above=0.2)
+    assert not [key for key in args.to_dict() if "parsed" in key]
+    for copied in (pickle.loads(pickle.dumps(args)), copy.copy(args), copy.deepcopy(args)):
+        assert "_parsed" not in vars(copied)
+        assert copied.parsed_objective == args.parsed_objective
+    args.objective, args.threshold = "neg_p", None
+    assert args.parsed_objective == Objective.parse("neg_p")
+    assert args.parsed_threshold.keeps_all
