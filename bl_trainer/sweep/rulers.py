@@ -104,7 +104,7 @@ def rulers_in(results: Iterable[Result]) -> list[Ruler]:
     return own + [ruler_named(name, results) for name in measured if name not in RULERS]
 
 
-def study_direction(name: str) -> str:
+def study_direction(name: str) -> Literal["minimize", "maximize"]:
     """Return which way a study goes; up for a task's metric, of which it isn't known before the first result."""
     return "minimize" if name in RULERS and RULERS[name].sign < 0 else "maximize"
 
