@@ -413,7 +413,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bl_trainer import kernels
+from bl_trainer.head import kernels
 
 POINTERS = {"logits": "*fp32", "index": "*i64", "target": "*i64", "top1_of": "*i64", "rank_of": "*i64"}
 SCALARS = {"stride": "i32", "out_stride": "i32", "vocabulary": "i32", "softcap": "fp32", "gain": "fp32"}

@@ -102,7 +102,8 @@ def kinds_of(hint: Any) -> set[Any]:
 
 def _checked(action: Any, hint: Any, value: Any) -> Any:
     """Return a value from a file as it is to be used; raises RecipeError if it isn't what the key takes."""
-    key, kinds = action.dest, kinds_of(hint) | {type(value) for value in (action.default, action.const)}
+    constants = [action.default, *([] if action.const is None else [action.const])]
+    key, kinds = action.dest, kinds_of(hint) | set(map(type, constants))
     if key in ("objective", "threshold", "resume_from_checkpoint"):  # their own readers check them
         return value
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else without_secrets({key: value})[key]

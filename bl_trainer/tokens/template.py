@@ -44,6 +44,20 @@ def segments(feature: dict[str, Any]) -> Iterator[tuple[int, int]]:
     yield from zip(starts, [*starts[1:], size], strict=True)
 
 
+def _content_spans(text: str, pieces: list[str], contents: list[str]) -> list[tuple[int, int]] | None:
+    """Return where each of `contents` stands in `text`, between `pieces`; None if the template changes or lacks one."""
+    spans, at = [], len(pieces[0])
+    if not text.startswith(pieces[0]):
+        return None
+    for content, after in zip(contents, pieces[1:], strict=True):
+        forms = [form for form in (content, content.strip()) if text.startswith(form + after, at)]
+        if not forms:
+            return None
+        spans.append((at, at + len(forms[0])))
+        at += len(forms[0]) + len(after)
+    return spans if at == len(text) else None
+
+
 def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: list[int]) -> list[int]:
     """Return for each of `ids` 1 if the chat template made it, 0 if it holds some of a message's content; all -1 if unknown.
 
@@ -72,16 +86,8 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
         before, _, rest = rest.partition(mark)
         pieces.append(before)
     pieces.append(rest)
-    spans, at = [], len(pieces[0])
-    if not text.startswith(pieces[0]):
-        return unknown
-    for content, after in zip(contents, pieces[1:], strict=True):
-        forms = [form for form in (content, content.strip()) if text.startswith(form + after, at)]
-        if not forms:
-            return unknown  # the template changes contents, or leaves some out
-        spans.append((at, at + len(forms[0])))
-        at += len(forms[0]) + len(after)
-    if at != len(text):
+    spans = _content_spans(text, pieces, contents)
+    if spans is None:
         return unknown
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [1] * len(encoded["input_ids"])
