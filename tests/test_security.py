@@ -147,7 +147,7 @@ def test_nothing_is_written_elsewhere(checkpoint, data_folder, tmp_path):
 
 
 def test_the_package_neither_pickles_nor_evaluates():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for word in (
             r"import pickle",
             r"torch\.(load|save)\b",
