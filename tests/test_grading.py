@@ -411,6 +411,11 @@ MARKED = [
     ("7", "7 \\text{ mod } 10", 0),
 ]
 SENTENCES = [
+    ("12", "So the area is 12 cm^2.", 1),
+    ("2", "So the area is 12 cm^2.", 0),
+    ("5", "The probability is 1/5.", 0),
+    ("16", "It equals 2^4.", 1),
+    ("4", "It equals 2^4.", 0),
     ("-3", "The value is −3.", 1),
     ("3", "The value is −3.", 0),
     ("-3", "The value is –3.", 1),
@@ -460,6 +465,14 @@ SENTENCES = [
 CITIES = ["Paris", "London", "Berlin", "Rome"]
 DRUGS = ["aspirin", "warfarin", "heparin", "insulin"]
 VERDICTS = [
+    ("B because Berlin is in Germany.", "B"),
+    ("The answer is A. Sorry, I meant C.", "C"),
+    ("B is tempting, however C is right.", "C"),
+    ("Perhaps Paris.", None),
+    ("Everyone would say Paris.", None),
+    ("Neither Paris nor London.", None),
+    ("I would exclude London.", None),
+    ("Paris, London and Berlin are all wrong. So Rome.", "D"),
     ("Paris is incorrect.", None),
     ("The answer isn't Paris.", None),
     ("It can't be Paris", None),

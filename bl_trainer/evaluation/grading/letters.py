@@ -66,7 +66,7 @@ ANNOUNCED = (
 SETTLED = (
     r"\b(?:(?:it|that|this)(?:['\u2019]s| is| must be| has to be| should be| would be)"
     r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say)\b"
-    r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i mean|scratch that|no|instead)\b"
+    r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i meant?|scratch that|no|instead)\b"
 )
 WITHDRAWN = (
     r"(?i:\b(?:that|this|it)(?:['\u2019]s| is| was) (?:wrong|incorrect|not right|not it|a mistake)\b"
@@ -74,7 +74,7 @@ WITHDRAWN = (
 )
 # What others may hold, or what is only supposed, up to the end of its clause
 SUPPOSED = (
-    r"(?i:\b(?:if|unless|whether|were)\b|\b(?:some|many|most|others|people|students|one|you|we) "
+    r"(?i:\b(?:if|unless|whether|were)\b|\b(?:some|many|most|everyone|others|people|students|one|you|we) "
     r"(?:(?:might|may|could|would|often) )?(?:be tempted to |want to |think|say|argue|believe|claim|guess|choose|pick)s?\b)"
     r"[^.,;\n]{0,80}"
 )
@@ -99,9 +99,10 @@ DENIED = (
     r"|letter|both|either|\w{1,20}ly)\b|[\s:=*_`'\"$(\[{>-]){0,14}"
 )
 DOUBT = re.compile(
-    rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation)\b)|\?"
+    rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation"
+    r"|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
 )
-BEGIN = r"(?:^|[.,;:\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|that|and|but)\b)"
+BEGIN = r"(?:^|[.,;:\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but)\b)"
 APART = r"[\s)*\].:=(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
 ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
 NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
@@ -217,7 +218,7 @@ class _Exam:
         if alone:
             return alone[1].upper()
         said = self.without_list(said)
-        goes_on = r",\W{0,4}(?:because|since|as|due|given|the|for|I|$)(?!\w)| [-\u2013\u2014] "
+        goes_on = r" (?:because|since)\b|,\W{0,4}(?:because|since|as|due|given|the|for|I|$)(?!\w)| [-\u2013\u2014] "
         for names in (
             re.findall(
                 rf"^[\s*_`(\[\u2022-]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$)|{goes_on})(?!{self.second})"

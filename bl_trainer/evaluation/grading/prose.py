@@ -33,7 +33,7 @@ JOIN = (
     rf"(?: ?(?:\*\*|[-+*/\u00d7\u00b7\u22c5\u00f7\u00b1:]|\\(?:times|cdot|div|pm)(?![a-z])) ?[-$]?)(?={TERM})"
     r"|(?<=\d) (?=\d+/\d)|(?<=\d) (?=\\(?:frac|sqrt|pi))"
 )
-RUN = re.compile(rf"(?:(?<![\w)\]}}.])(?<!^){SIGN}|^{SIGN})?{TERM}(?:(?:{JOIN}){TERM})*")
+RUN = re.compile(rf"(?<![\w^.])(?:(?<![\w)\]}}.])(?<!^){SIGN}|^{SIGN})?{TERM}(?:(?:{JOIN}){TERM})*")
 VALUE = re.compile(r"\d|\\[A-Za-z]|[\u03c0\u221e\u221a]|\w ?[-+*/^]")
 BETWEEN = re.compile(r" ?([A-Za-z]+)(?:,| and|, and)? ")
 
@@ -77,7 +77,7 @@ def _inside(match: re.Match[str]) -> str:
 
 def _measure(said: str, runs: list[re.Match[str]]) -> str:
     """Return the last of the expressions in prose with its unit, and with a larger one before it, as in 7 hours 30 minutes."""
-    unit = re.match(r" ?([A-Za-z]+)", said[runs[-1].end() :])
+    unit = re.match(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?", said[runs[-1].end() :])
     end = runs[-1].end() + (unit.end() if unit and is_unit(unit[1]) else 0)
     begin = runs[-1].start()
     if len(runs) > 1 and end > runs[-1].end():
