@@ -15,6 +15,7 @@ LAYOUTS = {
     "mapping": lambda labels: dict(zip(labels, TEXTS, strict=True)),
     "pairs": lambda labels: [{"key": label, "value": text} for label, text in zip(labels, TEXTS, strict=True)],
     "labelled": lambda labels: [{"text": text, "label": label} for label, text in zip(labels, TEXTS, strict=True)],
+    "identified": lambda labels: [{"id": label, "text": text} for label, text in zip(labels, TEXTS, strict=True)],
     "columns": lambda labels: {"text": TEXTS, "label": list(labels)},
 }
 

@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from datasets import Dataset
 
 pytest.importorskip("math_verify")
-from bl_trainer.evaluation.grading import grade_math, letter, letters, math, values
+from bl_trainer.errors import RecipeError
+from bl_trainer.evaluation.grading import grade_math, letter, letters, math, math_docs, prose, values
 
 try:
     from re import _parser as parser
@@ -259,7 +261,7 @@ LETTERS = [
     ("not A", None),
     ("It is not A, B or D.", None),
     ("The answer is not A, B or D but C.", "C"),
-    ("The answer isn't A. It's C.", None),
+    ("The answer isn't A. It's C.", "C"),
     ("A is incorrect, so the answer is D.", "D"),
     ("I would go with B.", "B"),
     ("I'd choose (d).", "D"),
@@ -346,6 +348,227 @@ def test_options_that_read_like_verdicts(choices, said, right):
     assert letter(said, choices) == right
 
 
+MARKED = [
+    ("R-r", "0", 0),
+    ("R+r", "2r", 0),
+    ("2R", "2r", 0),
+    ("N", "n", 0),
+    ("n^2", "N^2", 0),
+    ("AB", "ab", 0),
+    ("R+r", "r+R", 1),
+    ("2R_1", "R_1+R_1", 1),
+    ("R_1", "r_1", 0),
+    ("x_A", "x_a", 0),
+    ("I", "i", 0),
+    ("E", "e", 0),
+    ("\\frac{1}{2}Rh", "\\frac{Rh}{2}", 1),
+    ("\\pi R^2", "R^2\\pi", 1),
+    ("P(1+r)", "P+Pr", 1),
+    ("P(1+R)", "P+Pr", 0),
+    ("BAC", "CAB", 0),
+    ("ADE", "DEA", 0),
+    ("AB", "BA", 0),
+    ("BAC", "BAC", 1),
+    ("xy", "yx", 1),
+    ("Yes", "yes", 1),
+    ("NO", "no", 1),
+    ("Two", "two", 1),
+    ("Monday", "MONDAY", 1),
+    ("\\text{BAC}", "CAB", 0),
+    ("2AB", "2BA", 1),
+    ("A\\cdot B", "B\\cdot A", 1),
+    ("6", "\\text{6 hours}", 1),
+    ("36", "\\text{36 square units}", 1),
+    ("36", "36 \\text{ square units}", 1),
+    ("6 hours", "\\text{6 minutes}", 0),
+    ("7", "\\text{7 hours and 30 minutes}", 0),
+    ("1.5", "\\text{1.5 cm}", 1),
+    ("(-\\infty,3]", "x \\le 3", 1),
+    ("(-\\infty,3)", "x \\le 3", 0),
+    ("(-\\infty,3]", "3 \\ge x", 1),
+    ("[2,5)", "2\\le x<5", 1),
+    ("[2,5)", "5>x\\ge 2", 1),
+    ("[2,5)", "2<x<5", 0),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1\\text{ or }x>3", 1),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1 or x>4", 0),
+    ("x\\ge 2", "[2,\\infty)", 1),
+    ("x>3", "3<x", 1),
+    ("\\text{(C)}", "\\textbf{(C)}\\ 5", 1),
+    ("5", "\\textbf{(C)}\\ 5", 1),
+    ("\\text{(D)}", "\\textbf{(C)}\\ 5", 0),
+    ("C", "\\textbf{(C)} 5", 1),
+    ("5", "\\textbf{(C)}\\ 6", 0),
+    ("\\text{(C)}", "\\textbf{(C) }\\frac{1}{2}", 1),
+    ("no solution", "No solutions", 1),
+    ("\\text{no solution}", "\\text{No Solutions}", 1),
+    ("no solution", "two solutions", 0),
+    ("7", "7\\text{ (mod }10)", 1),
+    ("7", "7 \\pmod{10}", 1),
+    ("7", "x \\equiv 7 \\pmod{10}", 1),
+    ("7 \\pmod{10}", "7 \\pmod{11}", 0),
+    ("3", "7 \\pmod{10}", 0),
+    ("7", "7 (mod 10)", 1),
+    ("7", "7 \\text{ mod } 10", 0),
+]
+SENTENCES = [
+    ("12", "So the area is 12 cm^2.", 1),
+    ("2", "So the area is 12 cm^2.", 0),
+    ("5", "The probability is 1/5.", 0),
+    ("16", "It equals 2^4.", 1),
+    ("4", "It equals 2^4.", 0),
+    ("-3", "The value is −3.", 1),
+    ("3", "The value is −3.", 0),
+    ("-3", "The value is –3.", 1),
+    ("3", "The value is –3.", 0),
+    ("0.05", "5 × 10^{-2}", 1),
+    ("-2", "5 × 10^{-2}", 0),
+    ("2", "The area is x^2.", 0),
+    ("x^2", "The area is x^2.", 1),
+    ("1000", "1 000", 1),
+    ("0", "1 000", 0),
+    ("3.5", "3 1/2 hours", 1),
+    ("1/2", "3 1/2 hours", 0),
+    ("-5", "12-5", 0),
+    ("7", "12-5", 1),
+    ("1500", "1.5e3", 1),
+    ("1.5", "1.5e3", 0),
+    ("17", "Total: $12 + $5 = $17", 1),
+    ("12", "Total: $12 + $5 = $17", 0),
+    ("3", "It is 3x", 0),
+    ("3x", "It is 3x.", 1),
+    ("30", "It takes 7 hours and 30 minutes.", 0),
+    ("7 hours 30 minutes", "It takes 7 hours and 30 minutes.", 0),
+    ("2\\sqrt{3}", "The area is 2\\sqrt{3}.", 1),
+    ("3", "The area is 2\\sqrt{3}.", 0),
+    ("12", "The answer is 12 - 5.", 0),
+    ("-4", "So we get − 4.", 1),
+    ("4", "x - 4", 0),
+    ("18", "- 18", 1),
+    ("1200", "She earned $1,200 in May.", 1),
+    ("5", "The cost is $5 or $7", 0),
+    ("2", "It is 2:3", 0),
+    ("2:3", "It is 2:3", 1),
+    ("(1,2)", "The point is (1, 2).", 1),
+    ("2", "The point is (1, 2).", 0),
+    ("3", "The value is 3 percent.", 1),
+    ("3/4", "It's 3/4.", 1),
+    ("4", "It's 3/4.", 0),
+    ("9", "The result is 3².", 1),
+    ("2", "√2 is the value", 0),
+    ("100000000", "about 10^8", 1),
+    ("8", "about 10^8", 0),
+    ("10", "about 10^8", 0),
+    ("-0.5", "the value is -.5", 1),
+    ("5", "the value is -5", 0),
+    ("12", "we get 12 apples + 5 pears", 0),
+]
+CITIES = ["Paris", "London", "Berlin", "Rome"]
+DRUGS = ["aspirin", "warfarin", "heparin", "insulin"]
+VERDICTS = [
+    ("B because Berlin is in Germany.", "B"),
+    ("The answer is A. Sorry, I meant C.", "C"),
+    ("B is tempting, however C is right.", "C"),
+    ("Perhaps Paris.", None),
+    ("Everyone would say Paris.", None),
+    ("Neither Paris nor London.", None),
+    ("I would exclude London.", None),
+    ("Paris, London and Berlin are all wrong. So Rome.", "D"),
+    ("Paris is incorrect.", None),
+    ("The answer isn't Paris.", None),
+    ("It can't be Paris", None),
+    ("I'd rule out Paris.", None),
+    ("It is not Paris.", None),
+    ("Not Paris", None),
+    ("Some say the answer is A.", None),
+    ("If the answer were A, it would be odd.", None),
+    ("I don't think it's A.", None),
+    ("The answer is unlikely to be B.", None),
+    ("Is it A?", None),
+    ("So A or B.", None),
+    ("One might choose A.", None),
+    ("Option A is tempting.", None),
+    ("Paris? No.", None),
+    ("It's A or B", None),
+    ("Let's consider option B.", None),
+    ("The answer is C. No wait, that's wrong.", None),
+    ("I'm not sure whether it's A.", None),
+    ("Paris is wrong, and so is Rome.", None),
+    ("B, because Paris is in France", "B"),
+    ("B - Paris is in France.", "B"),
+    ("It's B. Paris is in France.", "B"),
+    ("Thus B, not Paris", "B"),
+    ("Option A is tempting, but it's B", "B"),
+    ("The right option is D, no wait, B.", "B"),
+    ("It's B.", "B"),
+    ("I'd say it's B", "B"),
+    ("The answer is not A. It is B.", "B"),
+    ("A, C and D are wrong. So B.", "B"),
+    ("- B", "B"),
+    ("Thus B", "B"),
+    ("Both A and B look good, but B is better", "B"),
+    ("London, because Paris is in France", "B"),
+    ("The answer is London, not Paris.", "B"),
+    ("So it must be London.", "B"),
+    ("B — Rome is in Italy", "B"),
+    ("I'd go with London.", "B"),
+    ("The answer is A. Actually, it's B.", "B"),
+    ("A? No. It's B.", "B"),
+    ("The answer is not Paris but London.", "B"),
+    ("At first I thought A, but it's B.", "B"),
+    ("The answer is London.", "B"),
+    ("I would say B.", "B"),
+    ("First I chose A; on second thought, B.", "B"),
+    ("* B", "B"),
+    ("Therefore, B.", "B"),
+    ("It has to be B.", "B"),
+    ("The answer is Paris. Wait, no: London.", "B"),
+    ("...the answer is C; however, on reflection, D.", "D"),
+    ("Rule out A. Rule out B. The answer is C.", "C"),
+]
+DRUG_VERDICTS = [
+    ("Not aspirin.", None),
+    ("Heparin should be avoided.", None),
+    ("Explanation of choice A: weak", None),
+    ("Avoid heparin.", None),
+    ("Aspirin is contraindicated.", None),
+    ("Aspirin can't be given here.", None),
+    ("The answer is heparin, not warfarin.", "C"),
+    ("heparin", "C"),
+    ("The patient needs insulin.", "D"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), MARKED)
+def test_case_order_units_options_and_intervals_in_a_box(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"So \\boxed{{{answer}}}."])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "said", "right"), SENTENCES)
+def test_prose_keeps_sign_exponent_and_variable(gold, said, right):
+    assert grade_math({"gold": gold}, [said])["accuracy"] == right
+
+
+@pytest.mark.parametrize(
+    ("choices", "said", "right"),
+    [(choices, *row) for choices, rows in ((CITIES, VERDICTS), (DRUGS, DRUG_VERDICTS)) for row in rows],
+)
+def test_denied_and_mentioned_options_are_no_answers(choices, said, right):
+    assert letter(said, choices) == right
+
+
+def test_gold_of_a_worked_solution():
+    def gold(said):
+        return math_docs(Dataset.from_list([{"prompt": "?", "completion": said}]))["gold"][0]
+
+    for said in ("2+3 = \\boxed{5}", "2+3\n#### 5", "2+3 is five. The answer is 5.", "5"):
+        assert gold(said) == "5"
+    for said in ("61.bb:pq", "Add the numbers", ""):
+        with pytest.raises(
+            RecipeError, match=r"row 1: its solution or completion .* marks no final answer.*final_answer, answer"
+        ):
+            gold(said)
+
+
 LOOPS = [
     "the answer is ",
     "answer ",
@@ -415,7 +638,7 @@ def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypa
 
 
 def test_patterns_over_whole_answers_are_bounded():
-    for pattern in (math.BRACE, math.STATED, letters.MARK):
+    for pattern in (math.BRACE, prose.STATED, letters.MARK):
         assert is_bounded(pattern)
     assert not is_bounded(r"a.*b")
 

@@ -6,7 +6,7 @@ from string import ascii_uppercase
 from typing import Any
 
 COLUMNS = ("options", "choices")
-LAYOUTS = (("key", "value"), ("label", "text"))  # what data sets call an option's label and its text
+LAYOUTS = (("key", "value"), ("label", "text"), ("id", "text"))  # what data sets call an option's label and its text
 
 
 def read_choices(options: Any) -> tuple[list[str], list[str] | None]:

@@ -2,11 +2,11 @@ r"""Mathematics: the final answer of a text, and whether it equals the gold answ
 
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from .docs import read_docs
 from .latex import compact, spelled
+from .prose import STATED, stated
 from .reasoning import without_reasoning
 from .units import measured
 from .values import SECONDS, is_same_value, math_verify, parsed
@@ -14,7 +14,6 @@ from .values import SECONDS, is_same_value, math_verify, parsed
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
 MOST_PARTS = 30  # of a list, a set or a matrix
 MOST_TRIED = 8  # parts of a list that are compared by value, in any order
-MOST_STATED = 300  # characters of a statement that is searched for an expression
 
 BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
@@ -23,17 +22,41 @@ NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
 JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
+ORDER = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
+TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
+LETTERS = re.compile(r"[A-Za-z]{2,}")
+VERDICTS = ("yes", "no", "true", "false")
+MOST_NAMED = 4  # capital letters that name points or sides; more of them are a word
+OPTION = re.compile(r"(?:\\text\{)?\(([A-J])\)\}?\s*((?:-?[\d.]|\\(?:frac|sqrt|text|pi)(?![a-z])).*)")  # as in (C) 5
+MODULO = re.compile(r"(.+?) *(?:\\pmod|\( *(?:\\text\{ ?)?mod(?: ?\})?|\\text\{ ?\(mod ?\}) *(\w+) *\)?")
 
 
 def math_docs(docs: Any) -> Any:
     """Return rows with `question` and `gold`. Raises RecipeError where they lack these, or math-verify is missing."""
     math_verify()
-    return read_docs(docs, MATH_GOLD, lambda doc, right: {"gold": _math_gold(right)})
+    is_worked = not {*MATH_GOLD[:-2]} & {*docs.column_names}
+    return read_docs(docs, MATH_GOLD, lambda doc, right: {"gold": _worked_gold(right) if is_worked else _math_gold(right)})
 
 
 def _math_gold(right: str) -> str:
     found = final_answer(right)
     return right if found is None else found
+
+
+def _worked_gold(right: str) -> str:
+    r"""Return the final answer of a worked solution. Raises ValueError where it marks none and isn't one itself."""
+    found = final_answer(right)
+    if found is not None:
+        return found
+    said = [right] if right and not WORD.search(right) else stated(right) if STATED.search(right) else []
+    if not said:
+        columns = ", ".join(MATH_GOLD[:-2])
+        raise ValueError(
+            rf"its {' or '.join(MATH_GOLD[-2:])} {right[:40]!r} marks no final answer. "
+            rf"Write the gold answer in \boxed{{}} or after ####, or in one of {columns}."
+        )
+    return said[0]
 
 
 def boxes(text: str) -> list[tuple[int, int, int]]:
@@ -83,7 +106,7 @@ def _is_same_list(gold: str, said: str) -> bool:
 def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
     """Whether an answer is mathematically what `gold` is; unless `is_bare`, the answer is looked for in a text."""
     if not is_bare:
-        return any(is_same_math(gold, stated) for stated in _stated(answer))
+        return any(is_same_math(gold, said) for said in stated(answer))
     if not answer.strip():
         return False
     one, other = spelled(gold), spelled(answer)
@@ -101,8 +124,51 @@ def _is_same(one: str, other: str) -> bool:
     bases = [BASED.fullmatch(compact(text)) for text in (one, other)]
     if any(bases):  # math-verify passes over the base
         return bool(bases[0] and bases[1] and bases[0].groups() == bases[1].groups())
-    if all(re.fullmatch(r"[A-Za-z]{2,}", compact(text)) for text in (one, other)) and len(one) > len("abc"):
-        return compact(one).casefold() == compact(other).casefold()  # words, not products
+    if (_is_phrase(one) or _is_phrase(other)) and all(LETTERS.fullmatch(compact(text)) for text in (one, other)):
+        return _said(one) == _said(other)
+    rests = _without_marks(one, other)
+    if rests != (one, other):
+        return _is_same(*rests)
+    return _is_same_structure(one, other)
+
+
+def _is_phrase(text: str) -> bool:
+    """Whether an expression is words or a name such as ABC, not a product such as ab."""
+    plain = compact(text)
+    if not LETTERS.fullmatch(plain):
+        return False
+    is_short = len(plain) <= len("abc") and plain.islower() and plain not in VERDICTS
+    return not is_short or r"\text" in text
+
+
+def _said(text: str) -> str:
+    """Return words in lower case and the singular, but a name of a few capital letters as it is."""
+    plain = compact(text)
+    if plain.isupper() and len(plain) <= MOST_NAMED and plain.lower() not in VERDICTS:
+        return plain
+    return plain.casefold().removesuffix("s")
+
+
+def _without_marks(one: str, other: str) -> tuple[str, str]:
+    """Take away what only one of two expressions has: an option's letter, or its text, and a modulus."""
+    options = OPTION.fullmatch(one), OPTION.fullmatch(other)
+    if bool(options[0]) != bool(options[1]):
+        bare = other if options[0] else one
+        pick = 1 if re.fullmatch("[A-J]", compact(bare)) else 2
+        return options[0][pick] if options[0] else one, options[1][pick] if options[1] else other
+    moduli = MODULO.fullmatch(one), MODULO.fullmatch(other)
+    if moduli[0] and moduli[1] and moduli[0][2] != moduli[1][2]:
+        return one, other
+    return tuple(_residue(found[1]) if found else text for found, text in zip(moduli, (one, other), strict=True))  # type: ignore[return-value]
+
+
+def _residue(text: str) -> str:
+    return re.sub(rf"^{NAME} *\\equiv *", "", text)
+
+
+def _is_same_structure(one: str, other: str) -> bool:
+    if bool(ORDER.search(one)) != bool(ORDER.search(other)):
+        one, other = _as_intervals(one), _as_intervals(other)
     (kind, parts), (other_kind, others) = _structure(one), _structure(other)
     if kind == other_kind == "":
         return _is_same_scalar(one, other)
@@ -113,6 +179,29 @@ def _is_same(one: str, other: str) -> bool:
     if any(RELATION.search(text) for text in (one, other)):
         return _verify(one, other)
     return False
+
+
+def _as_intervals(text: str) -> str:
+    r"""Write x \le 3 as (-\infty,3], and "or" between such as a union; other expressions stay as they are."""
+    parts = [_as_interval(part) for part in _split(text, rf",|;|{CONNECTIVE}")]
+    return r"\cup ".join(part for part in parts if part) if all(parts) else text
+
+
+def _as_interval(text: str) -> str | None:
+    """Return the interval that one letter between bounds stands for; None of other expressions."""
+    terms = [term.strip() for term in ORDER.split(text)]
+    if len(terms) == 3 and not re.fullmatch(NAME, terms[0]):
+        terms = terms[::-1]
+        terms[1] = TURNED[terms[1]]
+    if len(terms) == 5 and terms[1] in (">", r"\ge"):
+        terms = [TURNED.get(term, term) for term in terms[::-1]]
+    signs = terms[1::2]
+    if len(terms) == 3 and re.fullmatch(NAME, terms[0]):
+        is_upper, closed = signs[0] in ("<", r"\le"), signs[0].startswith("\\")
+        return f"(-\\infty ,{terms[2]}{'])'[not closed]}" if is_upper else f"{'[('[not closed]}{terms[2]},\\infty )"
+    if len(terms) == 5 and re.fullmatch(NAME, terms[2]) and {*signs} <= {"<", r"\le"}:
+        return f"{'[('[signs[0] == '<']}{terms[0]},{terms[4]}{'])'[signs[1] == '<']}"
+    return None
 
 
 def _bare(text: str) -> str:
@@ -230,48 +319,3 @@ def _verify(one: str, other: str) -> bool:
     if left is None or right is None:
         return False
     return bool(math_verify().verify(left, right, timeout_seconds=SECONDS))
-
-
-# Answers in prose
-
-STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
-MATH = re.compile(r"\$\$?([^$]{1,300})\$\$?|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]", re.DOTALL)
-PROSE = re.compile(
-    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b|[,;]\s+[A-Za-z]{2}|\s-\s"
-)
-NUMBERS = re.compile(r"-?(?<![\w.])\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<=[$€£])\d[\d,]*(?:\.\d+)?")
-
-
-def _stated(text: str) -> list[str]:
-    """Return the expression that a text without a box states last, as a list of one, or none."""
-    ends = [match.end() for match in STATED.finditer(text)]
-    if ends:
-        return _expression(_sentence(text[ends[-1] : ends[-1] + MOST_STATED]), 0)
-    lines = text[-4 * MOST_STATED :].strip().split("\n")
-    return _expression(re.split(r"(?<=[.!?])\s+", lines[-1][-MOST_STATED:].strip())[-1], -1)
-
-
-def _sentence(text: str) -> str:
-    """Return the first sentence or line of `text`."""
-    return re.split(r"(?<=[.!?*])\s+(?=[A-Z(])|\n|[.!?]\s*$", text.strip())[0]
-
-
-def _expression(text: str, which: int) -> list[str]:
-    """Return the first or last expression of a sentence."""
-    found = list(MATH.finditer(text))
-    if found:
-        between = [text[one.end() : other.start()] for one, other in pairwise(found)]
-        is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
-        return (
-            [MATH.sub(lambda m: next(filter(None, m.groups())), text[found[0].start() :])]
-            if is_one and between
-            else [next(filter(None, found[which].groups()))]
-        )
-    if which < 0:
-        text = text.rpartition("=")[2]
-    said = PROSE.split(text.replace("*", "").strip(), maxsplit=1)[0].strip(" .:")
-    numbers = NUMBERS.findall(text)
-    is_prose = re.match(r"[A-Za-z]{2,} [A-Za-z]", said) and len(numbers) == 1
-    if is_prose or (which < 0 and not re.search(r"\\[A-Za-z]", said)):
-        return numbers[-1:]
-    return [said]

@@ -66,3 +66,8 @@ def _known(unit: str) -> str | None:
     name = re.sub(rf"\\text\{{([^{{}}]*)\}}|{POWER}$", lambda match: match[1] or "", unit).strip(" .").lower()
     known = KNOWN.get(name) or KNOWN.get(name.removesuffix("s"))
     return f"{known}{power[0] if power else ''}" if known else None
+
+
+def is_unit(word: str) -> bool:
+    """Whether a word is a known unit, in the singular or the plural."""
+    return len(word) > 1 and _known(word) is not None

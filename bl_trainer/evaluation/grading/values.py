@@ -23,6 +23,7 @@ POINTS = (
     ("-2.2", "-1.1", "0.9"),
 )
 COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
+CAPITAL = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Z])(?:_\{([^{}A-Z]*)\})?")
 TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
@@ -82,7 +83,12 @@ def _are_small(text: str) -> bool:
 def _with_products(text: str) -> str:
     """Write the signs that math-verify needs: 2(3) is a product, and i stands alone."""
     text = re.sub(r"(?<=[\d)]) *(?=\()|(?<=\)) *(?=\d)|(?<=\d) *(?=\\frac)", r"\\cdot ", text)
-    return re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)
+    return CAPITAL.sub(_capital, re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text))
+
+
+def _capital(match: re.Match[str]) -> str:
+    """Mark a capital letter, since math-verify reads all letters in lower case."""
+    return f" {match[1].lower()}_{{00{match[2] or ''}}}" if match[1] else match[0]
 
 
 def _with_imaginary_unit(value: Any) -> Any:
