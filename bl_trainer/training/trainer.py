@@ -42,7 +42,16 @@ from ..objectives.pricing import Price, masked_cost, price
 from ..objectives.threshold import Threshold, spell_probability, trains
 from ..tokens.collators import RowCollator, TokenCollator
 from ..tokens.columns import TokenColumns, check_columns, check_weights, for_each_token, number_rows
-from ..tokens.labels import check_labels, check_rows, columns_of, plain, refuse_misaligned, refuse_without_target
+from ..tokens.labels import (
+    check_ids,
+    check_labels,
+    check_rows,
+    columns_of,
+    plain,
+    refuse_misaligned,
+    refuse_without_target,
+    warn_of_untrained,
+)
 from ..tokens.layouts import arrange_all
 from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.reference import base_of, check_reference, has_target, reference_source, refuse_lost_context, truncated
@@ -143,6 +152,7 @@ class BLTrainer(SFTTrainer):
         previous = signal.getsignal(signal.SIGTERM)
         self.made_folders = missing_folders(Path(given["args"].output_dir)) if given.get("args") is not None else []
         super().__init__(**{key: value for key, value in given.items() if key != "self"})
+        self._refuse_unknown_ids(given)
         if given.get("peft_config") is not None:
             refuse_unmatched(self.model)
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
@@ -241,6 +251,7 @@ class BLTrainer(SFTTrainer):
             return self._prepare_rows(dataset, processing_class, whole, False, formatting_func, dataset_name)
 
         self._refuse_without_target(prepared, dataset_name, args, uncut)
+        warn_of_untrained(dataset, prepared, dataset_name, args)
         return prepared
 
     def _refuse_without_target(self, prepared: Any, name: str, args: Any, uncut: Callable[[], Any] = tuple) -> None:
@@ -315,6 +326,16 @@ class BLTrainer(SFTTrainer):
             for name, dataset in sets.items():
                 if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") and isinstance(dataset, Dataset):
                     self._refuse_without_target(plain(dataset), name, args)
+
+    def _refuse_unknown_ids(self, given: dict[str, Any]) -> None:
+        """Raise RecipeError on a token id that the model has no embedding for; of a stream when the row is read."""
+        size = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        for name in ("train", "eval"):
+            source = given.get(f"{name}_dataset")  # whose rows have the numbers that the user knows
+            for part in source.values() if isinstance(source, dict) else [source]:
+                if isinstance(part, Dataset):
+                    check_ids(part, name, size)
+        self.train_dataset = check_ids(self.train_dataset, "prepared train", size)
 
     def _find_special_ids(self) -> Tensor | None:
         """Return the ids of end and special tokens, where the objective has `special_tokens`."""
