@@ -247,7 +247,7 @@ UNKNOWN = [
     ([{"conversations": ["a", "b"]}], "'conversations' is [\"a\", \"b\"], not messages with role and content"),
     ([{"c": JSON}], "its column `c` holds messages as JSON text. Rename it to messages to train these, or write `dataset_t"),
     ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "`chosen` and `rejected` are preferences, not a text to train on."),
-    ([{"messages": [CHAT[0][0], {"role": "user", "text": "b"}]}], "'messages' has {\"role\": \"user\", \"content\": null"),
+    ([{"messages": [CHAT[0][0], {"role": "user", "text": "b"}]}], "'messages' has {\"role\": \"user\", \"text\": \"b\"}, not"),
     ([{"messages": "[{'role': 'user', 'content': 'a'}]"}], "\"[{'role': 'user', 'content': 'a'}]\", not messages with"),
 ]  # fmt: skip
 
@@ -626,6 +626,11 @@ def test_faults_in_compressed_files(write, tmp_path, capsys):
     if Version(version("datasets")) >= Version("5"):  # which takes it for an address
         line = refusal(write(tmp_path / "a[0-9].jsonl.gz"), capsys)
         assert "a[0-9].jsonl.gz is compressed, and its name holds brackets. Rename or decompress it" in line
+    (tmp_path / "plain.jsonl.gz").write_bytes(LINES)
+    line = refusal(write(tmp_path / "plain.jsonl.gz"), capsys)
+    assert "plain.jsonl.gz: it is not compressed, as .gz says. Rename it to plain.jsonl" in line
+    line = refusal(write(dataset_name="data/none.jsonl"), capsys)
+    assert f"there is no such file or folder in {Path.cwd()}" in line
     (tmp_path / "none.jsonl.zip").write_bytes(b"")
     assert "'.zip' is none of .jsonl, .json, .parquet, .csv, .txt" in refusal(write(tmp_path / "none.jsonl.zip"), capsys)
 

@@ -28,6 +28,7 @@ BOM = codecs.BOM_UTF8  # the libraries read over it
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what may stand behind these
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 
 def load_dataset(script: ScriptArguments) -> Any:
@@ -40,7 +41,8 @@ def load_dataset(script: ScriptArguments) -> Any:
     if path.is_file():
         return _load_file(path, script.dataset_train_split, script.dataset_streaming)
     if is_path(name) and not path.exists():
-        raise FileNotFoundError("there is no such file or folder")
+        start = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"there is no such file or folder{start}")
     source = _folder(path) if path.is_dir() else {"path": name}
     try:
         splits = datasets.load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
@@ -164,7 +166,7 @@ def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed, as `datasets` reads it. Raises RecipeError if that needs a package."""
     with path.open("rb") as file:
         start = file.read(8)
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
+    if start.startswith(ZSTANDARD):
         try:
             import zstandard
         except ImportError:
@@ -205,6 +207,8 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     """
     formats = list(formats)
     for path in files:
+        if path.suffix in COMPRESSED and not _is_compressed(path):
+            return f"{path}: it is not compressed, as {path.suffix} says. Rename it to {path.stem}"
         if format_of(path) == "parquet":
             if not _is_parquet(path):
                 return f"{path}: it is no complete Parquet file"
@@ -217,6 +221,11 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
             if found:
                 return f"{path}, {found}"
     return None
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith((*MAGIC, ZSTANDARD))
 
 
 def _is_parquet(path: Path) -> bool:

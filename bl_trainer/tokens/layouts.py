@@ -215,7 +215,8 @@ def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
 
 def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
     if not _is_message(message, keys):
-        return f"has {short(message)}, not messages with role and content"
+        own = {key: value for key, value in message.items() if value is not None}  # Arrow fills the keys of other messages
+        return f"has {short(own)}, not messages with role and content"
     if _role(message) is None:
         return f"has a message from {short(_first_of(message, SPEAKERS))}, which is none of {', '.join(ROLES)}"
     key = next((key for key in message if key in TRAINS and message[key] not in (None, TRAINS[key])), None)
