@@ -68,7 +68,7 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         owns_text: Whether a `formatting_func` renders the examples.
     """
     firsts = {name: first_row(dataset) for name, dataset in sets.items()}
-    asks, trained = getattr(args, "completion_only_loss", None), next(iter(firsts), None)
+    asks, trained = getattr(args, "completion_only_loss", None), next(iter(firsts), "")
     for name, first in firsts.items():
         if first is None:
             raise RecipeError(f"The {name} set is empty.")
@@ -319,7 +319,7 @@ def check_ids(dataset: Any, name: str, size: int | None) -> Any:
 
     A stream is checked as it is read. Raises RecipeError with the first row of others.
     """
-    columns = [column for column in ("input_ids", "labels") if column in columns_of(dataset)]
+    columns = [column for column in columns_of(dataset) if column in ("input_ids", "labels")]
     if size is None or "input_ids" not in columns:
         return dataset
     check = partial(_check_ids, columns=columns, name=name, size=size)

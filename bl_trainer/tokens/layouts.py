@@ -195,7 +195,7 @@ def parsed(value: Any) -> Any:
 
 def are_chats(first: dict[str, Any], columns: tuple[str, ...], text_field: str | None = None) -> bool:
     """Whether the columns of a training text hold messages rather than texts, by the first row."""
-    if columns == (text_field,) and isinstance(first[text_field], str):
+    if columns == (text_field,) and isinstance(first[columns[0]], str):
         return False
     return columns[0] in CHATS or (columns != ("input_ids",) and any(_are_mappings(read(key, first[key])) for key in columns))
 
@@ -337,8 +337,11 @@ def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
     if column.null_count or not is_chat:
         return not column.null_count and feature == TEXT
     message = feature.feature if isinstance(feature, List) else None
-    are_texts = isinstance(message, dict) and message.get("role") == message.get("content") == TEXT
-    return are_texts and not TRAINS.keys() & message.keys() and all(_is_filled(chunk) for chunk in column.chunks if len(chunk))
+    if not isinstance(message, dict) or TRAINS.keys() & message.keys():
+        return False
+    return message.get("role") == message.get("content") == TEXT and all(
+        _is_filled(chunk) for chunk in column.chunks if len(chunk)
+    )
 
 
 def _is_filled(chunk: pa.Array) -> bool:
