@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
 from trl import SFTTrainer
@@ -14,6 +14,8 @@ from trl import SFTTrainer
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
+from bl_trainer.tokens.labels import check_ids, check_labels
+from bl_trainer.tokens.layouts import arrange
 from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
 from conftest import make_llama, write_recipe
 from ways import Gradients, build, train, weights
@@ -242,7 +244,7 @@ WITHOUT_EFFECT = [
     (
         [{**IDS, "loss_mask": [0, 0, 1, 1]}],
         {},
-        "The column 'loss_mask' of the train set has no effect. Write `labels` wi",
+        "The column 'loss_mask' of the train set has no effect. Write `labels`, the",
     ),
     ([{**GOOD, "seq_lengths": [2, 2]}], {}, "`seq_lengths` of the train set has no effect: packed examples would see each"),
     ([{**TEXT, "labels": [2, 7]}], {}, "Cannot use the column `labels` of the train set: it has no `input_ids`"),
@@ -266,15 +268,124 @@ def test_and_in_the_verb(case, checkpoint, tmp_path, capsys):
     verb_refuses(tmp_path, checkpoint, rows * 8, message, capsys, **options)
 
 
+def checked(train_row, eval_row, **options):
+    args = BLConfig(use_cpu=True, bf16=False, report_to="none", **options)
+    check_labels({name: as_data([row] * 8) for name, row in (("train", train_row), ("eval", eval_row))}, args)
+
+
 @pytest.mark.parametrize(("rows", "options", "message"), WITHOUT_EFFECT, ids=str)
-def test_in_an_evaluation_set_too(rows, options, message, tmp_path):
-    args = BLConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, **options)
-    train_row = CHAT if args.assistant_only_loss else PAIR if args.completion_only_loss else GOOD
-    train_row = {"body": "abc"} if args.dataset_text_field == "body" else train_row
-    sets = [Dataset.from_list([row] * 8) for row in (train_row, rows[0])]
+def test_columns_of_an_evaluation_set_too(rows, options, message):
+    if options:  # a key has its effect on the training set
+        train_row = {"body": "abc"} if "dataset_text_field" in options else CHAT if "assistant_only_loss" in options else PAIR
+        checked(train_row, rows[0], **options)
+    else:
+        with pytest.raises(RecipeError) as caught:
+            checked(GOOD, rows[0])
+        assert message.replace("train set", "eval set") in str(caught.value)
+
+
+@pytest.mark.parametrize("mask", ["prompt_mask", "loss_mask", "target_mask", "mask"])
+def test_a_mask_of_unknown_sense_is_not_to_be_renamed(mask):
+    row = {**IDS, mask: [1, 1, 0, 0]}
     with pytest.raises(RecipeError) as caught:
-        BLTrainer("no-such-model", args, train_dataset=sets[0], eval_dataset=sets[1])
-    assert message.replace("train set", "eval set") in str(caught.value)
+        checked(row, GOOD)
+    assert "Write `labels`, the token's id where it trains and -100 where not, or remove it." in str(caught.value)
+    assert "completion_mask" not in str(caught.value)
+    checked({**row, "labels": [-100, -100, 7, 8]}, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("row", "is_told"),
+    [
+        ({**TEXT, "weight": 0.5}, True),
+        ({**CHAT, "sample_weight": 2}, True),
+        ({**IDS, "loss_weight": [0.0, 1.0, 1.0, 1.0]}, True),
+        ({**TEXT, "weight": "heavy"}, False),
+        ({**TEXT, "weight": 0.5, "objective_weight": 0.5}, False),
+        ({**TEXT, "score": 0.5}, False),
+    ],
+    ids=str,
+)
+def test_a_column_of_weights_without_effect_is_told_of(row, is_told, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.labels.warn_once", said.append)
+    checked(row, TEXT)
+    assert is_told == any(
+        "of the train set has no effect. To weight rows, rename it to `objective_weight`" in each for each in said
+    )
+
+
+def test_rows_that_do_not_train_are_counted(tokenizer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.labels.warn_once", said.append)
+    long = {"prompt": "a" * 30, "completion": "bc"}
+    build(BLTrainer, tokenizer, as_data([PAIR] * 5 + [long] * 3), tmp_path, max_length=16)
+    assert said.pop().startswith("3 of 8 rows of the train set do not train: `max_length: 16` cuts their targets off, or")
+    late = {"input_ids": [5] * 9, "labels": [-100] * 8 + [5]}
+    build(BLTrainer, tokenizer, as_data([GOOD] * 5 + [MASKED] * 2 + [late]), tmp_path, max_length=8)
+    assert said[0].startswith("1 of 8 rows of the train set do not train: `max_length: 8`")
+    assert said[1].startswith("2 of 8 rows of the train set do not train: all their labels are -100.")
+    said.clear()
+    build(BLTrainer, tokenizer, as_data([GOOD] * 6 + [MASKED] * 2), tmp_path)
+    assert len(said) == 1
+    assert "2 of 8 rows" in said.pop()
+    build(BLTrainer, tokenizer, as_data([PAIR] * 8), tmp_path, max_length=16)
+    assert not said
+
+
+WRONG_IDS = [
+    ({"input_ids": [5, 6, 99], "labels": [5, 6, 7]}, "`input_ids` has 99"),
+    ({"input_ids": [5, 6, -1]}, "`input_ids` has -1"),
+]
+WRONG_IDS += [({**GOOD, "labels": [5, 6, 99, 8]}, "`labels` has 99"), ({**GOOD, "labels": [5, 6, -1, 8]}, "`labels` has -1")]
+
+
+@kinds
+@pytest.mark.parametrize(("row", "message"), WRONG_IDS, ids=str)
+def test_ids_that_the_model_does_not_have(row, message, streamed):
+    fine = {**IDS, **{key: [5] * 4 for key in row if key != "input_ids"}}
+    check = lambda rows, size: list(check_ids(as_data(rows, streamed), "train", size))  # noqa: E731
+    check([fine, {**GOOD, "labels": [-100, 5, 6, 7]}], 9)
+    with pytest.raises(RecipeError, match=rf"row 2 of the train set, counted from 0: {message}, and .* embeddings for 0 to 43"):
+        check([fine, fine, row], 44)
+
+
+def test_ids_that_the_model_does_not_have_are_said_before_training(tokenizer, tmp_path):
+    refused(
+        tokenizer, tmp_path, [GOOD, {**GOOD, "input_ids": [5, 6, 7, 999]}], "row 1 of the train set, .*: `input_ids` has 999"
+    )
+    sets = {"a": as_data([GOOD]), "b": as_data([GOOD, {"input_ids": [5, 999], "labels": [5, 5]}])}
+    refused(tokenizer, tmp_path, [GOOD] * 8, "row 1 of the .* set, .*: `input_ids` has 999", eval_data=sets)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "Cannot train: there is no `train_dataset`. Give a `Dataset` or an `IterableDataset`."),
+        (
+            DatasetDict(train=Dataset.from_list([TEXT]), test=Dataset.from_list([TEXT])),
+            "DatasetDict of train, test. Give one of",
+        ),
+        ([TEXT], "Cannot train: `train_dataset` is a list. Give a `Dataset`"),
+    ],
+    ids=["none", "splits", "list"],
+)
+def test_what_is_no_training_set(data, message):
+    with pytest.raises(RecipeError) as caught:
+        BLTrainer("no-such-model", BLConfig(use_cpu=True, bf16=False, report_to="none"), train_dataset=data)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("columns", "advice"), [(("text",), "Write `dataset_text_field: text`"), (("a", "b"), "Name one of")])
+def test_a_text_field_that_is_not_there(columns, advice):
+    with pytest.raises(RecipeError, match=f"`dataset_text_field: content` names no column of it; it has .*{advice}"):
+        arrange(Dataset.from_list([dict.fromkeys(columns, "x")]), "the train set", "content")
+
+
+def test_liger_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("bl_trainer.training.refusals.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match=r"Cannot use `use_liger_kernel: true`: .* Run `pip install liger-kernel`"):
+        BLConfig(use_cpu=True, bf16=False, report_to="none", use_liger_kernel=True)
 
 
 @pytest.mark.parametrize(

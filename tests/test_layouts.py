@@ -20,8 +20,9 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.tokens.layouts import RowError, arrange
-from bl_trainer.tokens.rendering import RenderedRow
+from bl_trainer.tokens.labels import check_labels
+from bl_trainer.tokens.layouts import RowError, arrange, check_stream
+from bl_trainer.tokens.rendering import RenderedRow, check_rendering
 from conftest import make_llama, write_recipe
 
 # Leaves out messages of any other role, and begins with a prompt of its own, as Qwen's does
@@ -64,7 +65,6 @@ LAYOUTS = {
 }
 PAIRS = {
     "sharegpt": [{"prompt": each[:1], "completion": each[1:]} for each in SHAREGPT],
-    "JSON text": [{"prompt": json.dumps(each[:1]), "completion": json.dumps(each[1:])} for each in CHAT],
     "messages besides": [{"prompt": each[:1], "completion": each[1:], "messages": "?", "text": "?"} for each in CHAT],
 }
 
@@ -132,14 +132,36 @@ def test_a_text_beside_a_pair_leaves_the_pair_its_end(tokenizer, tmp_path):
     assert trained_ids(beside, tokenizer, tmp_path) == trained_ids(pairs, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("rows", [[{"text": '[{"a": 1}] b'}], [{"text": '[{"a": 1}]'}], [{"text": "[b"}]], ids=str)
-def test_texts_that_look_like_lists_stay_texts(rows):
-    assert arrange(Dataset.from_list(rows), "the train set", "text")[:] == Dataset.from_list(rows)[:]
+JSON = json.dumps(CHAT[0])
+TEXTS = [
+    ([{"text": '[{"a": 1}] b'}], "text"),
+    ([{"text": "[b"}], "text"),
+    ([{"text": JSON}, {"text": "b"}], "text"),
+    ([{"body": JSON}], "body"),
+    ([{"conversation": JSON}], "conversation"),
+    ([{"prompt": JSON, "completion": "b"}], "text"),
+    ([{"prompt": "write messages", "completion": JSON}, {"prompt": JSON, "completion": JSON}], "text"),
+]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "field"), TEXTS, ids=str)
+def test_texts_that_hold_json_stay_texts(rows, field, turned):
+    dataset = Dataset.from_list(rows[::-1] if turned else rows)
+    assert arrange(dataset, "the train set", field)[:] == dataset[:]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation", "Message"])
+def test_json_text_is_parsed_where_the_name_of_the_column_says_so(column):
+    rows = [{column: json.dumps(each)} for each in CHAT]
+    assert list(arrange(Dataset.from_list(rows), "the train set", "text")["messages"]) == CHAT
+    with pytest.raises(RowError, match=f"row 4 of the train set, counted from 0: {column!r} is .b., not messages"):
+        arrange(Dataset.from_list([*rows, {column: "b"}]), "the train set", "text")
 
 
 def test_all_keys_of_all_messages_are_kept():
     tool = {"from": "gpt", "value": "b", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
-    rows = [{"c": json.dumps([{"from": "human", "value": "a"}])}] * 1500 + [{"c": json.dumps([tool])}]
+    rows = [{"messages": json.dumps(each)} for each in [[{"from": "human", "value": "a"}]] * 1500 + [[tool]]]
     made = arrange(Dataset.from_list(rows), "the train set", "text")
     assert made[0]["messages"] == [{"role": "user", "content": "a"}]
     assert made[1500]["messages"] == [{"role": "assistant", "content": "b", "tool_calls": tool["tool_calls"]}]
@@ -150,6 +172,65 @@ def test_the_system_column_of_sharegpt_comes_first():
     made = arrange(Dataset.from_list(rows), "the train set", "text")["messages"]
     assert made[0] == [{"role": "system", "content": "be kind"}, *CHAT[0]]
     assert made[1] == made[2] == CHAT[0]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+def test_a_system_column_beside_other_chats_is_told_of(column, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.layouts.warn_once", said.append)
+    rows = [{"system": "linux", column: each} for each in CHAT]
+    assert list(arrange(Dataset.from_list(rows), "the train set", "text")["messages"]) == CHAT
+    assert "The column `system` of the train set is not trained" in said[0]
+
+
+def test_calls_of_functions_and_what_stands_in_place_of_content():
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(call)}]
+    turns += [{"from": "observation", "value": "1"}, {"from": "gpt", "value": "b"}]
+    found = arrange(Dataset.from_list([{"conversations": turns}]), "the train set", "text")[0]["messages"]
+    assert found[1] == {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
+    assert [each["role"] for each in found] == ["user", "assistant", "tool", "assistant"]
+    plain = [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]
+    found = arrange(Dataset.from_list([{"conversations": plain}]), "the train set", "text")[0]["messages"]
+    assert found[1] == {"role": "assistant", "content": "f(1)"}
+    for key, value in (("function_call", call), ("tool_calls", [call]), ("thinking", "hm"), ("reasoning_content", "hm")):
+        row = {"messages": [CHAT[0][0], {"role": "assistant", "content": None, key: value}]}
+        assert arrange(Dataset.from_list([row]), "the train set", "text")[0]["messages"][1][key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight", 0), ("weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True)], ids=str
+)
+def test_weights_of_messages_are_refused(key, value):
+    rows = [{"messages": each} for each in CHAT] + [{"messages": [{**CHAT[0][0], key: value}, CHAT[0][1]]}]
+    for row in rows:
+        sharegpt = {"conversations": renamed(row["messages"], "from", "value")}
+        sharegpt["conversations"][0] |= {each: row["messages"][0][each] for each in row["messages"][0] if each == key}
+        row |= {"other": sharegpt["conversations"]}
+    for column, layout in (("messages", "messages"), ("other", "conversations")):
+        dataset = Dataset.from_list([{layout: row[column]} for row in rows])
+        with pytest.raises(RowError, match=f"row 4 of .* has a message with `{key}: .*`, which has no .*`objective_weight`"):
+            arrange(dataset, "the train set", "text")
+    full = not value if key == "masked" else 1
+    same = Dataset.from_list([{"messages": [{**turn, key: type(value)(full)} for turn in each]} for each in CHAT])
+    assert arrange(same, "the train set", "text")[:] == same[:]
+
+
+@pytest.mark.parametrize("arranged", ["messages", "conversations", "text"])
+def test_the_first_row_of_a_stream_is_read_once(arranged):
+    starts = []
+
+    def rows():
+        starts.append(1)
+        yield {arranged: SHAREGPT[0] if arranged == "conversations" else CHAT[0] if arranged == "messages" else "a"}
+
+    stream = IterableDataset.from_generator(rows)
+    check_labels({"train": stream}, BLConfig(use_cpu=True, bf16=False, report_to="none"))
+    for _ in range(2):
+        found = arrange(stream, "the train set", "text")
+        check_labels({"train": found}, BLConfig(use_cpu=True, bf16=False, report_to="none"))
+        check_stream(found, "the train set", "text")
+    assert len(starts) == (3 if arranged == "conversations" else 1)  # each conversion is a stream of its own
 
 
 def test_rows_in_trl_s_layouts_are_not_touched(text_data, pair_data, chat_data):
@@ -164,6 +245,9 @@ UNKNOWN = [
     ([{"instruction": "a", "output": "b"}], "can't make a training text of its columns instruction, output. Rename them to"),
     ([{"prompt": CHAT[0][:1], "completion": "b"}], "'completion' is \"b\", not messages with role and content"),
     ([{"conversations": ["a", "b"]}], "'conversations' is [\"a\", \"b\"], not messages with role and content"),
+    ([{"c": JSON}], "its column `c` holds messages as JSON text. Rename it to messages to train these, or write `dataset_t"),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "`chosen` and `rejected` are preferences, not a text to train on."),
+    ([{"messages": [CHAT[0][0], {"role": "user", "text": "b"}]}], "'messages' has {\"role\": \"user\", \"text\": \"b\"}, not"),
     ([{"messages": "[{'role': 'user', 'content': 'a'}]"}], "\"[{'role': 'user', 'content': 'a'}]\", not messages with"),
 ]  # fmt: skip
 
@@ -249,8 +333,7 @@ def test_messages_as_json_text_in_csv_and_parquet(write, expected, strict, tmp_p
 
 def render(tokenizer, rows, template, **columns):
     check = RenderedRow(tokenizer, template, "the train set")
-    for i, row in enumerate(rows):
-        check({"messages": row, **columns}, i)
+    return [check({"messages": row, **columns}, i) for i, row in enumerate(rows)]
 
 
 LOST = {
@@ -277,18 +360,15 @@ KEPT = {
     "as JSON": ([{"role": "tool", "content": 'a "b"\nc'}], "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"),
     "moved": ([{"role": "system", "content": "s"}, *CHAT[0]],
               "{% for m in messages[1:] %}{{ m.content }}{% endfor %}{{ messages[0].content }}"),
-    "tool call": ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}],
-                  "{% for m in messages %}{{ m.content or '' }}{% endfor %}"),
+    "tool call": ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
+                  "{% for m in messages %}{{ m.content or m.tool_calls[0].name }}{% endfor %}"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_templates_may_do_to_a_message(name, tokenizer, monkeypatch):
-    said = []
-    monkeypatch.setattr("bl_trainer.tokens.rendering.logger.warning_once", said.append)
+def test_what_templates_may_do_to_a_message(name, tokenizer):
     messages, template = KEPT[name]
-    render(tokenizer, [messages], template)
-    assert not said
+    assert render(tokenizer, [messages], template) == [None]
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]}]
@@ -301,12 +381,77 @@ LOSSY = {
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, tokenizer, monkeypatch):
-    said = []
-    monkeypatch.setattr("bl_trainer.tokens.rendering.logger.warning_once", said.append)
+def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, tokenizer):
     messages, template = LOSSY[name]
-    render(tokenizer, [messages], template)
-    assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said[0]
+    (said,) = render(tokenizer, [messages], template)
+    assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said
+
+
+@pytest.mark.parametrize("key", ["function_call", "tool_calls"])
+def test_a_call_that_the_template_leaves_out_is_an_error(key, tokenizer):
+    call = {"name": "f", "arguments": "{}"}
+    row = [*CHAT[0], {"role": "assistant", "content": None, key: call if key == "function_call" else [{"function": call}]}]
+    with pytest.raises(RowError, match=r"row 1 .*: the chat template leaves out .*, which has no content"):
+        render(tokenizer, [CHAT[0], row], "{% for m in messages %}{{ m.role }}{{ m.content or '' }}{% endfor %}")
+
+
+# The role as it is, in capitals, and of a template that knows two of them
+GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+CAPITALS = GENERIC.replace("m.role", "m.role | upper")
+EITHER = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }}{{ m.content }}{% endfor %}"
+VICUNA = "{% for m in messages %}{{ {'human': 'H:', 'gpt': 'G:'}[m.role] or raise_exception('no') }}{{ m.content }}{% endfor %}"
+GEMMA = GENERIC.replace("m.role", "'model' if m.role == 'assistant' else m.role")
+ROLE_NAMES = [
+    (GENERIC, "human", "gpt", "'gpt' and writes it as any other name. Rename it to 'assistant'"),
+    (GENERIC, "User", "assistant", "'User' and writes it as any other name. Rename it to 'user'"),
+    (CAPITALS, "human", "assistant", "'human'"),
+    (CAPITALS, "User", "assistant", None),
+    (EITHER, "user", "gpt", None),
+    (EITHER, "human", "assistant", "'human' and writes it as any other name. Rename it to 'user'"),
+    (VICUNA, "human", "gpt", None),
+    (GEMMA, "user", "model", None),
+]
+
+
+@pytest.mark.parametrize(("template", "asks", "says", "message"), ROLE_NAMES, ids=str)
+def test_other_names_of_roles_are_refused_where_the_template_does_not_know_them(template, asks, says, message, tokenizer):
+    rows = [[{"role": asks, "content": "a"}, {"role": says, "content": "b"}]]
+    if message is None:
+        assert render(tokenizer, rows, template) == [None]
+    else:
+        with pytest.raises(RowError, match=f"row 0 .*: the chat template doesn't know the role {message}"):
+            render(tokenizer, rows, template)
+
+
+def test_an_own_role_of_a_generic_template_is_warned_of(tokenizer):
+    (said,) = render(tokenizer, [[{"role": "critic", "content": "a"}]], GENERIC)
+    assert "doesn't know the role 'critic' in the train set, and writes it as any other name" in said
+
+
+def test_a_tokenizer_without_a_template_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(RecipeError, match=r"of the train set: the tokenizer has no chat template. Set `chat_template_path`"):
+        render(tokenizer, CHAT, None)
+
+
+def test_a_row_without_an_answer_is_named_where_only_answers_train(tokenizer):
+    check = RenderedRow(tokenizer, STRICT, "the train set", assistant_only=True)
+    check({"messages": CHAT[0]}, 0)
+    with pytest.raises(RowError, match=r"row 1 .*: it has no message of the assistant, and `assistant_only_loss: true`"):
+        check({"messages": CHAT[0][:1]}, 1)
+
+
+def test_rows_are_rendered_once_and_their_warning_is_kept(strict, tmp_path, monkeypatch):
+    said, template = [], STRICT.replace("message['content']", "message['content'][1:]")
+    monkeypatch.setattr("bl_trainer.tokens.rendering.warn_once", said.append)
+    Dataset.from_list([{"messages": each} for each in CHAT]).to_parquet(tmp_path / "a.parquet")
+    args = BLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    for _ in range(2):
+        dataset = Dataset.from_parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+        check_rendering(dataset, strict, template, "the train set", args)
+        monkeypatch.setattr(RenderedRow, "_render", lambda *_: pytest.fail("rendered again"))
+    assert said[0] == said[1]
+    assert "Compare the rendered text of row 0 of the train set, counted from 0. This concerns 4 of 4 rows." in said[0]
 
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
@@ -325,7 +470,12 @@ def test_messages_of_real_templates_are_left_out_where_their_words_are(roles, to
                 render(tokenizer, [messages], template)
             continue
         is_whole = all(WORDS[role] in text for role in roles)
-        with nullcontext() if is_whole else pytest.raises(RowError, match="the chat template leaves out"):
+        of_roles = "doesn't know the role 'human'|" if "human" in roles else ""
+        with (
+            nullcontext()
+            if is_whole and not of_roles
+            else pytest.raises(RowError, match=f"{of_roles}the chat template leaves out")
+        ):
             render(tokenizer, [messages], template)
         found.add(is_whole)
     assert True in found
@@ -476,6 +626,11 @@ def test_faults_in_compressed_files(write, tmp_path, capsys):
     if Version(version("datasets")) >= Version("5"):  # which takes it for an address
         line = refusal(write(tmp_path / "a[0-9].jsonl.gz"), capsys)
         assert "a[0-9].jsonl.gz is compressed, and its name holds brackets. Rename or decompress it" in line
+    (tmp_path / "plain.jsonl.gz").write_bytes(LINES)
+    line = refusal(write(tmp_path / "plain.jsonl.gz"), capsys)
+    assert "plain.jsonl.gz: it is not compressed, as .gz says. Rename it to plain.jsonl" in line
+    line = refusal(write(dataset_name="data/none.jsonl"), capsys)
+    assert f"there is no such file or folder in {Path.cwd()}" in line
     (tmp_path / "none.jsonl.zip").write_bytes(b"")
     assert "'.zip' is none of .jsonl, .json, .parquet, .csv, .txt" in refusal(write(tmp_path / "none.jsonl.zip"), capsys)
 

@@ -25,7 +25,8 @@ def load_dataset(script: ScriptArguments) -> Any:
     if path.is_file():
         return _load_file(path, script.dataset_train_split, script.dataset_streaming)
     if is_path(name) and not path.exists():
-        raise FileNotFoundError("there is no such file or folder")
+        start = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(f"there is no such file or folder{start}")
     source = _folder(path) if path.is_dir() else {"path": name}
     try:
         splits = datasets.load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)

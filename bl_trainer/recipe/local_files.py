@@ -23,6 +23,7 @@ from ..tokens.layouts import CONTENTS, SPEAKERS, are_chats, fault_of, short
 BOM = codecs.BOM_UTF8  # the libraries read over it
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what may stand behind these
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins
 
 
@@ -40,7 +41,7 @@ def open_binary(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed, as `datasets` reads it. Raises RecipeError if that needs a package."""
     with path.open("rb") as file:
         start = file.read(8)
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
+    if start.startswith(ZSTANDARD):
         try:
             import zstandard
         except ImportError:
@@ -81,6 +82,8 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
     """
     formats = list(formats)
     for path in files:
+        if path.suffix in COMPRESSED and not _is_compressed(path):
+            return f"{path}: it is not compressed, as {path.suffix} says. Rename it to {path.stem}"
         if format_of(path) == "parquet":
             if not _is_parquet(path):
                 return f"{path}: it is no complete Parquet file"
@@ -93,6 +96,11 @@ def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -
             if found:
                 return f"{path}, {found}"
     return None
+
+
+def _is_compressed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8).startswith((*MAGIC, ZSTANDARD))
 
 
 def _is_parquet(path: Path) -> bool:

@@ -191,7 +191,7 @@ class Recipe:
             template = Path(path).read_text(encoding="utf-8")
         elif path:
             template = AutoTokenizer.from_pretrained(path).chat_template
-        check = RenderedRow(processing_class, template, f"the {split} set")
+        check = RenderedRow(processing_class, template, f"the {split} set", self.training.assistant_only_loss)
         if isinstance(dataset, IterableDataset):
             dataset = check_stream(dataset, f"the {split} set", self.training.dataset_text_field)
         for row, example in enumerate(islice(dataset, ROWS_RENDERED)):

@@ -2,37 +2,61 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
+from .._util.logs import warn_once
+from .._util.text import is_number
 from ..errors import RecipeError
-from .names import REFERENCE
+from .names import REFERENCE, WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
 CHATS = ("prompt", "completion", "messages", "conversations")
+WEIGHTS = ("weight", "weights", "sample_weight", "example_weight", "loss_weight")  # what others call `objective_weight`
 OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers add of themselves
+
+
+_first_rows: WeakKeyDictionary[IterableDataset, Any] = WeakKeyDictionary()  # a stream is costly to start
 
 
 def columns_of(dataset: Any) -> list[str]:
     """Return the names of the columns that a data set's rows have, also a stream's."""
     if not isinstance(dataset, Dataset):
-        return list(dataset.column_names or next(iter(dataset), {}))
+        return list(dataset.column_names or first_row(dataset) or {})
     return list(dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"])
 
 
 def plain(dataset: Any) -> Any:
     """Return a data set that gives lists and numbers, not tensors or arrays; a `with_transform` is left to the user."""
     if not isinstance(dataset, Dataset):
-        return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
+        return handed_on(dataset, dataset.with_format(None)) if isinstance(dataset, IterableDataset) else dataset
     kind, shown = dataset.format["type"], columns_of(dataset)
     if kind == "custom" or (kind is None and shown == dataset.column_names):
         return dataset
     return dataset.select_columns(shown).with_format(None)
+
+
+def first_row(dataset: Any) -> Any:
+    """Return the first row, None if there is none. A stream is read once."""
+    if not isinstance(dataset, IterableDataset):
+        return next(iter(plain(dataset)), None)
+    if dataset not in _first_rows:
+        _first_rows[dataset] = next(iter(dataset.with_format(None)), None)
+    return _first_rows[dataset]
+
+
+def handed_on(dataset: IterableDataset, made: IterableDataset) -> IterableDataset:
+    """Return the stream `made` of `dataset` with the same rows, whose first is known if the other's is."""
+    if dataset in _first_rows:
+        _first_rows[made] = _first_rows[dataset]
+    return made
 
 
 def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) -> None:
@@ -43,20 +67,37 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         args: An `SFTConfig`, or None.
         owns_text: Whether a `formatting_func` renders the examples.
     """
-    firsts = {name: next(iter(plain(dataset)), None) for name, dataset in sets.items()}
-    asks = getattr(args, "completion_only_loss", None)
-    trained = next(iter(firsts.values())) or {}
-    asks = True if asks is None and {"prompt", "completion"} <= trained.keys() else asks
+    firsts = {name: first_row(dataset) for name, dataset in sets.items()}
+    asks, trained = getattr(args, "completion_only_loss", None), next(iter(firsts), "")
     for name, first in firsts.items():
         if first is None:
             raise RecipeError(f"The {name} set is empty.")
-        _refuse_idle_text_field(first, name, args)
+        if asks is None and {"prompt", "completion"} <= firsts[trained].keys():
+            asks = True
+        if name == trained:  # a key may have no effect on evaluation sets
+            _refuse_idle_keys(first, name, args, owns_text)
         if "input_ids" in first:
             _refuse_idle_on_tokens(first, name, args, asks)
         else:
-            _refuse_idle_on_text(first, name, args, owns_text)
+            _refuse_idle_on_text(first, name)
+        _warn_of_weights(first, name)
         if isinstance(sets[name], Dataset):
             check_rows(sets[name], name)
+
+
+def _warn_of_weights(first: dict[str, Any], name: str) -> None:
+    for column in () if WEIGHT in first else first:
+        value = first[column][0] if isinstance(first[column], list) and first[column] else first[column]
+        if column.lower() in WEIGHTS and is_number(value):
+            warn_once(f"The column `{column}` of the {name} set has no effect. To weight rows, rename it to `{WEIGHT}`.")
+
+
+def _refuse_idle_keys(first: dict[str, Any], name: str, args: Any, owns_text: bool) -> None:
+    _refuse_idle_text_field(first, name, args)
+    if "input_ids" in first:
+        _refuse_idle_keys_on_tokens(first, name, args)
+    elif not owns_text:
+        _refuse_idle_keys_on_text(first, name, args)
 
 
 def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None:
@@ -68,15 +109,16 @@ def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None
         )
 
 
-def _refuse_idle_on_text(first: dict[str, Any], name: str, args: Any, owns_text: bool) -> None:
+def _refuse_idle_on_text(first: dict[str, Any], name: str) -> None:
     for column in (*OF_TOKENS, "seq_lengths"):
         if column in first:
             raise RecipeError(
                 f"Cannot use the column `{column}` of the {name} set: it has no `input_ids` to go with. Remove the column, or "
                 "give `input_ids` as well."
             )
-    if owns_text:
-        return
+
+
+def _refuse_idle_keys_on_text(first: dict[str, Any], name: str, args: Any) -> None:
     is_chat = any(isinstance(first.get(key), list) for key in CHATS)
     if getattr(args, "completion_only_loss", None) and not {"prompt", "completion"} <= first.keys():
         instead = "Write `assistant_only_loss: true` instead" if is_chat else "Remove it"
@@ -92,6 +134,19 @@ def _refuse_idle_on_text(first: dict[str, Any], name: str, args: Any, owns_text:
         )
 
 
+def _refuse_idle_keys_on_tokens(first: dict[str, Any], name: str, args: Any) -> None:
+    labelled = "labels" in first
+    if getattr(args, "completion_only_loss", None) and (labelled or "completion_mask" not in first):
+        why = "its `labels` choose the targets" if labelled else "it has `input_ids` without `completion_mask`"
+        how = "Remove the key" if labelled else "Add the column `completion_mask`, or `labels` with -100 for each prompt token"
+        raise RecipeError(f"`completion_only_loss: true` has no effect on the {name} set: {why}. {how}.")
+    if getattr(args, "assistant_only_loss", False):
+        raise RecipeError(
+            f"`assistant_only_loss: true` has no effect on the {name} set: it has `input_ids`, not messages. Remove the key; "
+            "a column `assistant_masks` works without it."
+        )
+
+
 def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completion_only: bool | None) -> None:
     """Raise RecipeError on what has no effect beside `input_ids`. `completion_only`: None where nobody has decided."""
     _refuse_unread(first, name)
@@ -101,19 +156,10 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
         raise RecipeError(
             f"The column `{ruled[0]}` of the {name} set has no effect: its `labels` choose the targets. Remove one of the two."
         )
-    if getattr(args, "completion_only_loss", None) and not masked:
-        why = "its `labels` choose the targets" if labelled else "it has `input_ids` without `completion_mask`"
-        how = "Remove the key" if labelled else "Add the column `completion_mask`, or `labels` with -100 for each prompt token"
-        raise RecipeError(f"`completion_only_loss: true` has no effect on the {name} set: {why}. {how}.")
     if masked and completion_only is None:
         raise RecipeError(
             f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
             "true`, or remove the column."
-        )
-    if getattr(args, "assistant_only_loss", False):
-        raise RecipeError(
-            f"`assistant_only_loss: true` has no effect on the {name} set: it has `input_ids`, not messages. Remove the key; "
-            "a column `assistant_masks` works without it."
         )
     if "seq_lengths" in first and (getattr(args, "packing", False) or not getattr(args, "padding_free", False)):
         raise RecipeError(
@@ -123,14 +169,18 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
 
 
 def _refuse_unread(first: dict[str, Any], name: str) -> None:
-    """Raise RecipeError on a column of numbers for each token whose name is nearly right, or that of an unknown mask."""
+    """Raise RecipeError on a column of numbers for each token whose name is nearly right, or that of an unknown mask.
+
+    Beside `labels`, which choose the targets, a mask may stay.
+    """
+    masks = () if "labels" in first else OF_TOKENS
     for column, value in first.items():
         known = column in (*OF_TOKENS, *OF_TOKENIZERS, REFERENCE)
         if known or not isinstance(value, list) or len(value) != len(first["input_ids"]):
             continue
-        near = get_close_matches(column, {*OF_TOKENS, REFERENCE} - first.keys(), 1, 0.85)
-        if near or "mask" in column:
-            instead = f"`{near[0]}`" if near else "`labels` with -100 for what is masked, or rename it to `completion_mask`"
+        near = get_close_matches(column, {*masks, REFERENCE} - first.keys(), 1, 0.85)
+        if near or ("mask" in column and masks):
+            instead = f"`{near[0]}`" if near else "`labels`, the token's id where it trains and -100 where not"
             raise RecipeError(f"The column {column!r} of the {name} set has no effect. Write {instead}, or remove it.")
 
 
@@ -144,7 +194,7 @@ def check_rows(dataset: Any, name: str) -> Any:
     if "input_ids" not in present or not columns:
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name})
+        return handed_on(dataset, dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name}))
     if dataset.format["type"] != "custom":
         start = 0
         for table in plain(dataset).select_columns(["input_ids", *columns]).with_format("arrow").iter(1000):
@@ -230,3 +280,74 @@ def refuse_without_target(
         f"Cannot use the {name} set: no row has a target. Every label is -100, or that of a row's first token, which nothing "
         "predicts. Check `labels`, the masks and the chat template."
     )
+
+
+def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
+    """Warn with the number of rows of a prepared set without a target, or dropped for that; of those of a stream nothing.
+
+    `dataset`: the same rows before they are prepared. Packed rows are not told apart.
+    """
+    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)) or "seq_lengths" in prepared.column_names:
+        return
+    dropped, total = len(dataset) - len(prepared), len(dataset)
+    blank = _count_blank(prepared) + dropped
+    own = min(blank, _count_blank(dataset) if "input_ids" in dataset.column_names else 0)
+    if blank > own:
+        warn_once(
+            f"{blank - own} of {total} rows of the {name} set do not train: `max_length: {args.max_length}` cuts their targets "
+            "off, or they have none. Raise `max_length`, or shorten the rows."
+        )
+    if own:
+        warn_once(f"{own} of {total} rows of the {name} set do not train: all their labels are -100. Correct or remove them.")
+
+
+def _count_blank(dataset: Dataset) -> int:
+    """Count the rows whose labels are all -100."""
+    if "labels" not in columns_of(dataset) or dataset.format["type"] == "custom":
+        return 0
+    tables = plain(dataset).select_columns(["labels"]).with_format("arrow").iter(1000)
+    return sum(_blank(table["labels"].combine_chunks()) for table in tables)
+
+
+def _blank(labels: pa.Array) -> int:
+    rows, values = pc.list_parent_indices(labels), pc.list_flatten(labels)
+    return len(labels) - len(pc.unique(pc.filter(rows, pc.not_equal(values, -100))))
+
+
+def check_ids(dataset: Any, name: str, size: int | None) -> Any:
+    """Return a data set whose token ids and labels are below `size`, the number of a model's embeddings, or None.
+
+    A stream is checked as it is read. Raises RecipeError with the first row of others.
+    """
+    columns = [column for column in columns_of(dataset) if column in ("input_ids", "labels")]
+    if size is None or "input_ids" not in columns:
+        return dataset
+    check = partial(_check_ids, columns=columns, name=name, size=size)
+    if isinstance(dataset, IterableDataset):
+        return handed_on(dataset, dataset.map(check, with_indices=True))
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        start = 0
+        for table in plain(dataset).select_columns(columns).with_format("arrow").iter(1000):
+            if not all(_are_ids(pc.list_flatten(table[column]), column, size) for column in columns):
+                for row, example in enumerate(table.to_pylist(), start):
+                    check(example, row)
+            start += len(table)
+    return dataset
+
+
+def _are_ids(values: pa.ChunkedArray, column: str, size: int) -> bool:
+    if column == "labels":
+        values = pc.filter(values, pc.not_equal(values, -100))
+    bounds = pc.min_max(values).as_py()
+    return bounds["max"] is None or (bounds["min"] >= 0 and bounds["max"] < size)
+
+
+def _check_ids(example: dict[str, Any], row: int, columns: list[str], name: str, size: int) -> dict[str, Any]:
+    for column in columns:
+        wrong = next((each for each in example[column] if not 0 <= each < size and (column, each) != ("labels", -100)), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"Cannot train on row {row} of the {name} set, counted from 0: `{column}` has {wrong}, and the model has "
+                f"embeddings for 0 to {size - 1}. Use the model's own tokenizer, or correct the row."
+            )
+    return {}

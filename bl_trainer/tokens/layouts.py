@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
+from .._util.logs import warn_once
 from ..errors import RecipeError
+from .labels import first_row, handed_on
 from .names import ROW
 
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
@@ -16,13 +18,19 @@ PLAIN_KEYS = ("role", "content")  # TRL's own
 PLAIN: Keys = (("role",), ("content",))
 TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
+SHAREGPT = ("from", "value")  # what only ShareGPT's layout has
+CALLS = ("tool_calls", "function_call")  # keys of a message that calls functions, and may have no content
+INSTEAD = (*CALLS, "thinking", "reasoning_content")  # what may stand in place of content
 # What the speakers of ShareGPT's layout are called in chat templates
 ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "assistant"), "assistant"),
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model", "assistant", "function_call"), "assistant"),
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
+# Keys of a message by which other trainers leave it out or weight it, and the values that train it in full
+TRAINS = dict.fromkeys(("weight", "loss_weight", "loss_mask", "train", "trainable", "training", "loss"), True)
+TRAINS |= dict.fromkeys(("mask", "masked"), False)
 # Columns that TRL would take for a layout of their own where they stand beside the one that is trained
 RIVALS = ("prompt", "completion", "chosen", "rejected", *CHATS)
 
@@ -38,8 +46,10 @@ class RowError(RecipeError):
 def arrange(dataset: Any, where: str, text_field: str) -> Any:
     """Return a data set or stream with its training text in the columns that TRL reads.
 
-    Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. The rows of a data set are
-    checked here, those of a stream but the first by `check_stream` as they are read.
+    Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. Text is JSON only in columns
+    that are called messages or conversations. In ShareGPT's layout the column `system` becomes the first message; beside
+    other messages it is not read, and a warning tells. The rows of a data set are checked here, those of a stream but the
+    first by `check_stream` as they are read.
 
     Raises:
         RecipeError: if the columns make no training text. RowError: on the first row that has none.
@@ -50,14 +60,19 @@ def arrange(dataset: Any, where: str, text_field: str) -> Any:
     columns = find_layout(first, where, text_field)
     if columns == ("input_ids",):
         return dataset
-    is_chat = are_chats(first, columns)
+    is_chat = are_chats(first, columns, text_field)
     _check_row(first, 0, columns, is_chat, where, (SPEAKERS, CONTENTS))
     kept = {*columns} if columns[0] == "prompt" else {*columns, text_field}
     rivals = [key for key in first if key in {*RIVALS, text_field} - kept]
     dataset = dataset.remove_columns(rivals) if rivals else dataset
     names = columns if len(columns) > 1 or not is_chat else ("messages",)
+    if is_chat and _is_system(first.get("system")) and not _is_sharegpt(first, columns):
+        warn_once(
+            f"The column `system` of {where} is not trained: its messages have role and content. Put it into each row's "
+            "messages as the first, with the role system."
+        )
     if is_chat and (names != columns or not all(_is_plain(first[column]) for column in columns)):
-        return _convert(dataset, columns, names, where)
+        return _convert(dataset, columns, names, where, _is_sharegpt(first, columns))
     if isinstance(dataset, Dataset):
         _check_rows(dataset, columns, is_chat, where)
     return dataset
@@ -67,17 +82,21 @@ def check_stream(dataset: IterableDataset, where: str, text_field: str) -> Itera
     """Return an arranged stream that raises RowError when it comes to a row without a training text."""
     first = first_row(dataset)
     columns = find_layout(first, where, text_field)
-    is_chat = are_chats(first, columns)
+    is_chat = are_chats(first, columns, text_field)
 
     def check(example: dict[str, Any], row: int) -> dict[str, Any]:
         _check_row(example, row, columns, is_chat, where, PLAIN)
         return {}
 
-    return dataset.map(check, with_indices=True, features=dataset.features)
+    return handed_on(dataset, dataset.map(check, with_indices=True, features=dataset.features))
 
 
 def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
-    """Return a trainer's arguments with its data sets arranged, unless they are not to be prepared as they are."""
+    """Return a trainer's arguments with its data sets arranged, unless they are not to be prepared as they are.
+
+    Raises RecipeError if the training set is none.
+    """
+    _refuse_no_set(given.get("train_dataset"))
     args, evaluated = given.get("args"), given.get("eval_dataset")
     options = getattr(args, "dataset_kwargs", None) or {}
     if given.get("formatting_func") is not None or options.get("skip_prepare_dataset"):
@@ -95,30 +114,72 @@ def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **made}
 
 
+def _refuse_no_set(dataset: Any) -> None:
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    why, how = "there is no `train_dataset`", "Give a `Dataset` or an `IterableDataset`"
+    if dataset is not None:
+        why = f"`train_dataset` is a {type(dataset).__name__}"
+    if isinstance(dataset, dict) and dataset:
+        why += f" of {', '.join(map(str, dataset))}"
+        how = f"Give one of them: `train_dataset=data[{next(iter(dataset))!r}]`"
+    raise RecipeError(f"Cannot train: {why}. {how}.")
+
+
 def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str, ...]:
     """Return the columns that hold the training text, by a data set's first row. Raises RecipeError if there are none."""
     standard = [("input_ids",), ("prompt", "completion"), *((column,) for column in CHATS), (text_field,)]
     filled = {key for key, value in first.items() if value is not None}
-    others = [key for key in first if key not in {*RIVALS, text_field} and _keys(parsed(first[key])) is not None]
+    own = {*RIVALS, text_field}
+    others = [key for key in first if key not in own and _keys(read(key, first[key])) is not None]
     found = next((each for each in standard if {*each} <= filled), None)
     if found is None and len(others) == 1:
         return (others[0],)
     found = found or next((each for each in standard if {*each} <= {*first}), None)
-    if found is None and others:
-        raise RecipeError(
+    if found is None:
+        raise _no_layout(first, where, text_field, others)
+    if found == ("prompt",) or (found == (text_field,) and text_field in CHATS and isinstance(first[text_field], str)):
+        what = "half of a pair" if found == ("prompt",) else "messages"
+        raise RecipeError(f"Cannot train on `dataset_text_field: {text_field}`: TRL takes this column for {what}. Rename it.")
+    for column in found if are_chats(first, found, text_field) else ():
+        _refuse_keys(read(column, first[column]), column, where)
+    return found
+
+
+def _no_layout(first: dict[str, Any], where: str, text_field: str, others: list[str]) -> RecipeError:
+    """Return the error for columns that make no training text."""
+    hidden = [key for key, value in first.items() if _keys(parsed(value)) is not None and key not in others]
+    if others:
+        return RecipeError(
             f"Cannot choose among the columns {', '.join(others)} of {where}: each holds messages. Remove all but one, or "
             "rename one to messages."
         )
-    if found is None:
-        raise RecipeError(
-            f"Cannot train on {where}: TRL can't make a training text of its columns {', '.join(sorted(first))}. Rename them "
-            "to prompt and completion, to messages or to text, or write `dataset_text_field: ...`."
+    if {"chosen", "rejected"} <= {*first}:
+        return RecipeError(
+            f"Cannot train on {where}: its columns `chosen` and `rejected` are preferences, not a text to train on. Rename "
+            "`chosen` to `completion`, or to `messages` if it holds whole chats, and remove `rejected`."
         )
-    if found == ("prompt",):
-        raise RecipeError("Cannot train on `dataset_text_field: prompt`: TRL takes this column for half of a pair. Rename it.")
-    for column in found:
-        _refuse_keys(parsed(first[column]), column, where)
-    return found
+    if hidden:
+        return RecipeError(
+            f"Cannot train on {where}: its column `{hidden[0]}` holds messages as JSON text. Rename it to messages to train "
+            f"these, or write `dataset_text_field: {hidden[0]}` to train the JSON itself."
+        )
+    columns = ", ".join(sorted(first))
+    if text_field != "text":
+        texts = [key for key, value in first.items() if isinstance(value, str)]
+        advice = f"Write `dataset_text_field: {texts[0]}`" if len(texts) == 1 else "Name one of them"
+        return RecipeError(
+            f"Cannot train on {where}: `dataset_text_field: {text_field}` names no column of it; it has {columns}. {advice}."
+        )
+    return RecipeError(
+        f"Cannot train on {where}: TRL can't make a training text of its columns {columns}. Rename them to prompt and "
+        "completion, to messages or to text, or write `dataset_text_field: ...`."
+    )
+
+
+def read(column: str, value: Any) -> Any:
+    """Return the value of a column, parsed if its name says that it holds messages."""
+    return parsed(value) if column.lower().removesuffix("s") in ("message", "conversation") else value
 
 
 def parsed(value: Any) -> Any:
@@ -132,14 +193,11 @@ def parsed(value: Any) -> Any:
     return found if _keys(found) is not None else value
 
 
-def are_chats(first: dict[str, Any], columns: tuple[str, ...]) -> bool:
+def are_chats(first: dict[str, Any], columns: tuple[str, ...], text_field: str | None = None) -> bool:
     """Whether the columns of a training text hold messages rather than texts, by the first row."""
-    return columns[0] in CHATS or (columns != ("input_ids",) and any(_are_mappings(parsed(first[key])) for key in columns))
-
-
-def first_row(dataset: Any) -> Any:
-    """Return the first row, None if there is none."""
-    return next(iter(_plain(dataset)), None)
+    if columns == (text_field,) and isinstance(first[columns[0]], str):
+        return False
+    return columns[0] in CHATS or (columns != ("input_ids",) and any(_are_mappings(read(key, first[key])) for key in columns))
 
 
 def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
@@ -150,12 +208,24 @@ def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
     if not is_chat:
         return None if isinstance(value, str) else f"is {short(value)}, not a text"
     messages = value if keys == PLAIN else parsed(value)
-    if not _are_mappings(messages) or not all(_is_message(message, keys) for message in messages):
+    if not _are_mappings(messages):
         return f"is {short(value)}, not messages with role and content"
-    unknown = [_first_of(message, SPEAKERS) for message in messages if _role(message) is None]
-    if unknown:
-        return f"has a message from {short(unknown[0])}, which is none of {', '.join(ROLES)}"
-    return None
+    return next((fault for message in messages if (fault := _fault_of_message(message, keys))), None)
+
+
+def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
+    if not _is_message(message, keys):
+        own = {key: value for key, value in message.items() if value is not None}  # Arrow fills the keys of other messages
+        return f"has {short(own)}, not messages with role and content"
+    if _role(message) is None:
+        return f"has a message from {short(_first_of(message, SPEAKERS))}, which is none of {', '.join(ROLES)}"
+    key = next((key for key in message if key in TRAINS and message[key] not in (None, TRAINS[key])), None)
+    if key is None:
+        return None
+    return (
+        f"has a message with `{key}: {short(message[key])}`, which has no effect. Remove the key; to weight a row use the "
+        "column `objective_weight`, to train answers alone `assistant_only_loss: true`"
+    )
 
 
 def as_messages(value: Any) -> list[dict[str, Any]]:
@@ -163,8 +233,23 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
     made = []
     for message in parsed(value):
         rest = {key: each for key, each in message.items() if key not in (*SPEAKERS, *CONTENTS) and each is not None}
-        made.append({"role": _role(message), "content": _first_of(message, CONTENTS), **rest})
+        content = _first_of(message, CONTENTS)
+        calls = _calls(content) if message.get("from") == "function_call" else None
+        said = {"content": None, "tool_calls": calls} if calls else {"content": content}
+        made.append({"role": _role(message), **said, **rest})
     return made
+
+
+def _calls(content: Any) -> list[dict[str, Any]] | None:
+    """Return the calls that a `function_call` of ShareGPT's layout holds as JSON; None if it is another text."""
+    try:
+        found = json.loads(content)
+    except (TypeError, json.JSONDecodeError):
+        return None
+    found = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and "name" in call for call in found):
+        return None
+    return [{"type": "function", "function": call} for call in found]
 
 
 def short(value: Any) -> str:
@@ -177,8 +262,14 @@ def _is_transformed(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
-def _plain(dataset: Any) -> Any:
-    return dataset.with_format(None) if isinstance(dataset, Dataset) else dataset
+def _is_system(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_sharegpt(first: dict[str, Any], columns: tuple[str, ...]) -> bool:
+    """Whether a chat is in ShareGPT's layout, of which a column `system` is a part, by the first row."""
+    chats = [read(column, first[column]) for column in columns]
+    return any(key in message for chat in chats for message in chat for key in SHAREGPT)
 
 
 def _are_mappings(value: Any) -> bool:
@@ -204,18 +295,18 @@ def _keys(value: Any) -> tuple[str, str] | None:
 
 def _is_plain(value: Any) -> bool:
     """Whether messages are in TRL's own keys."""
-    return _are_mappings(value) and not any(key in message for message in value for key in ("from", "value"))
+    return _are_mappings(value) and not any(key in message for message in value for key in SHAREGPT)
 
 
 def _is_message(message: dict[str, Any], keys: Keys) -> bool:
     speakers, contents = keys
-    has_content = isinstance(_first_of(message, contents), (str, list)) or bool(message.get("tool_calls"))
+    has_content = isinstance(_first_of(message, contents), (str, list)) or any(map(message.get, INSTEAD))
     return has_content and isinstance(_first_of(message, speakers), str)
 
 
 def _refuse_keys(value: Any, column: str, where: str) -> None:
     """Raise RecipeError on messages in keys of no known layout."""
-    if _are_mappings(value) and _keys(value) is None and not value[0].get("tool_calls"):
+    if _are_mappings(value) and _keys(value) is None and not any(map(value[0].get, INSTEAD)):
         raise RecipeError(
             f"Cannot read the messages in `{column}` of {where}: their keys are {', '.join(value[0])}. Rename these to role "
             "and content."
@@ -237,7 +328,7 @@ def _check_rows(dataset: Dataset, columns: tuple[str, ...], is_chat: bool, where
     """Raise RowError on the first row of a data set that has no training text."""
     if all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
         return
-    for row, example in enumerate(_plain(dataset).select_columns(list(columns))):
+    for row, example in enumerate(dataset.with_format(None).select_columns(list(columns))):
         _check_row(example, row, columns, is_chat, where, PLAIN)
 
 
@@ -246,8 +337,11 @@ def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
     if column.null_count or not is_chat:
         return not column.null_count and feature == TEXT
     message = feature.feature if isinstance(feature, List) else None
-    are_texts = isinstance(message, dict) and message.get("role") == message.get("content") == TEXT
-    return are_texts and all(_is_filled(chunk) for chunk in column.chunks if len(chunk))
+    if not isinstance(message, dict) or TRAINS.keys() & message.keys():
+        return False
+    return message.get("role") == message.get("content") == TEXT and all(
+        _is_filled(chunk) for chunk in column.chunks if len(chunk)
+    )
 
 
 def _is_filled(chunk: pa.Array) -> bool:
@@ -256,14 +350,14 @@ def _is_filled(chunk: pa.Array) -> bool:
     return pc.min(pc.list_value_length(chunk)).as_py() > 0 and not any(part.null_count for part in parts)
 
 
-def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str) -> Any:
+def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str, is_sharegpt: bool) -> Any:
     """Return a data set or stream with the messages of `columns` as `names`, in TRL's keys."""
 
     def convert(example: dict[str, Any], row: int) -> dict[str, Any]:
         _check_row(example, row, columns, True, where, (SPEAKERS, CONTENTS))
         made = {name: as_messages(example[column]) for name, column in zip(names, columns, strict=True)}
         system, head = example.get("system"), made[names[0]]
-        if isinstance(system, str) and system.strip() and head[0]["role"] != "system":  # ShareGPT has a column for it
+        if is_sharegpt and _is_system(system) and head[0]["role"] != "system":
             head.insert(0, {"role": "system", "content": system})
         return made
 
@@ -286,7 +380,7 @@ def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]
         first = first_row(dataset)
         if first is not None:
             columns = find_layout(first, source, text_field)
-            kind = "messages" if are_chats(first, columns) else "texts"
+            kind = "messages" if are_chats(first, columns, text_field) else "texts"
             layouts.setdefault(" and ".join(columns) + (f" ({kind})" if columns != ("input_ids",) else ""), source)
     if len(layouts) > 1:
         found = "; ".join(f"{source} has {layout}" for layout, source in layouts.items())
@@ -294,11 +388,11 @@ def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]
     for column in columns:
         kinds = [(dataset.features or {}).get(column) for dataset in datasets]
         if all(isinstance(kind, List) for kind in kinds) and any(kind != kinds[0] for kind in kinds):
-            datasets = [_as_text(dataset, column) for dataset in datasets]
+            datasets = [_as_json(dataset, column) for dataset in datasets]
     return datasets
 
 
-def _as_text(dataset: Any, column: str) -> Any:
-    """Return a data set or stream with its messages as JSON text, which `arrange` reads; so their keys may differ."""
-    features = Features({**dataset.features, column: Value("string")})
-    return dataset.map(lambda example: {column: json.dumps(example[column], ensure_ascii=False)}, features=features)
+def _as_json(dataset: Any, column: str) -> Any:
+    """Return a data set or stream with each message's own keys, so that they may differ."""
+    features = Features({**dataset.features, column: List(Json())})
+    return dataset.map(lambda example: {column: as_messages(example[column])}, features=features)

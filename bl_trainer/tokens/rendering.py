@@ -6,19 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from accelerate.logging import get_logger
-from datasets import IterableDataset
+import pyarrow.compute as pc
+from accelerate import PartialState
+from datasets import Dataset, Features, IterableDataset
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from .._util.logs import warn_once
 from .._util.text import sentence
-from .layouts import RowError, arrange, check_stream, first_row, short
+from ..errors import RecipeError
+from .labels import first_row, handed_on
+from .layouts import CALLS, ROLES, TEXT, RowError, arrange, check_stream, short
 from .names import ROW
-
-logger = get_logger(__name__)
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
 MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
+NOBODY = "~##~"  # a role that no template knows
 
 
 def check_rendering(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -30,44 +33,80 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
     first = first_row(dataset)
     if first is None or "input_ids" in first:
         return dataset
-    check = RenderedRow(processing_class, chat_template, where)
+    check = RenderedRow(processing_class, chat_template, where, args.assistant_only_loss)
     if isinstance(dataset, IterableDataset):
         return check_rendered(check_stream(dataset, where, args.dataset_text_field), check)
     if is_conversational(first):
-        rendered = dataset.with_format(None).select_columns([key for key in RENDERED if key in dataset.column_names])
-        rendered.map(check, with_indices=True, num_proc=args.dataset_num_proc, desc="Checking rendered messages")
+        with PartialState().local_main_process_first():  # the others find the result in the cache
+            _check_set(dataset, check, args.dataset_num_proc)
     return dataset
+
+
+def _check_set(dataset: Dataset, check: "RenderedRow", num_proc: int | None) -> None:
+    """Render all rows. `datasets` caches the warnings by the rows, the template and the tokenizer."""
+
+    def checked(example: dict[str, Any], row: int) -> dict[str, Any]:
+        return {"warning": check(example, row)}
+
+    rendered = dataset.with_format(None).select_columns([key for key in RENDERED if key in dataset.column_names])
+    warnings = rendered.map(
+        checked,
+        with_indices=True,
+        num_proc=num_proc,
+        remove_columns=rendered.column_names,
+        features=Features({"warning": TEXT}),
+        desc="Checking rendered messages",
+    )
+    said = pc.drop_null(warnings.data.column("warning"))
+    if len(said):
+        warn_once(f"{said[0].as_py()} This concerns {len(said)} of {len(dataset)} rows.")
 
 
 def check_rendered(dataset: IterableDataset, check: "RenderedRow") -> IterableDataset:
     """Return a stream that raises RowError when it comes to a row that lacks a message."""
+    said = False
 
     def checked(example: dict[str, Any], row: int) -> dict[str, Any]:
-        check(example, row)
+        nonlocal said
+        warning = check(example, row)
+        if warning and not said:
+            said = True
+            warn_once(warning)
         return {}
 
-    return dataset.map(checked, with_indices=True, features=dataset.features)
+    return handed_on(dataset, dataset.map(checked, with_indices=True, features=dataset.features))
 
 
 class RenderedRow:
     """Check that the chat template renders all contents of an example; called with it and its number.
 
     Each content is rendered with a mark behind it. Where the mark is missing and the rendered text is the same whatever the
-    content, the message is left out, which raises RowError. A warning tells of a content that doesn't precede its mark; white
-    space at the ends and reasoning may be left out.
+    content, the message is left out, which raises RowError. Another spelling of a known role, such as `human`, raises it too
+    if the template takes the name for any other. A call returns a warning, or None: for a content that doesn't precede its
+    mark, and a role that the template doesn't know. White space at the ends and reasoning may be left out.
+
+    Args:
+        assistant_only: Whether only assistants' messages train, so that each example needs one.
     """
 
-    def __init__(self, processing_class: Any, chat_template: str | None, where: str):
+    def __init__(self, processing_class: Any, chat_template: str | None, where: str, assistant_only: bool = False):
         self.processing_class, self.chat_template, self.where = processing_class, chat_template, where
+        self.assistant_only = assistant_only
 
-    def __call__(self, example: Any, row: int) -> None:
+    def __call__(self, example: Any, row: int) -> str | None:
         if not is_conversational(example):
-            return
+            return None
         columns = ("prompt", "completion") if "prompt" in example else ("messages",)
         messages = [message for key in columns for message in example[key]]
         at = f"row {example.get(ROW, row)} of {self.where}, counted from 0"
+        self._refuse_no_template(example)
+        if self.assistant_only and not any(message["role"] == "assistant" for message in messages):
+            raise RowError(
+                f"Cannot train on {at}: it has no message of the assistant, and `assistant_only_loss: true` trains no other. "
+                "Remove the row or the key.",
+            )
         try:
-            self._check(messages, example, at)
+            return self._check(messages, example, at)
         except RowError:
             raise
         except Exception as error:  # a template raises what it likes
@@ -77,10 +116,19 @@ class RenderedRow:
                 columns,
             ) from error
 
-    def _check(self, messages: list[Any], example: Any, at: str) -> None:
+    def _refuse_no_template(self, example: Any) -> None:
+        own = (example.get("chat_template_kwargs") or {}).get("chat_template")
+        if not (self.chat_template or own or getattr(self.processing_class, "chat_template", None)):
+            raise RecipeError(
+                f"Cannot render the messages of {self.where}: the tokenizer has no chat template. Set `chat_template_path`, or "
+                "give prompt and completion as texts."
+            )
+
+    def _check(self, messages: list[Any], example: Any, at: str) -> str | None:
         marked, contents = marked_messages(messages)
         rendered = self._render(marked, example)
         before = dict(zip(MARK.findall(rendered), MARK.split(rendered)[::2], strict=False))
+        changed = None
         for mark, (index, content) in contents.items():
             role = messages[index]["role"]
             if mark not in before and self._is_left_out(messages, index, example):
@@ -88,11 +136,55 @@ class RenderedRow:
                     f"Cannot train on {at}: the chat template leaves out {short(content)}, a message with the role {role!r}. "
                     "Rename the role to one that the template renders, or set another `chat_template_path`."
                 )
-            if not ends_with(before.get(mark, ""), content):
-                logger.warning_once(
+            if changed is None and not ends_with(before.get(mark, ""), content):
+                changed = (
                     f"The chat template leaves out or changes content with the role {role!r} in {self.where}. Compare the "
                     f"rendered text of {at}."
                 )
+        self._refuse_lost_calls(messages, example, at)
+        return changed or self._check_roles(messages, example, at)
+
+    def _refuse_lost_calls(self, messages: list[Any], example: Any, at: str) -> None:
+        for index, message in enumerate(messages):
+            if not message.get("content") and any(map(message.get, CALLS)):
+                other = {**message, **{key: with_names(message[key]) for key in CALLS if message.get(key)}}
+                if self._renders_alike(messages, index, other, example):
+                    raise RowError(
+                        f"Cannot train on {at}: the chat template leaves out {short(message)}, which has no content. Write the "
+                        "call as `tool_calls`, or set a `chat_template_path` that renders it."
+                    )
+
+    def _check_roles(self, messages: list[Any], example: Any, at: str) -> str | None:
+        """Return a warning of a role that the template doesn't know. Raises RowError if it is a known one's other name."""
+        for role in sorted({message["role"] for message in messages} - {*ROLES.values()}):
+            meant = ROLES.get(role.lower())
+            if not self._is_any_role(role, meant, messages, example):
+                continue
+            if meant is not None:
+                raise RowError(
+                    f"Cannot train on {at}: the chat template doesn't know the role {role!r} and writes it as any other name. "
+                    f"Rename it to {meant!r}."
+                )
+            return (
+                f"The chat template doesn't know the role {role!r} in {self.where}, and writes it as any other name. Compare "
+                f"the rendered text of {at}."
+            )
+        return None
+
+    def _is_any_role(self, role: str, meant: str | None, messages: list[Any], example: Any) -> bool:
+        """Whether the template writes a role as it does an unknown one, and otherwise than the one that is meant."""
+
+        def rendered(name: str) -> str | None:
+            renamed = [{**each, "role": name if each["role"] == role else each["role"]} for each in messages]
+            try:
+                return self._render(renamed, example)
+            except Exception:  # the template refuses the name, which it raises as it likes
+                return None
+
+        found, unknown, as_meant = rendered(role), rendered(NOBODY), rendered(meant) if meant else None
+        if found is None or unknown is None:
+            return False
+        return found != as_meant and found.casefold() == unknown.replace(NOBODY, role).casefold()
 
     def _is_left_out(self, messages: list[Any], index: int, example: Any) -> bool:
         """Whether another content of a message leaves the rendered text as it is."""
@@ -100,6 +192,9 @@ class RenderedRow:
         if message.get("tool_calls"):  # beside which templates take content for reasoning
             return False
         other = {**message, "content": with_texts(message["content"], lambda text: f"~{text[::-1]}~")}
+        return self._renders_alike(messages, index, other, example)
+
+    def _renders_alike(self, messages: list[Any], index: int, other: Any, example: Any) -> bool:
         return self._render(messages, example) == self._render([*messages[:index], other, *messages[index + 1 :]], example)
 
     def _render(self, messages: list[Any], example: Any) -> str:
@@ -135,6 +230,15 @@ def with_texts(content: Any, change: Callable[[str], str]) -> Any:
     if isinstance(content, list):
         return [{**part, "text": with_texts(part["text"], change)} if "text" in part else part for part in content]
     return change(content) if isinstance(content, str) and content.strip() else content
+
+
+def with_names(calls: Any) -> Any:
+    """Return the calls of a message with other names of the functions."""
+    if isinstance(calls, list):
+        return [with_names(call) for call in calls]
+    if not isinstance(calls, dict):
+        return calls
+    return {key: f"~{value}~" if key == "name" else with_names(value) for key, value in calls.items()}
 
 
 def ends_with(rendered: str, content: str) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..objectives.threshold import Threshold
+from ..tokens.labels import check_ids
 from ..tokens.names import WEIGHT
 
 logger = get_logger(__name__)
@@ -143,3 +144,14 @@ def _refuse_name(name: str, key: str, base: nn.Module, present: list[str]) -> No
     raise RecipeError(
         f"Cannot apply `{recipe_key}`: {name!r} matches nothing in {type(base).__name__}.{near} Correct the name or remove it."
     )
+
+
+def refuse_unknown_ids(trainer: Any, given: dict[str, Any]) -> Any:
+    """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read."""
+    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+    for name in ("train", "eval"):
+        source = given.get(f"{name}_dataset")  # whose rows have the numbers that the user knows
+        for part in source.values() if isinstance(source, dict) else [source]:
+            if isinstance(part, Dataset):
+                check_ids(part, name, size)
+    return check_ids(trainer.train_dataset, "prepared train", size)

@@ -9,6 +9,7 @@ from peft import PeftConfig, PrefixTuningConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoConfig, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 
 def refuse_bypass(args: Any) -> None:
@@ -30,6 +31,8 @@ def refuse_bypass(args: Any) -> None:
             "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
             "it, or write `packing: true`."
         )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`.")
     liger = args.liger_kernel_config or {}
     for key in ("fused_linear_cross_entropy", "cross_entropy"):
         if liger.get(key):

@@ -31,7 +31,7 @@ from ..errors import MeasurementError, RecipeError
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.threshold import spell_probability
 from ..tokens.collators import collator_of
-from ..tokens.labels import refuse_misaligned
+from ..tokens.labels import refuse_misaligned, warn_of_untrained
 from ..tokens.names import EXAMPLE_LENGTHS, REFERENCE, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
 from ..tokens.vocabulary import content_free_ids
@@ -44,6 +44,7 @@ from .guards import (
     missing_folders,
     refuse_dropped_sets,
     refuse_frozen,
+    refuse_unknown_ids,
     refuse_unlearnt,
     refuse_unmatched,
     warn_of_idle,
@@ -122,6 +123,7 @@ class BLTrainer(ScoringTrainer):
         self.made_folders = missing_folders(Path(str(args.output_dir))) if args is not None else []
         on_sigterm = signal.getsignal(signal.SIGTERM)
         super().__init__(**setup.arguments)
+        self.train_dataset = refuse_unknown_ids(self, setup.arguments)
         if peft_config is not None:
             refuse_unmatched(self.model)
         self._has_adapter = is_peft_model(self.model)
@@ -182,6 +184,7 @@ class BLTrainer(ScoringTrainer):
 
     def prepare_rows(self, rows):
         prepared = super().prepare_rows(rows)
+        warn_of_untrained(rows.dataset, prepared, rows.name, rows.args)
         refuse_untargeted(prepared, rows.name, rows.args, lambda: ScoringTrainer.prepare_rows(self, rows.untruncated()))
         return prepared
 
