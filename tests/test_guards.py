@@ -389,9 +389,12 @@ class TestNames:
                 {"modules_to_save": ["lm_haed"]},
                 "Cannot apply `lora_modules_to_save`: 'lm_haed' matches nothing in Llama",
             ),
-            ({"target_modules": ["q_proj", "w_proj"]}, "Cannot apply `lora_target_modules`: 'w_proj' matches nothing"),
-            ({"exclude_modules": ["lm_haed"]}, "Cannot apply `exclude_modules`: 'lm_haed' .* Did you mean 'lm_head'"),
-            ({"exclude_modules": r".*\.9\.self_attn"}, "Cannot apply `exclude_modules`: "),
+            (
+                {"target_modules": ["query_key_value", "w_proj"]},
+                "Cannot apply `lora_target_modules`: 'query_key_value, w_proj' matches nothing in LlamaForCausalLM. Write some "
+                "of its linear layers, down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or `all-linear`",
+            ),
+            ({"target_modules": r".*\.9\.self_attn"}, "Cannot apply `lora_target_modules`: .* matches nothing"),
             ({"target_parameters": ["mlp.gate_proj.weigth"]}, "Cannot apply `lora_target_parameters`: 'mlp.gate_proj.weigth'"),
         ],
         ids=str,
@@ -399,6 +402,26 @@ class TestNames:
     def test_that_match_nothing(self, config, message, tokenizer, text_data, tmp_path):
         config = LoraConfig(**{"target_modules": ["q_proj"], **config})
         refused(tokenizer, tmp_path, text_data, message, peft_config=config)
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            (
+                {"target_modules": ["q_proj", "query_key_value"]},
+                "`lora_target_modules`: 'query_key_value' matches nothing in LlamaForCausalLM",
+            ),
+            ({"exclude_modules": ["lm_haed"]}, "`exclude_modules`: 'lm_haed' matches nothing"),
+            (
+                {"target_modules": "all-linear", "exclude_modules": ".*vision.*"},
+                "`exclude_modules`: '.*vision.*' matches nothing",
+            ),
+        ],
+        ids=str,
+    )
+    def test_of_which_others_match_are_warned_of(self, config, said, tokenizer, text_data, tmp_path, caplog):
+        config = LoraConfig(**{"target_modules": ["q_proj"], **config})
+        build(BLTrainer, tokenizer, text_data, tmp_path, peft_config=config)
+        assert said in caplog.text
 
     @pytest.mark.parametrize(
         "config",
@@ -416,7 +439,7 @@ class TestNames:
         build(BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **config}))
 
     @pytest.mark.parametrize(
-        ("key", "value"), [("lora_modules_to_save", "lm_haed"), ("lora_target_modules", ["q_proj", "w_proj"])]
+        ("key", "value"), [("lora_modules_to_save", "lm_haed"), ("lora_target_modules", ["query_key_value", "w_proj"])]
     )
     def test_in_the_verb(self, key, value, checkpoint, tmp_path, capsys):
         changes = {"use_peft": True, "lora_target_modules": ["q_proj"], key: value}

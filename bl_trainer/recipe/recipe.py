@@ -30,6 +30,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -328,6 +329,8 @@ class Recipe:
                 raise RecipeError(f"`{key}: {value}` must be {bounds}.")
         if training.max_steps <= 0 and training.num_train_epochs <= 0:
             raise RecipeError(f"`num_train_epochs: {training.num_train_epochs}` trains nothing. Write a number above 0.")
+        if training.max_steps == 0:
+            raise RecipeError("`max_steps: 0` trains nothing. Write a number above 0, or -1 to train by `num_train_epochs`.")
         if training.learning_rate == 0:
             raise RecipeError("`learning_rate: 0` trains nothing. Write a number above 0.")
         for kind in ("save", "logging", "eval"):
@@ -434,9 +437,11 @@ class Recipe:
             for callback in get_reporting_integration_callbacks(training.report_to):
                 callback()
         except Exception as error:  # each asks for its package in its own way
-            names = ", ".join(training.report_to)
+            names, near = ", ".join(training.report_to), [nearest(name, TRACKERS) for name in training.report_to]
+            wrong = [each for name, each in zip(training.report_to, near, strict=True) if name not in TRACKERS]
             raise RecipeError(
-                f"Cannot report to `report_to: {names}`: {sentence(error)} Install it, or set `report_to: none`."
+                f"Cannot report to `report_to: {names}`: {sentence(error)}{''.join(wrong)} "
+                f"{'Correct' if wrong else 'Install'} it, or set `report_to: none`."
             ) from error
         if not training.push_to_hub:
             return

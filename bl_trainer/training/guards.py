@@ -5,12 +5,16 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .._util.text import nearest
 from ..errors import RecipeError
+
+logger = get_logger(__name__)
 
 
 def leaves_no_empty_folder(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,32 +56,60 @@ def refuse_dropped(rows: int, per_step: int, name: str, key: str) -> None:
         )
 
 
+def refuse_no_target(model: Any, config: Any) -> None:
+    """Raise RecipeError if no module of `model` is what `config` puts adapters on, and say which there are."""
+    wanted = getattr(config, "target_modules", None)
+    if model is None or not wanted or wanted == "all-linear" or getattr(config, "target_parameters", None):
+        return
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    head = model.get_output_embeddings()
+    if not any(_is_named(wanted, name) for name in modules):
+        linear = [name for name, each in modules.items() if isinstance(each, (nn.Linear, Conv1D)) and each is not head]
+        layers = sorted({name.split(".")[-1] for name in linear})
+        shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+        raise RecipeError(
+            f"Cannot apply `lora_target_modules`: {shown!r} matches nothing in {type(model).__name__}. Write some of its linear "
+            f"layers, {', '.join(layers)}, or `all-linear`."
+        )
+
+
 def refuse_unmatched(peft_model: Any) -> None:
-    """Raise RecipeError on a name in the active adapter's configuration that matches nothing in the model."""
+    """Raise RecipeError on a name in the active adapter's configuration that matches nothing in the model.
+
+    Lists of targets may be written for several families: while others match, such a name is a warning. So is what is excluded.
+    """
     config, base = peft_model.peft_config[peft_model.active_adapter], peft_model.get_base_model()
     modules = [name for name, _ in base.named_modules(remove_duplicate=False)]
     parameters = [name.replace(".base_layer", "") for name, _ in base.named_parameters(remove_duplicate=False)]
-    for key, present, ends in (
-        ("target_modules", modules, _ends_at_dot),
-        ("exclude_modules", modules, _ends_at_dot),
-        ("target_parameters", parameters, _ends_at_dot),
-        ("modules_to_save", modules, str.endswith),  # for which PEFT doesn't ask for a dot
+    for key, present, is_match in (
+        ("target_modules", modules, _is_named),
+        ("exclude_modules", modules, _is_named),
+        ("target_parameters", parameters, _is_named),
+        ("modules_to_save", modules, _ends),  # for which PEFT doesn't ask for a dot
     ):
         wanted = getattr(config, key, None) or ()
-        if isinstance(wanted, str) and not any(re.fullmatch(wanted, each) for each in modules):
-            _refuse_name(wanted, key, base, modules)
-        for name in () if isinstance(wanted, str) else sorted(wanted):
-            if not any(ends(each, name) for each in present):
-                _refuse_name(name, key, base, present)
+        names = {wanted: wanted} if isinstance(wanted, str) else {name: [name] for name in sorted(wanted)}
+        lost = [name for name, each in names.items() if not any(is_match(each, one) for one in present)]
+        needs_all = key == "modules_to_save" or (key != "exclude_modules" and len(lost) == len(names))
+        for name in lost:
+            said = _unmatched(name, key, base, present)
+            if needs_all:
+                raise RecipeError(f"Cannot apply {said}")
+            logger.warning(said)
 
 
-def _ends_at_dot(key: str, name: str) -> bool:
-    return key == name or key.endswith(f".{name}")
+def _is_named(wanted: Any, name: str) -> bool:
+    """Whether PEFT takes the module `name` for one of `wanted`, a pattern or a list of endings."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
-def _refuse_name(name: str, key: str, base: nn.Module, present: list[str]) -> NoReturn:
+def _ends(wanted: Any, name: str) -> bool:
+    return name.endswith(wanted if isinstance(wanted, str) else tuple(wanted))
+
+
+def _unmatched(name: str, key: str, base: nn.Module, present: list[str]) -> str:
     recipe_key = key if key == "exclude_modules" else f"lora_{key}"
     near = nearest(name.split(".")[-1], sorted({each.split(".")[-1] for each in present}))
-    raise RecipeError(
-        f"Cannot apply `{recipe_key}`: {name!r} matches nothing in {type(base).__name__}.{near} Correct the name or remove it."
-    )
+    return f"`{recipe_key}`: {name!r} matches nothing in {type(base).__name__}.{near} Correct the name or remove it."

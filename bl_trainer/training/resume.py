@@ -61,7 +61,7 @@ def refuse_other_head(checkpoint: str, loss_head: str) -> None:
         )
 
 
-# What a checkpoint can't be gone on with under another value; the others may change, which is said
+# Keys under another value of which no checkpoint can be resumed from; the others may change, which is said
 FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
 
 FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
@@ -81,7 +81,8 @@ def refuse_changed_keys(checkpoint: str, given: dict[str, Any], defaults: dict[s
     for key in FIXED:
         if key in changed:
             raise CheckpointError(
-                f"{checkpoint} can't be gone on with after a change of {changed[key]}. Write it was, or another `output_dir`."
+                f"Cannot resume from {checkpoint}: the recipe changes {changed[key]}. Change it back, or write another "
+                "`output_dir`."
             )
     if changed and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: since {checkpoint} the recipe has changed: {', '.join(changed.values())}.", file=sys.stderr)

@@ -52,7 +52,7 @@ from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .checkpoints import RECORD_FILE, has_model, last_whole, read_record, why_broken, writing
 from .config import METRICS
-from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_unmatched
+from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_no_target, refuse_unmatched
 from .refusals import (
     is_context_parallel,
     refuse_bypass,
@@ -137,7 +137,7 @@ class BLTrainer(SFTTrainer):
         refuse_virtual_tokens(peft_config, given.get("args"))
         given = arrange_all(given)
         self._refuse_columns(given)
-        refuse_no_causal_lm(given["model"], given.get("args"))
+        refuse_no_target(refuse_no_causal_lm(given["model"], given.get("args")), given.get("peft_config"))
         self.parsed_objective = Objective.parse(getattr(given.get("args"), "objective", "nll"))
         self.reference = self._find_reference(given, peft_config)
         previous = signal.getsignal(signal.SIGTERM)
