@@ -9,6 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
@@ -444,6 +445,22 @@ class TestNames:
     def test_in_the_verb(self, key, value, checkpoint, tmp_path, capsys):
         changes = {"use_peft": True, "lora_target_modules": ["q_proj"], key: value}
         verb_refuses(tmp_path, checkpoint, [PAIR] * 8, f"Cannot apply `{key}`: ", capsys, **changes)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_longer_than_the_models_positions(packing, tokenizer, tmp_path, caplog):
+    rows = as_data([{"input_ids": [5 + i % 30 for i in range(n)]} for n in (6, 20, 9, 6)])
+    learnt = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    options = {"max_length": 64, "packing": packing, "padding_free": False}
+    message = "has 20 tokens, GPT2LMHeadModel was made for 16, whose positions it has learnt. Write `max_length: 16`"
+    if not packing:
+        with pytest.raises(RecipeError, match=message):
+            build(BLTrainer, tokenizer, rows, tmp_path, model=learnt, **options)
+        build(BLTrainer, tokenizer, rows, tmp_path, model=learnt, **{**options, "max_length": 16})
+    build(BLTrainer, tokenizer, rows, tmp_path, model=make_llama(tokenizer, max_position_embeddings=20), **options)
+    assert "was made for" not in caplog.text
+    build(BLTrainer, tokenizer, rows, tmp_path, model=make_llama(tokenizer, max_position_embeddings=16), **options)
+    assert "has 20 tokens, LlamaForCausalLM was made for 16. Write `max_length: 16`" in caplog.text
 
 
 class TestHeadAdapter:

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -56,6 +58,25 @@ def refuse_dropped(rows: int, per_step: int, name: str, key: str) -> None:
         )
 
 
+def check_length(model: Any, dataset: Any, name: str) -> None:
+    """Warn of rows that are longer than the positions `model` was made for; raise RecipeError where positions are learnt."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"  # of the examples in a packed row
+    longest = 0
+    for batch in dataset.select_columns(column).with_format("arrow").iter(1000):
+        each = batch[column]
+        longest = max(longest, *(pc.list_flatten(each) if column == "seq_lengths" else pc.list_value_length(each)).to_pylist())
+    if longest <= most:
+        return
+    said = f"the longest example of the {name} set has {longest} tokens, {type(model).__name__} was made for {most}"
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not model.get_input_embeddings()]
+    if any(most <= each.num_embeddings <= most + 2 for each in tables):  # some families leave out the first two
+        raise RecipeError(f"Cannot train: {said}, whose positions it has learnt. Write `max_length: {most}`.")
+    logger.warning(f"{said[0].upper()}{said[1:]}. Write `max_length: {most}` to train on no longer ones.")
+
+
 def refuse_no_target(model: Any, config: Any) -> None:
     """Raise RecipeError if no module of `model` is what `config` puts adapters on, and say which there are."""
     wanted = getattr(config, "target_modules", None)
@@ -68,8 +89,8 @@ def refuse_no_target(model: Any, config: Any) -> None:
         layers = sorted({name.split(".")[-1] for name in linear})
         shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
         raise RecipeError(
-            f"Cannot apply `lora_target_modules`: {shown!r} matches nothing in {type(model).__name__}. Write some of its linear "
-            f"layers, {', '.join(layers)}, or `all-linear`."
+            f"Cannot apply `lora_target_modules`: {shown!r} matches nothing in {type(model).__name__}. Write some of its "
+            f"linear layers, {', '.join(layers)}, or `all-linear`."
         )
 
 

@@ -52,7 +52,15 @@ from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .checkpoints import RECORD_FILE, has_model, last_whole, read_record, why_broken, writing
 from .config import METRICS
-from .guards import leaves_no_empty_folder, missing_folders, refuse_dropped, refuse_frozen, refuse_no_target, refuse_unmatched
+from .guards import (
+    check_length,
+    leaves_no_empty_folder,
+    missing_folders,
+    refuse_dropped,
+    refuse_frozen,
+    refuse_no_target,
+    refuse_unmatched,
+)
 from .refusals import (
     is_context_parallel,
     refuse_bypass,
@@ -147,6 +155,10 @@ class BLTrainer(SFTTrainer):
             refuse_unmatched(self.model)
         self.threshold = Threshold.parse(getattr(self.args, "threshold", None))
         self._has_adapter = is_peft_model(self.model)
+        base = self.model.get_base_model() if self._has_adapter else self.model
+        for name, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
+            for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                check_length(base, each, name)
         self._add_heads(self.model)
         if not self._is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
