@@ -52,9 +52,9 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
         _refuse_untrained(name, kind, model, _leaves(own[0]) - _leaves(*found.roots))
         del found
         with _mode(model, True, True), torch.no_grad(), WithoutDropout():
-            own = _steady(lambda: _own_logits(model, base, inputs))
-            if own is not None:
-                _compare(model, name, kind, inputs, *own)
+            steady = _steady(lambda: _own_logits(model, base, inputs))
+            if steady is not None:
+                _compare(model, name, kind, inputs, *steady)
 
 
 def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: Tensor, precision: float) -> Measured:
