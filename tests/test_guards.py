@@ -9,6 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
@@ -500,9 +501,12 @@ class TestNames:
                 {"modules_to_save": ["lm_haed"]},
                 "Cannot apply `lora_modules_to_save`: 'lm_haed' matches nothing in Llama",
             ),
-            ({"target_modules": ["q_proj", "w_proj"]}, "Cannot apply `lora_target_modules`: 'w_proj' matches nothing"),
-            ({"exclude_modules": ["lm_haed"]}, "Cannot apply `exclude_modules`: 'lm_haed' .* Did you mean 'lm_head'"),
-            ({"exclude_modules": r".*\.9\.self_attn"}, "Cannot apply `exclude_modules`: "),
+            (
+                {"target_modules": ["query_key_value", "w_proj"]},
+                "Cannot apply `lora_target_modules`: 'query_key_value, w_proj' matches nothing in LlamaForCausalLM. Write some "
+                "of its linear layers, down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or `all-linear`",
+            ),
+            ({"target_modules": r".*\.9\.self_attn"}, "Cannot apply `lora_target_modules`: .* matches nothing"),
             ({"target_parameters": ["mlp.gate_proj.weigth"]}, "Cannot apply `lora_target_parameters`: 'mlp.gate_proj.weigth'"),
         ],
         ids=str,
@@ -510,6 +514,26 @@ class TestNames:
     def test_that_match_nothing(self, config, message, tokenizer, text_data, tmp_path):
         config = LoraConfig(**{"target_modules": ["q_proj"], **config})
         refused(tokenizer, tmp_path, text_data, message, peft_config=config)
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            (
+                {"target_modules": ["q_proj", "query_key_value"]},
+                "`lora_target_modules`: 'query_key_value' matches nothing in LlamaForCausalLM",
+            ),
+            ({"exclude_modules": ["lm_haed"]}, "`exclude_modules`: 'lm_haed' matches nothing"),
+            (
+                {"target_modules": "all-linear", "exclude_modules": ".*vision.*"},
+                "`exclude_modules`: '.*vision.*' matches nothing",
+            ),
+        ],
+        ids=str,
+    )
+    def test_of_which_others_match_are_warned_of(self, config, said, tokenizer, text_data, tmp_path, caplog):
+        config = LoraConfig(**{"target_modules": ["q_proj"], **config})
+        build(BLTrainer, tokenizer, text_data, tmp_path, peft_config=config)
+        assert said in caplog.text
 
     @pytest.mark.parametrize(
         "config",
@@ -527,11 +551,27 @@ class TestNames:
         build(BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**{"target_modules": ["q_proj"], **config}))
 
     @pytest.mark.parametrize(
-        ("key", "value"), [("lora_modules_to_save", "lm_haed"), ("lora_target_modules", ["q_proj", "w_proj"])]
+        ("key", "value"), [("lora_modules_to_save", "lm_haed"), ("lora_target_modules", ["query_key_value", "w_proj"])]
     )
     def test_in_the_verb(self, key, value, checkpoint, tmp_path, capsys):
         changes = {"use_peft": True, "lora_target_modules": ["q_proj"], key: value}
         verb_refuses(tmp_path, checkpoint, [PAIR] * 8, f"Cannot apply `{key}`: ", capsys, **changes)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_longer_than_the_models_positions(packing, tokenizer, tmp_path, caplog):
+    rows = as_data([{"input_ids": [5 + i % 30 for i in range(n)]} for n in (6, 20, 9, 6)])
+    learnt = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    options = {"max_length": 64, "packing": packing, "padding_free": False}
+    message = "has 20 tokens, GPT2LMHeadModel was made for 16, whose positions it has learnt. Write `max_length: 16`"
+    if not packing:
+        with pytest.raises(RecipeError, match=message):
+            build(BLTrainer, tokenizer, rows, tmp_path, model=learnt, **options)
+        build(BLTrainer, tokenizer, rows, tmp_path, model=learnt, **{**options, "max_length": 16})
+    build(BLTrainer, tokenizer, rows, tmp_path, model=make_llama(tokenizer, max_position_embeddings=20), **options)
+    assert "was made for" not in caplog.text
+    build(BLTrainer, tokenizer, rows, tmp_path, model=make_llama(tokenizer, max_position_embeddings=16), **options)
+    assert "has 20 tokens, LlamaForCausalLM was made for 16. Write `max_length: 16`" in caplog.text
 
 
 class TestHeadAdapter:

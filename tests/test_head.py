@@ -538,3 +538,15 @@ def test_quantized_head_is_refused():
     model.lm_head = torch.nn.Identity()
     with pytest.raises(ValueError, match="LM head, Identity, has no weight"):
         model(input_ids=ids, labels=ids, use=score)
+
+
+def test_models_of_two_types_are_compared():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(30, 8)
+    wide = hidden.double(), Head(weight.double(), None, 1.0, None)
+    narrow = hidden + 0.1, Head(weight, None, 1.0, None)
+    expected = compare(*wide, narrow[0].double(), wide[1])
+    for name in ("forward", "reverse", "js"):
+        found = getattr(compare(*wide, *narrow), name)
+        torch.testing.assert_close(found, getattr(expected, name), rtol=1e-4, atol=1e-6, check_dtype=False)
+        torch.testing.assert_close(getattr(compare(*narrow, *narrow), name), torch.zeros(5))

@@ -682,6 +682,7 @@ def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_pat
     ("changes", "message"),
     [
         ({"report_to": "nosuch"}, "Cannot report to `report_to: nosuch`: nosuch is not supported"),
+        ({"report_to": "tensorbord"}, "are supported. Did you mean 'tensorboard'? Correct it, or set `report_to: none`."),
         ({"report_to": "wandb"}, "Cannot report to `report_to: wandb`: WandbCallback requires wandb to be installed."),
         ({"attn_implementation": "flash_attention_2"}, "Cannot use `attn_implementation: flash_attention_2`: "),
         ({"model_init_kwargs": {"attn_implementation": "nosuch"}}, "Cannot use `attn_implementation: nosuch`: "),

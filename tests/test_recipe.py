@@ -177,6 +177,7 @@ BAD_RECIPES = [
     ({"use_peft": True, "lora_dropout": 1}, "`lora_dropout: 1` trains nothing: the adapter's part is 0."),
     ({"max_steps": -5}, "`max_steps: -5` must be at least -1."),
     ({"num_train_epochs": 0}, "`num_train_epochs: 0` trains nothing. Write a number above 0."),
+    ({"max_steps": 0}, "`max_steps: 0` trains nothing. Write a number above 0, or -1 to train by `num_train_epochs`."),
     ({"save_steps": 0}, "`save_steps: 0` must be above 0; to switch it off write `save_strategy: no`."),
     ({"use_peft": True, "lora_r": 0}, "`lora_r: 0` must be at least 1."),
     ({"use_peft": True, "lora_dropout": 2.0}, "`lora_dropout: 2.0` must be from 0 to 1."),

@@ -12,12 +12,17 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from trl.trainer.utils import add_fused_lm_head
 
 from bl_trainer import BLTrainer, Objective, Threshold
@@ -114,6 +119,99 @@ class ScaledLogits(LlamaForCausalLM):
         return outputs
 
 
+class ScaledFrom(LlamaForCausalLM):
+    """From a position on."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = torch.cat([outputs.logits[:, :40], 3 * outputs.logits[:, 40:]], 1)
+        return outputs
+
+
+class ScaledInTraining(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * (3 if self.training else 1)
+        return outputs
+
+
+class Drops(LlamaForCausalLM):
+    """Drops out, by module and function, jitters by three generators, and counts its passes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(config.hidden_size)
+        self.register_buffer("passes", torch.zeros(()))
+        self.model.register_forward_hook(self.jitter)
+
+    def jitter(self, module, args, outputs):
+        hidden = outputs.last_hidden_state
+        if self.training:
+            hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2) + torch.rand(hidden.shape)
+            hidden = hidden * (random.random() + np.random.random())
+            self.passes += 1
+        return type(outputs)(last_hidden_state=hidden)
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = nn.functional.dropout(self.drop(hidden), 0.5, self.training)
+        return type("Outputs", (), {"logits": self.lm_head(hidden)})()
+
+
+class NeedsMoreInTraining(LlamaForCausalLM):
+    def forward(self, *args, token_type_ids=None, **kwargs):
+        if self.training and token_type_ids is None:
+            raise ValueError("token_type_ids are required in training")
+        return super().forward(*args, **kwargs)
+
+
+class NewNoiseEachTime(LlamaForCausalLM):
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        if self.training:
+            type(self).calls += 1
+            outputs.logits = outputs.logits * self.calls
+        return outputs
+
+
+class OwnConfig(PretrainedConfig):
+    """With another name for the size of the vocabulary."""
+
+    model_type = "own"
+
+    def __init__(self, padded_vocab_size=44, hidden_size=16, **kwargs):
+        super().__init__(**kwargs)
+        self.padded_vocab_size, self.hidden_size = padded_vocab_size, hidden_size
+
+
+class OwnBody(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, **kwargs):
+        return BaseModelOutputWithPast(last_hidden_state=self.embed_tokens(input_ids).cumsum(1))
+
+
+class OwnModel(PreTrainedModel):
+    """Which can't generate."""
+
+    config_class, base_model_prefix = OwnConfig, "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.lm_head = OwnBody(config), nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, **kwargs):
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids).last_hidden_state))
+
+
 class CutLogits(LlamaForCausalLM):
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
@@ -172,7 +270,9 @@ def make(kind, tokenizer, dtype=torch.float32, **changes):
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"loss_head": "trl"}, {"peft_config": True}], ids=str)
-@pytest.mark.parametrize("kind", [ScaledLogits, ShiftedLogits, ScaledStates, DenseHead], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [ScaledLogits, ShiftedLogits, ScaledStates, DenseHead, ScaledFrom, ScaledInTraining], ids=lambda kind: kind.__name__
+)
 def test_other_logits_are_refused(kind, options, tokenizer, text_data, tmp_path):
     if "peft_config" in options:
         options = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
@@ -183,6 +283,27 @@ def test_other_logits_are_refused(kind, options, tokenizer, text_data, tmp_path)
     with pytest.raises(ValueError, match=message):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=make(kind, tokenizer), **options)
     assert not (tmp_path / "out" / RECORD_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", [Drops, NeedsMoreInTraining, NewNoiseEachTime], ids=lambda kind: kind.__name__)
+def test_chance_in_training_is_no_difference(kind, tokenizer):
+    model = with_heads(make(kind, tokenizer, attention_dropout=0.3)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for head in HEADS if kind is not Drops else ["own"]:
+        verify_head(model, head)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_of_ones_own_that_cannot_generate(tokenizer, text_data, tmp_path):
+    model = OwnModel(OwnConfig())
+    assert not hasattr(model.config, "vocab_size")
+    assert not model.can_generate()
+    build(BLTrainer, tokenizer, text_data, tmp_path, model=model, max_steps=1).train()
+
+
+def test_a_model_with_few_positions(tokenizer):
+    config = GPT2Config(vocab_size=44, n_positions=10, n_embd=16, n_layer=1, n_head=2)
+    verify_head(with_heads(GPT2LMHeadModel(config)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

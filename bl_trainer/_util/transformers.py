@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 jit_checkpoint_callback: Any = None  # not in the oldest transformers
@@ -16,6 +17,7 @@ with suppress(ImportError):
 __all__ = [
     "ATTRIBUTES",
     "METHODS",
+    "TRACKERS",
     "EvalLoopOutput",
     "TrainOutput",
     "has_length",

@@ -102,7 +102,7 @@ def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
     """Return KL(p || q) of each row; a token with p = 0 adds nothing."""
     gap = torch.where(logp == -torch.inf, 0, logp - logq)
     p = logp.exp().clamp(min=torch.finfo(logp.dtype).tiny)  # where p underflows and q = 0, the divergence is infinite, not NaN
-    return torch.linalg.vecdot(p, gap)
+    return torch.linalg.vecdot(p.to(gap.dtype), gap)  # of models of two types, the wider
 
 
 @torch.compiler.disable

@@ -1,17 +1,23 @@
 """Measure whether a loss head computes what the model's own logits say, before anything trains."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from .lm_head import Head
 from .ops import score
 
-TOKENS = 8
+TOKENS = 64
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")  # config attributes
+DROPOUTS = (torch.dropout, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 HEADS = {"own": "bl_trainer's loss head", "trl": "TRL's loss head"}
 PRECISION = 1e-4  # of float32 and wider, in which outliers among hidden states cancel
 
@@ -28,7 +34,8 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
 
     Args:
         model: A causal language model after `add_scoring`, or a PEFT model around it. It is left as it was.
-        trains: Whether to compare the trainable parameters that both depend on, too; not possible in a sharded model.
+        trains: Whether to compare the trainable parameters that both depend on, and log-probabilities in training mode, too;
+            not possible in a sharded model.
 
     Raises:
         ValueError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
@@ -36,30 +43,64 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
     """
     base = model.get_base_model() if is_peft_model(model) else model
     name = type(base).__name__
-    with _evaluating(model, trains), torch.set_grad_enabled(trains):
+    with _mode(model, False, trains), torch.set_grad_enabled(trains):
         with _explained(f"Cannot train {name}: its own forward pass fails"):
             inputs = _tokens(base)
-            logits, precision = _own_logits(model, base, inputs)
-        labels = _extremes(logits)
-        with _explained(f"Cannot train {name} with {HEADS[kind]}"):
-            found = (_own_head if kind == "own" else _trl_head)(model, {**inputs, "labels": labels}, logits.shape[-1])
-    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))[:, -TOKENS:-1]
+            own = _own_logits(model, base, inputs)
+        found = _compare(model, name, kind, inputs, *own)
+    if trains:
+        _refuse_untrained(name, kind, model, _leaves(own[0]) - _leaves(*found.roots))
+        del found
+        with _mode(model, True, True), torch.no_grad(), WithoutDropout():
+            steady = _steady(lambda: _own_logits(model, base, inputs))
+            if steady is not None:
+                _compare(model, name, kind, inputs, *steady)
+
+
+def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: Tensor, precision: float) -> Measured:
+    """Return what the loss head computes. Raises ValueError if it differs from the model's own `logits`."""
+    length = inputs["input_ids"].shape[1]
+    labels = _extremes(logits, length)
+    with _explained(f"Cannot train {name} with {HEADS[kind]}"):
+        found = (_own_head if kind == "own" else _trl_head)(model, {**inputs, "labels": labels}, logits.shape[-1])
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))[:, -length:-1]
     wanted = wide.log_softmax(-1).gather(2, labels[:, 1:, None]).flatten()
     difference = torch.where(wanted.isnan(), 0, (found.logp.to(wanted.device) - wanted).abs())
     _refuse_difference(name, kind, difference.max().item(), precision * _size(wide))
-    if trains:
-        _refuse_untrained(name, kind, model, _leaves(logits) - _leaves(*found.roots))
+    return found
+
+
+def _steady(own_logits: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float] | None:
+    """Return logits in training mode; None where they are others each time, or need more than tokens."""
+    try:
+        (logits, precision), (again, _) = own_logits(), own_logits()
+    except Exception:  # which training raises as well: it isn't lost
+        return None
+    gap = torch.where(logits == again, 0, (logits - again).abs()).max().item()
+    return (logits, precision) if gap <= precision * _size(logits) else None
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Makes dropout do nothing, be it a module or a function."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _evaluating(model: Any, whole: bool) -> Iterator[None]:
-    """Run in evaluation mode; restore each module's mode, and in a whole model what modules keep of a forward pass."""
+def _mode(model: Any, training: bool, whole: bool) -> Iterator[None]:
+    """Run in a mode; restore each module's own, and in a whole model what modules keep of a forward pass."""
     states: list[tuple[Any, dict[str, Any]]] = [
         (module, dict(vars(module)) if whole else {"training": module.training}) for module in model.modules()
     ]
+    buffers = [(dict(module._buffers), module) for module, _ in states] if whole else []
+    copies = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     for module, _ in states:
         # A quantized layer is left in training mode: it may repack its weights for evaluation
-        module.training = not all(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+        is_float = all(parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+        module.training = training or not is_float
     try:
         yield
     finally:
@@ -67,6 +108,10 @@ def _evaluating(model: Any, whole: bool) -> Iterator[None]:
             if whole:
                 vars(module).clear()
             vars(module).update(state)
+        for kept, module in buffers:
+            module._buffers.update(kept)
+        for buffer, copy in copies:
+            buffer.data.copy_(copy)
 
 
 @contextmanager
@@ -83,8 +128,10 @@ def _explained(what: str) -> Iterator[None]:
 
 def _tokens(base: Any) -> dict[str, Any]:
     """Return two equal rows of ids from the middle of the vocabulary, where no special tokens are."""
-    size = base.config.get_text_config().vocab_size
-    ids = ((size // 2 + torch.arange(TOKENS, device=base.device)) % size).repeat(2, 1)
+    config = base.config.get_text_config()
+    size = getattr(config, "vocab_size", None) or len(base.get_output_embeddings().weight)
+    length = min([TOKENS, *(value for key in POSITIONS if isinstance(value := getattr(config, key, None), int) and value > 1)])
+    ids = (size // 2 + torch.arange(length, device=base.device) % max(1, size // 4)).repeat(2, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
@@ -102,13 +149,18 @@ def _own_logits(model: Any, base: Any, inputs: dict[str, Any]) -> tuple[Tensor, 
 def _run(model: Any, **inputs: Any) -> Any:
     """Run the model, and leave the random numbers as they were: each run sees the same."""
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        return model(**inputs)
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            return model(**inputs)
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
 
 
-def _extremes(logits: Tensor) -> Tensor:
+def _extremes(logits: Tensor, length: int) -> Tensor:
     """Return labels that a wrong scale moves most: the most probable tokens in one row, the least probable in the other."""
-    last = logits.detach()[:, -TOKENS:]
+    last = logits.detach()[:, -length:]
     possible = last.masked_fill(last == -torch.inf, torch.inf)
     labels = torch.stack([last[0].argmax(-1), possible[1].argmin(-1)])
     return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), -100)

@@ -20,6 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .._util.process import processes
 from .._util.text import nearest, sentence
+from .._util.transformers import TRACKERS
 from ..errors import RecipeError
 from ..training.config import METRICS
 from ..training.refusals import refuse_lm_head_adapter
@@ -83,6 +84,8 @@ def numbers_are_in_range(recipe: "Recipe") -> str | None:
 
 def something_trains(recipe: "Recipe") -> str | None:
     training = recipe.training
+    if training.max_steps == 0:
+        return "`max_steps: 0` trains nothing. Write a number above 0, or -1 to train by `num_train_epochs`."
     if training.max_steps <= 0 and training.num_train_epochs <= 0:
         return f"`num_train_epochs: {training.num_train_epochs}` trains nothing. Write a number above 0."
     if training.learning_rate == 0:
@@ -278,7 +281,11 @@ def trackers_are_installed(recipe: "Recipe") -> str | None:
         for callback in get_reporting_integration_callbacks(names):
             callback()
     except Exception as error:  # each asks for its package in its own way
-        return f"Cannot report to `report_to: {', '.join(names)}`: {sentence(error)} Install it, or set `report_to: none`."
+        near = "".join(nearest(name, TRACKERS) for name in names if name not in TRACKERS)
+        advice = "Correct" if near else "Install"
+        return (
+            f"Cannot report to `report_to: {', '.join(names)}`: {sentence(error)}{near} {advice} it, or set `report_to: none`."
+        )
     return None
 
 

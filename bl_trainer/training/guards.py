@@ -6,17 +6,22 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..objectives.threshold import Threshold
 from ..tokens.labels import check_ids
 from ..tokens.names import WEIGHT
+
+logger = get_logger(__name__)
 
 logger = get_logger(__name__)
 
@@ -115,30 +120,87 @@ def warn_of_idle(means: dict[str, float], threshold: Threshold, grad_norm: float
         )
 
 
+def check_length(model: Any, dataset: Any, name: str) -> None:
+    """Warn of rows that are longer than the positions `model` was made for; raise RecipeError where positions are learnt."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"  # of the examples in a packed row
+    longest = 0
+    for batch in dataset.select_columns(column).with_format("arrow").iter(1000):
+        each = batch[column]
+        longest = max(longest, *(pc.list_flatten(each) if column == "seq_lengths" else pc.list_value_length(each)).to_pylist())
+    if longest <= most:
+        return
+    said = f"the longest example of the {name} set has {longest} tokens, {type(model).__name__} was made for {most}"
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and each is not model.get_input_embeddings()]
+    if any(most <= each.num_embeddings <= most + 2 for each in tables):  # some families leave out the first two
+        raise RecipeError(f"Cannot train: {said}, whose positions it has learnt. Write `max_length: {most}`.")
+    logger.warning(f"{said[0].upper()}{said[1:]}. Write `max_length: {most}` to train on no longer ones.")
+
+
+def check_lengths(trainer: Any) -> None:
+    """Check the rows of all sets of a `BLTrainer` as `check_length` does."""
+    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    for name, dataset in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            check_length(model, each, name)
+
+
+def refuse_no_target(model: Any, config: Any) -> None:
+    """Raise RecipeError if no module of `model` is what `config` puts adapters on, and say which there are."""
+    wanted = getattr(config, "target_modules", None)
+    if model is None or not wanted or wanted == "all-linear" or getattr(config, "target_parameters", None):
+        return
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    head = model.get_output_embeddings()
+    if not any(_is_named(wanted, name) for name in modules):
+        linear = [name for name, each in modules.items() if isinstance(each, (nn.Linear, Conv1D)) and each is not head]
+        layers = sorted({name.split(".")[-1] for name in linear})
+        shown = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+        raise RecipeError(
+            f"Cannot apply `lora_target_modules`: {shown!r} matches nothing in {type(model).__name__}. Write some of its "
+            f"linear layers, {', '.join(layers)}, or `all-linear`."
+        )
+
+
 def refuse_unmatched(peft_model: Any) -> None:
-    """Raise RecipeError on a name in the active adapter's configuration that matches nothing in the model."""
+    """Raise RecipeError on a name in the active adapter's configuration that matches nothing in the model.
+
+    Lists of targets may be written for several families: while others match, such a name is a warning. So is what is excluded.
+    """
     config, base = peft_model.peft_config[peft_model.active_adapter], peft_model.get_base_model()
     modules = [name for name, _ in base.named_modules(remove_duplicate=False)]
     parameters = [name.replace(".base_layer", "") for name, _ in base.named_parameters(remove_duplicate=False)]
-    for key, present, ends in (
-        ("target_modules", modules, _ends_at_dot),
-        ("exclude_modules", modules, _ends_at_dot),
-        ("target_parameters", parameters, _ends_at_dot),
-        ("modules_to_save", modules, str.endswith),  # for which PEFT doesn't ask for a dot
+    for key, present, is_match in (
+        ("target_modules", modules, _is_named),
+        ("exclude_modules", modules, _is_named),
+        ("target_parameters", parameters, _is_named),
+        ("modules_to_save", modules, _ends),  # for which PEFT doesn't ask for a dot
     ):
         wanted = getattr(config, key, None) or ()
-        if isinstance(wanted, str) and not any(re.fullmatch(wanted, each) for each in modules):
-            _refuse_name(wanted, key, base, modules)
-        for name in () if isinstance(wanted, str) else sorted(wanted):
-            if not any(ends(each, name) for each in present):
-                _refuse_name(name, key, base, present)
+        names = {wanted: wanted} if isinstance(wanted, str) else {name: [name] for name in sorted(wanted)}
+        lost = [name for name, each in names.items() if not any(is_match(each, one) for one in present)]
+        needs_all = key == "modules_to_save" or (key != "exclude_modules" and len(lost) == len(names))
+        for name in lost:
+            said = _unmatched(name, key, base, present)
+            if needs_all:
+                raise RecipeError(f"Cannot apply {said}")
+            logger.warning(said)
 
 
-def _ends_at_dot(key: str, name: str) -> bool:
-    return key == name or key.endswith(f".{name}")
+def _is_named(wanted: Any, name: str) -> bool:
+    """Whether PEFT takes the module `name` for one of `wanted`, a pattern or a list of endings."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
-def _refuse_name(name: str, key: str, base: nn.Module, present: list[str]) -> NoReturn:
+def _ends(wanted: Any, name: str) -> bool:
+    return name.endswith(wanted if isinstance(wanted, str) else tuple(wanted))
+
+
+def _unmatched(name: str, key: str, base: nn.Module, present: list[str]) -> str:
     recipe_key = key if key == "exclude_modules" else f"lora_{key}"
     near = nearest(name.split(".")[-1], sorted({each.split(".")[-1] for each in present}))
     raise RecipeError(

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PrefixTuningConfig
@@ -119,21 +120,32 @@ def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArgument
         )
 
 
-def refuse_no_causal_lm(model: Any, args: TrainingArguments | None) -> None:
-    """Raise ValueError if `model`, or what its path's configuration says, doesn't predict next tokens."""
+def refuse_no_causal_lm(model: Any, args: TrainingArguments | None) -> Any:
+    """Raise ValueError if `model`, or what its path's configuration says, doesn't predict next tokens.
+
+    Returns the model, of a path one without weights, or None where its class is not one of transformers.
+    """
     if isinstance(model, str):
         kwargs = getattr(args, "model_init_kwargs", None) or {}
         trusted = kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
         config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trusted)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        name = (config.architectures or [model])[0]
+        is_remote = trusted and getattr(config, "auto_map", None)  # code that only the loaded model shows
+        base = None if is_remote else _skeleton(getattr(transformers, name, None), config)
     else:
         base = model.get_base_model() if is_peft_model(model) else model
-        config, kind = base.config, type(base)
-    if config.is_encoder_decoder:
-        name = model if kind is None else kind.__name__
+        config, name = base.config, type(base).__name__
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"Cannot train {name}: it is an encoder-decoder. Choose a causal language model.")
-    if kind is not None and not (kind.can_generate() if hasattr(kind, "can_generate") else True):
-        raise ValueError(f"Cannot train {kind.__name__}: it has no LM head. Choose a causal language model.")
+    if base is not None and base.get_output_embeddings() is None:
+        raise ValueError(f"Cannot train {name}: it has no LM head. Choose a causal language model.")
+    return base
+
+
+def _skeleton(kind: Any, config: Any) -> Any:
+    """Return a model of a class of transformers without weights; None without a class."""
+    with torch.device("meta"):
+        return None if kind is None else kind(config)
 
 
 def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:

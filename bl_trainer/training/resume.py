@@ -189,7 +189,8 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
     for key in FIXED:
         if key in changed:
             raise CheckpointError(
-                f"{checkpoint} can't be resumed after a change of {changed[key]}. Write it as it was, or another `output_dir`."
+                f"Cannot resume from {checkpoint}: the recipe changes {changed[key]}. Change it back, or write another "
+                "`output_dir`."
             )
     if changed:
         yield f"since {checkpoint} the recipe has changed: {', '.join(changed.values())}."

@@ -19,6 +19,7 @@ from ..tokens.layouts import arrange_all
 from ..tokens.prepare import refuse_untargeted
 from ..tokens.reference import reference_source, refuse_lost_context
 from .config import objective_of, threshold_of
+from .guards import refuse_no_target
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_no_causal_lm, refuse_virtual_tokens
 
 
@@ -53,7 +54,7 @@ class Setup:
         objective, threshold = objective_of(args), threshold_of(args)
         given = arrange_all({**arguments, "args": args})
         _check_sets(given, args, objective)
-        refuse_no_causal_lm(given["model"], args)
+        refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))
         return cls(given, objective, threshold, _reference(given, objective, peft_config))
 
 

@@ -40,6 +40,7 @@ from .card import TAG
 from .checkpoints import MANIFEST_FILE, has_model, why_broken, write_manifest, writing
 from .config import METRICS, threshold_of
 from .guards import (
+    check_lengths,
     leaves_no_empty_folder,
     missing_folders,
     refuse_dropped_sets,
@@ -127,6 +128,7 @@ class BLTrainer(ScoringTrainer):
         if peft_config is not None:
             refuse_unmatched(self.model)
         self._has_adapter = is_peft_model(self.model)
+        check_lengths(self)
         self.add_heads(self.model)
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
