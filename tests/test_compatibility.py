@@ -269,7 +269,7 @@ def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request):
 
 
 def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request):
-    assert_gradient("compiled", "pointwise", tokenizer, tmp_path, request, torch_compile_backend="inductor")
+    assert_gradient("compiled", "pointwise", tokenizer, tmp_path, request, torch_compile_backend="inductor", bound=1e-5)
 
 
 def expected_metrics(model, data, family, tokenizer, progress):

@@ -561,9 +561,9 @@ def test_threshold_that_keeps_nothing_does_not_lose_the_report(checkpoint, tmp_p
 
 
 def test_already_packed_rows_are_taken_as_they_are(tokenizer, checkpoint, tmp_path):
-    rows = [{"input_ids": [5, 6, 7, 1] * 2, "labels": [5, 6, 7, 1] * 2, "seq_lengths": [4, 4]} for _ in range(30)]
-    data = save(rows, tmp_path / "data")
-    for strategy in ("bfd", "wrapped"):
+    rows = [{"input_ids": [5, 6, 7, 1] * 2, "labels": [5, 6, 7, 1] * 2} for _ in range(30)]
+    for strategy, lengths in (("bfd", {"seq_lengths": [4, 4]}), ("wrapped", {})):
+        data = save([{**row, **lengths} for row in rows], tmp_path / strategy)
         report = diagnosis(
             tmp_path, checkpoint, data, "--max_tokens", "60", packing=True, max_length=8, packing_strategy=strategy,
             dataset_kwargs={"skip_prepare_dataset": True},

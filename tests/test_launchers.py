@@ -358,7 +358,7 @@ def test_sharded_run_that_loses_a_process_and_goes_on(config, one, one_in_float3
     recipe = recipe_in(tmp_path, model, data, 2, use_cpu=False, **own)
     codes, errors = finish(start(config, 2, TESTS / "gloo.py", "train", "--config", recipe, dies_at=SAVED + 1))
     assert all(codes), codes
-    assert "SIGKILL" in errors[0]
+    assert "SIGKILL" in errors[0], errors[0]
     assert list((tmp_path / "out" / f"checkpoint-{SAVED}").glob(SHARES[config]))
     reference, bound = (one_in_float32 if config in FLOAT32 else one), ROUNDING[config in FLOAT32]
     assert_same(reference, train(config, 2, folder=tmp_path), bound)

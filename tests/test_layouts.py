@@ -692,8 +692,8 @@ def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_pat
 )
 def test_what_is_missing_is_said_before_data_and_model_load(changes, message, write, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    monkeypatch.setattr("bl_trainer.recipe.recipe.get_token", lambda: None)
-    monkeypatch.setattr("bl_trainer.recipe.recipe.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("bl_trainer.recipe.checks.get_token", lambda: None)
+    monkeypatch.setattr("bl_trainer.recipe.checks.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Recipe, "load_datasets", lambda self: pytest.fail("loaded"))
     assert message in refusal(write([{"text": "a"}], **changes), capsys)
     assert not (tmp_path / "out").exists()

@@ -46,6 +46,8 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
     with _mode(model, False, trains), torch.set_grad_enabled(trains):
         with _explained(f"Cannot train {name}: its own forward pass fails"):
             inputs = _tokens(base)
+            if not trains:
+                _run_head(model, kind, inputs)
             own = _own_logits(model, base, inputs)
         found = _compare(model, name, kind, inputs, *own)
     if trains:
@@ -133,6 +135,12 @@ def _tokens(base: Any) -> dict[str, Any]:
     length = min([TOKENS, *(value for key in POSITIONS if isinstance(value := getattr(config, key, None), int) and value > 1)])
     ids = (size // 2 + torch.arange(length, device=base.device) % max(1, size // 4)).repeat(2, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+def _run_head(model: Any, kind: str, inputs: dict[str, Any]) -> None:
+    """Run the loss head once: ZeRO-3 fetches by the order of an earlier pass, which must be one like those in training."""
+    asks = {"use": lambda *parts: None} if kind == "own" else {"fused_lm_head": True}
+    _run(model, **inputs, labels=inputs["input_ids"], **asks)
 
 
 def _own_logits(model: Any, base: Any, inputs: dict[str, Any]) -> tuple[Tensor, float]:

@@ -161,11 +161,19 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
             f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
             "true`, or remove the column."
         )
-    if "seq_lengths" in first and (getattr(args, "packing", False) or not getattr(args, "padding_free", False)):
+    if "seq_lengths" in first and not _keeps_apart(args):
         raise RecipeError(
             f"The column `seq_lengths` of the {name} set has no effect: packed examples would see each other. Write "
             "`padding_free: true` without `packing`, or give one example per row."
         )
+
+
+def _keeps_apart(args: Any) -> bool:
+    """Whether the column `seq_lengths` of rows that are packed already keeps their examples apart."""
+    packs = getattr(args, "packing", False)
+    flattens = getattr(args, "padding_free", False) or (packs and args.packing_strategy.startswith("bfd"))
+    is_prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
+    return flattens and (is_prepared or not packs)
 
 
 def _refuse_unread(first: dict[str, Any], name: str) -> None:

@@ -54,8 +54,9 @@ class Setup:
         objective, threshold = objective_of(args), threshold_of(args)
         given = arrange_all({**arguments, "args": args})
         _check_sets(given, args, objective)
+        reference = _reference(given, objective, peft_config)
         refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))
-        return cls(given, objective, threshold, _reference(given, objective, peft_config))
+        return cls(given, objective, threshold, reference)
 
 
 def _refuse_missing_triton() -> None:
