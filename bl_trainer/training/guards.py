@@ -208,6 +208,17 @@ def _unmatched(name: str, key: str, base: nn.Module, present: list[str]) -> str:
     )
 
 
+def check_loaded(trainer: Any, given: dict[str, Any]) -> Any:
+    """Check the model of a `BLTrainer` and its rows against each other; returns the training set.
+
+    Raises RecipeError on a name of an adapter that matches nothing, and as `refuse_unknown_ids` and `check_length`.
+    """
+    if given.get("peft_config") is not None:
+        refuse_unmatched(trainer.model)
+    check_lengths(trainer)
+    return refuse_unknown_ids(trainer, given)
+
+
 def refuse_unknown_ids(trainer: Any, given: dict[str, Any]) -> Any:
     """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read."""
     size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)

@@ -40,14 +40,12 @@ from .card import TAG
 from .checkpoints import MANIFEST_FILE, has_model, why_broken, write_manifest, writing
 from .config import METRICS, threshold_of
 from .guards import (
-    check_lengths,
+    check_loaded,
     leaves_no_empty_folder,
     missing_folders,
     refuse_dropped_sets,
     refuse_frozen,
-    refuse_unknown_ids,
     refuse_unlearnt,
-    refuse_unmatched,
     warn_of_idle,
 )
 from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, tell_of_loss
@@ -124,11 +122,8 @@ class BLTrainer(ScoringTrainer):
         self.made_folders = missing_folders(Path(str(args.output_dir))) if args is not None else []
         on_sigterm = signal.getsignal(signal.SIGTERM)
         super().__init__(**setup.arguments)
-        self.train_dataset = refuse_unknown_ids(self, setup.arguments)
-        if peft_config is not None:
-            refuse_unmatched(self.model)
         self._has_adapter = is_peft_model(self.model)
-        check_lengths(self)
+        self.train_dataset = check_loaded(self, setup.arguments)
         self.add_heads(self.model)
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
