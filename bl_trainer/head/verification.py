@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import extract_model_from_parallel, is_peft_model
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -41,7 +41,8 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
         ValueError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
             parameter would get no gradient, or if one of the two can't be computed.
     """
-    base = model.get_base_model() if is_peft_model(model) else model
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    base = inner.get_base_model() if is_peft_model(inner) else inner
     name = type(base).__name__
     with _mode(model, False, trains), torch.set_grad_enabled(trains):
         with _explained(f"Cannot train {name}: its own forward pass fails"):

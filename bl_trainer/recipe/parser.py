@@ -2,7 +2,6 @@
 
 import math
 import re
-from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from inspect import signature
@@ -72,16 +71,21 @@ class Parser(TrlParser):
             if "bf16/gpu" in message:
                 message += " On a machine without a GPU write `use_cpu: true`."
             if not any(re.search(rf"\b{key}\b", message) for key in self.known):
-                message = f"{self._culprit(config, argv)}{message}"
+                message = f"{self._culprit(config, argv, sentence(error))}{message}"
             raise RecipeError(message) from error
 
-    def _culprit(self, config: dict[str, Any], argv: list[str]) -> str:
-        """Return the key without which `config` could be parsed, as the start of a message; nothing if there is none."""
+    def _culprit(self, config: dict[str, Any], argv: list[str], said: str) -> str:
+        """Return the start of a message: the key without which `config` can be parsed, or another is at fault; or nothing."""
+        changed = ""
         for key in config:
-            with suppress(Exception):  # as in `parse`
+            shown = f"`{key}: {without_secrets(config)[key]}`: "
+            try:
                 self._parse({name: value for name, value in config.items() if name != key}, argv)
-                return f"`{key}: {without_secrets(config)[key]}`: "
-        return ""
+            except Exception as error:  # as in `parse`
+                changed = changed or (shown if sentence(error) != said else "")
+            else:
+                return shown
+        return changed
 
     def _parse(self, config: dict[str, Any], argv: list[str]) -> list[Any]:
         parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)

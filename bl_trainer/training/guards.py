@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def _unmatched(name: str, key: str, base: nn.Module, present: list[str]) -> str:
     )
 
 
-def check_loaded(trainer: Any, given: dict[str, Any]) -> Any:
+def check_loaded(trainer: Any, given: Mapping[str, Any]) -> Any:
     """Check the model of a `BLTrainer` and its rows against each other; returns the training set.
 
     Raises RecipeError on a name of an adapter that matches nothing, and as `refuse_unknown_ids` and `check_length`.
@@ -219,7 +219,7 @@ def check_loaded(trainer: Any, given: dict[str, Any]) -> Any:
     return refuse_unknown_ids(trainer, given)
 
 
-def refuse_unknown_ids(trainer: Any, given: dict[str, Any]) -> Any:
+def refuse_unknown_ids(trainer: Any, given: Mapping[str, Any]) -> Any:
     """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read."""
     size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
     for name in ("train", "eval"):

@@ -82,7 +82,18 @@ REASON = r"(?i:\b(?:because|since|although|though|while|whereas|unlike|than)\b)[
 IS = r"(?:is|are|was|would be|can be|must be|should be|has to be|needs to be|seems|looks|sounds)\s"
 BEST = r"(?:the |my )?(?:final )?(?:most |\w{1,20}ly )?"
 RIGHT_WORDS = ("correct", "right", "true", "yes", "\u2713", "\u2714", "\u2705")
-WRONG_WORDS = ("wrong", "incorrect", "false", "no", "not correct", "not right", "excluded", "eliminated", "ruled out", "\u2717")
+WRONG_WORDS: tuple[str, ...] = (
+    "wrong",
+    "incorrect",
+    "false",
+    "no",
+    "not correct",
+    "not right",
+    "excluded",
+    "eliminated",
+    "ruled out",
+    "\u2717",
+)
 WRONG_WORDS += ("weak", "unlikely", "tempting", "doubtful", "impossible", "irrelevant", "contraindicated", "to be avoided")
 RIGHT = rf"{IS}{BEST}(?:correct|right|best|better|appropriate|answer)\b"
 WRONG = (
