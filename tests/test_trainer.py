@@ -25,7 +25,7 @@ AS_DFT = ["full", "mixture_of_experts", "vision_language", "lora", "packing_bfd"
 PAIRS = [("nll", "nll", way) for way in WAYS] + [("neg_p", "dft", way) for way in AS_DFT]
 
 
-@pytest.mark.parametrize(("ours", "theirs", "way"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("ours", "theirs", "way"), PAIRS, ids=map("-".join, PAIRS))
 def test_trains_as_trl_does(ours, theirs, way, tokenizer, tmp_path, request):
     """Bit for bit under TRL's own head; of `dft` near, with an `adam_epsilon` that keeps rounding small."""
     processor, data, options = resolve(way, tokenizer, request)
