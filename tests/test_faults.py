@@ -675,7 +675,7 @@ FAULTS = {
     "array not UTF-8": ("data.json", b'[\n{"text": "a"},\n{"text": "\xff"}]', "line 3: byte 0xff is not UTF-8 text"),
     "text not UTF-8": ("data.txt", b"a\nb\xff\n", "line 2: byte 0xff is not UTF-8 text. Save the file as UTF-8"),
     "csv": ("data.csv", b"prompt,completion\na,b\nc\n", "line 3: 'completion' is empty"),
-    "content": ("data.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "line 1: 'messages' is "),
+    "content": ("data.jsonl", b'{"messages": [{"role": "user", "content": null}]}', "line 1: 'messages' has "),
     "text for messages": ("data.jsonl", b'{"messages": "hi"}', "line 1: 'messages' is \"hi\""),
     "csv not UTF-8": ("data.csv", b"text\na\nb\xff\n", "line 3: byte 0xff is not UTF-8 text"),
 }  # fmt: skip
@@ -701,7 +701,7 @@ def test_messages_without_content_are_named(checkpoint, tmp_path, capsys):
     recipe = write_recipe(tmp_path, checkpoint, tmp_path / "data.jsonl")
     with pytest.raises(SystemExit):
         main(["train", "--config", str(recipe)])
-    assert "data.jsonl, line 2: 'messages' is " in capsys.readouterr().err
+    assert "data.jsonl, line 2: 'messages' has " in capsys.readouterr().err
 
 
 def test_the_files_of_a_folder_and_of_a_mixture_are_searched(checkpoint, tmp_path):
