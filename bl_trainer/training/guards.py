@@ -203,9 +203,7 @@ def _ends(wanted: Any, name: str) -> bool:
 def _unmatched(name: str, key: str, base: nn.Module, present: list[str]) -> str:
     recipe_key = key if key == "exclude_modules" else f"lora_{key}"
     near = nearest(name.split(".")[-1], sorted({each.split(".")[-1] for each in present}))
-    raise RecipeError(
-        f"Cannot apply `{recipe_key}`: {name!r} matches nothing in {type(base).__name__}.{near} Correct the name or remove it."
-    )
+    return f"`{recipe_key}`: {name!r} matches nothing in {type(base).__name__}.{near} Correct the name or remove it."
 
 
 def check_loaded(trainer: Any, given: Mapping[str, Any]) -> Any:
