@@ -99,6 +99,8 @@ def _mode(model: Any, training: bool, whole: bool) -> Iterator[None]:
         (module, dict(vars(module)) if whole else {"training": module.training}) for module in model.modules()
     ]
     buffers = [(dict(module._buffers), module) for module, _ in states] if whole else []
+    # A first forward pass may register hooks, and note on the module that it has
+    hooks = [(kept, dict(kept)) for _, state in states for key, kept in state.items() if "_hooks" in key]
     copies = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     for module, _ in states:
         # A quantized layer is left in training mode: it may repack its weights for evaluation
@@ -113,6 +115,9 @@ def _mode(model: Any, training: bool, whole: bool) -> Iterator[None]:
             vars(module).update(state)
         for kept, module in buffers:
             module._buffers.update(kept)
+        for present, before in hooks:
+            present.clear()
+            present.update(before)
         for buffer, copy in copies:
             buffer.data.copy_(copy)
 
