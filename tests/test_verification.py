@@ -480,3 +480,17 @@ def test_scores_of_llama_4_are_the_models_own():
     with torch.no_grad():
         logp = model(**INPUTS, labels=IDS, use=score)[0].logp
     assert -logp.sum().item() == pytest.approx(full_logits_loss(model).item(), rel=1e-5)
+
+
+def test_a_model_that_has_run_before_is_verified(tokenizer):
+    """transformers notes on such a model that it has registered hooks."""
+    model = with_heads(make_mixtral(tokenizer))
+    ids = torch.tensor([[5, 6, 7]])
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    expected = model(ids, output_router_logits=True).router_logits
+    verify_head(model)
+    assert len(model(ids, output_router_logits=True).router_logits) == len(expected)
+    fresh = with_heads(make_mixtral(tokenizer))
+    verify_head(fresh)
+    assert [len(module._forward_hooks) for module in fresh.modules()] == hooks
+    assert len(fresh(ids, output_router_logits=True).router_logits) == len(expected)

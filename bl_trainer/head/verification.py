@@ -100,7 +100,8 @@ def _mode(model: Any, training: bool, whole: bool) -> Iterator[None]:
     ]
     buffers = [(dict(module._buffers), module) for module, _ in states] if whole else []
     # A first forward pass may register hooks, and note on the module that it has
-    hooks = [(kept, dict(kept)) for _, state in states for key, kept in state.items() if "_hooks" in key]
+    tables = [kept for _, state in states for key, kept in state.items() if "_hooks" in key and isinstance(kept, dict)]
+    hooks = [(table, dict(table)) for table in tables]
     copies = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     for module, _ in states:
         # A quantized layer is left in training mode: it may repack its weights for evaluation
