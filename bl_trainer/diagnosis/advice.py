@@ -41,8 +41,8 @@ SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the b
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
     "both": "knowledge that the model lacks, and noise. nll learns both; on small synthetic tasks anneal learnt the one and "
-    "let go of most of the other; so did power 0.5, but it did not learn everywhere (docs/anneal.md)",
-    "noise": "mostly noise to this model. Prior-leaning objectives let go of that, and forgo little that they could not learn",
+    "discarded most of the other; so did power 0.5, but it did not learn everywhere (docs/anneal.md)",
+    "noise": "mostly noise to this model. Prior-leaning objectives discard that, and forgo little that they could not learn",
     "little": "too little of either for objectives to differ much",
 }
 

@@ -1,5 +1,6 @@
 """Measure whether a loss head computes what the model's own logits say, before anything trains."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from .lm_head import Head
 from .ops import score
+
+logger = logging.getLogger(__name__)  # accelerate's needs a state, which a model alone hasn't
 
 TOKENS = 64
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")  # config attributes
@@ -77,7 +80,8 @@ def _steady(own_logits: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, flo
     """Return logits in training mode; None where they are others each time, or need more than tokens."""
     try:
         (logits, precision), (again, _) = own_logits(), own_logits()
-    except Exception:  # which training raises as well: it isn't lost
+    except Exception as error:  # of any model's code: in training mode it may need more than tokens
+        logger.warning(f"The loss head is verified in evaluation mode only: in training mode the model raises {error!r}.")
         return None
     gap = torch.where(logits == again, 0, (logits - again).abs()).max().item()
     return (logits, precision) if gap <= precision * _size(logits) else None
