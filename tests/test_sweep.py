@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
-from bl_trainer.sweep.arm import CPU_LAUNCH
+from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
 from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.figures import alpha_curves
@@ -401,6 +402,7 @@ def test_killed_at_random_ten_times(quick, tmp_path):
         shutil.copy(tmp_path / name, whole)
     finish(quick(folder=whole))
     rng, folder, kills = random.Random(0), tmp_path / "sweep", 0
+    arms_killed = Counter()  # a command that is killed each of its `ATTEMPTS` times is a failure, rightly
     worker = quick()
     deadline = time.monotonic() + 900
     while kills < 10:
@@ -414,9 +416,11 @@ def test_killed_at_random_ten_times(quick, tmp_path):
             continue
         time.sleep(rng.uniform(0, 0.4))
         what = rng.choice(["sweep", "arm", "both"])
-        arms = arms_of(folder)
+        arms = [each for each in arms_of(folder) if arms_killed[_mark(each)] < ATTEMPTS - 1]
         if what != "sweep" and arms:
-            for process in rng.choice([arms, [rng.choice(arms)]]):
+            chosen = rng.choice([arms, [rng.choice(arms)]])
+            arms_killed.update({_mark(each) for each in chosen})
+            for process in chosen:
                 process.kill()
         if what != "arm":
             worker.kill()
