@@ -515,7 +515,7 @@ def begins_at_once(logp, progress):
 
 @pytest.mark.parametrize(("spec", "message"), BAD, ids=[str(spec) for spec, _ in BAD])
 def test_a_wrong_composition_says_what_to_write(spec, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         Objective.parse(spec)
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trl.data_utils import is_conversational
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
 from ..tokens.labels import check_labels, columns_of
 from ..tokens.layouts import CHATS, RowError, arrange, check_stream
@@ -77,10 +77,15 @@ class Recipe:
         check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
         return recipe
 
-    @cached_property
+    @property
     def objective(self) -> Objective:
-        """The recipe's objective."""
-        return getattr(self.training, "parsed_objective", None) or Objective.parse(self.training.objective or "nll")
+        """The recipe's objective, as its configuration has parsed it."""
+        return self.training.parsed_objective
+
+    @property
+    def threshold(self) -> Threshold:
+        """The recipe's threshold, as its configuration has parsed it."""
+        return self.training.parsed_threshold
 
     @property
     def peft_config(self) -> PeftConfig | None:
