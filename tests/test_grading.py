@@ -7,7 +7,7 @@ from datasets import Dataset
 
 pytest.importorskip("math_verify")
 from bl_trainer.errors import RecipeError
-from bl_trainer.evaluation.grading import grade_math, letter, letters, math, math_docs, prose, values
+from bl_trainer.evaluation.grading import exam, grade_math, letter, letters, math, math_docs, prose, values
 
 try:
     from re import _parser as parser
@@ -629,7 +629,8 @@ def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypa
     steps = []
     for length in (8000, 16000, 32000):
         counting = Counting()
-        monkeypatch.setattr(letters, "re", counting)
+        for module in (letters, exam):
+            monkeypatch.setattr(module, "re", counting)
         letter((loop * length)[:length], CHOICES)
         assert all(map(is_bounded, counting.patterns)), counting.patterns
         steps.append(counting.characters / length)
@@ -638,7 +639,7 @@ def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypa
 
 
 def test_patterns_over_whole_answers_are_bounded():
-    for pattern in (math.BRACE, prose.STATED, letters.MARK):
+    for pattern in (math.BRACE, prose.STATED, exam.MARK):
         assert is_bounded(pattern)
     assert not is_bounded(r"a.*b")
 

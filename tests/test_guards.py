@@ -15,7 +15,8 @@ from trl import SFTTrainer
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
-from bl_trainer.tokens.labels import check_ids, check_labels
+from bl_trainer.tokens.idle import check_labels
+from bl_trainer.tokens.labels import check_ids
 from bl_trainer.tokens.layouts import arrange
 from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
 from conftest import make_llama, write_recipe
@@ -309,7 +310,7 @@ def test_a_mask_of_unknown_sense_is_not_to_be_renamed(mask):
 )
 def test_a_column_of_weights_without_effect_is_told_of(row, is_told, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.tokens.labels.warn_once", said.append)
+    monkeypatch.setattr("bl_trainer.tokens.idle.warn_once", said.append)
     checked(row, TEXT)
     assert is_told == any(
         "of the train set has no effect. To weight rows, rename it to `objective_weight`" in each for each in said

@@ -20,7 +20,7 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.tokens.labels import check_labels
+from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.layouts import RowError, arrange, check_stream
 from bl_trainer.tokens.rendering import RenderedRow, check_rendering
 from conftest import make_llama, write_recipe

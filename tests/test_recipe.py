@@ -342,7 +342,7 @@ def test_own_files_are_not_overwritten(name, write, tmp_path):
 
 
 def test_missing_bitsandbytes_is_named(write, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.checks.is_bnb_available", lambda: False)
+    monkeypatch.setattr("bl_trainer.recipe.model_checks.is_bnb_available", lambda: False)
     with pytest.raises(RecipeError, match=r"need bitsandbytes\. Run `pip install bitsandbytes`"):
         Recipe.read(write(load_in_4bit=True, use_peft=True))
 

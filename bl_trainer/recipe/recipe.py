@@ -19,16 +19,18 @@ from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
-from ..tokens.labels import check_labels, columns_of
+from ..tokens.idle import check_labels
+from ..tokens.labels import columns_of
 from ..tokens.layouts import CHATS, RowError, arrange, check_stream
 from ..tokens.reference import reference_source, refuse_lost_context
 from ..tokens.rendering import RenderedRow
 from ..training.config import BLConfig
 from ..training.resume import Given, ResumePlan, plan_resume, say
-from .checks import RULES, TRAINING_RULES, check, model_knows_the_end
+from .checks import RULES, TRAINING_RULES, check
 from .datasets import load_dataset, load_mixture
 from .keys import DATACLASSES, ROWS_RENDERED
 from .local_files import find_fault, local_files, unreadable_name
+from .model_checks import model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
 from .parser import Parser, load_yaml, without_secrets
 

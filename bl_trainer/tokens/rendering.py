@@ -16,7 +16,8 @@ from .._util.logs import warn_once
 from .._util.text import sentence
 from ..errors import RecipeError
 from .labels import first_row, handed_on
-from .layouts import CALLS, ROLES, TEXT, RowError, arrange, check_stream, short
+from .layouts import TEXT, RowError, arrange, check_stream
+from .messages import CALLS, ROLES, short
 from .names import ROW
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
