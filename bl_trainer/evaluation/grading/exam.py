@@ -20,7 +20,11 @@ SETTLED = (
     r"\b(?:(?:it|that|this)(?:['\u2019]s| is| must be| has to be| should be| would be)"
     r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say)\b"
     r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i meant?|scratch that|no|instead)\b"
+    r"|\b(?:final|conclusion|verdict|decision|solution|result|response|ans|pick|vote|selection|correct)\b\s?(?=[:=\u2013\u2014-])"
+    r"|(?:^|[.;:!?\n])[\s*]{0,3}(?:(?:must|has to|got to) be|definitely|certainly|clearly)\b"
 )
+# Words behind a letter that settle on it: "D it is."
+SETTLES = r"(?: it is|,? final answer)(?:,? then)?"
 WITHDRAWN = (
     r"(?i:\b(?:that|this|it)(?:['\u2019]s| is| was) (?:wrong|incorrect|not right|not it|a mistake)\b"
     r"|\bwait,? no\W{0,9}$|\bno,? wait\W{0,9}$)"
@@ -66,7 +70,7 @@ DOUBT = re.compile(
     rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation"
     r"|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
 )
-BEGIN = r"(?:^|[.,;:\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but)\b)"
+BEGIN = r"(?:^|[.,;:!?\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but)\b)"
 APART = r"[\s)*\].:=(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
 ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
 NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
@@ -91,7 +95,9 @@ class Exam:
         words = (r"\W{1,3}".join(map(re.escape, words.split())) for words in self.texts if words)
         self.text = rf"(?i:(?:{'|'.join(sorted(words, key=len, reverse=True)) or '(?!)'})(?!\w))"
         self.second = rf"\W{{0,6}}(?:\b(?:or|and)\b|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"  # but "A, I think"
-        self.right = rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}"
+        self.right = (
+            rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}|[)*]{{0,3}}(?i:{SETTLES}){ENDS}"
+        )
         self.wrong = rf"[\s)*]{{0,4}}(?i:{WRONG})|{APART}(?i:{self._verdicts(WRONG_WORDS)}){END}"
 
     def _verdicts(self, words: tuple[str, ...]) -> str:
