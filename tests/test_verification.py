@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -323,6 +325,30 @@ def test_a_model_that_sees_later_tokens_is_refused(head, dtype, tokenizer):
         verify_head(with_heads(make(LooksAhead, tokenizer, dtype)), head)
     with pytest.raises(ValueError, match="Cannot train LooksAheadInEvaluation"):
         verify_head(with_heads(make(LooksAheadInEvaluation, tokenizer, dtype)), head, trains=False)
+
+
+def make_paligemma():
+    """Make a prefix-LM: without token types, which come with images, all tokens see each other."""
+    sight = {"image_size": 16, "patch_size": 8, "projection_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    size = {"hidden_size": 32, "intermediate_size": 48}
+    torch.manual_seed(0)
+    return PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            vision_config={"model_type": "siglip_vision_model", **size, **sight},
+            text_config={"model_type": "gemma", "vocab_size": 64, **size, **text},
+            projection_dim=32,
+            image_token_index=63,
+        )
+    )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_prefix_lm_trains_on_images_and_not_on_text(head):
+    model = with_heads(make_paligemma())
+    with pytest.raises(ValueError, match="Cannot train PaliGemmaForConditionalGeneration: its earlier positions see later"):
+        verify_head(model, head)
+    verify_head(model, head, text=False)
 
 
 def test_a_model_that_is_causal_in_training_is_trained(tokenizer):
