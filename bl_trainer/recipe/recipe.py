@@ -116,8 +116,8 @@ class Recipe:
         check(self, [model_knows_the_end])
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
-            text_field = self.training.dataset_text_field
-            loaded = load_mixture(self.mixture, text_field) if self.mixture.datasets else load_dataset(self.script)
+            how = self.training.dataset_text_field, self.training.dataset_num_proc
+            loaded = load_mixture(self.mixture, *how) if self.mixture.datasets else load_dataset(self.script)
             return self._splits(loaded)
         except RowError as error:
             raise RecipeError(self.located(error)) from error
@@ -180,7 +180,8 @@ class Recipe:
             raise RecipeError(f"The {split} set is empty.")
         options: Any = self.training.dataset_kwargs or {}
         if not options.get("skip_prepare_dataset"):
-            dataset = arrange(dataset, f"the {split} set", self.training.dataset_text_field)
+            how = self.training.dataset_text_field, self.training.dataset_num_proc
+            dataset = arrange(dataset, f"the {split} set", *how)
         try:
             check_columns(dataset, split, self.objective.special_tokens is not None)
         except ValueError as error:

@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
@@ -154,13 +155,16 @@ def refuse_without_target(
 def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
     """Warn with the number of rows of a prepared set without a target, or dropped for that; of those of a stream nothing.
 
-    `dataset`: the same rows before they are prepared. Packed rows are not told apart.
+    `dataset`: the same rows before they are prepared. Of rows that packing cuts into several nothing is said.
     """
-    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)) or "seq_lengths" in prepared.column_names:
+    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
         return
-    dropped, total = len(dataset) - len(prepared), len(dataset)
-    blank = _count_blank(prepared) + dropped
-    own = min(blank, _count_blank(dataset) if "input_ids" in dataset.column_names else 0)
+    total, (examples, blank) = len(dataset), _count_blank(prepared)
+    wraps = "seq_lengths" not in columns_of(prepared) and args.packing_strategy == "wrapped"
+    if examples > total or (examples < total and wraps):
+        return
+    blank += total - examples
+    own = min(blank, _count_blank(dataset)[1] if "input_ids" in dataset.column_names else 0)
     if blank > own:
         warn_once(
             f"{blank - own} of {total} rows of the {name} set do not train: `max_length: {args.max_length}` cuts their targets "
@@ -170,17 +174,23 @@ def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None
         warn_once(f"{own} of {total} rows of the {name} set do not train: all their labels are -100. Correct or remove them.")
 
 
-def _count_blank(dataset: Dataset) -> int:
-    """Count the rows whose labels are all -100."""
-    if "labels" not in columns_of(dataset) or dataset.format["type"] == "custom":
-        return 0
-    tables = plain(dataset).select_columns(["labels"]).with_format("arrow").iter(1000)
-    return sum(_blank(table["labels"].combine_chunks()) for table in tables)
+def _count_blank(dataset: Dataset) -> tuple[int, int]:
+    """Count the examples, which are rows or packed into rows, and those of them whose labels are all -100."""
+    present = columns_of(dataset)
+    if "labels" not in present or dataset.format["type"] == "custom":
+        return len(dataset), 0
+    columns = [column for column in ("labels", "seq_lengths") if column in present]
+    tables = plain(dataset).select_columns(columns).with_format("arrow").iter(1000)
+    counts = [_blank(table.combine_chunks()) for table in tables]
+    return sum(examples for examples, _ in counts), sum(blank for _, blank in counts)
 
 
-def _blank(labels: pa.Array) -> int:
-    rows, values = pc.list_parent_indices(labels), pc.list_flatten(labels)
-    return len(labels) - len(pc.unique(pc.filter(rows, pc.not_equal(values, -100))))
+def _blank(table: pa.Table) -> tuple[int, int]:
+    labels = table["labels"]
+    sizes = pc.list_flatten(table["seq_lengths"]) if "seq_lengths" in table.column_names else pc.list_value_length(labels)
+    sizes, targets = sizes.to_numpy(), np.append(pc.list_flatten(labels).to_numpy() != -100, False)
+    counts = np.add.reduceat(targets, np.cumsum(sizes) - sizes, dtype=int)  # of an empty one the next target
+    return len(sizes), int(((counts == 0) | (sizes == 0)).sum())
 
 
 def check_ids(dataset: Any, name: str, size: int | None) -> Any:

@@ -1,17 +1,18 @@
 """Layouts of training rows: the common ones turned into TRL's columns, and the row that can't be trained on as it stands."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
+from .._util.cached import Cached
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from .labels import first_row, handed_on
 from .messages import (
     CONTENTS,
-    INSTEAD,
     PLAIN,
     PLAIN_KEYS,
     SHAREGPT,
@@ -25,6 +26,7 @@ from .messages import (
     keys_of,
     parsed,
     read,
+    refuse_keys,
 )
 from .names import ROW
 
@@ -32,6 +34,9 @@ TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
 # Columns that TRL would take for a layout of their own where they stand beside the one that is trained
 RIVALS = ("prompt", "completion", "chosen", "rejected", *CHATS)
+
+
+_checked: WeakKeyDictionary[Dataset, set[tuple[tuple[str, ...], bool]]] = WeakKeyDictionary()  # columns without a fault
 
 
 class RowError(RecipeError):
@@ -42,13 +47,13 @@ class RowError(RecipeError):
         self.columns = columns
 
 
-def arrange(dataset: Any, where: str, text_field: str) -> Any:
+def arrange(dataset: Any, where: str, text_field: str, num_proc: int | None = None) -> Any:
     """Return a data set or stream with its training text in the columns that TRL reads.
 
     Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. Text is JSON only in columns
     that are called messages or conversations. In ShareGPT's layout the column `system` becomes the first message; beside
     other messages it is not read, and a warning tells. The rows of a data set are checked here, those of a stream but the
-    first by `check_stream` as they are read.
+    first by `check_stream` as they are read. `num_proc`: processes that convert a data set.
 
     Raises:
         RecipeError: if the columns make no training text. RowError: on the first row that has none.
@@ -71,7 +76,7 @@ def arrange(dataset: Any, where: str, text_field: str) -> Any:
             "messages as the first, with the role system."
         )
     if is_chat and (names != columns or not all(is_plain(first[column]) for column in columns)):
-        return _convert(dataset, columns, names, where, _is_sharegpt(first, columns))
+        return _convert(dataset, columns, names, where, _is_sharegpt(first, columns), num_proc)
     if isinstance(dataset, Dataset):
         _check_rows(dataset, columns, is_chat, where)
     return dataset
@@ -103,7 +108,8 @@ def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
 
     def arranged(name: str, dataset: Any) -> Any:
         is_set = isinstance(dataset, (Dataset, IterableDataset))
-        return arrange(dataset, f"the {name} set", getattr(args, "dataset_text_field", "text")) if is_set else dataset
+        how = getattr(args, "dataset_text_field", "text"), getattr(args, "dataset_num_proc", None)
+        return arrange(dataset, f"the {name} set", *how) if is_set else dataset
 
     made = {"train_dataset": arranged("train", given.get("train_dataset"))}
     if isinstance(evaluated, dict):
@@ -141,7 +147,7 @@ def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str
         what = "half of a pair" if found == ("prompt",) else "messages"
         raise RecipeError(f"Cannot train on `dataset_text_field: {text_field}`: TRL takes this column for {what}. Rename it.")
     for column in found if are_chats(first, found, text_field) else ():
-        _refuse_keys(read(column, first[column]), column, where)
+        refuse_keys(read(column, first[column]), column, where)
     return found
 
 
@@ -197,15 +203,6 @@ def _is_sharegpt(first: dict[str, Any], columns: tuple[str, ...]) -> bool:
     return any(key in message for chat in chats for message in chat for key in SHAREGPT)
 
 
-def _refuse_keys(value: Any, column: str, where: str) -> None:
-    """Raise RecipeError on messages in keys of no known layout."""
-    if are_mappings(value) and keys_of(value) is None and not any(map(value[0].get, INSTEAD)):
-        raise RecipeError(
-            f"Cannot read the messages in `{column}` of {where}: their keys are {', '.join(value[0])}. Rename these to role "
-            "and content."
-        )
-
-
 def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_chat: bool, where: str, keys: Keys) -> None:
     for column in columns:
         fault = fault_of(example.get(column), is_chat, keys)
@@ -218,11 +215,13 @@ def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_c
 
 
 def _check_rows(dataset: Dataset, columns: tuple[str, ...], is_chat: bool, where: str) -> None:
-    """Raise RowError on the first row of a data set that has no training text."""
-    if all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
+    """Raise RowError on the first row of a data set that has no training text. Each data set is read once."""
+    if (columns, is_chat) in _checked.get(dataset, ()):
         return
-    for row, example in enumerate(dataset.with_format(None).select_columns(list(columns))):
-        _check_row(example, row, columns, is_chat, where, PLAIN)
+    if not all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
+        for row, example in enumerate(dataset.with_format(None).select_columns(list(columns))):
+            _check_row(example, row, columns, is_chat, where, PLAIN)
+    _checked.setdefault(dataset, set()).add((columns, is_chat))
 
 
 def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
@@ -243,7 +242,9 @@ def _is_filled(chunk: pa.Array) -> bool:
     return pc.min(pc.list_value_length(chunk)).as_py() > 0 and not any(part.null_count for part in parts)
 
 
-def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str, is_sharegpt: bool) -> Any:
+def _convert(
+    dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str, is_sharegpt: bool, num_proc: int | None
+) -> Any:
     """Return a data set or stream with the messages of `columns` as `names`, in TRL's keys."""
 
     def convert(example: dict[str, Any], row: int) -> dict[str, Any]:
@@ -259,10 +260,11 @@ def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], whe
         others = {key: features[key] for key in features if key not in columns}
         features = Features(others | {name: List(Json()) for name in names})
     removed = [column for column in columns if column not in names]
-    return dataset.map(convert, with_indices=True, remove_columns=removed, features=features)
+    how = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(Cached(convert), with_indices=True, remove_columns=removed, features=features, **how)
 
 
-def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]:
+def align(datasets: list[Any], sources: list[str], text_field: str, num_proc: int | None = None) -> list[Any]:
     """Return the parts of a mixture, all arranged, so that they can be joined and arranged again.
 
     Raises RecipeError if their layouts differ.
@@ -281,11 +283,12 @@ def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]
     for column in columns:
         kinds = [(dataset.features or {}).get(column) for dataset in datasets]
         if all(isinstance(kind, List) for kind in kinds) and any(kind != kinds[0] for kind in kinds):
-            datasets = [_as_json(dataset, column) for dataset in datasets]
+            datasets = [_as_json(dataset, column, num_proc) for dataset in datasets]
     return datasets
 
 
-def _as_json(dataset: Any, column: str) -> Any:
+def _as_json(dataset: Any, column: str, num_proc: int | None) -> Any:
     """Return a data set or stream with each message's own keys, so that they may differ."""
     features = Features({**dataset.features, column: List(Json())})
-    return dataset.map(lambda example: {column: as_messages(example[column])}, features=features)
+    how = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(Cached(lambda example: {column: as_messages(example[column])}), features=features, **how)

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+from ..errors import RecipeError
+
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
 SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
 PLAIN_KEYS = ("role", "content")  # TRL's own
@@ -126,3 +128,12 @@ def _is_message(message: dict[str, Any], keys: Keys) -> bool:
     speakers, contents = keys
     has_content = isinstance(_first_of(message, contents), (str, list)) or any(map(message.get, INSTEAD))
     return has_content and isinstance(_first_of(message, speakers), str)
+
+
+def refuse_keys(value: Any, column: str, where: str) -> None:
+    """Raise RecipeError on messages in keys of no known layout."""
+    if are_mappings(value) and keys_of(value) is None and not any(map(value[0].get, INSTEAD)):
+        raise RecipeError(
+            f"Cannot read the messages in `{column}` of {where}: their keys are {', '.join(value[0])}. Rename these to role "
+            "and content."
+        )
