@@ -184,10 +184,9 @@ def trackers_are_installed(recipe: "Recipe") -> str | None:
             callback()
     except Exception as error:  # each asks for its package in its own way
         near = "".join(nearest(name, TRACKERS) for name in names if name not in TRACKERS)
-        advice = "Correct" if near else "Install"
-        return (
-            f"Cannot report to `report_to: {', '.join(names)}`: {sentence(error)}{near} {advice} it, or set `report_to: none`."
-        )
+        why, install, rest = sentence(error).partition(" Run `pip install")
+        advice = " Correct it" if near else f"{install}{rest}".removesuffix(".") or " Install it"
+        return f"Cannot report to `report_to: {', '.join(names)}`: {why}{near}{advice}, or set `report_to: none`."
     return None
 
 
