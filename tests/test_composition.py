@@ -15,6 +15,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.objectives.composition import Schedule, spell
 from bl_trainer.objectives.pricing import masked_cost, price
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.columns import check_weights
 from conftest import gap_near, make_double, write_recipe
 from test_trainer import first_gradient
 from ways import Gradients, Ordered, build, relative_difference, train, weights
@@ -515,7 +516,7 @@ def begins_at_once(logp, progress):
 
 @pytest.mark.parametrize(("spec", "message"), BAD, ids=[str(spec) for spec, _ in BAD])
 def test_a_wrong_composition_says_what_to_write(spec, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         Objective.parse(spec)
 
 
@@ -690,6 +691,38 @@ def test_weights_of_tokens_are_cut_with_them(truncation_mode, tokenizer, tmp_pat
         first_gradient(tokenizer, Dataset.from_list([each] * 2), tmp_path, objective="neg_p", **options) for each in (row, cut)
     )
     assert torch.equal(whole, short)
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [
+        (None, False),
+        (-1.0, False),
+        (math.nan, False),
+        (math.inf, True),
+        (True, False),
+        ("1", False),
+        ([], True),
+        ([1.0, None], True),
+        ([1.0, -1.0], True),
+        ([1.0, 2.0], False),
+    ],
+    ids=str,
+)
+def test_the_row_of_a_wrong_weight_is_found_in_any_batch(value, tokens):
+    good = [1.0] if isinstance(value, list) else value if isinstance(value, (str, bool)) else 1
+    columns = {"input_ids": [[5]] * 2100} if tokens else {"text": ["a"] * 2100}
+    given = [good] * 1500 + [value] + [good] * 599
+    row = 0 if isinstance(value, (str, bool)) or (isinstance(value, list) and not tokens) else 1500
+    with pytest.raises(RecipeError, match=f"`objective_weight` of row {row} of the train set, counted from 0, is"):
+        check_weights(Dataset.from_dict({**columns, "objective_weight": given}), "train")
+
+
+def test_right_weights_are_read_in_batches(monkeypatch):
+    monkeypatch.setattr("bl_trainer.tokens.columns._check_weight", lambda *args: pytest.fail("row by row"))
+    for given in ([0, 1, 2], [0.0, 0.5, 1e9], [[0.5], [1.0, 2.0], [0.0]]):
+        data = Dataset.from_dict({"input_ids": [[5], [5, 6], [7]], "objective_weight": given})
+        assert check_weights(data, "train") is data
 
 
 def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):

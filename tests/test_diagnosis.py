@@ -992,7 +992,7 @@ def test_percentile_of_a_streamed_set(tokenizer, tmp_path):
     ids=str,
 )
 def test_wrong_percentiles(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         Threshold.parse(spec)
 
 

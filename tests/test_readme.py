@@ -184,7 +184,7 @@ def test_recipe_keys_in_the_text_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_in_configs(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.checks.is_bnb_available", lambda: True)
+    monkeypatch.setattr("bl_trainer.recipe.model_checks.is_bnb_available", lambda: True)
     Recipe.read(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
 
 

@@ -131,7 +131,7 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
 
 
 def _key(arm: dict[str, Any]) -> tuple[str, str]:
-    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
     return json.dumps(objective.to_dict()), json.dumps(threshold.to_dict())
 
 

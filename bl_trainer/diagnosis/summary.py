@@ -147,12 +147,12 @@ def _reliability(calibration: Calibration) -> Reliability:
 
 def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Threshold]:
     """Return the recipe's objective and threshold, a percentile being taken from the tokens measured."""
-    threshold = Threshold.parse(recipe.training.threshold)
+    threshold = recipe.threshold
     if not threshold.resolved:
         cut = histogram.cut(float(threshold.above_percentile or 0))
         above = min(cut, threshold.below)  # training refuses what exceeds `below`
         threshold = replace(threshold, above=above, above_percentile=None)
-    return Objective.parse(recipe.training.objective or "nll"), threshold
+    return recipe.objective, threshold
 
 
 def _candidates(histogram: ProbabilityHistogram, objective: Objective, threshold: Threshold) -> list[Gradient]:

@@ -218,11 +218,19 @@ def check_loaded(trainer: Any, given: Mapping[str, Any]) -> Any:
 
 
 def refuse_unknown_ids(trainer: Any, given: Mapping[str, Any]) -> Any:
-    """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read."""
+    """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read.
+
+    The evaluation sets are replaced by ones that are checked.
+    """
     size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
     for name in ("train", "eval"):
         source = given.get(f"{name}_dataset")  # whose rows have the numbers that the user knows
         for part in source.values() if isinstance(source, dict) else [source]:
             if isinstance(part, Dataset):
                 check_ids(part, name, size)
+    evaluated = trainer.eval_dataset
+    if isinstance(evaluated, dict):
+        trainer.eval_dataset = {name: check_ids(part, f"prepared {name}", size) for name, part in evaluated.items()}
+    elif evaluated is not None:
+        trainer.eval_dataset = check_ids(evaluated, "prepared eval", size)
     return check_ids(trainer.train_dataset, "prepared train", size)

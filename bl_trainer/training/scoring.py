@@ -83,7 +83,7 @@ class ScoringTrainer(SFTTrainer):
         self._is_verified = True
         for kind in sorted(self.heads_in_use()):
             with self.accelerator.autocast():
-                verify_head(model, kind, trains=not self._is_sharded())
+                verify_head(model, kind, trains=not self._is_sharded(), text=not self._is_vision_dataset)
 
     def verify_whole(self) -> None:
         """Verify the heads of a model that is in place already, as a sharded one isn't before training."""

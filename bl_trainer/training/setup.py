@@ -14,7 +14,8 @@ from .._util.trl import DataCollatorForLanguageModeling
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
-from ..tokens.labels import check_labels, columns_of, plain
+from ..tokens.idle import check_labels
+from ..tokens.labels import columns_of, plain
 from ..tokens.layouts import arrange_all
 from ..tokens.prepare import refuse_untargeted
 from ..tokens.reference import reference_source, refuse_lost_context
