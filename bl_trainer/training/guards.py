@@ -23,8 +23,6 @@ from ..tokens.names import WEIGHT
 
 logger = get_logger(__name__)
 
-logger = get_logger(__name__)
-
 
 def leaves_no_empty_folder(method: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a trainer's method that may refuse: empty folders that the trainer has made for its output go away again."""
