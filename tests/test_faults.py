@@ -365,7 +365,7 @@ def test_a_checkpoint_that_is_written_anew_has_no_old_manifest(tokenizer, text_d
     train(Ordered, tokenizer, text_data, tmp_path, **options)
     folder = tmp_path / "out" / "checkpoint-1"
     assert (folder / MANIFEST_FILE).exists()
-    monkeypatch.setattr("bl_trainer.training.trainer.write_manifest", lambda checkpoint: None)
+    monkeypatch.setattr("bl_trainer.training.checkpoints.write_manifest", lambda checkpoint: None)
     train(Ordered, tokenizer, text_data, tmp_path, **options)
     assert not (folder / MANIFEST_FILE).exists()
     assert why_broken(folder) is None

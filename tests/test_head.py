@@ -16,6 +16,7 @@ from bl_trainer.head import gradients as gradients_module
 from bl_trainer.head.lm_head import Head
 from bl_trainer.head.ops import compare, objective_head, score
 from bl_trainer.head.patch import add_scoring
+from bl_trainer.head.targets import IGNORED, Targets, shifted
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
 from bl_trainer.objectives.threshold import Threshold
@@ -484,6 +485,19 @@ def test_scoring_agrees_with_the_models_own_logits(config):
     torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_stand_where_they_are_predicted():
+    labels = torch.tensor([[5, IGNORED, 6], [7, 8, IGNORED]])
+    column = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    targets = Targets.of(labels)
+    assert targets.mask.tolist() == [[False, True], [True, False]]
+    assert targets.ids.tolist() == [6, 8]
+    assert torch.equal(targets.take(shifted(column, 0.0)), torch.tensor([0.3, 0.5]))
+    after_virtual = Targets.of(labels, virtual_tokens=2)
+    assert after_virtual.labels.tolist() == [[IGNORED, 5, IGNORED, 6], [IGNORED, 7, 8, IGNORED]]
+    assert torch.equal(after_virtual.take(shifted(column, 0.0, 2)), torch.tensor([0.1, 0.3, 0.4, 0.5]))
+    assert torch.equal(Targets(targets.labels).ids, targets.ids)  # labels that are shifted already
 
 
 def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
