@@ -24,7 +24,7 @@ import yaml
 from scipy import stats
 
 from bl_trainer.cli import main
-from bl_trainer.errors import RecipeError
+from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
@@ -32,6 +32,7 @@ from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.figures import alpha_curves
 from bl_trainer.sweep.leaderboard import rank
+from bl_trainer.sweep.outcome import read_held_out
 from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value
@@ -748,6 +749,29 @@ def test_rulers_are_made_of_results_or_known():
     }  # fmt: skip
     assert (study_direction("c"), study_value("c", results[0])) == ("maximize", -0.5)
     assert (study_direction("nll"), study_value("nll", {"rulers": {"nll": 2.0}})) == ("minimize", 2.0)
+
+
+def test_a_report_on_held_out_data_is_read_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "held_out" / "report.json"
+    path.parent.mkdir()
+    part = dict.fromkeys(("kl", "base_prob", "prob", "base_nll", "nll", "base_top1", "top1"), 0.5)
+    part |= {"calibration": {"base": {"error": 0.1}, "tuned": {"error": 0.2}}, "examples": 3, "tokens": 9}
+    report = {"compare": {"train": part, "probe": {"kl": 0.7}}, "versions": {"torch": "2"}}
+    path.write_text(json.dumps(report))
+    found = read_held_out(tmp_path)
+    assert (found.examples, found.tokens, found.versions) == (3, 9, {"torch": "2"})
+    assert (found.rulers["drift"], found.base["drift"], found.rulers["calibration_error"]) == (0.7, 0.0, 0.2)
+    for text, why in (
+        ("{", "Expecting property name"),
+        ("[]", "list indices must be"),
+        (json.dumps({}), "it has no `compare`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(MeasurementError, match=rf"Cannot read .*report\.json: {why}.* again with `--retry_failed`\."):
+            read_held_out(tmp_path)
+    path.unlink()
+    with pytest.raises(MeasurementError, match=r"report\.json: .*No such file"):
+        read_held_out(tmp_path)
 
 
 def test_runs_of_different_versions_are_told(make, tmp_path):
