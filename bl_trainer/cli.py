@@ -119,8 +119,9 @@ def diagnose(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
+    from .diagnosis.options import DiagnoseArguments
     from .diagnosis.page import write_report
-    from .diagnosis.run import DiagnoseArguments, Diagnosis
+    from .diagnosis.run import Diagnosis
     from .diagnosis.terminal import terminal_summary
     from .recipe.recipe import Recipe
 

@@ -4,19 +4,16 @@ import copy
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from trl import pack_dataset
 
-from .._util.process import is_first
 from .._util.transformers import is_deepspeed_zero3_enabled
 from ..errors import RecipeError
 from ..measurement.forward import count_targets, measure, score_batch
@@ -28,76 +25,14 @@ from ..tokens.collators import Collator
 from ..tokens.labels import columns_of
 from ..tokens.names import REFERENCE, WEIGHT
 from ..tokens.prepare import Rows
-from ..tokens.vocabulary import end_ids, special_ids, token_texts, tokenizer_of
+from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.scoring import ScoringTrainer
 from ..training.trainer import BLTrainer
 from .learnability import Probe, halves, probe_adapter
+from .options import DiagnoseArguments
 from .pair import Pair
 from .report import Compare, ComparedElsewhere, Report
-from .summary import summarise, summarise_comparison
-
-logger = get_logger(__name__)
-
-REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "probe.csv", "sweep.yaml", "figures")
-
-
-@dataclass
-class DiagnoseArguments:
-    """Options of the diagnose verb; on the command line only, so that the recipe stays the one to train."""
-
-    report: str | None = field(default=None, metadata={"help": "Folder for the report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a report that is there already."})
-    max_tokens: int = field(
-        default=500_000, metadata={"help": "Measure a random sample of about so many target tokens; 0 for all."}
-    )
-    by: str | None = field(default=None, metadata={"help": "Column of the data set to break the figures down by."})
-    percentiles: list[float] = field(
-        default_factory=list, metadata={"help": "Percentiles of p to report besides 1 to 99, e.g. 2.5 99.5."}
-    )
-    compare: str | None = field(
-        default=None, metadata={"help": "Checkpoint or adapter, to be compared with the recipe's model on the same tokens."}
-    )
-    probe: str | None = field(
-        default=None, metadata={"help": "Data set that was not trained on, for --compare to show forgetting."}
-    )
-    probe_steps: int = field(
-        default=0,
-        metadata={"help": "Steps of a LoRA adapter on half of the data, to tell knowledge from noise by the other half."},
-    )
-
-    def check(self) -> None:
-        """Raise RecipeError on a wrong value or a report folder that can't be written to."""
-        if not self.report:
-            raise RecipeError("`--report` is missing: the folder for the report. Write `--report out/diagnosis`.")
-        if self.max_tokens < 0:
-            raise RecipeError(f"`--max_tokens {self.max_tokens}` must not be negative; 0 measures the whole data set.")
-        for rank in self.percentiles:
-            if not 0 <= rank <= 100:
-                raise RecipeError(f"`--percentiles {rank:g}` must be between 0 and 100.")
-        if self.compare and not Path(self.compare).is_dir():
-            raise RecipeError(f"`--compare {self.compare}` is not a folder. Give a checkpoint's or an adapter's.")
-        if self.probe and not self.compare:
-            raise RecipeError("`--probe` does nothing without `--compare`. Give a checkpoint or an adapter to compare.")
-        if self.probe_steps < 0:
-            raise RecipeError(f"`--probe_steps {self.probe_steps}` must not be negative; 0 leaves the learnability probe out.")
-        if self.probe_steps and self.compare:
-            raise RecipeError("`--probe_steps` asks about the recipe's own model. Run it without `--compare`.")
-        folder = Path(self.report)
-        present = [name for name in REPORT_FILES if (folder / name).exists()]
-        if present and not self.overwrite:
-            raise RecipeError(f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`.")
-        if not is_first():
-            return  # the first process writes the report
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            for path in made:
-                path.rmdir()
-        except OSError as error:
-            why = "it is a file, not a folder" if folder.is_file() else error.strerror
-            raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
+from .summary import read_aloud, summarise, summarise_comparison
 
 
 class Diagnoser(BLTrainer):
@@ -212,6 +147,63 @@ class Diagnosis:
             raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
         return trainer
 
+    def _adapter(self) -> PeftConfig | None:
+        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
+        recipe = self.recipe
+        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
+
+    def _load(self, prepared: Any) -> DataLoader:
+        trainer = self.trainer
+        cuts = trainer.packs and trainer.args.packing_strategy != "bfd"
+        return DataLoader(
+            prepared,
+            batch_size=trainer.args.per_device_train_batch_size,
+            collate_fn=Collator(trainer.data_collator, trainer.by, cuts),
+            num_workers=min(trainer.args.dataloader_num_workers, prepared.num_shards),
+        )
+
+    def _load_probe(self, name: str) -> tuple[str, DataLoader]:
+        """Prepare a data set that was not trained on as the recipe prepares its own; its test split, if it has one."""
+        trainer, script = self.trainer, replace(self.recipe.script, dataset_name=name, dataset_config=None)
+        try:
+            loaded = load_dataset(script)
+        except Exception as error:
+            raise RecipeError(f"Can't load `--probe {name}`: {' '.join(str(error).split())}") from error
+        split = next(s for s in (script.dataset_test_split, script.dataset_train_split, *loaded) if s in loaded)
+        try:
+            dataset = self.recipe.arranged(split, loaded[split])
+        except RecipeError as error:
+            raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
+        trainer.by = None
+        if trainer.args.completion_only_loss is None:
+            trainer.completion_only_loss = "prompt" in columns_of(dataset)
+        rows = _deal(dataset, trainer.args)
+        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
+        return split, self._load(prepared)
+
+    def _make_learnability(self, dataset: Any, steps: int) -> Probe:
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
+        present = [name for name in (WEIGHT, REFERENCE) if name in columns_of(dataset)]
+        dataset = dataset.remove_columns(present) if present else dataset  # the probe asks how plain NLL learns
+        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+        def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
+            first, second = halves(dataset, args.seed, count, args.dataset_text_field)
+            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
+            return ScoringTrainer.prepare_rows(trainer, rows), second
+
+        train_dataset, second = make(rows, False)
+        if args.packing and len(train_dataset):
+            length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+            train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
+        packs, trainer.packs, trainer.by = trainer.packs, False, None
+        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
+        loader = self._load(prepared)
+        trainer.packs, trainer.by = packs, self.options.by
+        return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
+
     def run(self) -> Report:
         """Measure, and return the report, the same in every process."""
         measurement, comparison, is_sample = self._measure()
@@ -230,7 +222,7 @@ class Diagnosis:
             learnability=learnability,
             compare=compare,
             rows=rows,
-            reader=_read_aloud(measurement, tokenizer_of(self.trainer.processing_class)),
+            reader=read_aloud(measurement, tokenizer_of(self.trainer.processing_class)),
         )
 
     def _measure(self) -> tuple[Measurement, Comparison, bool]:
@@ -264,6 +256,10 @@ class Diagnosis:
         tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
         return min(tokens, limit or tokens)
 
+    def _stop(self, limit: int | None) -> int | None:
+        """What packed data are to stop at: nothing, since they are a sample by themselves."""
+        return None if self.trainer.packs else limit
+
     def _compared(self, comparison: Comparison) -> tuple[Compare | None, dict[str, list[Any]]]:
         """Return what `--compare` and `--probe` found, and the rows of their files; `comparison`: on the training set."""
         if self.pair is None:
@@ -274,67 +270,6 @@ class Diagnosis:
             return found, {"compare": comparison.examples}
         elsewhere, rows = self._run_probe(*self.probe, self.options.max_tokens or None)
         return replace(found, probe=elsewhere), {"compare": comparison.examples, "probe": rows}
-
-    def _adapter(self) -> PeftConfig | None:
-        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
-        recipe = self.recipe
-        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
-
-    def _make_learnability(self, dataset: Any, steps: int) -> Probe:
-        trainer, args = self.trainer, self.trainer.args
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
-        present = [name for name in (WEIGHT, REFERENCE) if name in columns_of(dataset)]
-        dataset = dataset.remove_columns(present) if present else dataset  # the probe asks how plain NLL learns
-        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-        def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
-            first, second = halves(dataset, args.seed, count, args.dataset_text_field)
-            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
-            return ScoringTrainer.prepare_rows(trainer, rows), second
-
-        train_dataset, second = make(rows, False)
-        if args.packing and len(train_dataset):
-            length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
-            train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
-        packs, trainer.packs, trainer.by = trainer.packs, False, None
-        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
-        loader = self._load(prepared)
-        trainer.packs, trainer.by = packs, self.options.by
-        return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
-
-    def _stop(self, limit: int | None) -> int | None:
-        """What packed data are to stop at: nothing, since they are a sample by themselves."""
-        return None if self.trainer.packs else limit
-
-    def _load(self, prepared: Any) -> DataLoader:
-        trainer = self.trainer
-        cuts = trainer.packs and trainer.args.packing_strategy != "bfd"
-        return DataLoader(
-            prepared,
-            batch_size=trainer.args.per_device_train_batch_size,
-            collate_fn=Collator(trainer.data_collator, trainer.by, cuts),
-            num_workers=min(trainer.args.dataloader_num_workers, prepared.num_shards),
-        )
-
-    def _load_probe(self, name: str) -> tuple[str, DataLoader]:
-        """Prepare a data set that was not trained on as the recipe prepares its own; its test split, if it has one."""
-        trainer, script = self.trainer, replace(self.recipe.script, dataset_name=name, dataset_config=None)
-        try:
-            loaded = load_dataset(script)
-        except Exception as error:
-            raise RecipeError(f"Can't load `--probe {name}`: {' '.join(str(error).split())}") from error
-        split = next(s for s in (script.dataset_test_split, script.dataset_train_split, *loaded) if s in loaded)
-        try:
-            dataset = self.recipe.arranged(split, loaded[split])
-        except RecipeError as error:
-            raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
-        trainer.by = None
-        if trainer.args.completion_only_loss is None:
-            trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        rows = _deal(dataset, trainer.args)
-        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
-        return split, self._load(prepared)
 
     def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[ComparedElsewhere, list[Any]]:
         pair, comparison = self.pair, Comparison()
@@ -365,25 +300,3 @@ def _deal(dataset: Any, args: Any) -> IterableDataset:
         return own.to_iterable_dataset(num_shards=min(len(own), max(1, args.dataloader_num_workers)))
     numbered = dataset.shuffle(seed=args.seed, buffer_size=1000).map(lambda example, i: {"bl_index": i}, with_indices=True)
     return numbered.filter(lambda example: example["bl_index"] % world == rank)
-
-
-def _read_aloud(measurement: Measurement, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
-    """Return the examples for the reader, token ids turned into text."""
-    cache: dict[int, str] = {}
-
-    def single(token: int) -> str:
-        if token not in cache:
-            cache[token] = tokenizer.decode([token])
-        return cache[token]
-
-    lists = measurement.reader.chosen()
-    done: dict[int, dict[str, Any]] = {}
-    for records in lists.values():
-        for i, record in enumerate(records):
-            if id(record) not in done:
-                ids = record.pop("input_ids")
-                expected = [single(token) for token in record.pop("top1")]
-                rounded = {name: [float(f"{x:.3g}") for x in record[name]] for name in ("p", "top1_p", "entropy")}
-                done[id(record)] = {**record, **rounded, "text": token_texts(tokenizer, ids), "expected": expected}
-            records[i] = done[id(record)]
-    return lists
