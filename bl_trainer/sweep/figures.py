@@ -28,7 +28,7 @@ Points = list[tuple[int, float]]
 def rulers_figure(board: Leaderboard) -> Picture:
     """Return each ruler of each group, with its interval or values."""
     size = (WIDTH, max(1.6, 0.9 + 0.22 * len(board.rows)))
-    return drawn(partial(_draw_rulers, board), size, "Each ruler of each objective, with 95 % intervals or values")
+    return drawn(partial(_draw_rulers, board), size, "Each metric of each objective, with 95 % intervals or values")
 
 
 def curves_figure(curves: dict[str, Points]) -> Picture:
@@ -38,12 +38,12 @@ def curves_figure(curves: dict[str, Points]) -> Picture:
 
 def alphas_figure(alphas: dict[float, tuple[float, Any]], ruler: str) -> Picture:
     """Return the ruler along the family of `power`."""
-    return drawn(partial(_draw_alphas, alphas, ruler), (WIDTH, HEIGHT), "The ruler against alpha")
+    return drawn(partial(_draw_alphas, alphas, ruler), (WIDTH, HEIGHT), "The metric against alpha")
 
 
 def pareto_figure(board: Leaderboard) -> Picture:
     """Return the ruler against what it costs in drift."""
-    return drawn(partial(_draw_pareto, board), (WIDTH, HEIGHT), "The ruler against drift from the base model")
+    return drawn(partial(_draw_pareto, board), (WIDTH, HEIGHT), "The metric against drift from the base model")
 
 
 def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:

@@ -30,9 +30,9 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         schema = result.get("schema")
     except (OSError, ValueError, AttributeError) as error:
-        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder}, and the arm runs again.") from error
+        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder} to repeat the run.") from error
     if schema != RESULT_SCHEMA:
-        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
+        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder} to repeat the run.")
     return result
 
 

@@ -146,7 +146,7 @@ def _warnings(board: Leaderboard) -> list[str]:
         if len(row.arms) < len(board.plan.seeds):
             warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.seeds)} seeds finished.")
     if len({(result["examples"], result["tokens"]) for result in board.arms.values()}) > 1:
-        warnings.append("Arms have other held-out tokens, as other tokenizers make them: their rulers can't be compared.")
+        warnings.append("Runs have different numbers of held-out tokens, by their tokenizers. Their metrics can't be compared.")
     for package, versions in board.mixed_versions().items():
         warnings.append(f"Runs used different versions of {package} ({', '.join(versions)}). Their metrics may differ by it.")
     ruler = RULERS.get(board.plan.rank_by)
@@ -156,7 +156,7 @@ def _warnings(board: Leaderboard) -> list[str]:
 
 
 def _failed(board: Leaderboard) -> list[str]:
-    return [f"arm {index:03d}, {describe(setting)}: {reason}" for index, (setting, reason) in sorted(board.failed.items())]
+    return [f"run {index:03d}, {describe(setting)}: {reason}" for index, (setting, reason) in sorted(board.failed.items())]
 
 
 def _commands(board: Leaderboard, folder: Path, command: str) -> list[str]:
