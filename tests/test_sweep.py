@@ -23,6 +23,7 @@ import pytest
 import yaml
 from scipy import stats
 
+import sweeping
 from bl_trainer.cli import main
 from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.evaluation.task_files import metrics_of
@@ -40,9 +41,9 @@ from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direct
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
+from forking import Forked
 from test_statistics import quadratic_form
 
-SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
 
 
@@ -392,7 +393,7 @@ def quick(make, tmp_path):
     make(GRID, eval_strategy="steps")
 
     def start(*storage, folder=tmp_path):
-        return subprocess.Popen([sys.executable, SWEEPING, str(folder), *storage], stderr=subprocess.PIPE, text=True)
+        return Forked(sweeping.forked, folder, folder, *storage)
 
     return start
 
