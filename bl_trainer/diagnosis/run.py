@@ -147,63 +147,6 @@ class Diagnosis:
             raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
         return trainer
 
-    def _adapter(self) -> PeftConfig | None:
-        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
-        recipe = self.recipe
-        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
-
-    def _load(self, prepared: Any) -> DataLoader:
-        trainer = self.trainer
-        cuts = trainer.packs and trainer.args.packing_strategy != "bfd"
-        return DataLoader(
-            prepared,
-            batch_size=trainer.args.per_device_train_batch_size,
-            collate_fn=Collator(trainer.data_collator, trainer.by, cuts),
-            num_workers=min(trainer.args.dataloader_num_workers, prepared.num_shards),
-        )
-
-    def _load_probe(self, name: str) -> tuple[str, DataLoader]:
-        """Prepare a data set that was not trained on as the recipe prepares its own; its test split, if it has one."""
-        trainer, script = self.trainer, replace(self.recipe.script, dataset_name=name, dataset_config=None)
-        try:
-            loaded = load_dataset(script)
-        except Exception as error:
-            raise RecipeError(f"Can't load `--probe {name}`: {' '.join(str(error).split())}") from error
-        split = next(s for s in (script.dataset_test_split, script.dataset_train_split, *loaded) if s in loaded)
-        try:
-            dataset = self.recipe.arranged(split, loaded[split])
-        except RecipeError as error:
-            raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
-        trainer.by = None
-        if trainer.args.completion_only_loss is None:
-            trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        rows = _deal(dataset, trainer.args)
-        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
-        return split, self._load(prepared)
-
-    def _make_learnability(self, dataset: Any, steps: int) -> Probe:
-        trainer, args = self.trainer, self.trainer.args
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
-        present = [name for name in (WEIGHT, REFERENCE) if name in columns_of(dataset)]
-        dataset = dataset.remove_columns(present) if present else dataset  # the probe asks how plain NLL learns
-        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-        def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
-            first, second = halves(dataset, args.seed, count, args.dataset_text_field)
-            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
-            return ScoringTrainer.prepare_rows(trainer, rows), second
-
-        train_dataset, second = make(rows, False)
-        if args.packing and len(train_dataset):
-            length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
-            train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
-        packs, trainer.packs, trainer.by = trainer.packs, False, None
-        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
-        loader = self._load(prepared)
-        trainer.packs, trainer.by = packs, self.options.by
-        return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
-
     def run(self) -> Report:
         """Measure, and return the report, the same in every process."""
         measurement, comparison, is_sample = self._measure()
@@ -256,10 +199,6 @@ class Diagnosis:
         tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
         return min(tokens, limit or tokens)
 
-    def _stop(self, limit: int | None) -> int | None:
-        """What packed data are to stop at: nothing, since they are a sample by themselves."""
-        return None if self.trainer.packs else limit
-
     def _compared(self, comparison: Comparison) -> tuple[Compare | None, dict[str, list[Any]]]:
         """Return what `--compare` and `--probe` found, and the rows of their files; `comparison`: on the training set."""
         if self.pair is None:
@@ -270,6 +209,67 @@ class Diagnosis:
             return found, {"compare": comparison.examples}
         elsewhere, rows = self._run_probe(*self.probe, self.options.max_tokens or None)
         return replace(found, probe=elsewhere), {"compare": comparison.examples, "probe": rows}
+
+    def _adapter(self) -> PeftConfig | None:
+        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
+        recipe = self.recipe
+        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
+
+    def _make_learnability(self, dataset: Any, steps: int) -> Probe:
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RecipeError("`--probe_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
+        present = [name for name in (WEIGHT, REFERENCE) if name in columns_of(dataset)]
+        dataset = dataset.remove_columns(present) if present else dataset  # the probe asks how plain NLL learns
+        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+        def make(count: int, packing: bool) -> tuple[Dataset, Dataset]:
+            first, second = halves(dataset, args.seed, count, args.dataset_text_field)
+            rows = Rows(first, trainer.processing_class, args, packing, None, "train")
+            return ScoringTrainer.prepare_rows(trainer, rows), second
+
+        train_dataset, second = make(rows, False)
+        if args.packing and len(train_dataset):
+            length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
+            train_dataset, second = make(math.ceil(rows * args.max_length / length), True)
+        packs, trainer.packs, trainer.by = trainer.packs, False, None
+        prepared = trainer.prepare_rows(Rows(_deal(second, args), trainer.processing_class, args, False, None, "probe"))
+        loader = self._load(prepared)
+        trainer.packs, trainer.by = packs, self.options.by
+        return Probe(trainer, self.recipe, train_dataset, loader, steps, self.options.max_tokens)
+
+    def _stop(self, limit: int | None) -> int | None:
+        """What packed data are to stop at: nothing, since they are a sample by themselves."""
+        return None if self.trainer.packs else limit
+
+    def _load(self, prepared: Any) -> DataLoader:
+        trainer = self.trainer
+        cuts = trainer.packs and trainer.args.packing_strategy != "bfd"
+        return DataLoader(
+            prepared,
+            batch_size=trainer.args.per_device_train_batch_size,
+            collate_fn=Collator(trainer.data_collator, trainer.by, cuts),
+            num_workers=min(trainer.args.dataloader_num_workers, prepared.num_shards),
+        )
+
+    def _load_probe(self, name: str) -> tuple[str, DataLoader]:
+        """Prepare a data set that was not trained on as the recipe prepares its own; its test split, if it has one."""
+        trainer, script = self.trainer, replace(self.recipe.script, dataset_name=name, dataset_config=None)
+        try:
+            loaded = load_dataset(script)
+        except Exception as error:
+            raise RecipeError(f"Can't load `--probe {name}`: {' '.join(str(error).split())}") from error
+        split = next(s for s in (script.dataset_test_split, script.dataset_train_split, *loaded) if s in loaded)
+        try:
+            dataset = self.recipe.arranged(split, loaded[split])
+        except RecipeError as error:
+            raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
+        trainer.by = None
+        if trainer.args.completion_only_loss is None:
+            trainer.completion_only_loss = "prompt" in columns_of(dataset)
+        rows = _deal(dataset, trainer.args)
+        prepared = trainer.prepare_rows(Rows(rows, trainer.processing_class, trainer.args, trainer.args.packing, None, "probe"))
+        return split, self._load(prepared)
 
     def _run_probe(self, split: str, loader: DataLoader, limit: int | None) -> tuple[ComparedElsewhere, list[Any]]:
         pair, comparison = self.pair, Comparison()
