@@ -119,8 +119,9 @@ def diagnose(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
+    from .diagnosis.options import DiagnoseArguments
     from .diagnosis.page import write_report
-    from .diagnosis.run import DiagnoseArguments, Diagnosis
+    from .diagnosis.run import Diagnosis
     from .diagnosis.terminal import terminal_summary
     from .recipe.recipe import Recipe
 
@@ -153,7 +154,7 @@ def sweep(argv: list[str]) -> None:
     try:
         run(argv)
     except KeyboardInterrupt:
-        print("\nStopped, with its arms. The same command goes on from there.", file=sys.stderr)
+        print("\nStopped, with all its runs. The same command resumes them.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)

@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
-from bl_trainer.diagnosis.run import DiagnoseArguments
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.contract import STATISTICS
 from bl_trainer.objectives.objective import OBJECTIVES
@@ -255,7 +255,7 @@ def test_the_worked_example_is_read(tmp_path):
     (tmp_path / "sweep.yaml").write_text(sweep.replace("continuum/mid-fact-30/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
     plan = Plan.read(Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path)
-    assert f"{plan.count} arms: {len(plan.points())} settings" in text
+    assert f"{plan.count} runs: {len(plan.points())} settings" in text
     for script in re.findall(r"(?:scripts|studies)/\w+\.py", text):
         assert (ROOT / script).exists()
 

@@ -181,7 +181,7 @@ def sweep_yaml(report: Report) -> str:
     head = [
         f"# {report.model} on {report.data}: mean p {report.total.prob:.3f}, {' or '.join(report.placement.possible)}"
         + (f"; improbable tokens: {probe.verdict}" if probe else ""),
-        "# Each arm runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
+        "# Each of these runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
     ]
     grid = {"arms": advice.arms, "learning_rate": advice.learning_rate, "seed": advice.seed}
     lines = [" ".join(line.split()) for line in head]

@@ -10,8 +10,9 @@ import yaml
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..recipe import Recipe
+from .options import DiagnoseArguments
 from .page import write_report
-from .run import DiagnoseArguments, Diagnosis
+from .run import Diagnosis
 
 
 def diagnose(recipe: str | Path | Mapping[str, Any], report: str | Path | None = None, **options: Any) -> Any:
