@@ -219,7 +219,7 @@ def test_neg_p_against_nll():
         [1] * 4 + [0] * 36,
         [1] * 30 + [0] * 10,
         [1] * 32 + [0] * 8,
-    ]  # at each seed another difference
+    ]  # differences that differ
     rulers = [{"greedy": sum(each) / 40} for each in values]
     arms = {
         i: {"setting": s, "rulers": r, "base": {}, "loss": None, "items": {"greedy": v}}
