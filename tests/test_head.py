@@ -6,9 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
 from bl_trainer.head import blocks as module
@@ -110,8 +112,8 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         original = module.Blocks.__init__
 
-        def with_triton(self, hidden, head):
-            original(self, hidden, head)
+        def with_triton(self, hidden, head, held=0):
+            original(self, hidden, head, held)
             self.uses_triton = self.wide == torch.float32
 
         monkeypatch.setattr(module.Blocks, "__init__", with_triton)
@@ -283,6 +285,41 @@ def test_rows_of_no_weight_stay_out_of_the_products(monkeypatch, backend):
     assert sum(rows) == int(ours.kept.sum()) < TOKENS
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations after which the host must wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what runs on a GPU; `make test-lowest` has the interpreter")
+@pytest.mark.parametrize("threshold", THRESHOLDS[:2], ids=["all", "above"])
+def test_a_device_is_waited_for_once_per_flush(threshold, backend, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", dict.fromkeys(module.BLOCK_BYTES, 9 * VOCABULARY * 4))
+    hidden, head, target = make(torch.float32)
+    flushes = []
+    inner = gradients_module.Gradients._empty
+    monkeypatch.setattr(gradients_module.Gradients, "_empty", lambda self: flushes.append(1) or inner(self))
+    with Waits() as waits:
+        apply(Objective.parse("nll"), threshold, hidden, head, target)
+    begun = 1
+    assert backend == "eager" or waits.count == len(flushes) - begun == 3
+
+
+@pytest.mark.parametrize(("free", "flushes"), [(2**36, 3), (2**30, 7)])
+def test_a_gpu_multiplies_many_rows_at_a_time(free, flushes):
+    """8192 tokens, a vocabulary of 151936, bfloat16: each flush reads and writes float32 [V, H]."""
+    weight = torch.empty(151936, 0, dtype=torch.bfloat16)
+    blocks = SimpleNamespace(hidden=torch.empty(8192, 0, device="meta"), weight=weight, dtype=weight.dtype, rows=640, free=free)
+    capacity = gradients_module.Gradients._capacity(SimpleNamespace(blocks=blocks), 8192)
+    assert math.ceil(8192 / (capacity // 640 * 640)) == flushes
+
+
 def test_uneven_incoming_gradient_is_not_silently_wrong():
     hidden, head, target = make()
     ours = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
@@ -395,6 +432,9 @@ def test_blocks_shrink_with_memory(monkeypatch):
     wide = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
     monkeypatch.setattr(module, "_free_bytes", lambda device: 0)
     assert module.Blocks(hidden, head).rows == 1
+    monkeypatch.setattr(module, "_free_bytes", lambda device: 8 * 20 * VOCABULARY * 8)
+    assert module.Blocks(hidden, head).rows == 18 > module.Blocks(hidden, head, held=1).rows  # what gradients will take
+    monkeypatch.setattr(module, "_free_bytes", lambda device: 0)
     narrow = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
     for got, wanted in zip(gradients(narrow.cost, hidden, head), gradients(wide.cost, hidden, head), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -415,7 +455,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bl_trainer.head import kernels
 
-POINTERS = {"logits": "*fp32", "index": "*i64", "target": "*i64", "top1_of": "*i64", "rank_of": "*i64"}
+POINTERS = {"logits": "*fp32", "place": "*i64", "target": "*i64", "top1_of": "*i64", "rank_of": "*i64"}
 SCALARS = {"stride": "i32", "out_stride": "i32", "vocabulary": "i32", "softcap": "fp32", "gain": "fp32"}
 
 def compile(kernel, capability, out="*fp32", **constants):

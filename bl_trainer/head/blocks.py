@@ -25,6 +25,8 @@ ROW_MULTIPLE = 128  # of the rows of a block: by other numbers a CPU's head was 
 
 CACHE_BYTES = 2 * 2**20  # of the rows that a CPU works on at a time: twice that fits two cores' second-level caches
 
+ALIGNED = 16  # elements that the rows of a GPU's blocks begin at: of odd vocabularies each load would be of one number
+
 SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
 
 
@@ -58,16 +60,21 @@ class TokenScores:
 
 
 class Blocks:
-    """The rows of N hidden states, a block at a time, and their logits."""
+    """
+    The rows of N hidden states, a block at a time, and their logits.
 
-    def __init__(self, hidden: Tensor, head: "Head"):
+    `held`: numbers that will be kept beside the blocks, in float32 or wider: the memory they take is not free.
+    """
+
+    def __init__(self, hidden: Tensor, head: "Head", held: int = 0):
         kind, vocabulary = hidden.device.type, head.weight.shape[0]
         self.head = head
         self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.hidden, self.weight = hidden.detach().to(self.dtype), head.weight.detach().to(self.dtype)
-        room, free = BLOCK_BYTES["cpu" if kind == "cpu" else "other"], _free_bytes(hidden.device)
-        while room > max(free // 8, 1):  # by halves: the size of blocks is in the rounding of sums
+        room = BLOCK_BYTES["cpu" if kind == "cpu" else "other"]
+        self.free = _free_bytes(hidden.device) - held * self.wide.itemsize
+        while room > max(self.free // 8, 1):  # by halves: the size of blocks is in the rounding of sums
             room //= 2
         most = max(1, room // (vocabulary * self.wide.itemsize))
         most = most // ROW_MULTIPLE * ROW_MULTIPLE or most
@@ -83,7 +90,9 @@ class Blocks:
 
     def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for that many rows of logits."""
-        return torch.empty(rows, len(self.weight), dtype=dtype or self.wide, device=self.weight.device)
+        vocabulary, device = len(self.weight), self.weight.device
+        width = math.ceil(vocabulary / ALIGNED) * ALIGNED if self.uses_triton else vocabulary
+        return torch.empty(rows, width, dtype=dtype or self.wide, device=device)[:, :vocabulary]
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Return the logits of `rows`, in the first rows of `out`."""
@@ -158,11 +167,14 @@ class _EagerBlock:
             logits.scatter_(1, target, torch.expm1(scores.logp)[:, None])  # p - 1 without cancellation
         return scores
 
-    def write(self, index: Tensor, price: Price, gain: float, out: Tensor) -> None:
-        """Write `gain` times the rows at `index`, ascending, to `out`, which may be the first of the block itself.
+    def write(self, weighs: Tensor, price: Price, gain: float, rows: Tensor, used: int) -> int:
+        """Write `gain` times the rows that `weighs` marks, (rows,) bool, to `rows` from `used` on; return how many are used.
 
-        With an entropy slope they are the whole gradient in the logits. With a softcap times its slope.
+        That place may be the first rows of the block itself. With an entropy slope they are the whole gradient in the logits.
+        With a softcap times its slope.
         """
+        index = weighs.nonzero()[:, 0]
+        out = rows[used : used + len(index)]
         if price.entropy_slope is not None:
             self._add_entropy_slope_(price.weight, price.entropy_slope)
         if self.slope is not None:
@@ -172,10 +184,11 @@ class _EagerBlock:
         if len(index) == len(self.logits):
             if out.data_ptr() != self.logits.data_ptr():
                 out.copy_(self.logits)
-            return
+            return used + len(index)
         for start in range(0, len(index), self.step):
             part = index[start : start + self.step]
             out[start : start + len(part)] = self.logits.index_select(0, part)
+        return used + len(index)
 
     def _add_entropy_slope_(self, weight: Tensor, slope: Tensor) -> None:
         """Make it the whole gradient in the logits; the entropy's is -p (log p + entropy)."""
@@ -192,12 +205,18 @@ class _TritonBlock:
         self.sums = _Sums(*kernels.sums(logits, target))
         self.scores = self.sums.scores()
 
-    def write(self, index: Tensor, price: Price, gain: float, out: Tensor) -> None:
-        """Write `gain` times the rows at `index` to `out`, which is not the block itself."""
+    def write(self, weighs: Tensor, price: Price, gain: float, rows: Tensor, used: "int | Tensor") -> Tensor:
+        """Write `gain` times the rows that `weighs` marks to `rows`, which are not the block itself, from `used` on.
+
+        Returns how many are used, as a tensor on the device: to know it here would be to wait for the device.
+        """
         columns = [self.sums.top, self.scores.top1_logp, torch.expm1(self.scores.logp)]
         if price.entropy_slope is not None:
             columns += [price.weight, price.entropy_slope, self.scores.entropy]
-        kernels.difference(self.logits, index, self.target, columns, self.softcap, gain, out)
+        count = weighs.cumsum(0) + used
+        place = torch.where(weighs, count - 1, -1)
+        kernels.difference(self.logits, place, self.target, columns, self.softcap, gain, rows)
+        return count[-1]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -129,7 +129,8 @@ def objective_head(
     """
     leaves = hidden, head.weight, head.bias
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    blocks = Blocks(hidden, head)
+    held = sum(leaf.numel() for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need)
+    blocks = Blocks(hidden, head, held)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         gradients = Gradients(blocks, needs)
         parts, prices, hits = [], [], []
