@@ -285,16 +285,32 @@ def test_rows_of_no_weight_stay_out_of_the_products(monkeypatch, backend):
     assert sum(rows) == int(ours.kept.sum()) < TOKENS
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations after which the host must wait for a device."""
+class Operations(TorchDispatchMode):
+    """Counts operations that start a kernel on a GPU, and those after which the host waits for it."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.launches = self.waits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense)
+        self.waits += func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense)
+        self.launches += not func.is_view and func.overloadpacket is not torch.ops.aten.detach
         return func(*args, **kwargs or {})
+
+
+LAUNCHES = {"nll": 15, "neg_p": 18, "power": 28, "log_one_minus_p": 29, "anneal": 41}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_small_operations_of_a_price_do_not_multiply(name):
+    """A GPU's host makes them for each block, in less time than the block's products take."""
+    objective = Objective.parse({"name": name, "alpha": 10} if name == "power" else name)
+    logp = torch.linspace(-3, -0.1, 64)
+    statistics = {"logp": logp, "entropy": -logp, "progress": 0.5}
+    with Operations() as seen:
+        price(objective, Threshold(above=0.1), statistics)
+    assert seen.waits == 0
+    assert seen.launches <= LAUNCHES[name]
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="what runs on a GPU; `make test-lowest` has the interpreter")
@@ -305,10 +321,10 @@ def test_a_device_is_waited_for_once_per_flush(threshold, backend, monkeypatch):
     flushes = []
     inner = gradients_module.Gradients._empty
     monkeypatch.setattr(gradients_module.Gradients, "_empty", lambda self: flushes.append(1) or inner(self))
-    with Waits() as waits:
+    with Operations() as seen:
         apply(Objective.parse("nll"), threshold, hidden, head, target)
     begun = 1
-    assert backend == "eager" or waits.count == len(flushes) - begun == 3
+    assert backend == "eager" or seen.waits == len(flushes) - begun == 3
 
 
 @pytest.mark.parametrize(("free", "flushes"), [(2**36, 3), (2**30, 7)])
