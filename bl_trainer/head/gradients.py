@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from ..objectives.pricing import Price
 from .blocks import Blocks, has_wide_products, slices
@@ -103,6 +104,9 @@ class Gradients:
     def finish(self) -> list[Tensor | None]:
         """Return the gradients in hidden states, weight and bias, None where none is needed."""
         self.flush()
+        shard, in_hidden = self.blocks.head.shard, self.totals[0]
+        if shard is not None and in_hidden is not None:
+            shard.reduced(in_hidden, ReduceOp.SUM)
         return self.totals
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 TILE = 1024
 
 
-def sums(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def sums(logits: Tensor, target: Tensor, at_target: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return, per row of `logits`, (rows, vocabulary) float32, with odds = exp(logit - top) and sums over all but the top:
 
-    logit at `target`, (rows,) int64; top logit and its index (int64); sums of odds, of odds (logit - top) and of odds^2; how
-    many logits are above the target's (int64). Of equal top logits the first counts.
+    logit at `target`, (rows,) int64, unless `at_target` is given; top logit and its index (int64); sums of odds, of odds
+    (logit - top) and of odds^2; how many logits are above the target's (int64). Of equal top logits the first counts.
     """
     rows, vocabulary = logits.shape
-    at_target = logits.gather(1, target[:, None])[:, 0]
+    if at_target is None:
+        at_target = logits.gather(1, target[:, None])[:, 0]
     top, others, weighted, squares = logits.new_empty(4, rows).unbind()
     top1, rank = target.new_empty(2, rows).unbind()
     if rows:

@@ -33,10 +33,10 @@ def add_scoring(model: Any) -> None:
             is_target = labels != -100
             flat = is_target.flatten().nonzero().squeeze(1)
             chosen, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat), labels.flatten()[flat]
-            is_wrong = (targets < 0) | (targets >= len(head.weight))
+            is_wrong = (targets < 0) | (targets >= head.vocabulary)
             if is_wrong.any():
                 raise ValueError(
-                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {len(head.weight)} tokens."
+                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
                     " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
                 )
             return use(chosen, head, targets), is_target
