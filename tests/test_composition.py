@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.diagnosis.continuum import objective_name
@@ -705,3 +706,18 @@ def test_weights_that_are_all_zero_are_told(tokenizer, text_data, tmp_path, monk
         train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [weight] * len(text_data)), tmp_path)
         assert len(said) == warned
     assert said[0].startswith("Nothing trains: since the last log every target token had the weight 0")
+
+
+@pytest.mark.parametrize("head", ["trl", "auto"])
+def test_weights_of_tokens_stand_beside_them_after_virtual_tokens(head, tokenizer, tmp_path):
+    """Which predict the first token: what trains on tokens one by one adds up to what trains on all."""
+    ids = tokenizer("a question")["input_ids"]
+    chosen = [[float(i == j) for i in range(len(ids))] for j in range(len(ids))]
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids, "objective_weight": weight} for weight in chosen])
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, peft_config=peft_config, loss_head=head)
+    found = [trainer.objective_loss(trainer.model, trainer.data_collator([row]), 0.0) for row in trainer.train_dataset]
+    for j, each in enumerate(found):
+        assert each.cost[0].nonzero().flatten().tolist() == [each.cost.shape[1] - len(ids) + j]
+    whole = torch.stack([each.cost for each in found]).sum(0)
+    torch.testing.assert_close(whole[0, -len(ids) :], -found[0].logp[0, -len(ids) :])

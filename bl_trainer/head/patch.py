@@ -7,6 +7,7 @@ from typing import Any
 from .._util.trl import maybe_gather_lm_head_ctx
 from .lm_head import Head
 from .ops import backbone
+from .targets import Targets
 
 
 def add_scoring(model: Any) -> None:
@@ -22,23 +23,21 @@ def add_scoring(model: Any) -> None:
     def forward(self: Any, *args: Any, use: Any = None, **kwargs: Any) -> Any:
         if use is None:
             return original(self, *args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
+        labels = kwargs.pop("labels")
         kwargs["use_cache"] = False
-        hidden = backbone(self)(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
+        hidden = backbone(self)(*args, **kwargs).last_hidden_state[:, -labels.shape[1] : -1]
         module = self.get_output_embeddings()
         parameters = [getattr(module, name) for name in ("weight", "bias") if getattr(module, name, None) is not None]
         with maybe_gather_lm_head_ctx(*parameters):
             head = Head.of(self)
-            hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
-            is_target = labels != -100
-            flat = is_target.flatten().nonzero().squeeze(1)
-            chosen, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat), labels.flatten()[flat]
-            is_wrong = (targets < 0) | (targets >= head.vocabulary)
+            hidden, targets = hidden.to(head.weight.device), Targets.of(labels.to(head.weight.device))
+            chosen, ids = targets.take(hidden), targets.ids
+            is_wrong = (ids < 0) | (ids >= head.vocabulary)
             if is_wrong.any():
                 raise ValueError(
-                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
+                    f"A label is {ids[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
                     " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
                 )
-            return use(chosen, head, targets), is_target
+            return use(chosen, head, ids), targets.mask
 
     model.forward = types.MethodType(forward, model)

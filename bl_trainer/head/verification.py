@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .lm_head import Head
 from .ops import score
+from .targets import IGNORED, Targets
 
 logger = logging.getLogger(__name__)  # accelerate's needs a state, which a model alone hasn't
 
@@ -70,7 +71,7 @@ def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: T
     with _explained(f"Cannot train {name} with {HEADS[kind]}"):
         found = (_own_head if kind == "own" else _trl_head)(model, {**inputs, "labels": labels}, logits.shape[-1])
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))[:, -length:-1]
-    wanted = wide.log_softmax(-1).gather(2, labels[:, 1:, None]).flatten()
+    wanted = wide.log_softmax(-1).gather(2, Targets.of(labels).labels[..., None]).flatten()
     difference = torch.where(wanted.isnan(), 0, (found.logp.to(wanted.device) - wanted).abs())
     _refuse_difference(name, kind, difference.max().item(), precision * _size(wide))
     return found
@@ -182,7 +183,7 @@ def _extremes(logits: Tensor, length: int) -> Tensor:
     last = logits.detach()[:, -length:]
     possible = last.masked_fill(last == -torch.inf, torch.inf)
     labels = torch.stack([last[0].argmax(-1), possible[1].argmin(-1)])
-    return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), -100)
+    return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), IGNORED)
 
 
 def _size(logits: Tensor) -> float:
