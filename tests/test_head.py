@@ -531,7 +531,7 @@ def test_scoring_agrees_with_the_models_own_logits(config):
     with torch.no_grad():
         logits = model(ids).logits
         add_scoring(model)
-        scores, is_target = model(input_ids=ids, labels=labels, use=score)
+        scores, is_target, _ = model(input_ids=ids, labels=labels, use=score)
         assert torch.equal(model(ids).logits, logits)  # without `use`, the model is as it was
     mask = labels[:, 1:] != -100
     assert torch.equal(is_target, mask)
@@ -552,7 +552,7 @@ def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
     torch.nn.init.normal_(other.model.embed_tokens.weight)
     with torch.no_grad():
         assert not torch.equal(other(ids).logits, model(ids).logits)
-        scores, _ = other(input_ids=ids, labels=ids, use=score)
+        scores, *_ = other(input_ids=ids, labels=ids, use=score)
         logp = other(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scores.logp, logp)
     assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (1, 10)
@@ -570,7 +570,7 @@ def test_llama_scores_in_half_precision_are_float32(tokenizer):
     add_scoring(model)
     ids = torch.randint(4, 40, (1, 8))
     with torch.no_grad():
-        scores, _ = model(input_ids=ids, labels=ids, use=score)
+        scores, *_ = model(input_ids=ids, labels=ids, use=score)
     assert scores.logp.dtype == torch.float32
 
 

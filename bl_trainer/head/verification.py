@@ -201,7 +201,7 @@ def _own_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
             )
         return Measured(score(hidden, head, target, ()).logp, (hidden, head.weight, head.bias))
 
-    return _run(model, **inputs, use=use)[0]
+    return _run(model, **inputs, use=use).found
 
 
 def _trl_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
