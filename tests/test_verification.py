@@ -62,7 +62,7 @@ def loss_of(model, kind):
     def use(hidden, head, target):
         return objective_head(hidden, head, target, lambda statistics: price(nll, Threshold(), statistics))
 
-    return model(**INPUTS, labels=IDS, use=use)[0].cost.sum()
+    return model(**INPUTS, labels=IDS, use=use).found.cost.sum()
 
 
 def loss_and_gradient(model, loss):
@@ -548,7 +548,7 @@ def test_scores_of_llama_4_are_the_models_own():
     """Whose prefix names no module."""
     model = with_heads(tiny_model("llama4_text"))
     with torch.no_grad():
-        logp = model(**INPUTS, labels=IDS, use=score)[0].logp
+        logp = model(**INPUTS, labels=IDS, use=score).found.logp
     assert -logp.sum().item() == pytest.approx(full_logits_loss(model).item(), rel=1e-5)
 
 

@@ -206,7 +206,7 @@ def _size(logits: Tensor) -> float:
 
 def _own_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
     def use(hidden: Tensor, head: Head, target: Tensor) -> Measured:
-        rows, size = head.weight.shape
+        rows, size = head.vocabulary, head.weight.shape[1]
         if (rows, size) != (vocabulary, hidden.shape[-1]):
             raise ValueError(
                 f"its LM head takes {size} features for {rows} tokens, its last hidden states have {hidden.shape[-1]} and its "
@@ -214,7 +214,7 @@ def _own_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
             )
         return Measured(score(hidden, head, target, ()).logp, (hidden, head.weight, head.bias))
 
-    return _run(model, **inputs, use=use)[0]
+    return _run(model, **inputs, use=use).found
 
 
 def _trl_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:

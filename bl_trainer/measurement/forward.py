@@ -89,4 +89,4 @@ def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[.
     """Return `use(hidden, head, target)` of a batch's target tokens."""
     inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL})
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        return model(**inputs, use=use)[0]
+        return model(**inputs, use=use).found

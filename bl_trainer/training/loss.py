@@ -82,7 +82,7 @@ class OwnHead:
         extras, reference = tuple({"log_sum_sq_probs"} & set(loss.objective.statistics)), {}
         if loss.adapted is not None:
             with base_of(model, loss.adapted):
-                reference = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
+                reference = {"ref_logp": model(**inputs, use=functools.partial(score, extras=())).found.logp}
 
         def priced(statistics: dict[str, Tensor]) -> Price:
             return price(loss.objective, loss.threshold, {**statistics, "progress": progress})
@@ -94,7 +94,7 @@ class OwnHead:
             known = columns.at(target, own)
             return objective_head(hidden, head, target, priced, extras, {**known, **reference})
 
-        costs, is_target = model(**inputs, use=cost)
+        costs, is_target, aux_loss = model(**inputs, use=cost)
 
         def laid_out(values: Tensor) -> Tensor:
             # connected to the model where there is no target too, which a backward needs on every process
@@ -108,6 +108,7 @@ class OwnHead:
             entropy=laid_out(costs.scores.entropy),
             is_top1=laid_out(costs.is_top1),
             is_target=is_target,
+            aux_loss=aux_loss,
         )
 
 

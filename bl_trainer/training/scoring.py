@@ -64,18 +64,14 @@ class ScoringTrainer(SFTTrainer):
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
         add_scoring(base)
-        self.reference_head, self._is_verified = self._why_reference_head(base), False
+        self.reference_head, self._is_verified = self._why_reference_head(), False
         refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
 
-    def _why_reference_head(self, base: Any) -> str | None:
+    def _why_reference_head(self) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
-        config = base.config
         reasons = {
             "`loss_head: trl` asks for it": getattr(self.args, "loss_head", "auto") == "trl",
-            "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
-            "the model is multimodal": config.get_text_config() is not config,
-            "the sequence or the head is shared out over devices": self.is_shared_out("cp", "sp", "tp"),
-            "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
+            "sequences are shared out over devices": self.is_shared_out("sp"),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
