@@ -58,7 +58,9 @@ def balancing_loss_of(model: Any) -> Callable[..., Any]:
 
     Its arguments: the routers' logits of each layer, numbers of experts and of those a token goes to, and the attention mask.
     """
-    own = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if own is None:
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as own
-    return own
+    own: Callable[..., Any] | None = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if own is not None:
+        return own
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func

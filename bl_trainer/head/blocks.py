@@ -195,7 +195,8 @@ class _TritonBlock:
             at_target = shard.reduced(at_target, ReduceOp.MAX) if "rank" in extras else at_target
         self.sums = Sums(*kernels.sums(logits, target, at_target))
         if shard is not None:
-            rank = shard.reduced(self.sums.rank, ReduceOp.SUM) if "rank" in extras else None
+            found = self.sums.rank if "rank" in extras else None
+            rank = None if found is None else shard.reduced(found, ReduceOp.SUM)
             self.sums = self.sums._replace(top1=self.sums.top1 + shard.start, rank=rank).joined(shard)
         self.scores = self.sums.scores()
 

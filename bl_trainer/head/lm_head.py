@@ -69,8 +69,8 @@ class Head(NamedTuple):
         shard = self.shard
         if shard is None:
             return self
-        weight, bias = (None if part is None else shard.joined(part.detach()) for part in (self.weight, self.bias))
-        return self._replace(weight=weight, bias=bias, shard=None)
+        bias = None if self.bias is None else shard.joined(self.bias.detach())
+        return self._replace(weight=shard.joined(self.weight.detach()), bias=bias, shard=None)
 
     @classmethod
     def of(cls, model: Any) -> "Head":

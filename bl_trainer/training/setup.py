@@ -54,7 +54,7 @@ class Setup:
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, args)
         objective, threshold = objective_of(args), threshold_of(args)
-        given = arrange_all(arguments)
+        given = arrange_all(dict(arguments))
         _check_sets(given, args, objective)
         reference = _reference(given, objective, peft_config)
         refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))
