@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 from ._util.process import is_first_here
 from ._util.text import nearest, sentence
-from .errors import BLError, RecipeError
+from .errors import BLError, DependencyError, RecipeError
 
 VERBS = {
     "diagnose": "Measure what the model already knows of the training data, without training.",
@@ -224,7 +224,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    verbs[argv[0]](argv[1:])
+    from ._util.requirements import needs_stack
+
+    try:
+        with needs_stack(f"bl-trainer {argv[0]}"):
+            verbs[argv[0]](argv[1:])
+    except DependencyError as error:
+        fail(error)
 
 
 def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: bool = False) -> None:
