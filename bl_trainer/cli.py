@@ -36,6 +36,7 @@ Options:
 
 Examples:
   bl-trainer diagnose --config recipe.yaml --report out/diagnosis
+  bl-trainer diagnose --model org/model --data train.jsonl --report out/diagnosis
   bl-trainer train --config recipe.yaml --objective neg_p --learning_rate 1e-5
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
@@ -115,19 +116,20 @@ def _say_terminated(trainer: Any) -> None:
 
 
 def diagnose(argv: list[str]) -> None:
-    """Diagnose the recipe that `argv` names: `--config recipe.yaml --report DIR`, and the options of `DiagnoseArguments`.
+    """Diagnose a recipe, `--config recipe.yaml --report DIR`, or a model and its data, `--model M --data D.jsonl --report DIR`.
+
+    `argv` may also have the other options of `DiagnoseArguments`, and any recipe key.
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
+    from .diagnosis.options import read_diagnosis
     from .diagnosis.page import write_report
-    from .diagnosis.run import DiagnoseArguments, Diagnosis
+    from .diagnosis.run import Diagnosis
     from .diagnosis.terminal import terminal_summary
-    from .recipe.recipe import Recipe
 
     recipe: Any = None
     try:
-        recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
-        recipe.options.check()
+        recipe = read_diagnosis(argv)
         diagnosis = Diagnosis(recipe)
     except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
         fail(error, recipe)

@@ -110,7 +110,7 @@ def test_core_works_beside_an_old_trl(tmp_path):
     for line, name in zip(others, ("BLTrainer", "BLConfig", "Recipe", "diagnose"), strict=True):
         assert line == (
             f"Cannot use {name}: it needs trl<2,>=1.15 (0.24.0 is installed). Run `pip install 'trl<2,>=1.15'`; objectives and "
-            "`as_loss` work without."
+            "`as_loss` work without them."
         )
 
 

@@ -46,7 +46,7 @@ def _refuse(what: str, wrong: dict[str, str]) -> None:
         needs = ", ".join(f"{name} ({state})" for name, state in wrong.items())
         install = " ".join(f"'{name}'" for name in wrong)
         raise DependencyError(
-            f"Cannot use {what}: it needs {needs}. Run `pip install {install}`; objectives and `as_loss` work without."
+            f"Cannot use {what}: it needs {needs}. Run `pip install {install}`; objectives and `as_loss` work without them."
         )
 
 
