@@ -68,7 +68,7 @@ class _OfLogits(torch.autograd.Function):
         columns = [None if each is None else each[some] for each in (target, weight, slope, logp, top1, top1_logp, entropy)]
         with torch.autocast(logits.device.type, enabled=False):
             grad = _gradient(LogitBlocks(logits, index[some]), columns)
-        grad = grad.view(logits.shape)
+        grad = grad.reshape(logits.shape)
         return None, grad, *[None] * (len(ctx.saved_tensors) - 1)
 
 
