@@ -209,6 +209,14 @@ def test_counts_may_be_tensors():
     assert wanted.shape == ()
 
 
+def test_labels_may_be_short_integers():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias).detach()
+    for dtype in (torch.int16, torch.int32):
+        assert torch.equal(as_loss("nll")({"logits": logits}, labels.to(dtype)), as_loss("nll")({"logits": logits}, labels))
+        assert torch.equal(per_token(logits[..., 0] - 9, labels.to(dtype), "nll"), per_token(logits[..., 0] - 9, labels, "nll"))
+
+
 @pytest.mark.parametrize("num_items", [None, 0, 7])
 def test_rows_without_targets_cost_a_connected_zero(num_items):
     hidden, weight, bias, labels = make()
