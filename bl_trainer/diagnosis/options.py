@@ -1,11 +1,17 @@
-"""Options of the diagnose verb, and what they must satisfy."""
+"""What the diagnose verb takes: a recipe, or a model and its data; and its options."""
 
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .._util.process import is_first
 from ..errors import RecipeError
+from ..recipe.recipe import Recipe
+
+NAMED = {"model": "model_name_or_path", "data": "dataset_name"}  # options in place of a recipe -> its keys
 
 REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "probe.csv", "sweep.yaml", "figures")
 
@@ -14,6 +20,11 @@ REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "p
 class DiagnoseArguments:
     """Options of the diagnose verb; on the command line only, so that the recipe stays the one to train."""
 
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Model folder or Hub name; with --data in place of a recipe, for users of other trainers."},
+    )
+    data: str | None = field(default=None, metadata={"help": "JSONL file, data folder or Hub name, in place of a recipe."})
     report: str | None = field(default=None, metadata={"help": "Folder for the report."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a report that is there already."})
     max_tokens: int = field(
@@ -67,3 +78,29 @@ class DiagnoseArguments:
         except OSError as error:
             why = "it is a file, not a folder" if folder.is_file() else error.strerror
             raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
+
+
+def read_diagnosis(argv: list[str]) -> Recipe:
+    """Read `--config recipe.yaml`, or `--model M --data D.jsonl` in its place, and any options and recipe keys.
+
+    Without a recipe, on a machine without an accelerator, the model runs on the CPU in its own precision. Raises RecipeError.
+    """
+    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if given & NAMED.keys():
+        argv = _spelled_out(argv, given)
+    recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    recipe.options.check()
+    return recipe
+
+
+def _spelled_out(argv: list[str], given: set[str]) -> list[str]:
+    """Return the command line with the recipe keys that `--model` and `--data` mean."""
+    for other in sorted(given & {"config", *NAMED.values()}):
+        raise RecipeError(f"Cannot use `--{other}` with `--model` and `--data`: they take its place. Keep one or the other.")
+    for name, what in (("model", "the folder or Hub name of the model"), ("data", "a JSONL file, a folder or a Hub name")):
+        if name not in given:
+            raise RecipeError(f"`--{name}` is missing: {what}. Write `--model MODEL --data DATA.jsonl`.")
+    keys = [re.sub(rf"^--({'|'.join(NAMED)})(?==|$)", lambda match: f"--{NAMED[match[1]]}", arg) for arg in argv]
+    if not torch.accelerator.is_available() and not given & {"use_cpu", "bf16", "fp16"}:
+        keys += ["--use_cpu", "true", "--bf16", "false"]
+    return keys

@@ -1,14 +1,15 @@
 """Logits, a block of rows at a time: what they say about target tokens, and the gradient that is made of them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
-from transformers.utils import is_triton_available
 
 from ..objectives.pricing import Price
 from .sums import Sums, TokenScores
@@ -16,8 +17,13 @@ from .sums import Sums, TokenScores
 if TYPE_CHECKING:
     from .lm_head import Head, Shard
 
-if is_triton_available():
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
     from . import kernels
+
+virtual_memory: Any = None  # of psutil, which torch does not bring: without it a CPU's blocks have their full size
+with suppress(ImportError):
+    from psutil import virtual_memory
 
 # Bytes of a block of logits if memory has room: more rows read the weight less often, up to these nothing else is gained
 BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
@@ -31,43 +37,66 @@ ALIGNED = 16  # elements that the rows of a GPU's blocks begin at: of odd vocabu
 SLICE = 16384  # rows of a half-precision weight that are widened at a time where the device can't accumulate in float32
 
 
-class Blocks:
+class RowBlocks(ABC):
     """
-    The rows of N hidden states, a block at a time, and their logits.
+    N rows of logits, a block at a time. `dtype`: of what makes them; `wide`: their own, float32 or wider.
 
-    `held`: numbers that will be kept beside the blocks, in float32 or wider: the memory they take is not free.
+    `vocabulary`: of the rows, this process's part of it where `shard` says so. `held`: numbers that will be kept beside the
+    blocks, in the wide type: the memory they take is not free.
     """
 
-    def __init__(self, hidden: Tensor, head: "Head", held: int = 0):
-        kind, vocabulary = hidden.device.type, head.weight.shape[0]
-        self.head = head
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        self.hidden, self.weight = hidden.detach().to(self.dtype), head.weight.detach().to(self.dtype)
+    def __init__(
+        self, count: int, vocabulary: int, dtype: torch.dtype, device: torch.device, softcap: float | None = None,
+        shard: "Shard | None" = None, held: int = 0,
+    ):  # fmt: skip
+        kind = device.type
+        self.count, self.vocabulary, self.dtype, self.device = count, vocabulary, dtype, device
+        self.softcap, self.shard = softcap, shard
+        self.wide = torch.promote_types(dtype, torch.float32)
         room = BLOCK_BYTES["cpu" if kind == "cpu" else "other"]
-        self.free = _free_bytes(hidden.device) - held * self.wide.itemsize
+        self.free = _free_bytes(device) - held * self.wide.itemsize
         while room > max(self.free // 8, 1):  # by halves: the size of blocks is in the rounding of sums
             room //= 2
         most = max(1, room // (vocabulary * self.wide.itemsize))
         most = most // ROW_MULTIPLE * ROW_MULTIPLE or most
-        even = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most)))
-        self.rows = min(most, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE, len(hidden))
+        even = math.ceil(count / max(1, math.ceil(count / most)))
+        self.rows = min(most, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE, count)
         self.cached_rows = max(1, CACHE_BYTES // (vocabulary * self.wide.itemsize)) if kind == "cpu" else self.rows
-        self.uses_triton = is_triton_available() and kind == "cuda" and self.wide == torch.float32
+        self.uses_triton = HAS_TRITON and kind == "cuda" and self.wide == torch.float32
 
     def __iter__(self) -> Iterator[slice]:
         """Yield slices of rows; one, empty, if there are none."""
-        for start in range(0, max(len(self.hidden), 1), max(self.rows, 1)):
-            yield slice(start, min(start + self.rows, len(self.hidden)))
+        for start in range(0, max(self.count, 1), max(self.rows, 1)):
+            yield slice(start, min(start + self.rows, self.count))
 
     def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for that many rows of logits."""
-        vocabulary, device = len(self.weight), self.weight.device
-        width = math.ceil(vocabulary / ALIGNED) * ALIGNED if self.uses_triton else vocabulary
-        return torch.empty(rows, width, dtype=dtype or self.wide, device=device)[:, :vocabulary]
+        width = math.ceil(self.vocabulary / ALIGNED) * ALIGNED if self.uses_triton else self.vocabulary
+        return torch.empty(rows, width, dtype=dtype or self.wide, device=self.device)[:, : self.vocabulary]
 
+    @abstractmethod
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Return the logits of `rows`, in the first rows of `out`."""
+
+    def block(
+        self, rows: slice, out: Tensor, target: Tensor, extras: tuple[str, ...], differs: bool = False
+    ) -> "_EagerBlock | _TritonBlock":
+        """Return the scores of `rows`, and their difference from the target if `differs`, for which `out` is used."""
+        eager = _EagerBlock if self.shard is None else _ShardBlock
+        kind = _TritonBlock if self.uses_triton else eager
+        return kind(self.logits(rows, out), target[rows], self, extras, differs)
+
+
+class Blocks(RowBlocks):
+    """The rows of N hidden states, whose logits `head` makes. `held`: as in `RowBlocks`."""
+
+    def __init__(self, hidden: Tensor, head: "Head", held: int = 0):
+        kind, self.head = hidden.device.type, head
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        self.hidden, self.weight = hidden.detach().to(dtype), head.weight.detach().to(dtype)
+        super().__init__(len(hidden), len(head.weight), dtype, hidden.device, head.softcap, head.shard, held)
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
         head, out = self.head, out[: rows.stop - rows.start]
         _project(self.hidden[rows], self.weight, out)
         if head.bias is not None:
@@ -78,14 +107,6 @@ class Blocks:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
 
-    def block(
-        self, rows: slice, out: Tensor, target: Tensor, extras: tuple[str, ...], differs: bool = False
-    ) -> "_EagerBlock | _TritonBlock":
-        """Return the scores of `rows`, and their difference from the target if `differs`, for which `out` is used."""
-        eager = _EagerBlock if self.head.shard is None else _ShardBlock
-        kind = _TritonBlock if self.uses_triton else eager
-        return kind(self.logits(rows, out), target[rows], self, extras, differs)
-
 
 class _EagerBlock:
     """Scores a block of logits and turns it, in place, into softmax - onehot(target).
@@ -93,13 +114,12 @@ class _EagerBlock:
     A few rows at a time, which stay in a CPU's cache meanwhile.
     """
 
-    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
+    def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
         self.logits, self.target, self.step = logits, target, max(blocks.cached_rows, 1)
         self.is_here: Tensor | None = None  # of which rows the target is in this process's part of the vocabulary, if not all
         work = torch.empty_like(logits[: self.step])
         pieces = zip(logits.split(self.step), target.split(self.step), strict=True)
-        softcap = blocks.head.softcap
-        self.slope = 1 - (logits / softcap) ** 2 if differs and softcap is not None else None
+        self.slope = 1 - (logits / blocks.softcap) ** 2 if differs and blocks.softcap is not None else None
         self.scores = TokenScores.join([self._score_(*piece, work, extras, differs) for piece in pieces])
 
     @staticmethod
@@ -154,8 +174,8 @@ class _EagerBlock:
 class _ShardBlock(_EagerBlock):
     """The same of a part of the vocabulary, with what the other processes know of the rest: a few numbers per row."""
 
-    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
-        shard, self.step, softcap = _shard_of(blocks), max(blocks.cached_rows, 1), blocks.head.softcap
+    def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
+        shard, self.step, softcap = _shard_of(blocks), max(blocks.cached_rows, 1), blocks.softcap
         self.logits, (self.target, self.is_here) = logits, shard.own(target, logits.shape[1])
         self.slope = 1 - (logits / softcap) ** 2 if differs and softcap is not None else None
         index, rank = self.target[:, None], None
@@ -177,17 +197,17 @@ class _ShardBlock(_EagerBlock):
             logits.scatter_(1, index, in_target[:, None])
 
 
-def _shard_of(blocks: Blocks) -> "Shard":
-    assert blocks.head.shard is not None
-    return blocks.head.shard
+def _shard_of(blocks: RowBlocks) -> "Shard":
+    assert blocks.shard is not None
+    return blocks.shard
 
 
 class _TritonBlock:
     """The same by kernels, which leave the logits as they are until they write the difference."""
 
-    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
-        self.logits, self.target, self.softcap = logits, target, blocks.head.softcap
-        at_target, shard = None, blocks.head.shard
+    def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
+        self.logits, self.target, self.softcap = logits, target, blocks.softcap
+        at_target, shard = None, blocks.shard
         if shard is not None:
             own, is_here = shard.own(target, logits.shape[1])
             self.target = torch.where(is_here, own, -1)
@@ -217,7 +237,7 @@ class _TritonBlock:
 def _free_bytes(device: torch.device) -> int:
     """Return how much memory the device has left, with what torch holds of it unused."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return 8 * BLOCK_BYTES["other"] if virtual_memory is None else virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

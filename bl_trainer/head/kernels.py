@@ -56,8 +56,7 @@ def _sums(
     row = tl.program_id(0).to(tl.int64)
     at_target = tl.load(at_target_of + row)
     # What earlier tops add is kept apart from the columns' own sums, which are added up at the end
-    top, top1 = -1e30, -1
-    others, weighted, squares = 0.0, 0.0, 0.0
+    top, top1, others, weighted, squares = -1e30, -1, 0.0, 0.0, 0.0
     column_others = tl.zeros((TILE,), tl.float32)
     column_weighted = tl.zeros((TILE,), tl.float32)
     column_squares = tl.zeros((TILE,), tl.float32)
@@ -70,8 +69,7 @@ def _sums(
         column = start + tl.arange(0, TILE)
         inside = column < vocabulary
         x = tl.where(inside, ahead, float("-inf"))
-        after = column + TILE
-        ahead = tl.load(logits + row * stride + after, mask=after < stride, other=float("-inf"))
+        ahead = tl.load(logits + row * stride + column + TILE, mask=column + TILE < stride, other=float("-inf"))
         highest, where = tl.max(x, axis=0, return_indices=True)
         column_rank += (x > at_target).to(tl.int32)
         is_new = highest > top

@@ -78,7 +78,7 @@ class Head(NamedTuple):
         module, config = model.get_output_embeddings(), model.config.get_text_config()
         leaves = [getattr(module, name, None) for name in ("weight", "bias")]
         shard = _shard_of(leaves[0]) if (getattr(model, "_tp_size", None) or 1) > 1 else None
-        weight, bias = (_whole(leaf) if shard is None else _own(leaf) for leaf in leaves)
+        weight, bias = (whole(leaf) if shard is None else _own(leaf) for leaf in leaves)
         if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
             raise ValueError(
                 f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
@@ -117,7 +117,7 @@ def _own(parameter: Any) -> Any:
     return None if parameter is None else parameter.to_local()
 
 
-def _whole(parameter: Any) -> Any:
+def whole(parameter: Any) -> Any:
     """Gather a parameter that FSDP2 shards as a unit of its own; its gradient is the mean over processes, as FSDP2's are."""
     if not isinstance(parameter, DTensor):
         return parameter

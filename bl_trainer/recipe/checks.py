@@ -17,7 +17,7 @@ from .._util.process import processes
 from .._util.text import nearest, sentence
 from .._util.transformers import TRACKERS
 from ..errors import RecipeError
-from ..training.config import METRICS
+from ..objectives.pricing import METRICS
 from .keys import NEEDS, RANGES
 from .model_checks import (
     adapter_has_a_part,

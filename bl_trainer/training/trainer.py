@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .._util.transformers import EvalLoopOutput, TrainOutput
 from ..measurement.percentiles import resolve_percentile
+from ..objectives.pricing import METRICS
 from ..tokens.labels import refuse_misaligned, warn_of_untrained
 from ..tokens.names import EXAMPLE_LENGTHS, REFERENCE, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
@@ -34,7 +35,7 @@ from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .card import TAG
 from .checkpoints import has_model, saving
-from .config import METRICS, threshold_of
+from .config import threshold_of
 from .guards import (
     leaves_no_empty_folder,
     missing_folders,
