@@ -88,13 +88,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_trainer(
-    trainer_class: type[SFTTrainer], model: Any, data: Dataset, folder: str, device: str, keys: Mapping[str, Any]
+    trainer_class: type[SFTTrainer],
+    model: Any,
+    data: Dataset,
+    folder: str,
+    device: str,
+    keys: Mapping[str, Any],
+    lora: LoraConfig | None = None,
 ) -> Any:
     """Return a trainer with the settings `keys`."""
     defaults = {"bf16": False, "use_cpu": device == "cpu", "report_to": "none", "gradient_checkpointing": False}
     args_class = BLConfig if issubclass(trainer_class, BLTrainer) else SFTConfig
     args = args_class(output_dir=folder, **{**defaults, **keys})
-    return trainer_class(model=model, args=args, train_dataset=data, processing_class=make_tokenizer())
+    return trainer_class(model=model, args=args, train_dataset=data, processing_class=make_tokenizer(), peft_config=lora)
 
 
 def measure(shape: str, lora: bool, options: argparse.Namespace) -> Figures:
