@@ -253,7 +253,7 @@ def _surroundings(device: str) -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             raise SystemExit("Cannot find an NVIDIA GPU: nvidia-smi fails. Rehearse with `--device cpu --small`.") from error
     versions: dict[str, str | None] = {}
-    for name in (*REQUIRED, *OPTIONAL):
+    for name in dict.fromkeys([*REQUIRED, *OPTIONAL, *(each for part in PARTS.values() for each in part.needs)]):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -277,10 +277,10 @@ def check(options: argparse.Namespace) -> int:
             record.set(name, "absent", f"it needs {', '.join(lacking)}")
         elif not record.has(name):
             todo.append(name)
-    waiting = Worker(PARTS[todo[0]], setting, record.log) if todo else None
-    for name, following in zip(todo, [*todo[1:], None], strict=True):
-        worker, waiting = waiting, Worker(PARTS[following], setting, record.log) if following else None
-        assert worker is not None
+    waiting = None
+    for name, following in zip(todo, [*todo[1:], ""], strict=False):
+        worker = waiting or Worker(PARTS[name], setting, record.log)
+        waiting = Worker(PARTS[following], setting, record.log) if following else None
         left, start = options.budget - (time.monotonic() - begun), time.monotonic()
         limit = min(left, PARTS[name].seconds * max(1.0, share))
         if left < PARTS[name].seconds / 4:
@@ -309,6 +309,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a pretrained model for the part accuracy, in place of random weights")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
+    # Nothing may wait for a network that isn't there; one device, or trainers would share the batch out
+    for key, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0"}.items():
+        os.environ.setdefault(key, value)
     _look_into(str(Path(__file__).parent))
     with tempfile.TemporaryDirectory() as target:
         if options.wheels:
