@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -45,11 +46,12 @@ class Part:
 
 # The most valuable first: the last are dropped where time is short
 PARTS = {
-    "correctness": Part("Errors against full logits in float64", "gpu_correctness:check", 80),
+    "correctness": Part("Errors against full logits in float64", "gpu_correctness:check", 120),
     "head": Part("The loss head, forward and backward", "gpu_parts:head", 160),
     "sweep": Part("Columns at a time of the kernels, rows at a time of the weight's gradient", "gpu_parts:sweep", 40),
     "profile": Part("One call of the loss head", "gpu_parts:profile", 30),
     "step": Part("A training step", "gpu_parts:steps", 80),
+    "others": Part("Heads that compile for long", "gpu_parts:others", 60),
     "accuracy": Part("Relative errors of the gradients in half precision", "gpu_parts:accuracy", 30),
     "diagnosis": Part("Diagnosis of a batch", "gpu_parts:diagnosis", 40),
     "qlora": Part("QLoRA", "gpu_parts:qlora", 60, (*REQUIRED, "bitsandbytes")),
@@ -262,9 +264,8 @@ def _surroundings(device: str) -> dict[str, Any]:
     return {"where": where, "versions": known, "absent": [name for name in versions if name not in known]}
 
 
-def check(options: argparse.Namespace) -> int:
-    """Run the parts that are missing, and return how many went wrong."""
-    begun = time.monotonic()
+def check(options: argparse.Namespace, begun: float) -> int:
+    """Run the parts that are missing, and return how many went wrong. The budget counts from `begun`."""
     share = options.budget / BUDGET
     rounds = 2 if options.small else max(2, round(ROUNDS * min(1.0, share)))
     setting = Setting(options.device, options.small, rounds, options.checkpoint)
@@ -277,7 +278,7 @@ def check(options: argparse.Namespace) -> int:
             record.set(name, "absent", f"it needs {', '.join(lacking)}")
         elif not record.has(name):
             todo.append(name)
-    waiting = None
+    waiting: Worker | None = None
     for name, following in zip(todo, [*todo[1:], ""], strict=False):
         worker = waiting or Worker(PARTS[name], setting, record.log)
         waiting = Worker(PARTS[following], setting, record.log) if following else None
@@ -289,7 +290,7 @@ def check(options: argparse.Namespace) -> int:
             continue
         print(f"{name} ...", flush=True)
         record.set(name, "running")
-        how, why = worker.follow(limit, lambda kind, content, name=name: record.add(name, kind, content))  # type: ignore[misc]
+        how, why = worker.follow(limit, partial(record.add, name))
         record.set(name, how, why, time.monotonic() - start)
         print(f"{name}: {how} after {time.monotonic() - start:.0f} s {why}", flush=True)
     print(record.markdown.read_text() if todo else f"Nothing to do: {record.json} has all parts.")
@@ -298,6 +299,7 @@ def check(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Read the options, and run."""
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a rehearsal, whose times say nothing")
@@ -316,7 +318,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as target:
         if options.wheels:
             _install(options.wheels, target)
-        sys.exit(1 if check(options) else 0)
+        sys.exit(1 if check(options, begun) else 0)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers.utils import is_triton_available
 
-from bl_trainer.head import blocks as blocks_module
+from bl_trainer.head.blocks import Blocks
 from bl_trainer.head.lm_head import Head
 from bl_trainer.head.ops import objective_head, score
 from bl_trainer.objectives.contract import STATISTICS
@@ -173,7 +175,7 @@ def errors(case: Case, device: str) -> Errors:
     equal = {
         "kept": torch.equal(ours.kept, kept),
         "is_top1": torch.equal(ours.is_top1, known["is_top1"]),
-        "rank": torch.equal(scores.rank, known["rank"]),  # type: ignore[arg-type]
+        "rank": scores.rank is not None and torch.equal(scores.rank, known["rank"]),
         "dropped tokens weigh nothing": not found[0][~kept].any(),
     }
     gaps = [ours.scores.logp - known["logp"], ours.scores.entropy - known["entropy"], scores.logp - known["logp"]]
@@ -200,17 +202,14 @@ def interpreted(device: str) -> Iterator[str]:
     elif not is_triton_available() or os.environ.get("TRITON_INTERPRET") != "1":
         yield "eager"
     else:
-        original = blocks_module.Blocks.__init__
+        original = Blocks.__init__
 
         def with_kernels(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             self.uses_triton = self.wide == torch.float32
 
-        blocks_module.Blocks.__init__ = with_kernels  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(Blocks, "__init__", with_kernels):
             yield "kernels, interpreted"
-        finally:
-            blocks_module.Blocks.__init__ = original  # type: ignore[method-assign]
 
 
 def check(setting: Setting, reporter: Reporter) -> None:
@@ -224,7 +223,7 @@ def check(setting: Setting, reporter: Reporter) -> None:
     wrong: list[str] = []
     with interpreted(setting.device) as way:
         for group, members in groups.items():
-            found = [_tried(lambda case=case: errors(case, setting.device), case, wrong) for case in members]  # type: ignore[misc]
+            found = [_tried(partial(errors, case, setting.device), case, wrong) for case in members]
             good = [each for each in found if each is not None]
             cells: dict[str, Any] = {"cases": len(members), "log p": max((each.logp for each in good), default=0.0)}
             for place, name in enumerate(("in hidden", "in weight", "in bias")):
@@ -253,7 +252,7 @@ def _large(setting: Setting, reporter: Reporter, wrong: list[str], way: str) -> 
     tokens, vocabulary, size = (300, 5003, 32) if setting.small else (8192, 151936, 896)
     for threshold in ("all", "above"):
         case = Case("neg_p", "plain", torch.bfloat16, threshold, tokens, vocabulary, size)
-        found = _tried(lambda case=case: _errors_in_parts(case, setting.device), case, wrong)  # type: ignore[misc]
+        found = _tried(partial(_errors_in_parts, case, setting.device), case, wrong)
         if found is not None:
             names = zip(("in hidden", "in weight"), found.gradients, strict=True)
             cells = {"cases": 1, "log p": found.logp, **dict(names), "wrong": int(found.wrong(case.dtype))}

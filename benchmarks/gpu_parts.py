@@ -3,12 +3,13 @@
 import argparse
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -22,15 +23,11 @@ import diagnosis as diagnoses
 import head as heads
 import step
 from bl_trainer import BLTrainer
-from bl_trainer.head import gradients
-from common import interleave, ratio, set_up
+from bl_trainer.head import blocks, gradients
+from common import interleave, peak_memory, ratio, set_up
 from gpu_check import Reporter, Setting
 
-if find_spec("triton") is not None:
-    from bl_trainer.head import kernels
-else:
-    kernels = None  # type: ignore[assignment]
-
+kernels = getattr(blocks, "kernels", None)  # which need Triton
 CASES = ("full", "full, half kept", "frozen head", "frozen head, half kept")
 BAR_SHAPE, BAR_RATIO, BAR_MB = "qwen3-8b", 1.15, round(6 * 2**30 / 1e6)  # of the whole head, trained, 8192 tokens
 TILES, FLUSHES = (512, 1024, 2048, 4096), (1280, 3072, 6144)
@@ -50,57 +47,66 @@ def options_of(setting: Setting, shape: str, **others: Any) -> argparse.Namespac
 def head(setting: Setting, reporter: Reporter) -> None:
     """Ours beside the bare products and other heads: time relative to the products, peak memory beyond the inputs."""
     reporter.note("Time relative to the bare products, peak memory beyond the inputs. `nll` heads have no other objective.")
-    for shape in ("qwen3-8b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-1.5b"):
-        options = options_of(setting, shape, tokens=64 if setting.small else 8192)
-        vocabulary, size = heads.SHAPES[options.shape]
-        for case in CASES:
-            figures, errors = heads.measure(options.shape, case, options)
-            for arm, reason in errors.items():
-                reporter.note(f"{arm} fails for {vocabulary} x {size}, {case}: {reason}")
-            seconds = statistics.median(figures["products"]["seconds"])
-            operations = 2 * options.tokens * vocabulary * size * (3 if case.startswith("full") else 2)
-            cells: dict[str, Any] = {"products": {"ms": 1e3 * seconds, "TFLOP/s": operations / seconds / 1e12}}
-            for arm in list(figures)[1:]:
-                cells[arm] = {"x": ratio(figures, arm, "products"), "MB": round(statistics.median(figures[arm]["megabytes"]))}
-            if (options.shape, case) == (BAR_SHAPE, "full"):
-                is_met = cells["ours"]["x"] <= BAR_RATIO and cells["ours"]["MB"] <= BAR_MB
-                cells["bar for ours"] = f"{BAR_RATIO} x, {BAR_MB} MB: {'met' if is_met else 'missed'}"
-            reporter.row(f"{options.tokens} x {vocabulary} x {size}, {case}", raw=figures, **cells)
-    absent = {"torch nll", "Liger nll", "QuACK nll", "CCE nll"} - heads.ARMS.keys()
+    absent = {"torch nll", "Liger nll"} - heads.ARMS.keys()
     if absent:
-        reporter.note(f"Not measured, since their packages or functions are absent: {', '.join(sorted(absent))}.")
+        reporter.note(f"Absent in this torch, or not installed: {', '.join(sorted(absent))}.")
+    for shape in ("qwen3-8b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-1.5b"):
+        for case in CASES:
+            _head(setting, reporter, shape, case, heads.ARMS)
+
+
+def others(setting: Setting, reporter: Reporter) -> None:
+    """Heads whose kernels take minutes to compile, where they are installed."""
+    found = [heads.OTHERS[package] for package in heads.OTHERS if find_spec(package) is not None]
+    if not found:
+        reporter.note("Neither QuACK nor CCE is installed.")
+    for name, function in found:
+        for shape in ("qwen3-8b", "qwen2.5-0.5b"):
+            _head(setting, reporter, shape, "full", {"products": heads.products, "ours": heads.ours, name: function})
+
+
+def _head(setting: Setting, reporter: Reporter, shape: str, case: str, arms: Mapping[str, Callable[..., None]]) -> None:
+    """Report a row of heads on one shape."""
+    options = options_of(setting, shape, tokens=64 if setting.small else 8192)
+    vocabulary, size = heads.SHAPES[options.shape]
+    figures, errors = heads.measure(options.shape, case, options, arms)
+    release(setting)
+    for arm, reason in errors.items():
+        reporter.note(f"{arm} fails for {vocabulary} x {size}, {case}: {reason}")
+    seconds = statistics.median(figures["products"]["seconds"])
+    operations = 2 * options.tokens * vocabulary * size * (3 if case.startswith("full") else 2)
+    cells: dict[str, Any] = {"products": {"ms": 1e3 * seconds, "TFLOP/s": operations / seconds / 1e12}}
+    for arm in list(figures)[1:]:
+        cells[arm] = {"x": ratio(figures, arm, "products"), "MB": round(statistics.median(figures[arm]["megabytes"]))}
+    if (options.shape, case) == (BAR_SHAPE, "full"):
+        is_met = cells["ours"]["x"] <= BAR_RATIO and cells["ours"]["MB"] <= BAR_MB
+        cells["bar for ours"] = f"{BAR_RATIO} x, {BAR_MB} MB: {'met' if is_met else 'missed'}"
+    reporter.row(f"{options.tokens} x {vocabulary} x {size}, {case}", raw=figures, **cells)
 
 
 def sweep(setting: Setting, reporter: Reporter) -> None:
     """Ours by how many columns a kernel works on at a time, and how many rows are multiplied at a time."""
     options = options_of(setting, "qwen3-8b", tokens=64 if setting.small else 8192)
     inputs = heads.make(options.shape, "full", options)
+    before = peak_memory(setting.device, reset=True)
     choices = {f"{tile} columns, {rows} rows": (tile, rows) for tile in TILES for rows in FLUSHES}
-    with restored():
 
-        def prepare(arm: str) -> None:
-            heads.clear(inputs)
-            tile, gradients.FLUSH_ROWS = choices.get(arm, (TILES[1], FLUSHES[1]))
-            if kernels is not None:
-                kernels.TILE = tile
+    def prepare(arm: str) -> None:
+        heads.clear(inputs)
+        tile, gradients.FLUSH_ROWS = choices.get(arm, choices[arms[0]])
+        if kernels is not None:
+            kernels.TILE = tile
 
-        runs = {"products": partial(heads.products, *inputs)} | {arm: partial(heads.ours, *inputs) for arm in choices}
+    arms = list(choices)
+    runs = {"products": partial(heads.products, *inputs)} | {arm: partial(heads.ours, *inputs) for arm in arms}
+    with ExitStack() as changed:  # and put back at its end
+        changed.enter_context(mock.patch.object(gradients, "FLUSH_ROWS", FLUSHES[0]))
+        if kernels is not None:
+            changed.enter_context(mock.patch.object(kernels, "TILE", TILES[0]))
         figures = interleave(runs, setting.rounds, setting.device, prepare)
     for arm in choices:
-        megabytes = round(statistics.median(figures[arm]["megabytes"]))
+        megabytes = round(statistics.median(figures[arm]["megabytes"]) - before)
         reporter.row(arm, raw=figures[arm], **{"x products": ratio(figures, arm, "products"), "MB": megabytes})
-
-
-@contextmanager
-def restored() -> Iterator[None]:
-    """Put back the sizes that a sweep changes."""
-    modules = [(gradients, "FLUSH_ROWS"), *([(kernels, "TILE")] if kernels is not None else [])]
-    before = [getattr(module, name) for module, name in modules]
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(modules, before, strict=True):
-            setattr(module, name, value)
 
 
 def profile(setting: Setting, reporter: Reporter) -> None:
@@ -123,7 +129,8 @@ def profile(setting: Setting, reporter: Reporter) -> None:
         waits = {
             event.key: event.count for event in events if "Synchronize" in event.key or event.key == "aten::_local_scalar_dense"
         }
-        reporter.note(f"{case}: {launches} launches; waits: {waits or 'none'} (one synchronization is the benchmark's own).")
+        if on_gpu:
+            reporter.note(f"{case}: {launches} launches; waits: {waits} (one synchronization is the benchmark's own).")
         unit = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         rows = [event for event in events if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
         whole = sum(getattr(event, unit) for event in rows)

@@ -15,13 +15,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
 from common import Figures, Results, add_options, interleave, report, set_up
 
-SHAPES: dict[str, PretrainedConfig] = {
+SHAPES: dict[str, Any] = {
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
