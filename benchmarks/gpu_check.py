@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
@@ -83,13 +84,15 @@ class Reporter:
         """Add a line below the part's table."""
         self.connection.send(("note", text))
 
-    def watch(self) -> None:
-        threading.Thread(target=self._end_with_parent, daemon=True).start()
+    def wait(self) -> None:
+        """Wait for the word to begin."""
+        self._hear()
+        threading.Thread(target=self._hear, daemon=True).start()
 
-    def _end_with_parent(self) -> None:
+    def _hear(self) -> None:
         try:
             self.connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the driver is gone, or has no use for this part
             os._exit(1)
 
 
@@ -102,12 +105,9 @@ def work(part: Part, setting: Setting, log: Path, connection: Connection) -> Non
     module, name = part.function.split(":")
     try:
         function = getattr(import_module(module), name)
-        connection.recv()
-        reporter.watch()
+        reporter.wait()
         function(setting, reporter)
         connection.send(("done", ""))
-    except EOFError:  # the parent has no use for this part
-        return
     except BaseException as error:
         trace = traceback.format_exc().strip().splitlines()
         connection.send(("failed", "\n".join([f"{type(error).__name__}: {error}", *trace[-12:]])))
@@ -129,7 +129,8 @@ class Worker:
         """Let it begin, hand on what it finds, and return how it ended: done, failed or cut, and why."""
         end = time.monotonic() + seconds
         try:
-            self.connection.send("begin")
+            with suppress(OSError):  # it may have failed already, and said why
+                self.connection.send("begin")
             while self.connection.poll(max(0.0, end - time.monotonic())) and time.monotonic() < end:
                 kind, content = self.connection.recv()
                 if kind in ("done", "failed"):

@@ -102,11 +102,12 @@ def is_alive(process):
 
 
 def test_a_part_that_hangs_dies_or_raises_costs_no_other(tmp_path):
-    code, text = finish(tmp_path, "quick=600,hangs=1,raises=600,dies=600,lacks=600", "--budget", "520")
+    code, text = finish(tmp_path, "quick=600,hangs=1,raises=600,dies=600,lacks=600,unknown=600", "--budget", "520")
     assert code == 1
     parts = found(tmp_path / "out")["parts"]
     assert statuses(tmp_path / "out") == {
-        "quick": "done", "hangs": "cut", "raises": "failed", "dies": "failed", "lacks": "absent"
+        "quick": "done", "hangs": "cut", "raises": "failed", "dies": "failed", "lacks": "absent",
+        "unknown": "failed",
     }  # fmt: skip
     assert parts["quick"]["rows"] == [
         {"case": "first", "x": 1.5, "ours": {"x": 1.25, "MB": 3000}, "raw": [1, 2]},
@@ -114,6 +115,7 @@ def test_a_part_that_hangs_dies_or_raises_costs_no_other(tmp_path):
     ]
     assert parts["raises"]["rows"] == [{"case": "before"}]
     assert parts["raises"]["reason"].startswith("ValueError: no such kernel\n")
+    assert parts["unknown"]["reason"].startswith("AttributeError: module 'stubs' has no attribute 'unknown'")
     assert "exit code 3" in parts["dies"]["reason"]
     page = (tmp_path / "out" / "gpu-check-cpu.md").read_text()
     for line in (
