@@ -79,7 +79,8 @@ def measure(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, dict[st
 
 def states(checkpoint: str, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the hidden states of a checkpoint on `ids`, (1, length), the weight of its head, and the targets."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(ids.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model.to(ids.device)
     with torch.no_grad():
         hidden = model.base_model(ids).last_hidden_state[0, :-1]
     return hidden, model.get_output_embeddings().weight.detach(), ids[0, 1:]

@@ -169,7 +169,7 @@ def accuracy(setting: Setting, reporter: Reporter) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         if setting.checkpoint:
             ids = accuracies.read_ids(setting.checkpoint, Path(__file__).parents[1] / "README.md", tokens, setting.device)
-            inputs = accuracies.states(setting.checkpoint, ids, dtype)
+            inputs: tuple[torch.Tensor, ...] = accuracies.states(setting.checkpoint, ids, dtype)
         else:
             inputs = plausible(tokens, vocabulary, size, dtype, setting.device)
         for objective, found in accuracies.measure(*inputs).items():

@@ -79,7 +79,8 @@ def _gradient(blocks: LogitBlocks, columns: list[Any]) -> Tensor:
         block = blocks.logits(rows, buffer)
         for start in range(0, len(block), step):
             few = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            _gradient_(block[start : start + step], *(None if each is None else each[few, None] for each in columns))
+            here: list[Any] = [None if each is None else each[few, None] for each in columns]
+            _gradient_(block[start : start + step], *here)
         grad.index_copy_(0, blocks.index[rows], block.to(grad.dtype))
     return grad
 

@@ -20,7 +20,7 @@ from ..head.ops import objective_head
 from ..objectives.objective import Objective
 from ..objectives.pricing import masked_cost
 from ..objectives.threshold import Threshold, trains
-from .inputs import Targets, check_labels, check_states, logits_of, read_targets
+from .inputs import TargetRows, check_labels, check_states, logits_of, read_targets
 from .metrics import LossMetrics
 from .pricing import COLUMNS, GIVEN, Pricing
 
@@ -50,7 +50,7 @@ class ObjectiveOfLogits:
         logits = logits_of(outputs)
         check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
         self.pricing.check_given(columns, COLUMNS, labels.shape)
-        targets = Targets.of(labels.to(logits.device))
+        targets = TargetRows.of(labels.to(logits.device))
         price, extras = self.pricing.pricer(), self.pricing.extras
         costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, targets.at(columns))
         self.seen.add_costs(costs)
@@ -143,7 +143,7 @@ def fused_objective(
     check_states(hidden, lm_head_weight)
     check_labels(labels, hidden.shape[:-1], len(lm_head_weight), "hidden states")
     pricing.check_given(columns, COLUMNS, labels.shape)
-    targets = Targets.of(labels.to(hidden.device))
+    targets = TargetRows.of(labels.to(hidden.device))
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.index)
     head = Head(whole(lm_head_weight), whole(bias), scale, softcap)
     costs = objective_head(states, head, targets.ids, pricing.pricer(), pricing.extras, targets.at(columns))
@@ -197,7 +197,7 @@ def per_token(
             f"Cannot price tokens: log p is {wide.detach()[is_target].max().item():.3g}, above 0. Give log-probabilities."
         )
     given = {"label": ids, **statistics, **pricing.now()}
-    asked = {name: given[name] for name in pricing.objective.statistics}
+    asked: dict[str, Any] = {name: given[name] for name in pricing.objective.statistics}
     kept = is_target & trains(pricing.threshold, wide, asked.get("is_special"))
     cost, weight = masked_cost(pricing.objective, kept, wide, statistics.get("objective_weight"), **asked)
     if metrics is not None:

@@ -1,24 +1,25 @@
 """What a caller hands over, checked: logits, hidden states, labels."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..head.targets import IGNORED
 from ..objectives.objective import Objective
 
-IGNORED = -100  # the label of a token that is no target
 
-
-class Targets(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TargetRows:
     """The N target tokens of a batch: the flat positions whose outputs predict them, (N,), and their ids, (N,)."""
 
     index: Tensor
     ids: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> "Targets":
+    def of(cls, labels: Tensor) -> "TargetRows":
         """Find them in labels (batch, length), unshifted, or (N,), aligned with outputs."""
         following = labels if labels.ndim == 1 else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         index = (following != IGNORED).flatten().nonzero()[:, 0]
@@ -33,7 +34,7 @@ class Targets(NamedTuple):
 
 def logits_of(outputs: Any) -> Tensor:
     """Return a model's logits. Raises ValueError where there are none."""
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.numel() or not logits.is_floating_point():
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         what = "the model's output has no logits" if shape is None else f"the logits are {logits.dtype} of shape {shape}"
