@@ -108,7 +108,7 @@ def describe(setting: Setting) -> str:
     """Return settings in a few words: `neg_p, p >= 0.2, learning_rate 2e-05, seed 1`."""
     parts = []
     if setting.get("objective") is not None or setting.get("threshold") is not None:
-        objective = Objective.parse(setting.get("objective") or "nll").to_dict()
+        objective = Objective.read(setting.get("objective") or "nll").to_dict()
         parts.append(objective_name({"objective": objective, "threshold": Threshold.parse(setting.get("threshold")).to_dict()}))
     for key, value in setting.items():
         if key not in ("objective", "threshold"):

@@ -122,7 +122,7 @@ def alpha_curves(board: Leaderboard) -> dict[float, tuple[float, Any]]:
     """Return the ruler by alpha, of the groups that differ in the objective alone and have one."""
     found: dict[float, tuple[float, Any]] = {}
     for row in board.rows:
-        objective = Objective.parse(row.group.get("objective") or "nll").to_dict()
+        objective = Objective.read(row.group.get("objective") or "nll").to_dict()
         name, alpha = objective.pop("name"), objective.pop("alpha", None)
         alpha = {"nll": 0.0, "neg_p": 1.0}.get(name, alpha if name == "power" and not isinstance(alpha, dict) else None)
         plain = Threshold.parse(row.group.get("threshold")) == Threshold() and row.group.keys() <= {"objective", "threshold"}
