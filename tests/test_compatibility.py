@@ -78,6 +78,8 @@ ROWS = {
     "logits_scaling": ("logit scaling (Granite)", ""),
     "logit_scale": ("logit scaling (Cohere)", ""),
     "mixture_of_experts": ("mixture of experts with auxiliary loss (Mixtral)", ""),
+    "qwen3_moe": ("mixture of experts with auxiliary loss (Qwen3-MoE)", ""),
+    "gpt_oss": ("mixture of experts with auxiliary loss (gpt-oss)", ""),
     "vision_language": ("vision-language (LLaVA), with images", ""),
     "qwen3_vl": ("Qwen3-VL, text alone", UNCOUNTED),
     "qwen3_5": ("Qwen3.5, text alone", UNCOUNTED),

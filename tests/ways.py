@@ -187,6 +187,22 @@ def make_uncounted(name, tokenizer):
     return model_class._from_config(config, experts_implementation="eager")
 
 
+# Mixtures of experts with an auxiliary loss, by their class's name: what their models need
+MIXTURES = {
+    "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+}
+
+
+def make_mixture(name, tokenizer):
+    import transformers  # the oldest has not all of them
+
+    torch.manual_seed(0)
+    config_class, model_class = (getattr(transformers, name + end) for end in ("Config", "ForCausalLM"))
+    config = config_class(**sizes(tokenizer, **MIXTURES[name], output_router_logits=True, router_aux_loss_coef=0.1))
+    return model_class._from_config(config, experts_implementation="eager", attn_implementation="eager")
+
+
 def make_tied(tokenizer):
     return make_llama(tokenizer, tie_word_embeddings=True)
 
@@ -266,6 +282,8 @@ BEYOND_TRL = {
     "qwen3_vl": {"make": partial(make_uncounted, "Qwen3VL")},
     "qwen3_5": {"make": partial(make_uncounted, "Qwen3_5")},
     "gemma4": {"make": partial(make_uncounted, "Gemma4")},
+    "qwen3_moe": {"make": partial(make_mixture, "Qwen3Moe")},
+    "gpt_oss": {"make": partial(make_mixture, "GptOss")},
     "softcap_recurrent_gemma": {"make": make_recurrent_gemma},
     "trainable_tokens": {
         "make": make_tied, "peft_config": LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6, 7, 8])
