@@ -1,6 +1,7 @@
 """Supervised fine-tuning with objectives f(p) of the target token's probability, on TRL (arXiv 2510.00526).
 
-Names are imported on first use: `import bl_trainer` loads neither torch nor TRL, `Objective` loads torch alone.
+Names are imported on first use: `import bl_trainer` loads neither torch nor TRL. Objectives, thresholds and losses load torch
+alone, and work beside any version of anything else.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .diagnosis.api import diagnose
     from .errors import BLError, CheckpointError, LossError, MeasurementError, RecipeError
+    from .losses import LossMetrics, as_loss, fused_objective, per_token
     from .objectives import Objective, Threshold
     from .recipe import Recipe
     from .training import BLConfig, BLTrainer
@@ -21,22 +23,30 @@ __all__ = [
     "BLTrainer",
     "CheckpointError",
     "LossError",
+    "LossMetrics",
     "MeasurementError",
     "Objective",
     "Recipe",
     "RecipeError",
     "Threshold",
     "__version__",
+    "as_loss",
     "diagnose",
+    "fused_objective",
+    "per_token",
 ]
 
 _ROOMS = {
     "BLConfig": "training",
     "BLTrainer": "training",
+    "LossMetrics": "losses",
     "Objective": "objectives",
     "Recipe": "recipe",
     "Threshold": "objectives",
+    "as_loss": "losses",
     "diagnose": "diagnosis.api",
+    "fused_objective": "losses",
+    "per_token": "losses",
 }
 
 

@@ -23,7 +23,7 @@ from bl_trainer.prepare import PrepareArguments
 from conftest import write_recipe
 
 FILE = Path(__file__).with_name("api.json")
-ROOMS = ("", ".objectives", ".head", ".measurement", ".recipe", ".diagnosis")
+ROOMS = ("", ".objectives", ".head", ".losses", ".measurement", ".recipe", ".diagnosis")
 TRLS = ("BLConfig", "BLTrainer")  # whose other parameters and methods are TRL's
 
 

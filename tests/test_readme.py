@@ -18,6 +18,7 @@ from bl_trainer.diagnosis.run import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.contract import STATISTICS
 from bl_trainer.objectives.objective import OBJECTIVES
+from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.objectives.published import PUBLISHED
 from bl_trainer.prepare import PrepareArguments
 from bl_trainer.prepare.sources import SETS
@@ -27,7 +28,6 @@ from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep.plan import OWN_KEYS, Plan
 from bl_trainer.sweep.rulers import RULERS
 from bl_trainer.sweep.verb import SweepArguments
-from bl_trainer.training.config import METRICS
 from bl_trainer.training.trainer import BLTrainer
 from ways import train
 

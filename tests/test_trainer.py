@@ -13,8 +13,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.training.checkpoints import RECORD_FILE
-from bl_trainer.training.config import METRICS
 from conftest import gap_near, make_double, make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 

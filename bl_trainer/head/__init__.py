@@ -1,9 +1,16 @@
-"""The LM head: scores, costs and gradients of target tokens without their logits."""
+"""The LM head: scores, costs and gradients of target tokens without their logits.
+
+All but `add_scoring`, which patches a model's forward with TRL's help, needs torch alone.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from .blocks import TokenScores
 from .lm_head import Head
 from .ops import TokenCosts, TokenDivergences, compare, log_probs, objective_head, score
-from .patch import add_scoring
+
+if TYPE_CHECKING:
+    from .patch import add_scoring
 
 __all__ = [
     "Head",
@@ -16,3 +23,12 @@ __all__ = [
     "objective_head",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `add_scoring` on first use (PEP 562)."""
+    if name != "add_scoring":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .patch import add_scoring
+
+    return add_scoring

@@ -1,22 +1,28 @@
 """Logits, a block of rows at a time: what they say about target tokens, and the gradient that is made of them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
-from transformers.utils import is_triton_available
 
 from ..objectives.pricing import Price
 
 if TYPE_CHECKING:
     from .lm_head import Head
 
-if is_triton_available():
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
     from . import kernels
+
+psutil: Any = None  # with torch alone there is none, and a CPU's blocks have their full size
+with suppress(ImportError):
+    import psutil
 
 # Bytes of a block of logits if memory has room: more rows read the weight less often, up to these nothing else is gained
 BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
@@ -57,36 +63,54 @@ class TokenScores:
         return TokenScores(**{name: value.cpu() for name, value in values.items() if value is not None})
 
 
-class Blocks:
-    """The rows of N hidden states, a block at a time, and their logits."""
+class RowBlocks(ABC):
+    """N rows of logits, a block at a time. `dtype`: of what makes them; `wide`: their own, float32 or wider."""
 
-    def __init__(self, hidden: Tensor, head: "Head"):
-        kind, vocabulary = hidden.device.type, head.weight.shape[0]
-        self.head = head
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        self.hidden, self.weight = hidden.detach().to(self.dtype), head.weight.detach().to(self.dtype)
-        room, free = BLOCK_BYTES["cpu" if kind == "cpu" else "other"], _free_bytes(hidden.device)
+    def __init__(self, count: int, vocabulary: int, dtype: torch.dtype, device: torch.device, softcap: float | None = None):
+        kind = device.type
+        self.count, self.vocabulary, self.dtype, self.device, self.softcap = count, vocabulary, dtype, device, softcap
+        self.wide = torch.promote_types(dtype, torch.float32)
+        room, free = BLOCK_BYTES["cpu" if kind == "cpu" else "other"], _free_bytes(device)
         while room > max(free // 8, 1):  # by halves: the size of blocks is in the rounding of sums
             room //= 2
         most = max(1, room // (vocabulary * self.wide.itemsize))
         most = most // ROW_MULTIPLE * ROW_MULTIPLE or most
-        even = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most)))
-        self.rows = min(most, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE, len(hidden))
+        even = math.ceil(count / max(1, math.ceil(count / most)))
+        self.rows = min(most, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE, count)
         self.cached_rows = max(1, CACHE_BYTES // (vocabulary * self.wide.itemsize)) if kind == "cpu" else self.rows
-        self.uses_triton = is_triton_available() and kind == "cuda" and self.wide == torch.float32
+        self.uses_triton = HAS_TRITON and kind == "cuda" and self.wide == torch.float32
 
     def __iter__(self) -> Iterator[slice]:
         """Yield slices of rows; one, empty, if there are none."""
-        for start in range(0, max(len(self.hidden), 1), max(self.rows, 1)):
-            yield slice(start, min(start + self.rows, len(self.hidden)))
+        for start in range(0, max(self.count, 1), max(self.rows, 1)):
+            yield slice(start, min(start + self.rows, self.count))
 
     def empty(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return memory for that many rows of logits."""
-        return torch.empty(rows, len(self.weight), dtype=dtype or self.wide, device=self.weight.device)
+        return torch.empty(rows, self.vocabulary, dtype=dtype or self.wide, device=self.device)
 
+    @abstractmethod
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Return the logits of `rows`, in the first rows of `out`."""
+
+    def block(
+        self, rows: slice, out: Tensor, target: Tensor, extras: tuple[str, ...], differs: bool = False
+    ) -> "_EagerBlock | _TritonBlock":
+        """Return the scores of `rows`, and their difference from the target if `differs`, for which `out` is used."""
+        kind = _TritonBlock if self.uses_triton else _EagerBlock
+        return kind(self.logits(rows, out), target[rows], self, extras, differs)
+
+
+class Blocks(RowBlocks):
+    """The rows of N hidden states, whose logits `head` makes."""
+
+    def __init__(self, hidden: Tensor, head: "Head"):
+        kind, self.head = hidden.device.type, head
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        self.hidden, self.weight = hidden.detach().to(dtype), head.weight.detach().to(dtype)
+        super().__init__(len(hidden), len(head.weight), dtype, hidden.device, head.softcap)
+
+    def logits(self, rows: slice, out: Tensor) -> Tensor:
         head, out = self.head, out[: rows.stop - rows.start]
         _project(self.hidden[rows], self.weight, out)
         if head.bias is not None:
@@ -96,13 +120,6 @@ class Blocks:
         if head.softcap is not None:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
-
-    def block(
-        self, rows: slice, out: Tensor, target: Tensor, extras: tuple[str, ...], differs: bool = False
-    ) -> "_EagerBlock | _TritonBlock":
-        """Return the scores of `rows`, and their difference from the target if `differs`, for which `out` is used."""
-        kind = _TritonBlock if self.uses_triton else _EagerBlock
-        return kind(self.logits(rows, out), target[rows], self, extras, differs)
 
 
 class _Sums(NamedTuple):
@@ -132,12 +149,11 @@ class _EagerBlock:
     A few rows at a time, which stay in a CPU's cache meanwhile.
     """
 
-    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
+    def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
         self.logits, self.target, self.step = logits, target, max(blocks.cached_rows, 1)
         work = torch.empty_like(logits[: self.step])
         pieces = zip(logits.split(self.step), target.split(self.step), strict=True)
-        softcap = blocks.head.softcap
-        self.slope = 1 - (logits / softcap) ** 2 if differs and softcap is not None else None
+        self.slope = 1 - (logits / blocks.softcap) ** 2 if differs and blocks.softcap is not None else None
         self.scores = TokenScores.join([self._score_(*piece, work, extras, differs) for piece in pieces])
 
     @staticmethod
@@ -187,8 +203,8 @@ class _EagerBlock:
 class _TritonBlock:
     """The same by kernels, which leave the logits as they are until they write the difference."""
 
-    def __init__(self, logits: Tensor, target: Tensor, blocks: Blocks, extras: tuple[str, ...], differs: bool):
-        self.logits, self.target, self.softcap = logits, target, blocks.head.softcap
+    def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
+        self.logits, self.target, self.softcap = logits, target, blocks.softcap
         self.sums = _Sums(*kernels.sums(logits, target))
         self.scores = self.sums.scores()
 
@@ -203,7 +219,7 @@ class _TritonBlock:
 def _free_bytes(device: torch.device) -> int:
     """Return how much memory the device has left, with what torch holds of it unused."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return 8 * BLOCK_BYTES["other"] if psutil is None else psutil.virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

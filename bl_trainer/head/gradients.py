@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..objectives.pricing import Price
 from .blocks import Blocks, has_wide_products, slices
@@ -13,7 +13,7 @@ from .blocks import Blocks, has_wide_products, slices
 
 def adds_to_wide(version: str) -> bool:
     """Return whether this torch adds a product of half-precision matrices to a float32 matrix on CUDA, as since 2.10."""
-    return Version(version) >= Version("2.10")
+    return TorchVersion(version) >= "2.10"
 
 
 ADDS_TO_WIDE = adds_to_wide(torch.__version__)

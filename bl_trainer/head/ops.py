@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.pricing import Price
-from .blocks import Blocks, TokenScores
+from .blocks import Blocks, RowBlocks, TokenScores
 from .gradients import Gradients
 from .lm_head import Head
 
@@ -132,22 +132,40 @@ def objective_head(
     blocks = Blocks(hidden, head)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         gradients = Gradients(blocks, needs)
-        parts, prices, hits = [], [], []
-        for rows in blocks:
-            block = blocks.block(rows, gradients.room(rows), target, extras, any(needs))
-            names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
-            label = target[rows]
-            hits.append(block.scores.top1 == label)
-            known = {name: column[rows] for name, column in (columns or {}).items()}
-            prices.append(price({**names, **known, "label": label, "is_top1": hits[-1]}))
-            parts.append(block.scores)
-            if any(needs):
-                gradients.add(rows, block, prices[-1])
+        keep = gradients.add if any(needs) else None
+        costs, _ = price_blocks(blocks, target, price, extras, columns, gradients.room, keep)
         grads = gradients.finish()
+    return costs._replace(cost=_Attach.apply(costs.cost, grads, *leaves)) if any(needs) else costs
+
+
+def price_blocks(
+    blocks: RowBlocks,
+    target: Tensor,
+    price: Callable[[dict[str, Tensor]], Price],
+    extras: tuple[str, ...],
+    columns: Mapping[str, Tensor] | None,
+    room: Callable[[slice], Tensor],
+    keep: Callable[[slice, Any, Price], None] | None = None,
+) -> tuple[TokenCosts, Tensor | None]:
+    """Return the costs of target tokens without graph, and df/dentropy, (N,), None where f ignores it.
+
+    `room(rows)` returns memory for a block of logits. `keep(rows, block, price)` takes what a gradient is made of.
+    """
+    parts, prices, hits = [], [], []
+    for rows in blocks:
+        block = blocks.block(rows, room(rows), target, extras, keep is not None)
+        names = {name: getattr(block.scores, name) for name in ("logp", "entropy", *extras)}
+        label = target[rows]
+        hits.append(block.scores.top1 == label)
+        known = {name: column[rows] for name, column in (columns or {}).items()}
+        prices.append(price({**names, **known, "label": label, "is_top1": hits[-1]}))
+        parts.append(block.scores)
+        if keep is not None:
+            keep(rows, block, prices[-1])
     cost, weight, kept = (torch.cat(column) for column in list(zip(*prices, strict=True))[:3])
-    if any(needs):
-        cost = _Attach.apply(cost, grads, *leaves)
-    return TokenCosts(cost, weight, kept, TokenScores.join(parts), torch.cat(hits))
+    slopes = [each.entropy_slope for each in prices if each.entropy_slope is not None]
+    slope = torch.cat(slopes) if slopes else None
+    return TokenCosts(cost, weight, kept, TokenScores.join(parts), torch.cat(hits)), slope
 
 
 class _Attach(torch.autograd.Function):

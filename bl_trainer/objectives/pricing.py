@@ -12,6 +12,9 @@ from .threshold import Threshold, trains
 if TYPE_CHECKING:
     from .objective import Objective
 
+# The means over target tokens that every run reports
+METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
+
 
 def masked_cost(
     objective: "Objective", kept: Tensor, logp: Tensor, scale: Tensor | None = None, **statistics: Any

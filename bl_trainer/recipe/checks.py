@@ -22,7 +22,7 @@ from .._util.process import processes
 from .._util.text import nearest, sentence
 from .._util.transformers import TRACKERS
 from ..errors import RecipeError
-from ..training.config import METRICS
+from ..objectives.pricing import METRICS
 from ..training.refusals import refuse_lm_head_adapter
 from .keys import NEEDS, RANGES
 from .local_files import is_path

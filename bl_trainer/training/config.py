@@ -13,9 +13,6 @@ from .refusals import refuse_bypass
 
 SECRETS = ("hub_token", "push_to_hub_token")
 
-# The means over target tokens that every run reports
-METRICS = ("nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy")
-
 LOWER_IS_BETTER = ("nll", "perplexity")
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..objectives.pricing import METRICS
 from ..objectives.threshold import Threshold
-from .config import METRICS
 from .loss import TokenLoss
 
 

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from .._util.transformers import EvalLoopOutput, TrainOutput, has_length
 from ..errors import MeasurementError, RecipeError
 from ..measurement.percentiles import resolve_percentile
+from ..objectives.pricing import METRICS
 from ..objectives.threshold import spell_probability
 from ..tokens.collators import collator_of
 from ..tokens.labels import refuse_misaligned, warn_of_untrained
@@ -38,7 +39,7 @@ from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .card import TAG
 from .checkpoints import MANIFEST_FILE, has_model, why_broken, write_manifest, writing
-from .config import METRICS, threshold_of
+from .config import threshold_of
 from .guards import (
     check_loaded,
     leaves_no_empty_folder,

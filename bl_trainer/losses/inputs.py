@@ -1,0 +1,91 @@
+"""What a caller hands over, checked: logits, hidden states, labels."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives.objective import Objective
+
+IGNORED = -100  # the label of a token that is no target
+
+
+class Targets(NamedTuple):
+    """The N target tokens of a batch: the flat positions whose outputs predict them, (N,), and their ids, (N,)."""
+
+    index: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> "Targets":
+        """Find them in labels (batch, length), unshifted, or (N,), aligned with outputs."""
+        following = labels if labels.ndim == 1 else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        index = (following != IGNORED).flatten().nonzero()[:, 0]
+        return cls(index, following.flatten()[index])
+
+    def at(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values of columns of the labels' shape at the targets."""
+        shift = [0 if column.ndim == 1 else 1 for column in columns.values()]
+        flat = (column.to(self.index.device).flatten() for column in columns.values())
+        return {name: column[self.index + by] for name, column, by in zip(columns, flat, shift, strict=True)}
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return a model's logits. Raises ValueError where there are none."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.numel() or not logits.is_floating_point():
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+        what = "the model's output has no logits" if shape is None else f"the logits are {logits.dtype} of shape {shape}"
+        raise ValueError(
+            f"Cannot compute the loss: {what}. Switch off the kernel that leaves them out, or use `fused_objective`. "
+            "Liger's fused cross-entropy and chunked losses make none; Unsloth makes them with `UNSLOTH_RETURN_LOGITS=1`."
+        )
+    return logits
+
+
+def check_states(hidden: Tensor, weight: Tensor) -> None:
+    if hidden.ndim not in (2, 3) or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"Cannot compute the loss: hidden states of shape {tuple(hidden.shape)} do not fit a weight of shape "
+            f"{tuple(weight.shape)}. Give (batch, length, H) or (N, H), and (vocabulary, H)."
+        )
+
+
+def check_labels(labels: Any, shape: torch.Size, vocabulary: int, of: str) -> None:
+    """Raise ValueError unless `labels` are ids of the vocabulary, one for each of the model's outputs."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"Cannot compute the loss: labels are {got}, not token ids. Give an integer tensor, -100 where no target is."
+        )
+    if labels.shape != shape:
+        raise ValueError(
+            f"Cannot compute the loss: labels have shape {tuple(labels.shape)}, the {of} {tuple(shape)}. Give labels that are "
+            "neither shifted nor truncated; the loss shifts them itself."
+        )
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocabulary)]
+    if len(wrong):
+        raise ValueError(
+            f"Cannot compute the loss: a label is {wrong[0].item()}, outside of the vocabulary of {vocabulary} tokens. Write "
+            "-100 where no target is; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
+def read_targets(labels: Any, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the ids of tokens, and which are targets."""
+    if not isinstance(logp, Tensor) or not logp.is_floating_point():
+        got = str(logp.dtype) if isinstance(logp, Tensor) else type(logp).__name__
+        raise ValueError(f"Cannot price tokens: log p is {got}. Give a float tensor of log-probabilities.")
+    if not isinstance(labels, Tensor) or labels.shape != logp.shape or labels.is_floating_point() or labels.is_complex():
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"Cannot price tokens: labels are {got}, log p has shape {tuple(logp.shape)}. Give one token id per log p, "
+            "-100 where no target is, or a bool mask of targets."
+        )
+    labels = labels.to(logp.device)
+    if labels.dtype != torch.bool:
+        return labels, labels != IGNORED
+    if "label" in objective.statistics:
+        raise ValueError(f"Cannot price tokens: objective {objective.name!r} needs token ids, labels are a mask. Give ids.")
+    return labels.long(), labels

@@ -1,0 +1,92 @@
+"""What prices the tokens of a loss, and the sum that it makes of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._util.text import is_number, nearest
+from ..head.ops import TokenCosts
+from ..objectives.objective import Objective
+from ..objectives.pricing import Price, price
+from ..objectives.threshold import Threshold
+
+COLUMNS = ("ref_logp", "is_special", "objective_weight")  # that a caller may give of each token
+GIVEN = (*COLUMNS, "entropy", "log_sum_sq_probs", "is_top1")  # and to `per_token`, which has log p alone
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What prices tokens. Raises ValueError on an objective or threshold that can't be used outside of `BLTrainer`."""
+
+    objective: Objective
+    threshold: Threshold
+    progress: float | Callable[[], float] | None
+
+    @classmethod
+    def read(cls, objective: Any, threshold: Any, progress: Any) -> "Pricing":
+        read = cls(Objective.parse(objective), Threshold.parse(threshold), progress)
+        if not read.threshold.resolved:
+            raise ValueError(
+                f"Cannot use `above_percentile: {read.threshold.above_percentile:g}` here: the percentile is not measured. Run "
+                "`bl-trainer diagnose --model MODEL --data DATA.jsonl --report DIR`, and give the p that it reports as `above`."
+            )
+        if "progress" in read.objective.statistics and progress is None:
+            raise ValueError(
+                f"Cannot use objective {read.objective.name!r} without training progress: its cost depends on it. Give "
+                "`progress`, a number from 0 to 1 or a function that returns the number."
+            )
+        return read
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return tuple({"log_sum_sq_probs"} & set(self.objective.statistics))
+
+    def now(self) -> dict[str, float]:
+        """Return training progress, where the objective asks for it."""
+        if "progress" not in self.objective.statistics:
+            return {}
+        progress: Any = self.progress() if callable(self.progress) else self.progress
+        if not is_number(progress) or not 0 <= progress <= 1:
+            raise ValueError(
+                f"Cannot use training progress {progress!r}: it is not between 0 and 1. Give the share of steps done."
+            )
+        return {"progress": progress}
+
+    def check_given(self, given: Mapping[str, Any], allowed: tuple[str, ...], shape: torch.Size) -> None:
+        """Raise ValueError unless `given` are per-token tensors of this shape, and all that the objective needs."""
+        for name, value in given.items():
+            if name not in allowed:
+                raise ValueError(f"Unknown argument {name!r}.{nearest(name, allowed)} Per-token tensors: {', '.join(allowed)}.")
+            if not isinstance(value, Tensor) or value.shape != shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"Cannot use `{name}`: it is {got}, not of the labels' shape {tuple(shape)}. Give one per label."
+                )
+        lacking = [name for name in allowed if name in self.objective.statistics and name not in given]
+        if lacking:
+            raise ValueError(
+                f"Cannot price tokens: objective {self.objective.name!r} needs {' and '.join(map(repr, lacking))}. Pass "
+                f"`{lacking[0]}=`, a tensor of the shape of the labels, or train with `BLTrainer`."
+            )
+
+    def pricer(self) -> Callable[[dict[str, Tensor]], Price]:
+        """Return what prices a block of tokens by their statistics."""
+        now = self.now()
+        return lambda statistics: price(self.objective, self.threshold, {**statistics, **now})
+
+    def mean(self, costs: TokenCosts, num_items: Any, micro_batches: Any) -> Tensor:
+        """Return the loss to minimise; see `as_loss`."""
+        total, counts = costs.cost.sum(), num_items is not None
+        if self.threshold.normalize == "kept":
+            if counts and micro_batches is None:
+                raise ValueError(
+                    "Cannot divide by kept tokens: the trainer accumulates micro-batches, and their number is not known. Give "
+                    "`micro_batches`, or write `normalize: tokens`."
+                )
+            shares = micro_batches() if callable(micro_batches) else micro_batches
+            return total / costs.kept.sum().clamp(min=1) / (shares if counts else 1)
+        items = torch.as_tensor(num_items if counts else len(costs.cost), device=total.device)
+        return total / items.reshape(()).clamp(min=1)

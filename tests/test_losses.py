@@ -1,0 +1,386 @@
+"""Losses for any trainer: against full logits by autograd in float64, against each other, and against `BLTrainer`."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import SequentialSampler
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
+from bl_trainer.head import blocks as module
+from bl_trainer.head.logits import objective_of_logits
+from bl_trainer.objectives.pricing import METRICS
+from conftest import make_double
+from ways import Gradients, Ordered, build, relative_difference
+
+BATCH, LENGTH, VOCABULARY, SIZE = 3, 11, 67, 8
+POWER = {"name": "power", "alpha": 10}
+
+
+def with_entropy(logp, entropy, log_sum_sq_probs, is_top1, label):
+    return -logp * (1 + 0.1 * entropy) + 0.2 * log_sum_sq_probs.exp() * logp.exp() - 0.1 * is_top1 * logp - 0.001 * label * logp
+
+
+def above_reference(logp, ref_logp):
+    return -(logp - ref_logp).exp()
+
+
+ENTROPY = f"{__name__}:with_entropy"
+COMPOSED = {"name": "power", "alpha": {"from": 0, "to": 2}, "floor": 0.1, "mix": {"nll": 0.2}}
+SPECS = ["nll", "neg_p", POWER, "log_one_minus_p", ENTROPY, "anneal", COMPOSED]
+# Between all probabilities that occur here, on either side
+THRESHOLDS = [None, 0.005, {"below": 0.005}, 1.0, {"above": 0.005, "normalize": "kept"}]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", dict.fromkeys(module.BLOCK_BYTES, 7 * VOCABULARY * 8))
+    monkeypatch.setattr(module, "CACHE_BYTES", 3 * VOCABULARY * 8)
+
+
+def make(dtype=torch.float64):
+    """Hidden states, a head, a bias and labels, of which one row has no target."""
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    labels = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+    labels[0, :4] = labels[1, 8:] = labels[2] = -100
+    return new(BATCH, LENGTH, SIZE), new(VOCABULARY, SIZE), new(VOCABULARY), labels
+
+
+def reference(logits, labels, spec, threshold, num_items=None):
+    """The loss and per-token statistics from all logits, by autograd."""
+    log_probs, labels = logits[:, :-1].log_softmax(-1), labels[:, 1:]
+    is_target = labels != -100
+    log_probs, label = log_probs[is_target], labels[is_target]
+    logp = log_probs.gather(1, label[:, None])[:, 0]
+    given = {
+        "entropy": -(log_probs.exp() * log_probs).sum(-1),
+        "log_sum_sq_probs": (2 * log_probs).logsumexp(-1).detach(),
+        "is_top1": log_probs.argmax(-1) == label,
+        "label": label,
+        "progress": 0.75,
+    }
+    objective, threshold = Objective.parse(spec), Threshold.parse(threshold)
+    kept = threshold.keep(logp)
+    cost = torch.where(kept, objective(logp, **{name: given[name] for name in objective.statistics}), 0.0)
+    count = kept.sum().clamp(min=1) * 2 if threshold.normalize == "kept" and num_items else kept.sum().clamp(min=1)
+    return cost.sum() / (count if threshold.normalize == "kept" else num_items or len(logp)), logp, given
+
+
+def logits_of(hidden, weight, bias, scale=1.3, softcap=5.0):
+    return softcap * torch.tanh((hidden @ weight.T + bias) * scale / softcap)
+
+
+@pytest.mark.parametrize("num_items", [None, 40])
+@pytest.mark.parametrize("threshold", THRESHOLDS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_equal_full_logits_and_each_other(spec, threshold, num_items):
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias)
+    wanted, logp, given = reference(logits, labels, spec, threshold, num_items)
+    leaves = hidden, weight, bias
+    gradients = torch.autograd.grad(wanted, leaves, retain_graph=True)
+    options = {"progress": 0.75, "micro_batches": 2}
+    found = as_loss(spec, threshold, **options)({"logits": logits}, labels, num_items)
+    fused = fused_objective(
+        hidden, weight, labels, spec, threshold, bias=bias, scale=1.3, softcap=5.0, num_items=num_items, **options
+    )
+    for loss in (found, fused):
+        torch.testing.assert_close(loss, wanted)
+        for got, expected in zip(torch.autograd.grad(loss, leaves, retain_graph=loss is found), gradients, strict=True):
+            torch.testing.assert_close(got, expected)
+    if threshold != THRESHOLDS[-1]:
+        statistics = {name: given[name] for name in ("entropy", "log_sum_sq_probs", "is_top1")}
+        each = per_token(logp, given["label"], spec, threshold, progress=0.75, **statistics)
+        total = each.sum() / (num_items or len(logp))
+        torch.testing.assert_close(total, wanted)
+        for got, expected in zip(torch.autograd.grad(total, leaves), gradients, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("spec", ["neg_p", ENTROPY])
+def test_gradient_is_that_of_finite_differences(spec):
+    *_, labels = make()
+    logits = torch.randn(BATCH, LENGTH, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.where(labels == -100, -100, labels % 5)
+    loss = as_loss(spec if spec == "neg_p" else f"{__name__}:only_slopes")
+    assert torch.autograd.gradcheck(lambda logits: loss({"logits": logits}, labels), logits)
+
+
+def only_slopes(logp, entropy):
+    return -logp.exp() * entropy
+
+
+def test_tokens_may_weigh_differently():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias)
+    index = (labels[:, 1:] != -100).nonzero()
+    index, target = index[:, 0] * LENGTH + index[:, 1], labels[:, 1:][labels[:, 1:] != -100]
+    by_token = torch.linspace(0, 1, len(index), dtype=torch.float64)
+    objective, threshold = Objective.parse("neg_p"), Threshold()
+    price = as_loss(objective, threshold).pricing.pricer()
+    cost = objective_of_logits(logits, index, target, price).cost
+    _, logp, _ = reference(logits, labels, "neg_p", None)
+    expected = torch.autograd.grad(((1 - logp.exp()) * by_token).sum(), hidden, retain_graph=True)
+    for _ in range(2):  # the gradient may be taken again
+        torch.testing.assert_close(torch.autograd.grad((cost * by_token).sum(), hidden, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(cost.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_logits_are_read_in_float32(dtype):
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias).detach().to(dtype).requires_grad_()
+    loss = as_loss("neg_p")(SimpleNamespace(logits=logits), labels)
+    scale = 2**14  # of a loss in float16, whose small gradients are none without
+    (gradient,) = torch.autograd.grad(scale * loss, logits)
+    wide = logits.detach().double().requires_grad_()
+    wanted = reference(wide, labels, "neg_p", None)[0]
+    (exact,) = torch.autograd.grad(scale * wanted, wide)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert relative_difference(gradient.double(), exact) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor in float32 that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(each, torch.Tensor) and each.dtype == torch.float32:
+                self.size = max(self.size, each.untyped_storage().nbytes() // 4)
+        return made
+
+
+@pytest.mark.parametrize("spec", ["neg_p", ENTROPY])
+def test_holds_no_float32_copy_of_all_logits(spec):
+    logits = torch.randn(BATCH, LENGTH, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    with Largest() as largest:
+        as_loss(spec)({"logits": logits}, LABELS).backward()
+    assert 0 < largest.size <= 14 * VOCABULARY < BATCH * (LENGTH - 1) * VOCABULARY
+
+
+def test_counts_may_be_tensors():
+    hidden, weight, bias, labels = make()
+    outputs, loss = {"logits": logits_of(hidden, weight, bias).detach()}, as_loss("neg_p")
+    wanted = loss(outputs, labels, 40)
+    for count in (torch.tensor(40), torch.tensor([40]), torch.tensor(40.0)):
+        assert torch.equal(loss(outputs, labels, count), wanted)
+    assert wanted.shape == ()
+
+
+@pytest.mark.parametrize("num_items", [None, 0, 7])
+def test_rows_without_targets_cost_a_connected_zero(num_items):
+    hidden, weight, bias, labels = make()
+    labels[:] = -100
+    logits, loss = logits_of(hidden, weight, bias), as_loss({"name": "power", "alpha": -0.5}, {"above": 0.1})
+    for cost in (
+        loss({"logits": logits}, labels, num_items),
+        fused_objective(hidden, weight, labels, "nll", bias=bias, num_items=num_items),
+        per_token(logits[..., 0] * 0 - torch.inf, labels, "nll").sum(),
+    ):
+        assert cost.item() == 0
+        for gradient in torch.autograd.grad(cost, (hidden, weight, bias), retain_graph=True):
+            assert not gradient.any()
+    assert all(math.isnan(value) for value in loss.metrics().values())
+
+
+def test_aligned_states_equal_shifted_ones():
+    hidden, weight, _, labels = make()
+    ref = torch.linspace(-3, -1, labels.numel(), dtype=torch.float64).view(labels.shape)
+    spec = f"{__name__}:above_reference"
+    shifted = fused_objective(hidden, weight, labels, spec, ref_logp=ref)
+    flat = fused_objective(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten(), spec, ref_logp=ref[:, 1:].flatten())
+    assert torch.equal(shifted, flat)
+    for got, wanted in zip(
+        torch.autograd.grad(flat, (hidden, weight)), torch.autograd.grad(shifted, (hidden, weight)), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_columns_stand_beside_labels():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias).detach()
+    scale = torch.arange(labels.numel(), dtype=torch.float64).view(labels.shape)
+    special = labels % 2 == 0
+    spec = {"name": "neg_p", "special_tokens": "nll"}
+    found = as_loss(spec, 1.0)({"logits": logits}, labels, is_special=special, objective_weight=scale)
+    _, logp, given = reference(logits, labels, "nll", None)
+    is_target = labels[:, 1:] != -100
+    wanted = torch.where(given["label"] % 2 == 0, -logp, 0.0) * scale[:, 1:][is_target]
+    torch.testing.assert_close(found, wanted.mean())
+    each = per_token(logp, given["label"], spec, 1.0, is_special=given["label"] % 2 == 0)
+    torch.testing.assert_close(each, torch.where(given["label"] % 2 == 0, -logp, 0.0))
+
+
+def test_a_mask_tells_targets_too():
+    logp = torch.tensor([[-1.0, -2.0, 3.0]], requires_grad=True)
+    each = per_token(logp, torch.tensor([[True, True, False]]), "nll", 0.2)
+    assert each.tolist() == [[1.0, 0.0, 0.0]]
+    assert torch.autograd.grad(each.sum(), logp)[0].tolist() == [[-1.0, 0.0, 0.0]]
+
+
+def test_metrics_are_exact_means_of_all_tokens():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias)
+    loss, of_states, of_logp = as_loss("neg_p", 0.005), LossMetrics(), LossMetrics()
+    for row in range(BATCH):
+        part = slice(row, row + 1)
+        loss({"logits": logits[part]}, labels[part], 40)
+        states = {"bias": bias, "scale": 1.3, "softcap": 5.0, "metrics": of_states}
+        fused_objective(hidden[part], weight, labels[part], "neg_p", 0.005, **states)
+        log_probs = logits[part, :-1].log_softmax(-1)
+        ids = labels[part, 1:]
+        per_token(log_probs.gather(2, ids.clamp(min=0)[..., None])[..., 0], ids, "neg_p", 0.005, metrics=of_logp)
+    with torch.no_grad():
+        loss({"logits": logits}, labels)
+    found, (_, logp, given) = loss.metrics(), reference(logits, labels, "nll", None)
+    p, kept = logp.exp(), Threshold(0.005).keep(logp)
+    wanted = {
+        "nll": -logp,
+        "target_prob": p,
+        "kept_fraction": kept.double(),
+        "gradient_weight": torch.where(kept, p, 0),
+        "entropy": given["entropy"],
+        "mean_token_accuracy": given["is_top1"].double(),
+        "objective": torch.where(kept, 1 - p, 0),
+    }
+    assert found == pytest.approx({name: each.mean().item() for name, each in wanted.items()})
+    assert of_states.pop() == pytest.approx(found)
+    assert of_logp.pop() == pytest.approx({name: found[name] for name in found if name not in METRICS[-2:]})
+    assert loss.metrics("eval", reduce=lambda sums: 2 * sums) == pytest.approx(found)
+    assert loss.metrics() == loss.metrics("eval") == {}
+
+
+def outputs(length=LENGTH, **others):
+    return {"logits": torch.zeros(BATCH, length, VOCABULARY), **others}
+
+
+LABELS = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+REFUSED = {
+    "no logits": (lambda: as_loss("nll")({"loss": 1}, LABELS), "has no logits. Switch off the kernel"),
+    "none": (lambda: as_loss("nll")(SimpleNamespace(logits=None), LABELS), "has no logits"),
+    "emptied": (lambda: as_loss("nll")(outputs(0), LABELS), r"shape \(3, 0, 67\)"),
+    "a function in their place": (lambda: as_loss("nll")({"logits": lambda: None}, LABELS), "has no logits"),
+    "shifted": (lambda: as_loss("nll")(outputs(), LABELS[:, 1:]), "neither shifted nor truncated"),
+    "virtual tokens": (lambda: as_loss("nll")(outputs(LENGTH + 2), LABELS), "neither shifted nor truncated"),
+    "float labels": (lambda: as_loss("nll")(outputs(), LABELS.float()), "labels are torch.float32, not token ids"),
+    "no labels": (lambda: as_loss("nll")(outputs(), None), "labels are NoneType, not token ids"),
+    "another vocabulary": (lambda: as_loss("nll")(outputs(), LABELS + VOCABULARY), "a label is 67, outside of the vocabulary"),
+    "negative": (lambda: as_loss("nll")(outputs(), LABELS - 1), "a label is -1, outside of the vocabulary"),
+    "percentile": (lambda: as_loss("nll", {"above_percentile": 10}), "`above_percentile: 10` here: .* `bl-trainer diagnose"),
+    "progress": (lambda: as_loss("anneal"), "'anneal' without training progress"),
+    "scheduled": (lambda: as_loss(COMPOSED), "'power' without training progress"),
+    "wrong progress": (
+        lambda: as_loss("anneal", progress=lambda: 3)(outputs(), LABELS),
+        "training progress 3: it is not between",
+    ),
+    "reference": (lambda: as_loss("psft")(outputs(), LABELS), "objective 'psft' needs 'ref_logp'. Pass `ref_logp=`"),
+    "special tokens": (
+        lambda: as_loss({"name": "neg_p", "special_tokens": "nll"})(outputs(), LABELS),
+        "objective 'neg_p' needs 'is_special'",
+    ),
+    "unknown column": (lambda: as_loss("nll")(outputs(), LABELS, ref_logps=LABELS), "'ref_logps'. Did you mean 'ref_logp'"),
+    "short column": (lambda: as_loss("psft")(outputs(), LABELS, ref_logp=LABELS[0]), r"`ref_logp`: it is \(11,\), not of the"),
+    "no column": (lambda: as_loss("psft")(outputs(), LABELS, ref_logp=1.0), "`ref_logp`: it is float, not of the"),
+    "unknown objective": (lambda: as_loss("negp"), "Did you mean 'neg_p'"),
+    "accumulation": (
+        lambda: as_loss("nll", {"above": 0.1, "normalize": "kept"})(outputs(), LABELS, 40),
+        "Give `micro_batches`, or write `normalize: tokens`",
+    ),
+    "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
+    "states of other labels": (
+        lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS, "nll"),
+        "the hidden states",
+    ),
+    "kept per token": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "nll", {"normalize": "kept"}), "it divides nothing"),
+    "losses": (lambda: per_token(torch.ones(2), LABELS[0, :2], "nll"), "log p is 1, above 0"),
+    "ids as log p": (lambda: per_token(LABELS, LABELS, "nll"), "log p is torch.int64"),
+    "labels of other tokens": (lambda: per_token(torch.zeros(2), LABELS[0], "nll"), "log p has shape"),
+    "mask without ids": (
+        lambda: per_token(torch.zeros(2), torch.ones(2, dtype=torch.bool), f"{__name__}:by_label"),
+        "needs token ids",
+    ),
+    "entropy": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "anneal", progress=0), "needs 'entropy'. Pass `entropy=`"),
+}
+
+
+def by_label(logp, label):
+    return -logp * (1 + label)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of unequal lengths, of which one has no target."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in (5, 17, 9, 30, 12, 3, 21, 8):
+        ids = torch.randint(5, 40, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    made[2]["labels"] = [-100] * 9
+    return Dataset.from_list(made)
+
+
+AS_BLTRAINER = [
+    ("nll", None),
+    ("neg_p", None),
+    (POWER, None),
+    ("anneal", None),
+    (ENTROPY, None),
+    ("neg_p", {"below": 0.5}),
+    ("neg_p", {"below": 0.5, "normalize": "kept"}),
+]
+
+
+@pytest.mark.parametrize(("spec", "threshold"), AS_BLTRAINER, ids=str)
+def test_plain_transformers_trains_as_bltrainer_does(spec, threshold, tokenizer, rows, tmp_path):
+    """Gradients of two steps under accumulation, with the logged means."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
+    ours, theirs = Gradients(), Gradients()
+    model = make_double(tokenizer)
+    ordered = build(
+        Ordered, tokenizer, rows, tmp_path, model=model, callbacks=[ours], objective=spec, threshold=threshold, **options
+    )
+    ordered.train()
+    loss = as_loss(spec, threshold, progress=lambda: trainer.state.global_step / trainer.state.max_steps, micro_batches=2)
+    args = TrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, report_to="none", save_strategy="no", learning_rate=1e-2, max_grad_norm=0.0,
+        lr_scheduler_type="constant", disable_tqdm=True, logging_steps=1, **options,
+    )  # fmt: skip
+    trainer = InOrder(
+        make_double(tokenizer), args, data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=rows,
+        compute_loss_func=loss, callbacks=[theirs],
+    )  # fmt: skip
+    trainer.train()
+    assert len(ours.all) == 2
+    for got, wanted in zip(theirs.all, ours.all, strict=True):
+        assert relative_difference(got, wanted) < 1e-9
+    logged = [log for log in ordered.state.log_history if "nll" in log]
+    means = loss.metrics()
+    tokens = [sum(label != -100 for row in part["labels"] for label in row[1:]) for part in (rows[:4], rows[4:])]
+    for name in METRICS:
+        whole = sum(log[name] * count for log, count in zip(logged, tokens, strict=True)) / sum(tokens)
+        assert means[name] == pytest.approx(whole, rel=1e-6), name
