@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .._standin import as_loss
 from ..errors import RecipeError
+from ..objectives import Objective, Threshold
 from .transformers import attach
 
 KEYS = ("objective", "threshold")
@@ -23,7 +23,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise RecipeError(f"Cannot train two losses at once: the config has `{found[0]}`. Remove it, or the plugin.")
     if (config.get("context_parallel_size") or 1) > 1:
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `context_parallel_size: 1`.")
-    as_loss(section["objective"], section.get("threshold"))
+    Objective.parse(section["objective"])
+    Threshold.parse(section.get("threshold"))
 
 
 def _plugin() -> type:

@@ -1,6 +1,6 @@
 """What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -27,6 +27,35 @@ def refuse_split_rows(trainer: Any) -> None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (getattr(parallelism, "cp_enabled", False) or getattr(parallelism, "sp_enabled", False)):
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
+
+
+def watch(trainer: Any, loss: Any) -> None:
+    """Make `trainer` keep to `loss`: its batches, its own loss, and its log.
+
+    Labels are checked and corrected by `with_targets` before the trainer counts them. A loss that the trainer computes without
+    calling `loss` is a LossError before its gradient is taken. The log gets `loss.metrics`.
+    """
+    collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
+
+    def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_split_rows(trainer)
+        return collect(map(with_targets, batches), *args, **kwargs)
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        before, found = loss.calls, compute(*args, **kwargs)
+        if loss.calls == before:
+            name = type(trainer).__name__
+            raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
+        return found
+
+    def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for key in [key for key in logs if key == "loss" or (key.endswith("_loss") and key != "train_loss")][:1]:
+            mode, prefix = "train" if key == "loss" else "eval", key.removesuffix("loss")
+            logs.update({prefix + name: value for name, value in loss.metrics(mode).items()})
+        log(logs, *args, **kwargs)
+
+    trainer.get_batch_samples, trainer.compute_loss, trainer.log = get_batch_samples, compute_loss, logged
+    trainer.loss_is_scaled_for_ga = True
 
 
 def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -51,7 +51,9 @@ def main() -> None:
 
     recipe = read_args()
     if not isinstance(recipe, dict):
-        raise RecipeError("Cannot read the recipe: name a YAML file. Run `python -m bl_trainer.adapters.llamafactory FILE.yaml`.")
+        raise RecipeError(
+            "Cannot read the recipe: name a YAML file. Run `python -m bl_trainer.adapters.llamafactory FILE.yaml`."
+        )
     train(recipe)
 
 

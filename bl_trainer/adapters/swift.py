@@ -24,16 +24,19 @@ class SwiftLoss(TrainerLoss):
         template = trainer.template
         if template.sequence_parallel_size > 1:
             raise RecipeError("Cannot train the objective: parts of a row are apart. Set `sequence_parallel_size: 1`.")
-        if args.task_type != "causal_lm":
-            raise RecipeError(f"Cannot train the objective: it is no loss of `task_type: {args.task_type}`.")
+        if template.task_type != "causal_lm":
+            raise RecipeError(f"Cannot train an objective with `task_type: {template.task_type}`. Set `task_type: causal_lm`.")
         if args.enable_dft_loss:
-            raise RecipeError("Cannot train two losses at once. Set `enable_dft_loss: false`.")
+            raise RecipeError("Cannot train two losses at once: `enable_dft_loss` is another. Set it to false.")
         super().__init__(trainer, args, objective, threshold)
 
     def __call__(
         self, outputs: Any, labels: Tensor, *, num_items_in_batch: Any = None, loss_scale: Any = None, **kwargs: Any
     ) -> Tensor:
-        """Return the loss; `labels` are unshifted. Raises LossError on ms-swift's own weights of tokens."""
+        """Return the loss of unshifted `labels`. Raises LossError where ms-swift weighs tokens of its own."""
         if loss_scale is not None:
-            raise LossError("Cannot train the objective: `loss_scale` weighs tokens of its own. Set `loss_scale: default`.")
-        return super().__call__(outputs, labels, num_items_in_batch)
+            raise LossError("Cannot train two weights of a token: `loss_scale` gives others. Set `loss_scale: default`.")
+        loss, trainer = super().__call__(outputs, labels, num_items_in_batch), self.trainer
+        # ms-swift leaves this factor to the loss where it does not let the model count targets
+        unscaled = num_items_in_batch is not None and not trainer.model_accepts_loss_kwargs
+        return loss * trainer.accelerator.num_processes if unscaled else loss

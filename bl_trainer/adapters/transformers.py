@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._standin import as_loss
 from ..errors import LossError, RecipeError
-from .contract import refuse_settings, refuse_split_rows, with_targets
+from ..losses import as_loss
+from ..objectives.pricing import METRICS
+from .contract import refuse_settings, watch
 
 
 def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
@@ -21,39 +22,33 @@ def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
 
 
 class TrainerLoss:
-    """A trainer's `compute_loss_func`: an objective's mean cost, at the trainer's progress.
-
-    It wraps the trainer's `get_batch_samples`, for labels whose targets are counted as the loss counts them, and `compute_loss`,
-    to raise LossError before a step with another loss.
-    """
+    """A trainer's `compute_loss_func`: an objective's mean cost at the trainer's progress, and the metrics that it logs."""
 
     adds_router_loss = False  # whether the trainer adds a router's auxiliary loss itself
 
     def __init__(self, trainer: Any, args: Any, objective: Any, threshold: Any = None):
         refuse_settings(args)
-        self.loss, self.trainer, self.calls = as_loss(objective, threshold), trainer, 0
-        collect, compute = trainer.get_batch_samples, trainer.compute_loss
-
-        def get_batch_samples(iterator: Any, *args: Any, **kwargs: Any) -> Any:
-            refuse_split_rows(trainer)
-            return collect(map(with_targets, iterator), *args, **kwargs)
-
-        def compute_loss(*args: Any, **kwargs: Any) -> Any:
-            before, loss = self.calls, compute(*args, **kwargs)
-            if self.calls == before:
-                name = type(trainer).__name__
-                raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
-            return loss
-
-        trainer.get_batch_samples, trainer.compute_loss = get_batch_samples, compute_loss
-        trainer.loss_is_scaled_for_ga = True
+        self.trainer, self.calls = trainer, 0
+        self.loss = as_loss(objective, threshold, progress=self._progress, micro_batches=self._micro_batches)
+        watch(trainer, self)
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self.calls += 1
-        args, state = self.trainer.args, self.trainer.state
         if getattr(outputs, "aux_loss", None) is not None and not self.adds_router_loss:
             raise LossError("Cannot add the router's auxiliary loss to an objective. Set `output_router_logits: false`.")
-        if num_items_in_batch is None and self.trainer.model.training and args.gradient_accumulation_steps * args.world_size > 1:
+        if num_items_in_batch is None and self.trainer.model.training and self._micro_batches() > 1:
             raise LossError("Cannot average over the step: the trainer did not count its targets. Update transformers.")
-        progress = state.global_step / state.max_steps if state.max_steps > 0 else 0.0
-        return self.loss(outputs, labels, num_items_in_batch, progress=progress)
+        return self.loss(outputs, labels, num_items_in_batch)
+
+    def metrics(self, mode: str) -> dict[str, float]:
+        """Return what `BLTrainer` logs of `train` or `eval`, over all processes, since the last call."""
+        found = self.loss.metrics(mode, self.trainer.accelerator.reduce)
+        return {name: value for name, value in found.items() if name in METRICS}
+
+    def _progress(self) -> float:
+        state = self.trainer.state
+        return state.global_step / state.max_steps if state.max_steps > 0 else 0.0
+
+    def _micro_batches(self) -> int:
+        args = self.trainer.args
+        return getattr(self.trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps) * args.world_size

@@ -4,6 +4,7 @@ A stack's own entry runs unchanged, with four exceptions: the model is in float6
 that each step starts from the same weights, one row of each step loses its targets, and the gradient is kept before it is used.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -52,7 +53,12 @@ class Recorder:
     @staticmethod
     def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
         original = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: around(original, *args, **kwargs))
+
+        @functools.wraps(original)  # stacks look at signatures
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        setattr(owner, name, wrapped)
 
     def _make(self, original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
         if self.double:
