@@ -1,1 +1,1 @@
-"""Any objective in trainers other than `BLTrainer`. Each module imports its stack when used; docs/adapters has a page for each."""
+"""Any objective in trainers other than `BLTrainer`, a module for each stack, which is imported when it is used."""

@@ -7,18 +7,17 @@ from ..errors import RecipeError
 from ..objectives import Objective, Threshold
 from .transformers import attach
 
-KEYS = ("objective", "threshold")
-# Settings that give axolotl another loss, or cut rows up; some would train it in silence
+# Settings that give axolotl another loss
 OTHERS = ("rl", "reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "kd_trainer", "diffusion")
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise RecipeError unless an axolotl config has a section `bl_trainer` that its trainer can follow."""
+    """Raise ValueError unless an axolotl config has a section `bl_trainer` that its trainer can follow."""
     section = config.get("bl_trainer")
     if not isinstance(section, Mapping) or "objective" not in section:
         raise RecipeError("Cannot read `bl_trainer`: it has no `objective`. Add one, such as `objective: neg_p`.")
-    if unknown := sorted(set(section) - set(KEYS)):
-        raise RecipeError(f"Cannot read `bl_trainer`: it has no key {unknown[0]!r}. Use {' and '.join(KEYS)}.")
+    if unknown := sorted(set(section) - {"objective", "threshold"}):
+        raise RecipeError(f"Cannot read `bl_trainer`: it has no key {unknown[0]!r}. Use `objective` and `threshold`.")
     if found := [key for key in OTHERS if config.get(key)]:
         raise RecipeError(f"Cannot train two losses at once: the config has `{found[0]}`. Remove it, or the plugin.")
     if (config.get("context_parallel_size") or 1) > 1:
@@ -27,27 +26,21 @@ def check(config: Mapping[str, Any]) -> None:
     Threshold.parse(section.get("threshold"))
 
 
-def _plugin() -> type:
+def __getattr__(name: str) -> Any:
+    """Make `ObjectivePlugin` and `ObjectiveArgs`, of axolotl's classes, on first use (PEP 562)."""
+    if name not in ("ObjectivePlugin", "ObjectiveArgs"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from axolotl.integrations.base import BasePlugin
+    from pydantic import BaseModel, model_validator
 
     class ObjectivePlugin(BasePlugin):
-        """Train the objective of the config's section `bl_trainer`."""
-
         def get_input_args(self) -> str:
             return f"{__name__}.ObjectiveArgs"
 
         def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
             attach(trainer, cfg.bl_trainer["objective"], cfg.bl_trainer.get("threshold"))
 
-    return ObjectivePlugin
-
-
-def _args() -> type:
-    from pydantic import BaseModel, model_validator
-
     class ObjectiveArgs(BaseModel):
-        """The config's section `bl_trainer`, checked before a model loads."""
-
         bl_trainer: Any = None
 
         @model_validator(mode="before")
@@ -56,12 +49,5 @@ def _args() -> type:
             check(data)
             return data
 
-    return ObjectiveArgs
-
-
-def __getattr__(name: str) -> Any:
-    """Make axolotl's subclasses on first use (PEP 562)."""
-    makers = {"ObjectivePlugin": _plugin, "ObjectiveArgs": _args}
-    if name not in makers:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, makers[name]())
+    globals().update(ObjectivePlugin=ObjectivePlugin, ObjectiveArgs=ObjectiveArgs)
+    return globals()[name]

@@ -1,9 +1,10 @@
-"""Any objective in LLaMA-Factory: `python -m bl_trainer.adapters.llamafactory recipe.yaml` in place of `llamafactory-cli train`."""
+"""Any objective in LLaMA-Factory: `python -m bl_trainer.adapters.llamafactory` in place of `llamafactory-cli train`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError
+from ..objectives import Objective, Threshold
 from .transformers import attach
 
 # Settings under which another trainer, in this process or elsewhere, does the training
@@ -13,14 +14,14 @@ OTHERS = ("use_mca", "use_hyper_parallel", "use_ray")
 def train(recipe: Mapping[str, Any], callbacks: list[Any] | None = None) -> None:
     """Train by a LLaMA-Factory recipe of the stage `sft` that also has the keys `objective` and maybe `threshold`.
 
-    The other keys are LLaMA-Factory's own. Raises ValueError on those under which its trainer would minimise something else.
+    Raises ValueError on settings under which its trainer would minimise something else.
     """
+    refuse(recipe)
     from llamafactory.train import tuner
     from llamafactory.train.sft import workflow
 
     own = {key: recipe[key] for key in ("objective", "threshold") if key in recipe}
     rest = {key: value for key, value in recipe.items() if key not in own}
-    refuse(recipe)
     base = workflow.CustomSeq2SeqTrainer
 
     class ObjectiveTrainer(base):
@@ -43,19 +44,14 @@ def refuse(recipe: Mapping[str, Any]) -> None:
         raise RecipeError(f"Cannot train an objective in the stage {stage!r}. Set `stage: sft`.")
     if found := [key for key in OTHERS if recipe.get(key)]:
         raise RecipeError(f"Cannot train an objective with `{found[0]}`: another trainer would run. Set it to false.")
-
-
-def main() -> None:
-    """Read the recipe that the command line names, with its overrides `key=value`, and train."""
-    from llamafactory.hparams import read_args
-
-    recipe = read_args()
-    if not isinstance(recipe, dict):
-        raise RecipeError(
-            "Cannot read the recipe: name a YAML file. Run `python -m bl_trainer.adapters.llamafactory FILE.yaml`."
-        )
-    train(recipe)
+    Objective.parse(recipe["objective"])
+    Threshold.parse(recipe.get("threshold"))
 
 
 if __name__ == "__main__":
-    main()
+    from llamafactory.hparams import read_args
+
+    given = read_args()
+    if not isinstance(given, dict):
+        raise RecipeError("Cannot read the recipe: it is no file. Run `python -m bl_trainer.adapters.llamafactory FILE.yaml`.")
+    train(given)
