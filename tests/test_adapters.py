@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 PADDED = {"learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
 
 
-def expected(tokenizer, tmp_path, case, model=None):
-    """Train with `BLTrainer`, each step's rows in one batch; return its gradients and log."""
+def expected(tokenizer, tmp_path, case, model=None, **cut):
+    """Train with `BLTrainer`, each step's rows in one batch unless `cut`; return its gradients and log."""
     seen = Kept()
     model = make_double(tokenizer) if model is None else model
     trainer = train(
         Ordered, tokenizer, Dataset.from_list(rows(len(tokenizer))), tmp_path / "own", model=model, callbacks=[seen],
-        logging_steps=1, **PADDED, **case,
+        logging_steps=1, **{**PADDED, **cut}, **case,
     )  # fmt: skip
     return seen.all, trainer.state.log_history
 
@@ -59,6 +59,16 @@ def test_gradient_is_that_of_bltrainer(name, tokenizer, tmp_path):
     for theirs, own in zip(trainer.state.log_history[:2], log[:2], strict=True):
         for metric in ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
             assert theirs[metric] == pytest.approx(own[metric], rel=1e-6), metric
+
+
+def test_kept_tokens_divide_each_micro_batch_as_in_bltrainer(tokenizer, tmp_path):
+    case = {"objective": "neg_p", "threshold": {"above": 0.01, "normalize": "kept"}}
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    right, _ = expected(tokenizer, tmp_path, case, **cut)
+    trainer, seen = build(tokenizer, tmp_path)
+    attach(trainer, **case)
+    trainer.train()
+    assert relative_difference(seen.first, right[0]) < 1e-9
 
 
 def test_gradient_in_float32_differs_by_rounding(tokenizer, tmp_path):
