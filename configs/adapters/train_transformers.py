@@ -1,4 +1,4 @@
-"""Train a model by transformers' own trainer with an objective: `python configs/adapters/transformers.py DATA.jsonl`.
+"""Train a model by transformers' own trainer with an objective: `python configs/adapters/train_transformers.py DATA.jsonl`.
 
 Each line of the data: {"prompt": "...", "completion": "..."}.
 """

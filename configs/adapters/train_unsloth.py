@@ -1,4 +1,4 @@
-"""Train Unsloth's model with an objective: `python configs/adapters/unsloth.py DATA.jsonl`, on a GPU."""
+"""Train Unsloth's model with an objective: `python configs/adapters/train_unsloth.py DATA.jsonl`, on a GPU."""
 
 import os
 import sys
