@@ -82,7 +82,7 @@ test-studies: $(VENV)/tests
 # The lower bounds of pyproject.toml
 test-lowest: $(LOWEST)/installed
 	$(LOWEST)/bin/python -m pytest $(SHARED) $(addprefix tests/test_,objectives.py recipe.py statistics.py security.py faults.py)
-	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(SHARED) tests/test_head.py
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(SHARED) tests/test_head.py tests/test_losses.py
 	$(LOWEST)/bin/python -m pytest $(SHARED) tests/test_diagnosis.py -k "$(LOWEST_DIAGNOSIS)"
 	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(SHARED) tests/test_trainer.py -k "$(LOWEST_TESTS)"
 

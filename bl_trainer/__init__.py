@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .diagnosis.api import diagnose
-    from .errors import BLError, CheckpointError, LossError, MeasurementError, RecipeError
+    from .errors import BLError, CheckpointError, DependencyError, LossError, MeasurementError, RecipeError
     from .losses import LossMetrics, as_loss, fused_objective, per_token
     from .objectives import Objective, Threshold
     from .recipe import Recipe
@@ -22,6 +22,7 @@ __all__ = [
     "BLError",
     "BLTrainer",
     "CheckpointError",
+    "DependencyError",
     "LossError",
     "LossMetrics",
     "MeasurementError",
@@ -49,12 +50,21 @@ _ROOMS = {
     "per_token": "losses",
 }
 
+_ALONE = ("errors", "losses", "objectives")  # that need torch at most
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f".{_ROOMS.get(name, 'errors')}", __name__), name)
+    room = _ROOMS.get(name, "errors")
+    if room in _ALONE:
+        found = getattr(import_module(f".{room}", __name__), name)
+    else:
+        from ._util.requirements import needs_stack
+
+        with needs_stack(name):
+            found = getattr(import_module(f".{room}", __name__), name)
     globals()[name] = found
     return found
 

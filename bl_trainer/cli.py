@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 from ._util.process import is_first_here
 from ._util.text import nearest, sentence
-from .errors import BLError, RecipeError
+from .errors import BLError, DependencyError, RecipeError
 
 VERBS = {
     "diagnose": "Measure what the model already knows of the training data, without training.",
@@ -36,6 +36,7 @@ Options:
 
 Examples:
   bl-trainer diagnose --config recipe.yaml --report out/diagnosis
+  bl-trainer diagnose --model org/model --data train.jsonl --report out/diagnosis
   bl-trainer train --config recipe.yaml --objective neg_p --learning_rate 1e-5
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
@@ -115,19 +116,20 @@ def _say_terminated(trainer: Any) -> None:
 
 
 def diagnose(argv: list[str]) -> None:
-    """Diagnose the recipe that `argv` names: `--config recipe.yaml --report DIR`, and the options of `DiagnoseArguments`.
+    """Diagnose a recipe, `--config recipe.yaml --report DIR`, or a model and its data, `--model M --data D.jsonl --report DIR`.
+
+    `argv` may also have the other options of `DiagnoseArguments`, and any recipe key.
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
+    from .diagnosis.options import read_diagnosis
     from .diagnosis.page import write_report
-    from .diagnosis.run import DiagnoseArguments, Diagnosis
+    from .diagnosis.run import Diagnosis
     from .diagnosis.terminal import terminal_summary
-    from .recipe.recipe import Recipe
 
     recipe: Any = None
     try:
-        recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
-        recipe.options.check()
+        recipe = read_diagnosis(argv)
         diagnosis = Diagnosis(recipe)
     except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
         fail(error, recipe)
@@ -224,7 +226,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
-    verbs[argv[0]](argv[1:])
+    from ._util.requirements import needs_stack
+
+    try:
+        with needs_stack(f"bl-trainer {argv[0]}"):
+            verbs[argv[0]](argv[1:])
+    except DependencyError as error:
+        fail(error)
 
 
 def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: bool = False) -> None:

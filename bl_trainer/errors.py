@@ -19,3 +19,7 @@ class MeasurementError(BLError):
 
 class LossError(BLError):
     """A loss or gradient that is NaN or infinite; the message names the step."""
+
+
+class DependencyError(BLError, ImportError):
+    """A package that is missing, or of a version that does not work."""

@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from bl_trainer import BLConfig, BLTrainer
-from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
+from bl_trainer.diagnosis.options import DiagnoseArguments
+from bl_trainer.diagnosis.run import Diagnosis
 from bl_trainer.recipe.recipe import Recipe
 
 LETTERS = string.ascii_lowercase

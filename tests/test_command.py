@@ -34,6 +34,7 @@ def run(*command, **options):
         ("from bl_trainer import RecipeError, __version__", set()),
         ("from bl_trainer import Objective, Threshold; Objective.parse('neg_p'); Threshold.parse(0.2)", {"torch", "numpy"}),
         ("import bl_trainer.objectives", {"torch", "numpy"}),
+        ("import bl_trainer.head; from bl_trainer import as_loss, fused_objective, per_token", {"torch", "numpy"}),
     ],
 )
 def test_what_an_import_loads(code, loaded):
@@ -49,7 +50,7 @@ def test_public_names_come_when_they_are_asked_for():
     assert {*bl_trainer.__all__} <= {*dir(bl_trainer)}
     for name in bl_trainer.__all__:
         assert getattr(bl_trainer, name) is not None
-    for name in ("CheckpointError", "LossError", "MeasurementError", "RecipeError"):
+    for name in ("CheckpointError", "DependencyError", "LossError", "MeasurementError", "RecipeError"):
         assert issubclass(getattr(bl_trainer, name), bl_trainer.BLError)
     assert issubclass(bl_trainer.BLError, ValueError)
     with pytest.raises(AttributeError, match="has no attribute 'BLTrianer'"):

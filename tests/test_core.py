@@ -1,9 +1,16 @@
 """The core, beside any stack: it imports and works with torch alone, and what needs TRL says what is missing."""
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import pytest
+
+from bl_trainer import DependencyError
+from bl_trainer._util import requirements
 
 PACKAGE = Path(__file__).parents[1]
 # Torch, NumPy, and what torch itself depends on
@@ -62,3 +69,95 @@ def run(code, **environment):
 def test_core_needs_torch_alone():
     done = run(ALONE + USES)
     assert done.stdout == "worked\n", done.stderr
+
+
+NAMES = """
+import bl_trainer
+
+for name in ("BLTrainer", "BLConfig", "Recipe", "diagnose"):
+    try:
+        getattr(bl_trainer, name)
+    except bl_trainer.DependencyError as error:
+        assert isinstance(error, (ImportError, ValueError))
+        print(error)
+"""
+
+
+def test_what_needs_trl_says_what_is_missing():
+    hide = "import importlib.metadata\nimportlib.metadata.version = importlib.metadata.requires = lambda name: missing(name)\n"
+    define = "def missing(name):\n    raise importlib.metadata.PackageNotFoundError(name)\n"
+    done = run(ALONE + hide + define + NAMES)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert lines[0].startswith("Cannot use BLTrainer: it needs accelerate (not installed), datasets (not installed), peft")
+
+
+def package(folder, name, version):
+    """Lay out an installed package that can't be imported."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text("raise RuntimeError('an old version in a new environment')")
+    metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_core_works_beside_an_old_trl(tmp_path):
+    package(tmp_path, "trl", "0.24.0")
+    done = run(USES + NAMES, PYTHONPATH=os.pathsep.join([str(tmp_path), str(PACKAGE)]))
+    first, *others = done.stdout.splitlines()
+    assert first == "worked", done.stderr
+    assert len(others) == 4
+    for line, name in zip(others, ("BLTrainer", "BLConfig", "Recipe", "diagnose"), strict=True):
+        assert line == (
+            f"Cannot use {name}: it needs trl<2,>=1.15 (0.24.0 is installed). Run `pip install 'trl<2,>=1.15'`; objectives and "
+            "`as_loss` work without them."
+        )
+
+
+def test_a_verb_beside_an_old_trl_is_one_line(tmp_path):
+    package(tmp_path, "trl", "2.0.0")
+    code = "from bl_trainer.cli import main; main(['train', '--config', 'recipe.yaml'])"
+    done = run(code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(PACKAGE)]))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Cannot use bl-trainer train: it needs trl<2,>=1.15 (2.0.0 is installed). Run `pip")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "fits"),
+    [
+        ("1.15", ">=1.15,<2", True),
+        ("1.15.0", ">=1.15,<2", True),
+        ("1.16.0.dev0", "<2,>=1.15", True),
+        ("2.13.0+cpu", ">=2.8", True),
+        ("2.0.0", "<2,>=1.15", False),
+        ("1.9.3", "<2,>=1.15", False),
+        ("4.56.1", ">=4.56.2", False),
+        ("0.1", "", True),
+    ],
+)
+def test_versions_are_compared_as_numbers(found, bound, fits, monkeypatch):
+    monkeypatch.setattr(requirements, "version", lambda name: found)
+    monkeypatch.setattr(requirements, "bounds", lambda: dict.fromkeys(requirements.STACK, bound))
+    with nullcontext() if fits else pytest.raises(DependencyError, match=f"{re.escape(found)} is installed"):
+        with requirements.needs_stack("BLTrainer"):
+            pass
+
+
+def test_a_package_that_an_import_lacks_is_named():
+    with pytest.raises(DependencyError, match=r"needs matplotlib>=3.9 \(not installed\). Run `pip install 'matplotlib>=3.9'`"):
+        with requirements.needs_stack("diagnose"):
+            raise ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
+    with pytest.raises(ModuleNotFoundError, match="bl_trainer"), requirements.needs_stack("diagnose"):
+        raise ModuleNotFoundError("No module named 'bl_trainer.gone'", name="bl_trainer.gone")
+
+
+def test_bounds_are_those_of_the_project_file(monkeypatch):
+    listed = re.search(r"\ndependencies = \[(.*?)\n\]", (PACKAGE / "pyproject.toml").read_text(), re.DOTALL)[1]
+    declared = re.findall(r'"(.*?)"', listed)
+    lines = [*declared, "optuna>=5; extra == 'sweep'", 'pytest; extra == "test"']
+    monkeypatch.setattr(requirements, "requires", lambda name: lines)
+    assert [name + bound for name, bound in requirements.bounds().items()] == declared
+    assert {*requirements.STACK} <= requirements.bounds().keys()
+    signs = {sign for line in declared for sign in re.findall(r"[<>=!~]+", line)}
+    assert signs <= requirements.COMPARISONS.keys()

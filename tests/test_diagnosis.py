@@ -23,8 +23,9 @@ from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.cli import main
 from bl_trainer.diagnosis.advice import recommend, sweep_yaml
 from bl_trainer.diagnosis.continuum import ANCHORS, CUTS, objective_name, place
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.page import page, write_report
-from bl_trainer.diagnosis.run import DiagnoseArguments, Diagnosis
+from bl_trainer.diagnosis.run import Diagnosis
 from bl_trainer.diagnosis.summary import gradient_mass
 from bl_trainer.diagnosis.terminal import terminal_summary
 from bl_trainer.errors import RecipeError

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -15,6 +17,7 @@ from bl_trainer.head import blocks as module
 from bl_trainer.head.logits import objective_of_logits
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_double
+from test_head import BACKENDS
 from ways import Gradients, Ordered, build, relative_difference
 
 BATCH, LENGTH, VOCABULARY, SIZE = 3, 11, 67, 8
@@ -135,8 +138,23 @@ def test_tokens_may_weigh_differently():
         torch.autograd.grad(cost.sum(), hidden, create_graph=True)
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Both ways of working on a block."""
+    if request.param == "triton":
+        original = module.RowBlocks.__init__
+
+        def with_triton(self, *args):
+            original(self, *args)
+            self.uses_triton = self.wide == torch.float32
+
+        monkeypatch.setattr(module.RowBlocks, "__init__", with_triton)
+        monkeypatch.setattr(module.kernels, "TILE", 32)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_narrow_logits_are_read_in_float32(dtype):
+def test_narrow_logits_are_read_in_float32(dtype, backend):
     hidden, weight, bias, labels = make()
     logits = logits_of(hidden, weight, bias).detach().to(dtype).requires_grad_()
     loss = as_loss("neg_p")(SimpleNamespace(logits=logits), labels)
@@ -148,6 +166,17 @@ def test_narrow_logits_are_read_in_float32(dtype):
     assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=1e-7)
     assert relative_difference(gradient.double(), exact) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[..., :60], lambda x: x[:, 1:-1], lambda x: x.transpose(0, 1), lambda x: x[:1].transpose(1, 2)]
+)
+def test_logits_may_be_a_view(view):
+    whole = torch.randn(BATCH, LENGTH, VOCABULARY, dtype=torch.float64, requires_grad=True)
+    logits = view(whole)
+    labels = torch.arange(logits.shape[0] * logits.shape[1]).view(logits.shape[:2]) % logits.shape[2]
+    found, wanted = as_loss("neg_p")({"logits": logits}, labels), reference(logits, labels, "neg_p", None)[0]
+    torch.testing.assert_close(torch.autograd.grad(found, whole), torch.autograd.grad(wanted, whole))
 
 
 class Largest(TorchDispatchMode):
@@ -178,6 +207,14 @@ def test_counts_may_be_tensors():
     for count in (torch.tensor(40), torch.tensor([40]), torch.tensor(40.0)):
         assert torch.equal(loss(outputs, labels, count), wanted)
     assert wanted.shape == ()
+
+
+def test_labels_may_be_short_integers():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias).detach()
+    for dtype in (torch.int16, torch.int32):
+        assert torch.equal(as_loss("nll")({"logits": logits}, labels.to(dtype)), as_loss("nll")({"logits": logits}, labels))
+        assert torch.equal(per_token(logits[..., 0] - 9, labels.to(dtype), "nll"), per_token(logits[..., 0] - 9, labels, "nll"))
 
 
 @pytest.mark.parametrize("num_items", [None, 0, 7])
@@ -261,6 +298,29 @@ def test_metrics_are_exact_means_of_all_tokens():
     assert of_logp.pop() == pytest.approx({name: found[name] for name in found if name not in METRICS[-2:]})
     assert loss.metrics("eval", reduce=lambda sums: 2 * sums) == pytest.approx(found)
     assert loss.metrics() == loss.metrics("eval") == {}
+
+
+def test_a_sharded_head_is_gathered(tmp_path):
+    hidden, weight, bias, labels = make()
+    wanted = torch.autograd.grad(fused_objective(hidden, weight, labels, "neg_p", bias=bias), (weight, bias))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shares = [distribute_tensor(each.detach(), mesh, [Shard(0)]).requires_grad_() for each in (weight, bias)]
+        fused_objective(hidden, shares[0], labels, "neg_p", bias=shares[1]).backward()
+        for share, gradient in zip(shares, wanted, strict=True):
+            assert torch.equal(share.grad.full_tensor(), gradient)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_evaluation_divides_by_kept_tokens_alone():
+    hidden, weight, bias, labels = make()
+    logits = logits_of(hidden, weight, bias)
+    kept = {"above": 0.005, "normalize": "kept"}
+    with torch.no_grad():
+        found = as_loss("neg_p", kept, micro_batches=2)({"logits": logits}, labels, 40)
+    torch.testing.assert_close(found, reference(logits, labels, "neg_p", kept)[0].detach())
 
 
 def outputs(length=LENGTH, **others):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from bl_trainer import Objective
-from bl_trainer.diagnosis.run import DiagnoseArguments
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.prepare import PrepareArguments
 from bl_trainer.prepare.sources import SETS

@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
-from bl_trainer.diagnosis.run import DiagnoseArguments
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.contract import STATISTICS
 from bl_trainer.objectives.objective import OBJECTIVES

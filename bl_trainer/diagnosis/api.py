@@ -9,29 +9,37 @@ import yaml
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe import Recipe
+from .options import read_diagnosis
 from .page import write_report
-from .run import DiagnoseArguments, Diagnosis
+from .run import Diagnosis
 
 
-def diagnose(recipe: str | Path | Mapping[str, Any], report: str | Path | None = None, **options: Any) -> Any:
-    """Measure where a recipe's model and data stand on the continuum, and return the report.
+def diagnose(recipe: str | Path | Mapping[str, Any] | None = None, report: str | Path | None = None, **options: Any) -> Any:
+    """Measure where a model and data stand on the continuum, and return the report.
 
-    `recipe`: the path of a recipe, or its keys with their values, as YAML has them. `report`: the folder to write the report
-    to; None writes nothing. `options`: those of `DiagnoseArguments`, such as `max_tokens=100_000` or `compare="out/model"`.
-    Returns the same report in every process; the first one writes it. Raises RecipeError on a mistake in any of them.
+    Args:
+        recipe: The path of a recipe, or its keys with their values, as YAML has them. None with `model` and `data`.
+        report: The folder to write the report to; None writes nothing.
+        options: Those of `DiagnoseArguments`, such as `max_tokens=100_000` or `compare="out/model"`. `model="M"` and
+            `data="D.jsonl"` take the place of a recipe.
+
+    Returns:
+        The same report in every process; the first one writes it.
+
+    Raises:
+        RecipeError: On a mistake in any of them.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = recipe
         if isinstance(recipe, Mapping):
             path = Path(scratch) / "recipe.yaml"
             path.write_text(_yaml(recipe), encoding="utf-8")
-        argv = ["--config", str(path), "--report", str(report or Path(scratch) / "report")]
+        argv = ["--report", str(report or Path(scratch) / "report")]
+        if path is not None:
+            argv += ["--config", str(path)]
         for key, value in options.items():
             argv += [f"--{key}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-        read = Recipe.read(argv, "diagnose", DiagnoseArguments)
-        read.options.check()
-        diagnosis = Diagnosis(read)
+        diagnosis = Diagnosis(read_diagnosis(argv))
         found = diagnosis.run()
         if report is not None and diagnosis.trainer.is_world_process_zero():
             write_report(found, str(report))

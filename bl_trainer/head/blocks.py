@@ -20,9 +20,9 @@ HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
     from . import kernels
 
-psutil: Any = None  # with torch alone there is none, and a CPU's blocks have their full size
+virtual_memory: Any = None  # of psutil, which torch does not bring: without it a CPU's blocks have their full size
 with suppress(ImportError):
-    import psutil
+    from psutil import virtual_memory
 
 # Bytes of a block of logits if memory has room: more rows read the weight less often, up to these nothing else is gained
 BLOCK_BYTES = {"cpu": 128 * 2**20, "other": 384 * 2**20}
@@ -219,7 +219,7 @@ class _TritonBlock:
 def _free_bytes(device: torch.device) -> int:
     """Return how much memory the device has left, with what torch holds of it unused."""
     if device.type != "cuda":
-        return 8 * BLOCK_BYTES["other"] if psutil is None else psutil.virtual_memory().available
+        return 8 * BLOCK_BYTES["other"] if virtual_memory is None else virtual_memory().available
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

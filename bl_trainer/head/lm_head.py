@@ -24,7 +24,7 @@ class Head(NamedTuple):
     def of(cls, model: Any) -> "Head":
         """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
+        weight, bias = (whole(getattr(module, name, None)) for name in ("weight", "bias"))
         if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
             raise ValueError(
                 f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
@@ -45,7 +45,7 @@ class Head(NamedTuple):
         return cls(weight, bias, scale, next((softcap for softcap in softcaps if softcap is not None), None))
 
 
-def _whole(parameter: Any) -> Any:
+def whole(parameter: Any) -> Any:
     """Gather a parameter that FSDP2 shards as a unit of its own; its gradient is the mean over processes, as FSDP2's are."""
     if not isinstance(parameter, DTensor):
         return parameter

@@ -33,9 +33,9 @@ def objective_of_logits(
 ) -> TokenCosts:
     """Return the cost of each target token, as `objective_head` does, from `logits`, (..., vocabulary).
 
-    `index`: (N,) int64, the rows of logits that predict `target`, (N,) int64. The rest as there. The
-    gradient in the logits, in their type, is formed in the backward pass, from blocks in float32 or wider. It may be taken
-    with any weights of the tokens, and has no derivative (RuntimeError).
+    `index`: (N,) int64, the rows of logits that predict `target`, (N,) int64. The rest as there. The gradient in the logits,
+    in their type, is formed in the backward pass, from blocks in float32 or wider. It may be taken with any weights of the
+    tokens, and has no derivative (RuntimeError).
     """
     blocks = LogitBlocks(logits, index)
     buffer = blocks.empty(blocks.rows)
@@ -68,11 +68,11 @@ class _OfLogits(torch.autograd.Function):
         columns = [None if each is None else each[some] for each in (target, weight, slope, logp, top1, top1_logp, entropy)]
         with torch.autocast(logits.device.type, enabled=False):
             grad = _gradient(LogitBlocks(logits, index[some]), columns)
-        grad = grad.view(logits.shape)
+        grad = grad.reshape(logits.shape)
         return None, grad, *[None] * (len(ctx.saved_tensors) - 1)
 
 
-def _gradient(blocks: LogitBlocks, columns: list[Tensor | None]) -> Tensor:
+def _gradient(blocks: LogitBlocks, columns: list[Any]) -> Tensor:
     """Return the gradient in the logits that `blocks` reads, in their type; `columns`, (N,) each, as `_gradient_` takes."""
     grad, buffer, step = torch.zeros_like(blocks.source), blocks.empty(blocks.rows), max(blocks.cached_rows, 1)
     for rows in blocks:

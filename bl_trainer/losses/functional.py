@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..head.lm_head import Head
+from ..head.lm_head import Head, whole
 from ..head.logits import objective_of_logits
 from ..head.ops import objective_head
 from ..objectives.objective import Objective
@@ -88,7 +88,8 @@ def as_loss(
         threshold: What `Threshold.parse` reads.
         progress: Share of training that is done, 0 to 1, or a function that returns it; for objectives that depend on it.
         micro_batches: For `normalize: kept`, the number of micro-batches whose losses are added in a step, or a function that
-            returns it: the accumulation steps, times the processes if the trainer adds losses over them.
+            returns it: the accumulation steps, times the processes if the trainer adds losses over them. Ignored under
+            `no_grad`, in evaluation.
 
     Raises:
         ValueError: On a wrong objective or threshold, or a percentile that is not measured. The function raises it on missing
@@ -122,7 +123,7 @@ def fused_objective(
 
     Args:
         hidden: (batch, length, H), where state t predicts the label at t + 1; or (N, H), where state i predicts label i.
-        lm_head_weight: (vocabulary, H).
+        lm_head_weight: (vocabulary, H). What FSDP2 shards is gathered, and its gradient is the mean over processes.
         labels: Token ids, (batch, length) unshifted or (N,); -100 is no target.
         objective: What `Objective.parse` reads. Parse it once: a name is read and checked at each call.
         threshold: What `Threshold.parse` reads.
@@ -144,7 +145,7 @@ def fused_objective(
     pricing.check_given(columns, COLUMNS, labels.shape)
     targets = Targets.of(labels.to(hidden.device))
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.index)
-    head = Head(lm_head_weight, bias, scale, softcap)
+    head = Head(whole(lm_head_weight), whole(bias), scale, softcap)
     costs = objective_head(states, head, targets.ids, pricing.pricer(), pricing.extras, targets.at(columns))
     if metrics is not None:
         metrics.add_costs(costs)

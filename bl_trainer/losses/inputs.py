@@ -22,7 +22,7 @@ class Targets(NamedTuple):
         """Find them in labels (batch, length), unshifted, or (N,), aligned with outputs."""
         following = labels if labels.ndim == 1 else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         index = (following != IGNORED).flatten().nonzero()[:, 0]
-        return cls(index, following.flatten()[index])
+        return cls(index, following.flatten()[index].long())
 
     def at(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the values of columns of the labels' shape at the targets."""
@@ -85,7 +85,7 @@ def read_targets(labels: Any, logp: Tensor, objective: Objective) -> tuple[Tenso
         )
     labels = labels.to(logp.device)
     if labels.dtype != torch.bool:
-        return labels, labels != IGNORED
+        return labels.long(), labels != IGNORED
     if "label" in objective.statistics:
         raise ValueError(f"Cannot price tokens: objective {objective.name!r} needs token ids, labels are a mask. Give ids.")
     return labels.long(), labels

@@ -81,6 +81,7 @@ class Pricing:
         """Return the loss to minimise; see `as_loss`."""
         total, counts = costs.cost.sum(), num_items is not None
         if self.threshold.normalize == "kept":
+            counts = counts and torch.is_grad_enabled()  # in evaluation losses are not added
             if counts and micro_batches is None:
                 raise ValueError(
                     "Cannot divide by kept tokens: the trainer accumulates micro-batches, and their number is not known. Give "

@@ -16,7 +16,7 @@ from .keys import DATACLASSES
 # What must be given stands outside of brackets
 USAGE = {
     "train": "--config RECIPE [--KEY VALUE ...]",
-    "diagnose": "--config RECIPE --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
+    "diagnose": "{--config RECIPE | --model NAME --data FILE} --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
     "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
     "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",

@@ -1,0 +1,106 @@
+"""What the diagnose verb takes: a recipe, or a model and its data; and its options."""
+
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .._util.process import is_first
+from ..errors import RecipeError
+from ..recipe.recipe import Recipe
+
+NAMED = {"model": "model_name_or_path", "data": "dataset_name"}  # options in place of a recipe -> its keys
+
+REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "probe.csv", "sweep.yaml", "figures")
+
+
+@dataclass
+class DiagnoseArguments:
+    """Options of the diagnose verb; on the command line only, so that the recipe stays the one to train."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Model folder or Hub name; with --data in place of a recipe, for users of other trainers."},
+    )
+    data: str | None = field(default=None, metadata={"help": "JSONL file, data folder or Hub name, in place of a recipe."})
+    report: str | None = field(default=None, metadata={"help": "Folder for the report."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a report that is there already."})
+    max_tokens: int = field(
+        default=500_000, metadata={"help": "Measure a random sample of about so many target tokens; 0 for all."}
+    )
+    by: str | None = field(default=None, metadata={"help": "Column of the data set to break the figures down by."})
+    percentiles: list[float] = field(
+        default_factory=list, metadata={"help": "Percentiles of p to report besides 1 to 99, e.g. 2.5 99.5."}
+    )
+    compare: str | None = field(
+        default=None, metadata={"help": "Checkpoint or adapter, to be compared with the recipe's model on the same tokens."}
+    )
+    probe: str | None = field(
+        default=None, metadata={"help": "Data set that was not trained on, for --compare to show forgetting."}
+    )
+    probe_steps: int = field(
+        default=0,
+        metadata={"help": "Steps of a LoRA adapter on half of the data, to tell knowledge from noise by the other half."},
+    )
+
+    def check(self) -> None:
+        """Raise RecipeError on a wrong value or a report folder that can't be written to."""
+        if not self.report:
+            raise RecipeError("`--report` is missing: the folder for the report. Write `--report out/diagnosis`.")
+        if self.max_tokens < 0:
+            raise RecipeError(f"`--max_tokens {self.max_tokens}` must not be negative; 0 measures the whole data set.")
+        for rank in self.percentiles:
+            if not 0 <= rank <= 100:
+                raise RecipeError(f"`--percentiles {rank:g}` must be between 0 and 100.")
+        if self.compare and not Path(self.compare).is_dir():
+            raise RecipeError(f"`--compare {self.compare}` is not a folder. Give a checkpoint's or an adapter's.")
+        if self.probe and not self.compare:
+            raise RecipeError("`--probe` does nothing without `--compare`. Give a checkpoint or an adapter to compare.")
+        if self.probe_steps < 0:
+            raise RecipeError(f"`--probe_steps {self.probe_steps}` must not be negative; 0 leaves the learnability probe out.")
+        if self.probe_steps and self.compare:
+            raise RecipeError("`--probe_steps` asks about the recipe's own model. Run it without `--compare`.")
+        folder = Path(self.report)
+        present = [name for name in REPORT_FILES if (folder / name).exists()]
+        if present and not self.overwrite:
+            raise RecipeError(f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`.")
+        if not is_first():
+            return  # the first process writes the report
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            for path in made:
+                path.rmdir()
+        except OSError as error:
+            why = "it is a file, not a folder" if folder.is_file() else error.strerror
+            raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
+
+
+def read_diagnosis(argv: list[str]) -> Recipe:
+    """Read `--config recipe.yaml`, or `--model M --data D.jsonl` in its place, and any options and recipe keys.
+
+    Without a recipe, on a machine without an accelerator, the model runs on the CPU in its own precision. Raises RecipeError.
+    """
+    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if given & NAMED.keys():
+        argv = _spelled_out(argv, given)
+    recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    recipe.options.check()
+    return recipe
+
+
+def _spelled_out(argv: list[str], given: set[str]) -> list[str]:
+    """Return the command line with the recipe keys that `--model` and `--data` mean."""
+    for other in sorted(given & {"config", *NAMED.values()}):
+        raise RecipeError(f"Cannot use `--{other}` with `--model` and `--data`: they take its place. Keep one or the other.")
+    for name, what in (("model", "the folder or Hub name of the model"), ("data", "a JSONL file, a folder or a Hub name")):
+        if name not in given:
+            raise RecipeError(f"`--{name}` is missing: {what}. Write `--model MODEL --data DATA.jsonl`.")
+    keys = [re.sub(rf"^--({'|'.join(NAMED)})(?==|$)", lambda match: f"--{NAMED[match[1]]}", arg) for arg in argv]
+    if not torch.accelerator.is_available() and not given & {"use_cpu", "bf16", "fp16"}:
+        keys += ["--use_cpu", "true", "--bf16", "false"]
+    return keys
