@@ -1,5 +1,6 @@
 """Train by axolotl's own entry, and record it: `python axolotl_run.py WORK double`."""
 
+import functools
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +20,22 @@ TINY = {
 }  # fmt: skip
 
 
+def on_cpu(loader: Any, place: Any) -> None:
+    """Have the model on the CPU, where axolotl gives each of several processes a GPU."""
+    loader.cfg.device_map = "cpu"
+    place(loader)
+
+
 def run(case: dict[str, Any], output: Path) -> None:
     from axolotl.cli.train import do_cli
-    from axolotl.loaders.model import ModelLoader
 
-    ModelLoader._set_device_map_config = lambda loader: loader.model_kwargs.update(device_map="cpu")  # on several, a GPU each
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump({**RECIPE, **TINY, "bl_trainer": case, "output_dir": str(output)}), encoding="utf-8")
     do_cli(str(config))
 
 
 if __name__ == "__main__":
+    from axolotl.loaders.model import ModelLoader
+
+    ModelLoader._set_device_map_config = functools.partialmethod(on_cpu, ModelLoader._set_device_map_config)
     record("axolotl", {name: version(name) for name in ("axolotl", "transformers", "torch")}, run)
