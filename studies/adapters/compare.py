@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from bl_trainer import BLConfig, BLTrainer
 
 TOLERANCE = {"double": 1e-9, "single": 1e-5}
+NOTHING = {"input_ids": [0, 0], "labels": [-100, -100]}
 IN_FLOAT32 = Qwen2RMSNorm.forward
 
 
@@ -42,10 +43,11 @@ class Gradients(TrainerCallback):
 
 def expected(model: Path, case: dict[str, Any], rows: list[list[dict[str, Any]]], dtype: str) -> list[dict[str, Tensor]]:
     """Return `BLTrainer`'s gradient of each step, whose rows are one batch."""
-    seen = Gradients()
+    seen, most = Gradients(), max(map(len, rows))
+    rows = [step + [NOTHING] * (most - len(step)) for step in rows]
     with tempfile.TemporaryDirectory() as output:
         args = BLConfig(
-            output_dir=output, max_steps=STEPS, per_device_train_batch_size=len(rows[0]), learning_rate=0.0, max_grad_norm=0.0,
+            output_dir=output, max_steps=STEPS, per_device_train_batch_size=most, learning_rate=0.0, max_grad_norm=0.0,
             use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_length=None, disable_tqdm=True,
             gradient_checkpointing=False, **case,
         )  # fmt: skip
@@ -68,7 +70,7 @@ def probabilities(model: Path, rows: list[dict[str, Any]]) -> Tensor:
     """Return the probability of each target token of `rows`, in float64."""
     network, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64), []
     for row in rows:
-        tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:], dtype=torch.long)
         logp = network(tokens).logits[0, :-1].log_softmax(-1)
         found.append(logp[torch.arange(len(labels)), labels.clamp(min=0)][labels != -100].exp().detach())
     return torch.cat(found)
@@ -92,7 +94,7 @@ def compare(work: Path, first: Path) -> bool:
             assert 0.1 < kept[0] < 0.9, kept
     versions = ", ".join(f"{package} {number}" for package, number in ranks[0]["versions"].items())
     numbers = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
-    print(f"{versions}; {dtype}, {processes} process(es): {numbers}")
+    print(f"{stack}: {versions}; {dtype}, {processes} process(es): {numbers}")
     assert near > 1e-5, f"a token is within {near} of a threshold: use another seed"
     return max(worst.values()) <= TOLERANCE[dtype]
 

@@ -1,4 +1,4 @@
-"""Train by LLaMA-Factory's own entry, and record it: `python llamafactory_run.py WORK double`."""
+"""Train by LLaMA-Factory's own entry, and record it: `python llamafactory_run.py WORK double [packed]`."""
 
 import sys
 from importlib.metadata import version
@@ -18,11 +18,18 @@ TINY = {
     "overwrite_cache": True, "overwrite_output_dir": True, "max_grad_norm": 0.0, "disable_gradient_checkpointing": True,
 }  # fmt: skip
 
+# Its mask, of an example each, is in float32
+PACKED = {"neat_packing": True, "cutoff_len": 400} if sys.argv[3:] == ["packed"] else {}
+
 
 def run(case: dict[str, Any], output: Path) -> None:
     own = {key: value for key, value in RECIPE.items() if key not in ("objective", "threshold")}
-    train({**own, **TINY, **case, "output_dir": str(output)})
+    train({**own, **TINY, **PACKED, **case, "output_dir": str(output)})
 
 
 if __name__ == "__main__":
-    record("llamafactory", {name: version(name) for name in ("llamafactory", "transformers", "torch")}, run)
+    record(
+        "llamafactory-packed" if PACKED else "llamafactory",
+        {name: version(name) for name in ("llamafactory", "transformers", "torch")},
+        run,
+    )

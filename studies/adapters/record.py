@@ -71,8 +71,12 @@ class Recorder:
         return original(trainer, batches, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        for tokens, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
-            self.rows[-1].append({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+        begins = inputs["position_ids"] == 0 if "position_ids" in inputs else torch.zeros_like(inputs["labels"])
+        for tokens, labels, begin in zip(inputs["input_ids"], inputs["labels"], begins, strict=True):
+            cuts = begin[1:].nonzero()[:, 0].add(1).tolist()  # a packed row is its examples
+            for first, last in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+                if last - first > 1:  # one token is padding: its position is 0, and nothing predicts it
+                    self.rows[-1].append({"input_ids": tokens[first:last].tolist(), "labels": labels[first:last].tolist()})
         return original(trainer, model, inputs, *args, **kwargs)
 
     def _keep(self, original: Callable[..., Any], handler: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,5 +13,6 @@ for stack in llamafactory axolotl swift; do
 	"$2/$stack/bin/python" -m torch.distributed.run --standalone --nproc-per-node 2 "$here/${stack}_run.py" "$work" double \
 		>"$work/$stack-2.log" 2>&1
 done
+"$2/llamafactory/bin/python" "$here/llamafactory_run.py" "$work" single packed >"$work/llamafactory-packed.log" 2>&1
 "$2/verl/bin/python" "$here/verl_check.py"
 "$1/python" "$here/compare.py" "$work"
