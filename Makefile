@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 ADAPTERS := .venv-adapters
-STACKS := llamafactory axolotl swift verl
+STACKS := llamafactory axolotl swift verl unsloth
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 SHARED := --numprocesses $(CORES) --dist worksteal
 

@@ -3,7 +3,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/../..:$here:$here/stubs" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 WANDB_MODE=disabled
-work=$2/work
+work=$(cd "$2" && pwd)/work
 rm -rf "$work"
 "$1/python" "$here/made.py" "$work"
 for stack in llamafactory axolotl swift; do
@@ -14,5 +14,6 @@ for stack in llamafactory axolotl swift; do
 		>"$work/$stack-2.log" 2>&1
 done
 "$2/llamafactory/bin/python" "$here/llamafactory_run.py" "$work" single packed >"$work/llamafactory-packed.log" 2>&1
+"$2/unsloth/bin/python" "$here/unsloth_run.py" "$work" single >"$work/unsloth.log" 2>&1
 "$2/verl/bin/python" "$here/verl_check.py"
 "$1/python" "$here/compare.py" "$work"
