@@ -102,6 +102,18 @@ def test_evaluation_reports_what_bltrainer_does(tokenizer, tmp_path):
     assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(1 - logs["eval_loss"])
 
 
+class Dividing(Trainer):
+    loss_is_scaled_for_ga = False  # its own loss is a micro-batch's mean
+
+
+def test_a_trainer_that_divides_by_its_micro_batches_does_not(tokenizer, tmp_path):
+    right, _ = expected(tokenizer, tmp_path, CASES["neg_p"])
+    trainer, seen = build(tokenizer, tmp_path, kind=Dividing)
+    attach(trainer, **CASES["neg_p"])
+    trainer.train()
+    assert relative_difference(seen.first, right[0]) < 1e-9
+
+
 class Other(Trainer):
     """Computes a loss of its own."""
 

@@ -24,8 +24,9 @@ def run(case: dict[str, Any], output: Path) -> None:
     )
     data = load_dataset("json", data_files=str(WORK / "chats.jsonl"), split="train")
     args = SFTConfig(
-        output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.0,
-        max_grad_norm=0.0, report_to="none", save_strategy="no", bf16=False, fp16=False, gradient_checkpointing=False,
+        output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", bf16=False, fp16=False,
+        gradient_checkpointing=False,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=data, args=args)
     attach(trainer, **case)
