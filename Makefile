@@ -14,7 +14,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint compatibility bench bench-head figures clean
+.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -112,6 +112,10 @@ bench-head: $(VENV)/weights
 	$(BIN)/python benchmarks/head.py --output benchmarks --shape qwen2.5-1.5b
 	$(BIN)/python scripts/quickstart.py prepare
 	$(BIN)/python benchmarks/accuracy.py --output benchmarks
+
+# Everything that is asked of a GPU, in under nine minutes, by the Python that has its torch; WHEELS=FOLDER of packages it lacks
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS))
 
 figures: $(VENV)/installed
 	$(BIN)/python tools/plot_weights.py

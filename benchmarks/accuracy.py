@@ -62,6 +62,36 @@ def gradients(
     return [gradient.double() for gradient in torch.autograd.grad(cost, (hidden, weight))], logp
 
 
+def measure(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, dict[str, list[float]]]:
+    """Return, by objective and arm, the errors in hidden states and weight, and how many tokens are on the wrong side."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, spec in OBJECTIVES.items():
+        objective = Objective.parse(spec)
+        exact, exact_logp = gradients(full, hidden.double(), weight.double(), target, objective)
+        found[name] = {}
+        for arm, function in ARMS.items():
+            grads, logp = gradients(function, hidden, weight, target, objective)
+            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True)]
+            flips = int(((logp.double().exp() >= EDGE) != (exact_logp.exp() >= EDGE)).sum())
+            found[name][arm] = [*errors, flips]
+    return found
+
+
+def states(checkpoint: str, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden states of a checkpoint on `ids`, (1, length), the weight of its head, and the targets."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(ids.device)
+    with torch.no_grad():
+        hidden = model.base_model(ids).last_hidden_state[0, :-1]
+    return hidden, model.get_output_embeddings().weight.detach(), ids[0, 1:]
+
+
+def read_ids(checkpoint: str, text: Path, tokens: int, device: str) -> Tensor:
+    """Return the first tokens of a text, and the one that follows them."""
+    return (
+        AutoTokenizer.from_pretrained(checkpoint)(text.read_text(), return_tensors="pt").input_ids[:, : tokens + 1].to(device)
+    )
+
+
 def main() -> None:
     """Measure, print a Markdown table, and write it to `--output`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -71,8 +101,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, help="a folder for accuracy-DEVICE.md and .json")
     options = parser.parse_args()
-    ids = AutoTokenizer.from_pretrained(options.model)(options.text.read_text(), return_tensors="pt").input_ids
-    ids = ids[:, : options.tokens + 1].to(options.device)
+    ids = read_ids(options.model, options.text, options.tokens, options.device)
     lines = [
         f"{Path(options.model).name} on {ids.shape[1] - 1} tokens of {options.text.name}, {options.device}; torch "
         f"{version('torch')}, trl {version('trl')}. In each cell: relative error of the gradient in hidden states, in the "
@@ -83,20 +112,10 @@ def main() -> None:
     ]
     record: dict[str, list[float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
-        with torch.no_grad():
-            hidden = model.base_model(ids).last_hidden_state[0, :-1]
-        weight, target = model.get_output_embeddings().weight.detach(), ids[0, 1:]
-        for name, spec in OBJECTIVES.items():
-            objective = Objective.parse(spec)
-            exact, exact_logp = gradients(full, hidden.double(), weight.double(), target, objective)
-            cells = []
-            for arm, function in ARMS.items():
-                found, logp = gradients(function, hidden, weight, target, objective)
-                errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
-                flips = int(((logp.double().exp() >= EDGE) != (exact_logp.exp() >= EDGE)).sum())
-                record[f"{dtype}, {name}, {arm}"] = [*errors, flips]
-                cells.append(f"{errors[0]:.1e}, {errors[1]:.1e}; {flips}")
+        hidden, weight, target = states(options.model, ids, dtype)
+        for name, found in measure(hidden, weight, target).items():
+            record |= {f"{dtype}, {name}, {arm}": figures for arm, figures in found.items()}
+            cells = [f"{in_hidden:.1e}, {in_weight:.1e}; {flips}" for in_hidden, in_weight, flips in found.values()]
             lines.append(f"| {str(dtype).removeprefix('torch.')} | {name} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     if options.output:

@@ -1,17 +1,21 @@
 """What the benchmarks share: options, peak memory, and the table of medians and ratios."""
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Results = dict[str, dict[str, dict[str, list[float]]]]  # what was measured -> arm -> "seconds", "megabytes" -> a figure a round
+Figures = dict[str, dict[str, list[float]]]  # arm -> "seconds", "megabytes" -> a figure a round
+Results = dict[str, Figures]  # what was measured -> its figures
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
@@ -22,7 +26,8 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """Compute as the train verb does, with all cores."""
+    """Compute as the train verb does, with all cores; collect what is made from now on only."""
+    gc.freeze()
     if options.device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_flush_denormal(True)
@@ -40,6 +45,50 @@ def peak_memory(device: str, reset: bool = False) -> float:
     return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1e3
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    prepare: Callable[[str], Any] = lambda arm: None,
+    slow: float = float("inf"),
+) -> Figures:
+    """Run all arms round by round, in rotating order; the first round warms up.
+
+    `prepare(arm)` comes before each run, outside of its time. An arm that takes more than `slow` times as long as the first
+    gets one round.
+    """
+    names = list(runs)
+    figures: Figures = {name: {"seconds": [], "megabytes": []} for name in names}
+    for round_ in range(rounds + 1):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, megabytes = figures[name].values()
+            if round_ > 1 and seconds[0] > slow * figures[names[0]]["seconds"][0]:
+                continue
+            prepare(name)
+            gc.collect()
+            peak_memory(device, reset=True)
+            synchronize(device)
+            start = time.perf_counter()
+            runs[name]()
+            synchronize(device)
+            if round_:
+                seconds.append(time.perf_counter() - start)
+                megabytes.append(peak_memory(device))
+    return figures
+
+
+def ratio(figures: Figures, arm: str, base: str, unit: str = "seconds") -> float:
+    """Return the median of the rounds' ratios of an arm to the arm `base`."""
+    pairs = zip(figures[arm][unit], figures[base][unit], strict=False)  # a slow arm has one round
+    return statistics.median(a / b for a, b in pairs)
+
+
 def report(name: str, results: Results, base: str, label: str, digits: int, options: argparse.Namespace) -> None:
     """Print a table of medians and of medians of each round's ratios to the arm `base`, and write it to `options.output`."""
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
@@ -55,8 +104,7 @@ def report(name: str, results: Results, base: str, label: str, digits: int, opti
         cells = []
         for result in results.values():
             for unit, places in (("seconds", 2), ("megabytes", 0)):
-                ratios: list[Any] = [a / b for a, b in zip(result[arm][unit], result[base][unit], strict=True)]
-                cells += [f"{statistics.median(result[arm][unit]):.{places}f}", f"{statistics.median(ratios):.{digits}f}"]
+                cells += [f"{statistics.median(result[arm][unit]):.{places}f}", f"{ratio(result, arm, base, unit):.{digits}f}"]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     if options.output:

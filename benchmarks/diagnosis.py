@@ -6,54 +6,38 @@ a LoRA training step. Reported are medians, and medians of each round's ratios t
 """
 
 import argparse
-import gc
 import random
 import tempfile
-import time
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
-from bl_trainer import BLConfig, BLTrainer
+from bl_trainer import BLTrainer
 from bl_trainer.measurement.forward import score_batch
 from bl_trainer.measurement.results import Measurement
 from bl_trainer.tokens.annotation import token_batch
 from bl_trainer.tokens.collators import Collator
-from common import add_options, peak_memory, report, set_up
-from step import SHAPES
+from common import Figures, add_options, interleave, report, set_up
+from step import SHAPES, make_model, make_trainer
 
 ARMS = ("forward pass", "diagnosis", "LoRA training step")
 
 
-def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Return {arm: {"seconds": [...], "megabytes": [...]}}, a figure a round; `targets`: share of tokens that train."""
-    torch.manual_seed(0)
+def measure(targets: float, options: argparse.Namespace) -> Figures:
+    """Return the figures of all arms; `targets`: share of tokens that train."""
     rng = random.Random(0)
-    model_class, config_class, sizes = SHAPES[options.shape]
-    plain = model_class(config_class(**sizes)).to(options.device, getattr(torch, options.dtype))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
+    plain = make_model(options.shape, options.device, options.dtype)
     rows: list[dict[str, Any]] = []
     for row in range(options.batch):
-        ids = [rng.randrange(10, sizes["vocab_size"]) for _ in range(options.length)]
+        ids = [rng.randrange(10, SHAPES[options.shape].vocab_size) for _ in range(options.length)]
         prompt = round((1 - targets) * options.length)
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "bl_row": row, "bl_template": [0] * len(ids)})
     data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    megabytes: dict[str, list[float]] = {name: [] for name in ARMS}
     with tempfile.TemporaryDirectory() as folder:
-        args = BLConfig(
-            output_dir=folder, bf16=False, use_cpu=options.device == "cpu", report_to="none", gradient_checkpointing=False
-        )
         model: Any = get_peft_model(plain, LoraConfig(r=16, target_modules="all-linear"))
-        trainer = BLTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        trainer = make_trainer(BLTrainer, model, data, folder, options.device, {})
         trainer.current_gradient_accumulation_steps = 1
         collate = Collator(trainer.data_collator, None, False)
         measurement = Measurement([1], [0, 1])
@@ -73,24 +57,15 @@ def measure(targets: float, options: argparse.Namespace) -> dict[str, dict[str, 
             model.zero_grad(set_to_none=True)
             trainer.training_step(model, dict(batch), (batch["labels"][:, 1:] != -100).sum())
 
-        for round_ in range(options.rounds + 1):  # the first warms up
-            for name, run in random.Random(round_).sample(list(zip(ARMS, (forward, diagnose, train), strict=True)), 3):
-                # without the adapter in the way, as diagnosis measures the base model
-                if name != "LoRA training step":
-                    model.base_model.disable_adapter_layers()
-                    model.eval()
-                gc.collect()
-                peak_memory(options.device, reset=True)
-                start = time.perf_counter()
-                run()
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                if round_:
-                    seconds[name].append(time.perf_counter() - start)
-                    megabytes[name].append(peak_memory(options.device))
-                model.zero_grad(set_to_none=True)
+        def prepare(arm: str) -> None:
+            model.zero_grad(set_to_none=True)
+            if arm == "LoRA training step":
                 model.base_model.enable_adapter_layers()
-    return {name: {"seconds": seconds[name], "megabytes": megabytes[name]} for name in ARMS}
+            else:  # without the adapter in the way, as diagnosis measures the base model
+                model.base_model.disable_adapter_layers()
+                model.eval()
+
+        return interleave(dict(zip(ARMS, (forward, diagnose, train), strict=True)), options.rounds, options.device, prepare)
 
 
 def main() -> None:

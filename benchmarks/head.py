@@ -1,19 +1,19 @@
 """Time and peak memory of loss heads, forward and backward: ours, TRL's, full logits, torch's, and the bare products.
 
 `python benchmarks/head.py --help`. All heads get the same random hidden states, weight and targets. Times are interleaved in
-one process, memory is taken in a process for each; reported are medians, and medians of each round's ratios to the bare
+one process, a CPU's memory is taken in a process for each; reported are medians, and medians of each round's ratios to the bare
 products, which any exact gradient needs: three of (tokens, vocabulary, hidden size), two with a frozen head.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,17 @@ from bl_trainer.head.ops import objective_head
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
 from bl_trainer.objectives.threshold import Threshold
-from common import peak_memory, set_up
+from common import Figures, interleave, peak_memory, ratio, set_up
 
 SLOW = 5  # times the bare products: a head that takes longer gets one round
-SHAPES = {"smollm2-135m": (49152, 576), "qwen2.5-0.5b": (151936, 896), "qwen2.5-1.5b": (151936, 1536)}
+SHAPES = {
+    "smollm2-135m": (49152, 576),
+    "qwen2.5-0.5b": (151936, 896),
+    "qwen2.5-1.5b": (151936, 1536),
+    "qwen3-8b": (151936, 4096),
+    "llama-3.1-8b": (128256, 4096),
+    "tiny": (1003, 32),
+}
 # what is trained, share of targets that are ignored, threshold
 CASES = {
     "full": (True, 0.0, Threshold()),
@@ -80,13 +87,34 @@ def torchs(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold)
     F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options).backward()
 
 
-ARMS: dict[str, Callable[..., None]] = {
-    "products": products,
-    "ours": ours,
-    "TRL": trl,
-    "full logits": naive,
-    "torch nll": torchs,
-}
+def liger(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """Liger's fused linear cross entropy, which is -log p on all targets too."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    liger_fused_linear_cross_entropy(hidden, weight, target, reduction="sum").backward()
+
+
+def quack(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """QuACK's chunked linear cross entropy, which is -log p on all targets too."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    chunked_linear_cross_entropy(hidden, weight, target, reduction="sum").backward()
+
+
+def cce(hidden: Tensor, weight: Tensor, target: Tensor, threshold: Threshold) -> None:
+    """Apple's cut cross entropy, which is -log p on all targets too."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    linear_cross_entropy(hidden, weight, target, reduction="sum").backward()
+
+
+ARMS: dict[str, Callable[..., None]] = {"products": products, "ours": ours, "TRL": trl, "full logits": naive}
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+    ARMS["torch nll"] = torchs
+if torch.cuda.is_available() and find_spec("liger_kernel") is not None:
+    ARMS["Liger nll"] = liger
+# Heads that compile for minutes, by their packages
+OTHERS = {"quack": ("QuACK nll", quack), "cut_cross_entropy": ("CCE nll", cce)}
 
 
 def make(shape: str, case: str, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Threshold]:
@@ -107,24 +135,37 @@ def make(shape: str, case: str, options: argparse.Namespace) -> tuple[Tensor, Te
     return hidden, weight, target, threshold
 
 
-def run(arm: str, inputs: tuple[Any, ...], device: str) -> float:
-    """Run a head once and return the seconds it took."""
+def measure(
+    shape: str, case: str, options: argparse.Namespace, arms: Mapping[str, Callable[..., None]] = ARMS
+) -> tuple[Figures, dict[str, str]]:
+    """Return figures of the arms that run, memory being what is allocated beyond the inputs, and why others don't."""
+    inputs = make(shape, case, options)
+    before, errors = peak_memory(options.device, reset=True), {}
+    runs = {arm: partial(function, *inputs) for arm, function in arms.items()}
+    for arm in runs.keys() - {"products", "ours"}:
+        try:
+            runs[arm]()
+        except Exception as error:  # of others' code, which may not suit the device
+            errors[arm] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            runs.pop(arm)
+    figures = interleave(runs, options.rounds, options.device, lambda arm: clear(inputs), slow=SLOW)
+    for found in figures.values():
+        found["megabytes"] = [megabytes - before for megabytes in found["megabytes"]]
+    return figures, errors
+
+
+def clear(inputs: tuple[Any, ...]) -> None:
+    """Drop the gradients of the last run."""
     for tensor in inputs[:2]:
         tensor.grad = None
-    start = time.perf_counter()
-    ARMS[arm](*inputs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak(arm: str, case: str, options: argparse.Namespace, result: Any) -> None:
     """Put the peak of one run beyond the inputs, in MB, into the queue `result`."""
     set_up(options)
     inputs = make(options.shape, case, options)
-    peak_memory(options.device, reset=True)
-    before = peak_memory(options.device)
-    run(arm, inputs, options.device)
+    before = peak_memory(options.device, reset=True)
+    ARMS[arm](*inputs)
     result.put(peak_memory(options.device) - before)
 
 
@@ -152,18 +193,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a folder for head-SHAPE-DEVICE-DTYPE.json and .md")
     options = parser.parse_args()
     set_up(options)
-    results: dict[str, Any] = {}
+    results: dict[str, Figures] = {}
     for case in options.case or CASES:
-        inputs = make(options.shape, case, options)
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for round_, arm in itertools.product(range(options.rounds + 1), ARMS):
-            if round_ > 1 and seconds[arm][0] > SLOW * seconds["products"][0]:
-                continue
-            taken = run(arm, inputs, options.device)
-            if round_:
-                seconds[arm].append(taken)
-        del inputs
-        results[case] = {arm: {"seconds": seconds[arm], "megabytes": memory(arm, case, options)} for arm in ARMS}
+        results[case], errors = measure(options.shape, case, options)
+        for arm, reason in errors.items():
+            print(f"{case}, {arm}: {reason}")
+        if options.device == "cpu":
+            for arm, found in results[case].items():
+                found["megabytes"] = [memory(arm, case, options)]
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
     vocabulary, size = SHAPES[options.shape]
     lines = [
@@ -176,11 +213,11 @@ def main() -> None:
         "|---|---" + "|---" * (len(ARMS) - 1) + "|",
     ]
     for case, result in results.items():
-        base = result["products"]["seconds"]
-        cells = [f"{statistics.median(base):.2f}"]
+        cells = [f"{statistics.median(result['products']['seconds']):.2f}"]
         for arm in list(ARMS)[1:]:
-            ratios = [a / b for a, b in zip(result[arm]["seconds"], base, strict=False)]
-            cells.append(f"{statistics.median(ratios):.2f}, {result[arm]['megabytes']:.0f} MB")
+            known = arm in result
+            megabytes = statistics.median(result[arm]["megabytes"]) if known else 0
+            cells.append(f"{ratio(result, arm, 'products'):.2f}, {megabytes:.0f} MB" if known else "-")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     if options.output:

@@ -6,47 +6,48 @@ and backward, without the optimizer, which is the same for all.
 """
 
 import argparse
-import gc
 import tempfile
-import time
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
-from common import Results, add_options, peak_memory, report, set_up
+from common import Figures, Results, add_options, interleave, report, set_up
 
-SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "smollm2-135m": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
+SHAPES: dict[str, Any] = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
     ),
-    "qwen2.5-1.5b": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        {
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
+    "qwen2.5-1.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=1003,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
 }
 
@@ -73,56 +74,52 @@ ARMS: dict[str, tuple[type[SFTTrainer], dict[str, Any]]] = {
 }
 
 
-def measure(shape: str, lora: bool, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Return {arm: {"seconds": [...], "megabytes": [...]}}, a figure a round, for one model."""
+def make_model(shape: str, device: str, dtype: str) -> Any:
+    """Return a randomly initialised model."""
     torch.manual_seed(0)
-    model_class, config_class, sizes = SHAPES[shape]
-    dtype = getattr(torch, options.dtype)
-    model = model_class(config_class(**sizes)).to(options.device, dtype)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[shape], dtype=getattr(torch, dtype))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that no text is given to."""
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_trainer(
+    trainer_class: type[SFTTrainer],
+    model: Any,
+    data: Dataset,
+    folder: str,
+    device: str,
+    keys: Mapping[str, Any],
+    lora: LoraConfig | None = None,
+) -> Any:
+    """Return a trainer with the settings `keys`."""
+    defaults = {"bf16": False, "use_cpu": device == "cpu", "report_to": "none", "gradient_checkpointing": False}
+    args_class = BLConfig if issubclass(trainer_class, BLTrainer) else SFTConfig
+    args = args_class(output_dir=folder, **{**defaults, **keys})
+    return trainer_class(model=model, args=args, train_dataset=data, processing_class=make_tokenizer(), peft_config=lora)
+
+
+def measure(shape: str, lora: bool, options: argparse.Namespace) -> Figures:
+    """Return the figures of all arms for one model."""
+    model = make_model(shape, options.device, options.dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    vocab_size = sizes["vocab_size"]
-    ids = torch.randint(10, vocab_size, (options.batch, options.length), device=options.device)
+    ids = torch.randint(10, SHAPES[shape].vocab_size, (options.batch, options.length), device=options.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
     data = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]], "bl_template": [[0, 0]]})
     num_items = torch.tensor(ids[:, 1:].numel(), device=options.device)
-    trainers = {}
+    runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (trainer_class, keys) in ARMS.items():
-            args_class = BLConfig if issubclass(trainer_class, BLTrainer) else SFTConfig
-            args = args_class(
-                output_dir=folder,
-                bf16=False,
-                use_cpu=options.device == "cpu",
-                report_to="none",
-                gradient_checkpointing=False,
-                **keys,
-            )
-            trainers[name] = trainer_class(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-            trainers[name].current_gradient_accumulation_steps = 1
-            trainers[name].state.max_steps, trainers[name].state.global_step = 4, 3  # where schedules have left their start
-        times: dict[str, list[float]] = {name: [] for name in trainers}
-        peaks: dict[str, list[float]] = {name: [] for name in trainers}
-        names = list(trainers)
-        for round_ in range(options.rounds + 1):  # the first warms up
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                trainer = trainers[name]
-                model.zero_grad(set_to_none=True)
-                gc.collect()
-                peak_memory(options.device, reset=True)
-                start = time.perf_counter()
-                trainer.training_step(model, dict(batch), num_items)
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                if round_:
-                    times[name].append(time.perf_counter() - start)
-                    peaks[name].append(peak_memory(options.device))
-    return {name: {"seconds": times[name], "megabytes": peaks[name]} for name in trainers}
+            trainer = make_trainer(trainer_class, model, data, folder, options.device, keys)
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.state.max_steps, trainer.state.global_step = 4, 3  # where schedules have left their start
+            runs[name] = partial(lambda trainer: trainer.training_step(model, dict(batch), num_items), trainer)
+        return interleave(runs, options.rounds, options.device, lambda arm: model.zero_grad(set_to_none=True))
 
 
 def main(name: str = "step", base: str = "TRL nll") -> tuple[Results, argparse.Namespace]:

@@ -155,7 +155,7 @@ def sweep(argv: list[str]) -> None:
     try:
         run(argv)
     except KeyboardInterrupt:
-        print("\nStopped, with its arms. The same command goes on from there.", file=sys.stderr)
+        print("\nStopped, with all its runs. The same command resumes them.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)

@@ -29,7 +29,7 @@ from transformers import (
 from trl.models import get_act_offloading_ctx_manager
 
 disable_progress_bars()
-torch.set_num_threads(1)  # tiny models gain nothing from more
+torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))  # tiny models gain nothing from more
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def run(recipe, log, fault=None, where=None, number=1):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
     sys.stdout.reconfigure(line_buffering=True)
     if fault is not None:
         put_in(fault, where, number, Path(recipe).parent / "out")
@@ -85,5 +85,5 @@ if __name__ == "__main__":  # under a launcher: the fault is that of one rank
     name, where, number, rank = sys.argv[2:6]
     if os.environ["RANK"] == rank:
         put_in({"kill": kill, "terminate": terminate}[name], where, int(number), None)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
     main(["train", "--config", sys.argv[1]])

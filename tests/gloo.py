@@ -1,5 +1,6 @@
 """What `test_launchers.py` launches: the verbs, with CPUs and gloo where accelerate wants GPUs, on which alone it shards."""
 
+import importlib
 import os
 import signal
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import deepspeed.comm.torch
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -54,7 +54,8 @@ def attend_over_devices(seq_dim, mesh):
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        deepspeed.comm.torch.build_shm_op = lambda: None  # compiled on first use, and gloo serves
+        # Compiled on first use, and gloo serves. `deepspeed.comm.torch` is torch itself
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         _attention._enable_context_parallel_dispatcher_impl = attend_over_devices
         _attention._disable_context_parallel_dispatcher_impl = lambda: setattr(F, ATTEND.__name__, ATTEND)
     if sys.argv[1] == "train":

@@ -18,7 +18,7 @@ def gradient(model, ids):
         return objective_head(hidden, head, target, lambda statistics: price(objective, Threshold(), statistics))
 
     add_scoring(model)
-    return lambda: model(input_ids=ids, labels=ids, use=use)[0].cost.sum().backward()
+    return lambda: model(input_ids=ids, labels=ids, use=use).found.cost.sum().backward()
 
 
 def errors(tokenizer):

@@ -1,10 +1,11 @@
-"""A sweep with arms that are quick: python sweeping.py FOLDER [STORAGE]; its arms' commands are this file too.
+"""A sweep with arms that are quick, in a process that was forked; its arms' commands are this file.
 
 The study, its storage, the processes, their guards, checkpoints and kills are real; what an arm computes is not.
 """
 
 import csv
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -94,10 +95,16 @@ def sweep(folder, storage):
     write_leaderboard(judge(plan, own, failures(kept)), own, "accelerate launch")
 
 
+def forked(log, folder, storage=None):
+    """Sweep in a process that was forked, with its output in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sweep(folder, storage)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         train(yaml.safe_load(Path(sys.argv[3]).read_text()))
     elif sys.argv[1] == "measure":
         measure(Path(sys.argv[2]) / "model", Path(sys.argv[2]) / "held_out")
-    else:
-        sweep(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

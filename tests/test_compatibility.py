@@ -117,8 +117,8 @@ ROWS = {
 }
 # Experts' grouped products, 4-bit weights and autocast have no float64; all else is compared in it
 TOLERANCE = {"mixture_of_experts": 1e-4, "bf16": 0.02, "qlora_trained_head": 0.02, "qlora": 2**-9}
-# By TRL's head, by the scale of the noise
-PARTLY_FLOAT32 = dict.fromkeys(("vision_language", "qwen3_vl", "qwen3_5", "gemma4", "neftune"), 1e-5)
+# By the scale of the noise
+PARTLY_FLOAT32 = {"neftune": 1e-5}
 OUTCOMES = {}
 ALL_CELLS = bool(os.environ.get("UPDATE_README"))  # `make compatibility`
 

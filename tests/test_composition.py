@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.diagnosis.continuum import objective_name
@@ -15,6 +16,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.objectives.composition import Schedule, spell
 from bl_trainer.objectives.pricing import masked_cost, price
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.columns import check_weights
 from conftest import gap_near, make_double, write_recipe
 from test_trainer import first_gradient
 from ways import Gradients, Ordered, build, relative_difference, train, weights
@@ -515,7 +517,7 @@ def begins_at_once(logp, progress):
 
 @pytest.mark.parametrize(("spec", "message"), BAD, ids=[str(spec) for spec, _ in BAD])
 def test_a_wrong_composition_says_what_to_write(spec, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(RecipeError, match=re.escape(message)):
         Objective.parse(spec)
 
 
@@ -692,6 +694,38 @@ def test_weights_of_tokens_are_cut_with_them(truncation_mode, tokenizer, tmp_pat
     assert torch.equal(whole, short)
 
 
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [
+        (None, False),
+        (-1.0, False),
+        (math.nan, False),
+        (math.inf, True),
+        (True, False),
+        ("1", False),
+        ([], True),
+        ([1.0, None], True),
+        ([1.0, -1.0], True),
+        ([1.0, 2.0], False),
+    ],
+    ids=str,
+)
+def test_the_row_of_a_wrong_weight_is_found_in_any_batch(value, tokens):
+    good = [1.0] if isinstance(value, list) else value if isinstance(value, (str, bool)) else 1
+    columns = {"input_ids": [[5]] * 2100} if tokens else {"text": ["a"] * 2100}
+    given = [good] * 1500 + [value] + [good] * 599
+    row = 0 if isinstance(value, (str, bool)) or (isinstance(value, list) and not tokens) else 1500
+    with pytest.raises(RecipeError, match=f"`objective_weight` of row {row} of the train set, counted from 0, is"):
+        check_weights(Dataset.from_dict({**columns, "objective_weight": given}), "train")
+
+
+def test_right_weights_are_read_in_batches(monkeypatch):
+    monkeypatch.setattr("bl_trainer.tokens.columns._check_weight", lambda *args: pytest.fail("row by row"))
+    for given in ([0, 1, 2], [0.0, 0.5, 1e9], [[0.5], [1.0, 2.0], [0.0]]):
+        data = Dataset.from_dict({"input_ids": [[5], [5, 6], [7]], "objective_weight": given})
+        assert check_weights(data, "train") is data
+
+
 def test_a_row_of_text_has_one_weight(tokenizer, text_data, tmp_path):
     data = text_data.select(range(2)).add_column("objective_weight", [[1.0, 2.0], [1.0]])
     with pytest.raises(RecipeError, match=r"row 0 of the train set, counted from 0, is \[1.0, 2.0\]: it must be a number"):
@@ -705,3 +739,18 @@ def test_weights_that_are_all_zero_are_told(tokenizer, text_data, tmp_path, monk
         train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [weight] * len(text_data)), tmp_path)
         assert len(said) == warned
     assert said[0].startswith("Nothing trains: since the last log every target token had the weight 0")
+
+
+@pytest.mark.parametrize("head", ["trl", "auto"])
+def test_weights_of_tokens_stand_beside_them_after_virtual_tokens(head, tokenizer, tmp_path):
+    """Which predict the first token: what trains on tokens one by one adds up to what trains on all."""
+    ids = tokenizer("a question")["input_ids"]
+    chosen = [[float(i == j) for i in range(len(ids))] for j in range(len(ids))]
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids, "objective_weight": weight} for weight in chosen])
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, peft_config=peft_config, loss_head=head)
+    found = [trainer.objective_loss(trainer.model, trainer.data_collator([row]), 0.0) for row in trainer.train_dataset]
+    for j, each in enumerate(found):
+        assert each.cost[0].nonzero().flatten().tolist() == [each.cost.shape[1] - len(ids) + j]
+    whole = torch.stack([each.cost for each in found]).sum(0)
+    torch.testing.assert_close(whole[0, -len(ids) :], -found[0].logp[0, -len(ids) :])

@@ -555,6 +555,14 @@ def test_arms_run_where_the_recipe_chooses_by_loss(checkpoint, tmp_path):
         Recipe.read(["--config", str(write_recipe(tmp_path, checkpoint, data, **options, **arm))])
 
 
+def test_a_schedule_that_waits_for_evaluations_is_training_s_alone(checkpoint, tmp_path):
+    data = save(rows_of("pairs", 12), tmp_path / "data")
+    save(rows_of("pairs", 4, seed=4), tmp_path / "data", "test")
+    keys = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 3}, "eval_strategy": "epoch"}
+    plain, changed = (diagnosed(tmp_path, checkpoint, data, **each) for each in ({}, keys))
+    assert changed.to_json()["total"] == plain.to_json()["total"]
+
+
 def test_threshold_that_keeps_nothing_does_not_lose_the_report(checkpoint, tmp_path):
     data = save(rows_of("pairs"), tmp_path / "data")
     report = diagnosis(tmp_path, checkpoint, data, threshold={"above_percentile": 90, "below": 1e-6}).run()
@@ -993,7 +1001,7 @@ def test_percentile_of_a_streamed_set(tokenizer, tmp_path):
     ids=str,
 )
 def test_wrong_percentiles(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         Threshold.parse(spec)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -27,12 +26,9 @@ from bl_trainer.training.checkpoints import MANIFEST_FILE, why_broken
 from bl_trainer.training.record import Curve, MetricsLog
 from bl_trainer.training.resume import planned_resume, refuse_lost_epoch
 from conftest import make_llama, write_recipe
+from forking import SERVER
 from test_processes import SCRIPT, TESTS, launch, launcher
 from test_trainer import Ordered, build, train, weights
-
-# Its server imports the libraries once, and computes nothing, so that forks of it are sound
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bl_trainer.recipe", "transformers.models.llama.modeling_llama"])
 
 
 def start(recipe, *fault):
@@ -365,7 +361,7 @@ def test_a_checkpoint_that_is_written_anew_has_no_old_manifest(tokenizer, text_d
     train(Ordered, tokenizer, text_data, tmp_path, **options)
     folder = tmp_path / "out" / "checkpoint-1"
     assert (folder / MANIFEST_FILE).exists()
-    monkeypatch.setattr("bl_trainer.training.trainer.write_manifest", lambda checkpoint: None)
+    monkeypatch.setattr("bl_trainer.training.checkpoints.write_manifest", lambda checkpoint: None)
     train(Ordered, tokenizer, text_data, tmp_path, **options)
     assert not (folder / MANIFEST_FILE).exists()
     assert why_broken(folder) is None

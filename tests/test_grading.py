@@ -7,7 +7,7 @@ from datasets import Dataset
 
 pytest.importorskip("math_verify")
 from bl_trainer.errors import RecipeError
-from bl_trainer.evaluation.grading import grade_math, letter, letters, math, math_docs, prose, values
+from bl_trainer.evaluation.grading import exam, grade_math, letter, letters, math, math_docs, prose, values
 
 try:
     from re import _parser as parser
@@ -229,6 +229,32 @@ LETTERS = [
     ("A. Ibuprofen: wrong. B. Bed rest: wrong. C. Cortisone: correct. D. Dialysis: wrong.", "C"),
     ("A. Ibuprofen - incorrect\nB. Bed rest - correct\nC. Cortisone - incorrect\nD. Dialysis - incorrect", "B"),
     ("A: wrong. B: wrong.", None),
+    # said after the letter, or under a heading of its own
+    ("D it is.", "D"),
+    ("So B it is, then.", "B"),
+    ("Is it D? D it is!", "D"),
+    ("D, final answer.", "D"),
+    ("A: no. B: no. C it is.", "C"),
+    ("Not D. B it is", "B"),
+    ("D it is not.", None),
+    ("D it is?", None),
+    ("If A it is, then", None),
+    ("Some say D it is.", None),
+    ("Final: B", "B"),
+    ("FINAL: c", "C"),
+    ("Final - B", "B"),
+    ("Verdict: **B**", "B"),
+    ("My vote: C", "C"),
+    ("Correct: C", "C"),
+    ("Incorrect: C", None),
+    ("Final: B or C", None),
+    ("Final: B?", None),
+    ("Final: A patient dies", None),
+    ("Final candidates: B", None),
+    ("Solution: B is wrong", None),
+    ("Definitely D.", "D"),
+    ("Must be D.", "D"),
+    ("Definitely not D.", None),
     ("A (wrong), B (wrong), C (right)", "C"),
     ("A: Wrong because it bleeds. B: Right because of rest.", "B"),
     ("The dose is \\boxed{40 ml}.\n\nThe answer is C.", "C"),
@@ -629,7 +655,8 @@ def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypa
     steps = []
     for length in (8000, 16000, 32000):
         counting = Counting()
-        monkeypatch.setattr(letters, "re", counting)
+        for module in (letters, exam):
+            monkeypatch.setattr(module, "re", counting)
         letter((loop * length)[:length], CHOICES)
         assert all(map(is_bounded, counting.patterns)), counting.patterns
         steps.append(counting.characters / length)
@@ -638,7 +665,7 @@ def test_reading_a_letter_takes_steps_in_proportion_to_the_answer(loop, monkeypa
 
 
 def test_patterns_over_whole_answers_are_bounded():
-    for pattern in (math.BRACE, prose.STATED, letters.MARK):
+    for pattern in (math.BRACE, prose.STATED, exam.MARK):
         assert is_bounded(pattern)
     assert not is_bounded(r"a.*b")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -15,7 +15,8 @@ from trl import SFTTrainer
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
-from bl_trainer.tokens.labels import check_ids, check_labels
+from bl_trainer.tokens.idle import check_labels
+from bl_trainer.tokens.labels import _count_blank, check_ids
 from bl_trainer.tokens.layouts import arrange
 from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
 from conftest import make_llama, write_recipe
@@ -309,7 +310,7 @@ def test_a_mask_of_unknown_sense_is_not_to_be_renamed(mask):
 )
 def test_a_column_of_weights_without_effect_is_told_of(row, is_told, monkeypatch):
     said = []
-    monkeypatch.setattr("bl_trainer.tokens.labels.warn_once", said.append)
+    monkeypatch.setattr("bl_trainer.tokens.idle.warn_once", said.append)
     checked(row, TEXT)
     assert is_told == any(
         "of the train set has no effect. To weight rows, rename it to `objective_weight`" in each for each in said
@@ -334,6 +335,33 @@ def test_rows_that_do_not_train_are_counted(tokenizer, tmp_path, monkeypatch):
     assert not said
 
 
+PACKED = [
+    ({"packing": True}, ["3 of 8 rows of the train set do not train: `max_length: 16` cuts their targets off, or"]),
+    ({"packing": True, "packing_strategy": "bfd_split"}, []),
+    ({"packing": True, "packing_strategy": "wrapped"}, []),
+]
+
+
+@pytest.mark.parametrize(("options", "messages"), PACKED, ids=str)
+def test_rows_that_do_not_train_are_counted_in_packed_sets(options, messages, tokenizer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.labels.warn_once", said.append)
+    long = {"prompt": "a" * 30, "completion": "bc"}
+    build(BLTrainer, tokenizer, as_data([PAIR] * 5 + [long] * 3), tmp_path, max_length=16, **options)
+    assert len(said) == len(messages)
+    assert all(map(str.startswith, said, messages))
+
+
+@pytest.mark.parametrize("lengths", [None, [[2], [2, 2, 1]], [[1, 1], [4, 1]]], ids=str)
+def test_examples_without_a_target_are_counted(lengths):
+    labels = [[-100, -100], [5, -100, -100, -100, 6]]
+    columns = {"input_ids": [[5] * len(row) for row in labels], "labels": labels}
+    packed = columns if lengths is None else {**columns, "seq_lengths": lengths}
+    assert _count_blank(Dataset.from_dict(packed)) == {None: (2, 1), 2: (4, 2), 1: (4, 2)}[lengths and lengths[0][0]]
+    empty = Dataset.from_dict({"labels": [[], [5], [], [-100]]}, features=Features({"labels": List(Value("int64"))}))
+    assert _count_blank(empty) == (4, 3)
+
+
 WRONG_IDS = [
     ({"input_ids": [5, 6, 99], "labels": [5, 6, 7]}, "`input_ids` has 99"),
     ({"input_ids": [5, 6, -1]}, "`input_ids` has -1"),
@@ -355,6 +383,11 @@ def test_ids_that_the_model_does_not_have_are_said_before_training(tokenizer, tm
     refused(
         tokenizer, tmp_path, [GOOD, {**GOOD, "input_ids": [5, 6, 7, 999]}], "row 1 of the train set, .*: `input_ids` has 999"
     )
+    stray = make_llama(tokenizer, vocab_size=len(tokenizer) - 1)  # without an embedding for the last letter
+    for streamed in (False, True):
+        texts = as_data([TEXT, {"text": "hello?"}], streamed)
+        with pytest.raises(RecipeError, match=r"row 1 of the prepared eval set, .*: `input_ids` has 43, and .* for 0 to 42"):
+            build(BLTrainer, tokenizer, as_data([TEXT] * 8), tmp_path / "texts", model=stray, eval_data=texts).evaluate()
     sets = {"a": as_data([GOOD]), "b": as_data([GOOD, {"input_ids": [5, 999], "labels": [5, 5]}])}
     refused(tokenizer, tmp_path, [GOOD] * 8, "row 1 of the .* set, .*: `input_ids` has 999", eval_data=sets)
 

@@ -6,9 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPTJConfig, GraniteConfig
 
 from bl_trainer.head import blocks as module
@@ -16,6 +18,7 @@ from bl_trainer.head import gradients as gradients_module
 from bl_trainer.head.lm_head import Head
 from bl_trainer.head.ops import compare, objective_head, score
 from bl_trainer.head.patch import add_scoring
+from bl_trainer.head.targets import IGNORED, Targets, shifted
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
 from bl_trainer.objectives.threshold import Threshold
@@ -110,8 +113,8 @@ def backend(request, monkeypatch):
     if request.param == "triton":
         original = module.Blocks.__init__
 
-        def with_triton(self, hidden, head):
-            original(self, hidden, head)
+        def with_triton(self, hidden, head, held=0):
+            original(self, hidden, head, held)
             self.uses_triton = self.wide == torch.float32
 
         monkeypatch.setattr(module.Blocks, "__init__", with_triton)
@@ -283,6 +286,57 @@ def test_rows_of_no_weight_stay_out_of_the_products(monkeypatch, backend):
     assert sum(rows) == int(ours.kept.sum()) < TOKENS
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations that start a kernel on a GPU, and those after which the host waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.waits += func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense)
+        self.launches += not func.is_view and func.overloadpacket is not torch.ops.aten.detach
+        return func(*args, **kwargs or {})
+
+
+LAUNCHES = {"nll": 15, "neg_p": 18, "power": 28, "log_one_minus_p": 29, "anneal": 41}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_small_operations_of_a_price_do_not_multiply(name):
+    """A GPU's host makes them for each block, in less time than the block's products take."""
+    objective = Objective.parse({"name": name, "alpha": 10} if name == "power" else name)
+    logp = torch.linspace(-3, -0.1, 64)
+    statistics = {"logp": logp, "entropy": -logp, "progress": 0.5}
+    with Operations() as seen:
+        price(objective, Threshold(above=0.1), statistics)
+    assert seen.waits == 0
+    assert seen.launches <= LAUNCHES[name]
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="what runs on a GPU; `make test-lowest` has the interpreter")
+@pytest.mark.parametrize("threshold", THRESHOLDS[:2], ids=["all", "above"])
+def test_a_device_is_waited_for_once_per_flush(threshold, backend, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", dict.fromkeys(module.BLOCK_BYTES, 9 * VOCABULARY * 4))
+    hidden, head, target = make(torch.float32)
+    flushes = []
+    inner = gradients_module.Gradients._empty
+    monkeypatch.setattr(gradients_module.Gradients, "_empty", lambda self: flushes.append(1) or inner(self))
+    with Operations() as seen:
+        apply(Objective.parse("nll"), threshold, hidden, head, target)
+    begun = 1
+    assert backend == "eager" or seen.waits == len(flushes) - begun == 3
+
+
+@pytest.mark.parametrize(("free", "flushes"), [(2**36, 3), (2**30, 7)])
+def test_a_gpu_multiplies_many_rows_at_a_time(free, flushes):
+    """8192 tokens, a vocabulary of 151936, bfloat16: each flush reads and writes float32 [V, H]."""
+    weight = torch.empty(151936, 0, dtype=torch.bfloat16)
+    blocks = SimpleNamespace(hidden=torch.empty(8192, 0, device="meta"), weight=weight, dtype=weight.dtype, rows=640, free=free)
+    capacity = gradients_module.Gradients._capacity(SimpleNamespace(blocks=blocks), 8192)
+    assert math.ceil(8192 / (capacity // 640 * 640)) == flushes
+
+
 def test_uneven_incoming_gradient_is_not_silently_wrong():
     hidden, head, target = make()
     ours = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
@@ -395,6 +449,9 @@ def test_blocks_shrink_with_memory(monkeypatch):
     wide = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
     monkeypatch.setattr(module, "_free_bytes", lambda device: 0)
     assert module.Blocks(hidden, head).rows == 1
+    monkeypatch.setattr(module, "_free_bytes", lambda device: 8 * 20 * VOCABULARY * 8)
+    assert module.Blocks(hidden, head).rows == 20 > module.Blocks(hidden, head, held=1).rows  # what gradients will take
+    monkeypatch.setattr(module, "_free_bytes", lambda device: 0)
     narrow = apply(Objective.parse("nll"), Threshold(), hidden, head, target)
     for got, wanted in zip(gradients(narrow.cost, hidden, head), gradients(wide.cost, hidden, head), strict=True):
         torch.testing.assert_close(got, wanted)
@@ -415,7 +472,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bl_trainer.head import kernels
 
-POINTERS = {"logits": "*fp32", "index": "*i64", "target": "*i64", "top1_of": "*i64", "rank_of": "*i64"}
+POINTERS = {"logits": "*fp32", "place": "*i64", "target": "*i64", "top1_of": "*i64", "rank_of": "*i64"}
 SCALARS = {"stride": "i32", "out_stride": "i32", "vocabulary": "i32", "softcap": "fp32", "gain": "fp32"}
 
 def compile(kernel, capability, out="*fp32", **constants):
@@ -475,7 +532,7 @@ def test_scoring_agrees_with_the_models_own_logits(config):
     with torch.no_grad():
         logits = model(ids).logits
         add_scoring(model)
-        scores, is_target = model(input_ids=ids, labels=labels, use=score)
+        scores, is_target, _ = model(input_ids=ids, labels=labels, use=score)
         assert torch.equal(model(ids).logits, logits)  # without `use`, the model is as it was
     mask = labels[:, 1:] != -100
     assert torch.equal(is_target, mask)
@@ -484,6 +541,19 @@ def test_scoring_agrees_with_the_models_own_logits(config):
     torch.testing.assert_close(scores.logp.double(), logp, rtol=1e-5, atol=1e-5)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     torch.testing.assert_close(scores.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_stand_where_they_are_predicted():
+    labels = torch.tensor([[5, IGNORED, 6], [7, 8, IGNORED]])
+    column = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    targets = Targets.of(labels)
+    assert targets.mask.tolist() == [[False, True], [True, False]]
+    assert targets.ids.tolist() == [6, 8]
+    assert torch.equal(targets.take(shifted(column, 0.0)), torch.tensor([0.3, 0.5]))
+    after_virtual = Targets.of(labels, virtual_tokens=2)
+    assert after_virtual.labels.tolist() == [[IGNORED, 5, IGNORED, 6], [IGNORED, 7, 8, IGNORED]]
+    assert torch.equal(after_virtual.take(shifted(column, 0.0, 2)), torch.tensor([0.1, 0.3, 0.4, 0.5]))
+    assert torch.equal(Targets(targets.labels).ids, targets.ids)  # labels that are shifted already
 
 
 def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
@@ -496,7 +566,7 @@ def test_a_copy_of_a_scored_model_is_its_own(tokenizer):
     torch.nn.init.normal_(other.model.embed_tokens.weight)
     with torch.no_grad():
         assert not torch.equal(other(ids).logits, model(ids).logits)
-        scores, _ = other(input_ids=ids, labels=ids, use=score)
+        scores, *_ = other(input_ids=ids, labels=ids, use=score)
         logp = other(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scores.logp, logp)
     assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape == (1, 10)
@@ -514,7 +584,7 @@ def test_llama_scores_in_half_precision_are_float32(tokenizer):
     add_scoring(model)
     ids = torch.randint(4, 40, (1, 8))
     with torch.no_grad():
-        scores, _ = model(input_ids=ids, labels=ids, use=score)
+        scores, *_ = model(input_ids=ids, labels=ids, use=score)
     assert scores.logp.dtype == torch.float32
 
 

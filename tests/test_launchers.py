@@ -392,6 +392,23 @@ def test_context_parallel(alone, train):
     assert logs[1] == [pytest.approx(log, rel=1e-5) for log in logs[0]]
 
 
+def test_tensor_parallel(checkpoint, data, tmp_path):
+    """Two processes share out the weights, the head's vocabulary too."""
+    found = []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        spec = json.dumps({"name": "power", "alpha": 0.5})
+        command = [sys.executable, *launch, TESTS / "tensor.py", checkpoint, data / "train.jsonl", tmp_path / name, spec]
+        environment = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu"} if launch else None
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(tmp_path / name / "trained.pt"))
+    one, two = found
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-9, atol=1e-12)
+    for name in ("loss", "grad_norm", "nll", "target_prob", "kept_fraction", "entropy", "num_tokens"):
+        assert [log[name] for log in two["log"]] == pytest.approx([log[name] for log in one["log"]], rel=1e-6), name
+
+
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_sharded_lora(config, alone, train):
     assert_same(alone(config, **LORA), train(config, 2, **LORA), ROUNDING[config in FLOAT32])

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import trl
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from packaging.version import Version
 
 from bl_trainer import BLConfig, BLTrainer
+from bl_trainer._util.cached import VERSIONS, Cached
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.tokens.labels import check_labels
+from bl_trainer.tokens import layouts
+from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.layouts import RowError, arrange, check_stream
 from bl_trainer.tokens.rendering import RenderedRow, check_rendering
 from conftest import make_llama, write_recipe
@@ -441,6 +444,40 @@ def test_a_row_without_an_answer_is_named_where_only_answers_train(tokenizer):
         check({"messages": CHAT[0][:1]}, 1)
 
 
+def test_rows_with_gaps_are_checked_once(monkeypatch):
+    checked, check = [], layouts.fault_of
+    monkeypatch.setattr(layouts, "fault_of", lambda value, *args: checked.append(value) or check(value, *args))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    dataset = Dataset.from_list([{"messages": [CHAT[0][0], call]}] * 3)
+    for _ in range(3):
+        assert arrange(dataset, "the train set", "text") is dataset
+    assert len(checked) == 3 + 3  # each row, and the first as often as it tells the layout
+
+
+@pytest.mark.parametrize("as_mixture", [False, True])
+def test_layouts_are_converted_by_the_processes_that_the_recipe_names(as_mixture, write, tmp_path, monkeypatch):
+    asked, plain = [], Dataset.map
+
+    def noted(self, *args, num_proc=None, **kwargs):
+        asked.append(num_proc)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", noted)
+    file = {"path": "json", "data_files": str(tmp_path / "data.jsonl")}
+    changes = {"dataset_name": None, "datasets": [file]} if as_mixture else {}
+    argv = write([{"conversations": each} for each in SHAREGPT], dataset_num_proc=2, **changes)
+    train, _ = Recipe.read(argv).load_datasets()
+    assert train["messages"][0] == CHAT[0]
+    assert asked == [2]
+
+
+def test_results_of_another_version_are_not_taken_from_the_cache(monkeypatch):
+    before = Hasher.hash(Cached(arrange))
+    assert Hasher.hash(Cached(arrange)) == before
+    monkeypatch.setitem(VERSIONS, "bl_trainer", "0")
+    assert Hasher.hash(Cached(arrange)) != before
+
+
 def test_rows_are_rendered_once_and_their_warning_is_kept(strict, tmp_path, monkeypatch):
     said, template = [], STRICT.replace("message['content']", "message['content'][1:]")
     monkeypatch.setattr("bl_trainer.tokens.rendering.warn_once", said.append)
@@ -451,6 +488,9 @@ def test_rows_are_rendered_once_and_their_warning_is_kept(strict, tmp_path, monk
         check_rendering(dataset, strict, template, "the train set", args)
         monkeypatch.setattr(RenderedRow, "_render", lambda *_: pytest.fail("rendered again"))
     assert said[0] == said[1]
+    monkeypatch.setitem(VERSIONS, "bl_trainer", "0")
+    with pytest.raises(pytest.fail.Exception, match="rendered again"):
+        check_rendering(dataset, strict, template, "the train set", args)
     assert "Compare the rendered text of row 0 of the train set, counted from 0. This concerns 4 of 4 rows." in said[0]
 
 
@@ -684,6 +724,7 @@ def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_pat
         ({"report_to": "nosuch"}, "Cannot report to `report_to: nosuch`: nosuch is not supported"),
         ({"report_to": "tensorbord"}, "are supported. Did you mean 'tensorboard'? Correct it, or set `report_to: none`."),
         ({"report_to": "wandb"}, "Cannot report to `report_to: wandb`: WandbCallback requires wandb to be installed."),
+        ({"report_to": "wandb"}, "to be installed. Run `pip install wandb`, or set `report_to: none`."),
         ({"attn_implementation": "flash_attention_2"}, "Cannot use `attn_implementation: flash_attention_2`: "),
         ({"model_init_kwargs": {"attn_implementation": "nosuch"}}, "Cannot use `attn_implementation: nosuch`: "),
         ({"push_to_hub": True}, "Cannot push to the Hub: there is no token. Run `hf auth login`, or set HF_TOKEN."),

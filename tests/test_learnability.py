@@ -158,12 +158,15 @@ def test_whatever_else_the_recipe_trains_with(checkpoint, tmp_path):
             "neftune_noise_alpha": 5, "gradient_accumulation_steps": 2, "enable_jit_checkpoint": True,
             "threshold": 0.2,
             "objective": {"name": "power", "alpha": {"from": 0, "to": 2}, "special_tokens": "nll"}}  # fmt: skip
-    probe = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", **QUICK, **keys)
-    report = probe.run()
+    found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "3", **QUICK, **keys)
+    before = [args.to_dict() for args in (found.recipe.training, found.trainer.args)]
+    report = found.run()
+    assert [args.to_dict() for args in (found.recipe.training, found.trainer.args)] == before
     assert report["learnability"]["trained"]["rows"] > 30
     assert report["recipe"]["learning_rate"] == 1e-3
     assert not (tmp_path / "out").exists()
-    assert [entry for entry in probe.trainer.state.log_history if "eval_nll" in entry] == []
+    assert found.learnability.trainer.state.global_step == 3
+    assert [entry for entry in found.learnability.trainer.state.log_history if "eval_nll" in entry] == []
 
 
 def test_stream(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from bl_trainer.errors import RecipeError
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import masked_cost
 from bl_trainer.objectives.threshold import Threshold
@@ -360,7 +361,7 @@ BAD_OBJECTIVES = [
 
 @pytest.mark.parametrize(("spec", "message"), BAD_OBJECTIVES, ids=[str(spec) for spec, _ in BAD_OBJECTIVES])
 def test_wrong_objective_says_what_to_write(spec, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(RecipeError, match=message) as caught:
         Objective.parse(spec)
     assert str(caught.value).startswith(("Unknown", "Objective", "`", "Can't", "Module", "The first"))
 
@@ -371,7 +372,7 @@ def test_wrong_objective_says_what_to_write(spec, message):
 def test_a_broken_module_is_named(text, error, tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=f"Can't import objective 'broken_module:f': {error}"):
+    with pytest.raises(RecipeError, match=f"Can't import objective 'broken_module:f': {error}"):
         Objective.parse("broken_module:f")
 
 
@@ -408,7 +409,7 @@ BAD_THRESHOLDS = [
 
 @pytest.mark.parametrize(("spec", "message"), BAD_THRESHOLDS, ids=[str(spec) for spec, _ in BAD_THRESHOLDS])
 def test_wrong_threshold_says_what_to_write(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         Threshold.parse(spec)
 
 

@@ -244,7 +244,7 @@ BAD = [
 
 @pytest.mark.parametrize(("spec", "message"), BAD, ids=[str(spec) for spec, _ in BAD])
 def test_wrong_parameters_say_what_is_allowed(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         Objective.parse(spec)
 
 

@@ -184,7 +184,7 @@ def test_recipe_keys_in_the_text_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_in_configs(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.checks.is_bnb_available", lambda: True)
+    monkeypatch.setattr("bl_trainer.recipe.model_checks.is_bnb_available", lambda: True)
     Recipe.read(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
 
 
@@ -255,7 +255,7 @@ def test_the_worked_example_is_read(tmp_path):
     (tmp_path / "sweep.yaml").write_text(sweep.replace("continuum/mid-fact-30/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
     plan = Plan.read(Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path)
-    assert f"{plan.count} arms: {len(plan.points())} settings" in text
+    assert f"{plan.count} runs: {len(plan.points())} settings" in text
     for script in re.findall(r"(?:scripts|studies)/\w+\.py", text):
         assert (ROOT / script).exists()
 

@@ -193,6 +193,8 @@ BAD_RECIPES = [
     ({"eval_on_start": True}, "`eval_on_start` needs an evaluation set."),
     ({"metric_for_best_model": "eval_nlll"}, "`metric_for_best_model: eval_nlll` is not reported. Did you mean 'eval_nll'?"),
     ({"dtype": "bfloat16", "model_init_kwargs": {"dtype": "float32"}}, "`dtype` and `dtype` in `model_init_kwargs` say the"),
+    ({"accelerator_config": "no.json"}, "Cannot use `accelerator_config`: [Errno 2] No such file or directory: 'no.json'"),
+    ({"ddp_backend": "gloo"}, "Cannot use one of the keys `model_name_or_path`, `dataset_name`, `output_dir`, `use_cpu`, "),
     ({"env": 3}, "`env` must be a mapping of environment variables to values, got int."),
     ({"lora_r": 8}, "`lora_r` does nothing without `use_peft`. Write `use_peft: true`, or remove `lora_r`."),
     ({"bnb_4bit_quant_type": "nf4"}, "`bnb_4bit_quant_type` does nothing without `load_in_4bit`."),
@@ -342,7 +344,7 @@ def test_own_files_are_not_overwritten(name, write, tmp_path):
 
 
 def test_missing_bitsandbytes_is_named(write, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.checks.is_bnb_available", lambda: False)
+    monkeypatch.setattr("bl_trainer.recipe.model_checks.is_bnb_available", lambda: False)
     with pytest.raises(RecipeError, match=r"need bitsandbytes\. Run `pip install bitsandbytes`"):
         Recipe.read(write(load_in_4bit=True, use_peft=True))
 

@@ -1,5 +1,7 @@
 """The report on made-up figures: its schema, the warnings, the advice, the page's escapes."""
 
+import errno
+import os
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from bl_trainer.diagnosis import warnings
 from bl_trainer.diagnosis.advice import recommend, sweep_yaml
 from bl_trainer.diagnosis.continuum import place
-from bl_trainer.diagnosis.page import page
+from bl_trainer.diagnosis.page import page, write_report
 from bl_trainer.diagnosis.report import (
     SCHEMA,
     Bin,
@@ -288,3 +290,23 @@ def test_readers_take_every_report():
     assert "against a checkpoint on probe: mean p 0.500 -> 0.500" in terminal_summary(report, "out")
     assert "improbable tokens: knowledge" in sweep_yaml(report)
     assert "<h2>Knowledge or noise" not in page(made())
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    write_report(full(), str(tmp_path))
+    names = ("report.json", "report.html", "examples.json", "sweep.yaml")
+    before = {name: (tmp_path / name).read_text() for name in names}
+    assert (tmp_path / "compare.csv").read_bytes().splitlines(keepends=True)[1] == b"0,1\r\n"
+    synced = []
+
+    def full_disk(descriptor):
+        synced.append(descriptor)
+        if len(synced) > 7:  # the figures
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(replace(full(), model="another"), str(tmp_path))
+    assert len(synced) == 8
+    assert {name: (tmp_path / name).read_text() for name in names} == before
+    assert not list(tmp_path.rglob("*.part"))

@@ -23,8 +23,10 @@ import pytest
 import yaml
 from scipy import stats
 
+import sweeping
 from bl_trainer.cli import main
-from bl_trainer.errors import RecipeError
+from bl_trainer.errors import MeasurementError, RecipeError
+from bl_trainer.evaluation.task_files import metrics_of
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
@@ -32,15 +34,16 @@ from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.figures import alpha_curves
 from bl_trainer.sweep.leaderboard import rank
+from bl_trainer.sweep.outcome import read_held_out
 from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
+from forking import Forked
 from test_statistics import quadratic_form
 
-SWEEPING = str(Path(__file__).with_name("sweeping.py"))
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
 
 
@@ -83,16 +86,20 @@ def test_rates_and_seeds_are_swept_unless_told_otherwise(make):
 MISTAKES = {
     "arms: []": r"`arms: \[\]` must be a list of mappings of recipe keys",
     "arms: [nll]": r"`arms: \['nll'\]` must be a list of mappings",
-    "learning_rate: []": r"`learning_rate: \[\]` is an empty list, which leaves no arm",
+    "learning_rate: []": r"`learning_rate: \[\]` is an empty list, which leaves no run",
     "learning_rate: 1.0e-3": r"`learning_rate: 0.001` must be a list of values to try, or a range",
-    "arms: [{objektive: nll}]": "In an arm of the sweep: Unknown recipe key 'objektive'. Did you mean 'objective'",
+    "arms: [{objektive: nll}]": "In a run of the sweep: Unknown recipe key 'objektive'. Did you mean 'objective'",
     "arms: [{objective: nlll}]": "Unknown objective 'nlll'. Did you mean 'nll'",
-    "arms: [{objective: nll}, {objective: {name: nll}}]": "Two arms are the same: nll",
-    "lora_r: [8]": "In an arm of the sweep: `lora_r` does nothing without `use_peft`",
+    "arms: [{objective: nll}, {objective: {name: nll}}]": "Two runs are the same: nll",
+    "lora_r: [8]": "In a run of the sweep: `lora_r` does nothing without `use_peft`",
     "output_dir: [a, b]": "`output_dir` can't be swept",
-    "rank_by: bleu": "`rank_by: bleu` is no ruler. Allowed: accuracy, nll",
-    "rank_by: loss": "`rank_by: loss` is no ruler",
-    "{evaluate: {tasks: [completion]}, rank_by: other/exact_match}": "is no ruler.* Allowed: .*completion/METRIC",
+    "rank_by: bleu": "`rank_by: bleu` is not a metric. Allowed: accuracy, nll",
+    "rank_by: loss": "`rank_by: loss` is not a metric",
+    "{evaluate: {tasks: [completion]}, rank_by: other/exact_match}": "is not a metric.*, completion/normalised_match",
+    "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/acuracy}": "is not a metric. Did you mean 'gsm8k/accuracy'",
+    "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/exact_mtach}": "is not a metric.* drift, gsm8k/accuracy",
+    "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/}": "`rank_by: gsm8k/` is not a metric",
+    "{evaluate: {tasks: [arc_easy, gsm8k]}, rank_by: math500/acc}": "Allowed: .*, gsm8k/accuracy, arc_easy/METRIC",
     "evaluate: [completion]": r"`evaluate: \['completion'\]` must be a mapping of options",
     "evaluate: {task: [completion]}": "`evaluate` has no option 'task'. Did you mean 'tasks'",
     "evaluate: {tasks: [completion], output: x}": "`evaluate` has no option 'output'",
@@ -100,15 +107,15 @@ MISTAKES = {
     "learning_rate: {low: 1, high: 0}": "`learning_rate: .*` is no range",
     "learning_rate: {low: 1.0e-5, high: 1.0e-3}": "The sweep file has a range, but not how many or of what. Write `trials: 30`",
     "trials: 5": "The sweep file has `trials`, but not how many or of what",
-    "{trials: 0, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: 0` must be a whole number, at least one for each of 1",
+    "{trials: 0, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: 0` must be a whole number, .* for each of 1 settings",
     "{trials: true, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "`trials: True` must be a whole number",
-    "{arms: [{objective: nll}, {objective: neg_p}], trials: 1, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "of 2 arms",
+    "{arms: [{objective: nll}, {objective: neg_p}], trials: 1, learning_rate: {low: 1.0e-5, high: 1.0e-3}}": "of 2 settings",
     "rankby: nll": "Unknown key 'rankby' in the sweep file. Did you mean 'rank_by'",
     "learning_rates: [1]": "Unknown key 'learning_rates' in the sweep file. Did you mean 'learning_rate'",
     "rank_by: [nll]": r"`rank_by: \['nll'\]` must be a text",
     "probe: nofile.jsonl": "`probe: nofile.jsonl`: there is no such file",
     "pruner: 5": "`pruner: 5` must be a name, or a mapping",
-    "arms: [{objective: nll, seed: 5}]": "`seed` in an arm: all arms run at the same seeds",
+    "arms: [{objective: nll, seed: 5}]": "`seed` in an entry of `arms`: all runs have the same seeds",
     "sampler: TPESampler": "`sampler` does nothing without a range",
     "sampler: Tpe": "`sampler: Tpe` is none of Optuna's.* Allowed: .*TPESampler",
     "pruner: {name: MedianPruner, steps: 3}": "`pruner: MedianPruner` with {'steps': 3}: .*unexpected keyword",
@@ -124,21 +131,37 @@ def test_mistakes_in_a_sweep_file(given, make):
         make(given)
 
 
+def test_metrics_of_tasks_are_known_by_their_files(make, tmp_path):
+    (tmp_path / "base.yaml").write_text("metric_list: [{metric: exact_match}, {metric: f1}]\n")
+    own = tmp_path / "own.yaml"
+    own.write_text("include: base.yaml\ntask: own\nfilter_list: [{name: strict}, {name: none}]\n")
+    assert metrics_of(str(own)) == ["exact_match,strict", "exact_match", "f1,strict", "f1"]
+    own.write_text("task: own\nmetric_list: [{metric: !function code.score}, {metric: f1}]\n")
+    assert metrics_of(str(own)) == []
+    assert metrics_of("medical") == ["accuracy"]
+    assert metrics_of("arc_easy") == []  # the harness's
+    for task, rank_by in (("medical", "medical/accuracy:macro"), ("arc_easy", "arc_easy/acc")):
+        assert make({**GRID, "evaluate": {"tasks": [task]}, "rank_by": rank_by}).rank_by == rank_by
+    own.write_text("metric_list: [\n")
+    with pytest.raises(RecipeError, match=r"Cannot read the task file .*own\.yaml: line 2: "):
+        make({**GRID, "evaluate": {"tasks": [str(own)]}, "rank_by": f"{own}/f1"})
+
+
 # Studies
 
 
 def test_a_study_of_another_sweep_or_version_is_refused(make, tmp_path):
     Study(make(GRID), tmp_path / "s")
     Study(make(GRID), tmp_path / "s")
-    with pytest.raises(RecipeError, match=r"The sweep in .*/s had another seed, and its arms can't be compared with these"):
+    with pytest.raises(RecipeError, match=r"The sweep in .*/s had another seed, and its runs can't be compared with these"):
         Study(make({**GRID, "seed": [0, 1, 2]}), tmp_path / "s")
-    with pytest.raises(RecipeError, match="had another recipe, and its arms"):
+    with pytest.raises(RecipeError, match="had another recipe, and its runs"):
         Study(make(GRID, max_length=32), tmp_path / "s")
     Study(make({**GRID, "rank_by": "nll"}), tmp_path / "s")  # which ranks anew
     with open(make(GRID).base["dataset_name"] + "/test.jsonl", "a") as file:
         place = file.tell()
         file.write(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    with pytest.raises(RecipeError, match=r"had another .*/test\.jsonl, and its arms"):
+    with pytest.raises(RecipeError, match=r"had another .*/test\.jsonl, and its runs"):
         Study(make(GRID), tmp_path / "s")
     os.truncate(make(GRID).base["dataset_name"] + "/test.jsonl", place)
     (tmp_path / "t").mkdir()
@@ -162,7 +185,7 @@ def test_a_sweep_depends_on_the_files_that_its_recipe_names(name, make, tmp_path
     Study(make(given, **recipe), tmp_path / "s")
     with (tmp_path / name).open("a") as file:
         file.write("\n")
-    with pytest.raises(RecipeError, match=f"had another .*/{name}, and its arms can't be compared"):
+    with pytest.raises(RecipeError, match=f"had another .*/{name}, and its runs can't be compared"):
         Study(make(given, **recipe), tmp_path / "s")
     sys.modules.pop("own_losses", None)
 
@@ -260,7 +283,7 @@ def test_a_guard_ends_its_command_when_its_stdin_closes(tmp_path):
 
 
 def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):
-    with pytest.raises(RecipeError, match="In an arm of the sweep: `save_only_model: true` leaves out of the checkpoints"):
+    with pytest.raises(RecipeError, match="In a run of the sweep: `save_only_model: true` leaves out of the checkpoints"):
         make(GRID, save_only_model=True)
     assert make(GRID).recipe_of({})["save_total_limit"] == 1
     assert make(GRID, save_total_limit=3).recipe_of({})["save_total_limit"] == 3
@@ -370,7 +393,7 @@ def quick(make, tmp_path):
     make(GRID, eval_strategy="steps")
 
     def start(*storage, folder=tmp_path):
-        return subprocess.Popen([sys.executable, SWEEPING, str(folder), *storage], stderr=subprocess.PIPE, text=True)
+        return Forked(sweeping.forked, folder, folder, *storage)
 
     return start
 
@@ -527,7 +550,7 @@ def test_failed_and_pruned_arms_are_reported_and_the_others_go_on(make, quick, t
     assert sum(bool(row["failed"]) for row in rows) == 2
     assert all(row["failed"].startswith("train: The loss is nan in step 1. (") for row in rows if row["failed"])
     assert (
-        "arm 001, nll, learning_rate 5, seed 0: train: The loss is nan" in (tmp_path / "sweep" / "leaderboard.md").read_text()
+        "run 001, nll, learning_rate 5, seed 0: train: The loss is nan" in (tmp_path / "sweep" / "leaderboard.md").read_text()
     )
 
     shutil.rmtree(tmp_path / "sweep")
@@ -729,9 +752,9 @@ def test_what_is_no_evidence_is_not_called_so(make, tmp_path):
         hits[0] += each["seed"]  # so that the difference is another at each seed
     assert board_of(make, both, tokens).verdict() == "nll; neg_p tie by accuracy; all others are worse by more than chance."
     tie = board_of(make, [(setting(o, s), [5] * 40) for o in ("nll", "neg_p") for s in (0, 1)], tokens)
-    assert tie.verdict() == "All tie by accuracy, at 0.5: it tells nothing here. Rank by another ruler."
+    assert tie.verdict() == "All tie by accuracy, at 0.5: it tells nothing here. Rank by another metric."
     nothing = rank(tie.plan, {}, lambda index: None, {0: ({"objective": "nll"}, "no luck")})
-    assert nothing.verdict() == "No arm finished."
+    assert nothing.verdict() == "No run finished."
     assert "no luck" in page(nothing, tmp_path, "accelerate launch")
 
 
@@ -748,6 +771,29 @@ def test_rulers_are_made_of_results_or_known():
     }  # fmt: skip
     assert (study_direction("c"), study_value("c", results[0])) == ("maximize", -0.5)
     assert (study_direction("nll"), study_value("nll", {"rulers": {"nll": 2.0}})) == ("minimize", 2.0)
+
+
+def test_a_report_on_held_out_data_is_read_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "held_out" / "report.json"
+    path.parent.mkdir()
+    part = dict.fromkeys(("kl", "base_prob", "prob", "base_nll", "nll", "base_top1", "top1"), 0.5)
+    part |= {"calibration": {"base": {"error": 0.1}, "tuned": {"error": 0.2}}, "examples": 3, "tokens": 9}
+    report = {"compare": {"train": part, "probe": {"kl": 0.7}}, "versions": {"torch": "2"}}
+    path.write_text(json.dumps(report))
+    found = read_held_out(tmp_path)
+    assert (found.examples, found.tokens, found.versions) == (3, 9, {"torch": "2"})
+    assert (found.rulers["drift"], found.base["drift"], found.rulers["calibration_error"]) == (0.7, 0.0, 0.2)
+    for text, why in (
+        ("{", "Expecting property name"),
+        ("[]", "list indices must be"),
+        (json.dumps({}), "it has no `compare`"),
+    ):
+        path.write_text(text)
+        with pytest.raises(MeasurementError, match=rf"Cannot read .*report\.json: {why}.* again with `--retry_failed`\."):
+            read_held_out(tmp_path)
+    path.unlink()
+    with pytest.raises(MeasurementError, match=r"report\.json: .*No such file"):
+        read_held_out(tmp_path)
 
 
 def test_runs_of_different_versions_are_told(make, tmp_path):
@@ -786,7 +832,7 @@ def test_text_from_data_is_escaped_and_odd_arms_are_named(make, tmp_path):
     assert "&lt;script&gt;" in text
     assert "<b>\\|$x$" in markdown(board, tmp_path, "accelerate launch")
     board.arms[1]["tokens"] = 7
-    assert "their rulers can't be compared" in markdown(board, tmp_path, "accelerate launch")
+    assert "Their metrics can't be compared" in markdown(board, tmp_path, "accelerate launch")
 
 
 def test_a_best_rate_at_the_edge_is_said(make, tmp_path):
@@ -825,7 +871,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     assert "error: `--sweep` is missing" in verb(capsys, *config)
     assert "error: Can't read the sweep file" in verb(capsys, *config, "--sweep", str(tmp_path / "no.yaml"))
     assert "error: `--jobs 0` must be at least 1" in verb(capsys, *both, "--jobs", "0")
-    assert "error: `push_to_hub: true` would push every arm" in verb(capsys, *both, "--push_to_hub", "true")
+    assert "error: `push_to_hub: true` would push every run" in verb(capsys, *both, "--push_to_hub", "true")
     assert "has no split 'nope' to hold out, only 'train', 'test'" in verb(
         capsys, *both, "--dataset_test_split", "nope", "--eval_strategy", "no"
     )
@@ -834,10 +880,10 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": "nobody/nothing"}))
     assert "error: Cannot load the held-out data nobody/nothing" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "arms": [{"objective": "nll"}, {"objective": "asft"}]}))
-    assert "In the arm asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
+    assert "In the run asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
     assert "Objective 'asft' needs a reference model" in verb(capsys, *both)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert "A sweep launches its arms itself" in verb(capsys, *both)
+    assert "A sweep launches its runs itself" in verb(capsys, *both)
     assert not (tmp_path / "out-sweep").exists()
 
 
@@ -845,7 +891,7 @@ def test_dry_run_shows_arms_and_cost(make, tmp_path, capsys):
     make({**GRID, "seed": [0, 1, 2]}, max_steps=5, per_device_train_batch_size=4)
     main(["sweep", "--config", str(tmp_path / "recipe.yaml"), "--sweep", str(tmp_path / "sweep.yaml"), "--dry_run", "true"])
     said = capsys.readouterr().out
-    assert "12 arms: 4 settings at seeds 0, 1, 2:\n  nll, learning_rate 0.001\n" in said
+    assert "12 runs: 4 settings at seeds 0, 1, 2:\n  nll, learning_rate 0.001\n" in said
     each, total = (int(n.replace(",", "")) for n in re.search(r"about ([\d,]+) tokens .* on about ([\d,]+)\.", said).groups())
     assert total == pytest.approx(12 * each, abs=12)
     assert "5 steps of 4 rows" in said

@@ -55,13 +55,12 @@ def test_says_which_head(tokenizer, text_data, tmp_path, capsys):
     assert "Loss head: TRL's, since `loss_head: trl` asks for it.\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["cp", "sp", "tp", "zero3", None])
-def test_sharded_heads_are_trls(kind, tokenizer, text_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["cp", "sp", "tp", None])
+def test_head_of_sequences_shared_out_by_others_is_trls(kind, tokenizer, text_data, tmp_path, monkeypatch):
     trainer = build(BLTrainer, tokenizer, text_data, tmp_path)
     sizes = SimpleNamespace(**{f"{name}_size": 1 + (name == kind) for name in ("cp", "sp", "tp")})
     monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", sizes)
-    monkeypatch.setattr("bl_trainer.training.scoring.is_deepspeed_zero3_enabled", lambda: kind == "zero3")
-    assert (trainer._why_reference_head(trainer.model) is None) is (kind is None)
+    assert (trainer._why_reference_head() is None) is (kind != "sp")
 
 
 def first_gradient(tokenizer, data, tmp_path, model=None, **options):

@@ -18,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -60,7 +62,7 @@ def loss_of(model, kind):
     def use(hidden, head, target):
         return objective_head(hidden, head, target, lambda statistics: price(nll, Threshold(), statistics))
 
-    return model(**INPUTS, labels=IDS, use=use)[0].cost.sum()
+    return model(**INPUTS, labels=IDS, use=use).found.cost.sum()
 
 
 def loss_and_gradient(model, loss):
@@ -85,6 +87,20 @@ def error_of(model, kind):
     return max(abs(found - loss) / loss, relative_difference(own, gradient))
 
 
+def sees_later_tokens(model):
+    """Whether logits of the first half have a gradient in the embeddings of the second."""
+    kept, half = [], IDS.shape[1] // 2
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        logits = model(**INPUTS).logits[:, :half]
+    finally:
+        hook.remove()
+    generator = torch.Generator().manual_seed(0)
+    (gradient,) = torch.autograd.grad((logits * torch.randn(logits.shape, generator=generator)).sum(), kept[0])
+    gradient = gradient if len(gradient) == len(IDS) else gradient.transpose(0, 1)  # XLNet's are length first
+    return gradient[:, half:].abs().max().item() > 1e-6 * gradient.abs().max().item()
+
+
 def refusal(model, kind):
     try:
         refuse_no_causal_lm(model, None)
@@ -98,12 +114,14 @@ def refusal(model, kind):
 def test_every_causal_family_is_right_or_refused(family):
     model = with_heads(tiny_model(family))
     full_logits_loss(model)  # which the tiny model must be able to compute
+    leaks = sees_later_tokens(model)
     for kind in HEADS:
         said, error = refusal(model, kind), error_of(model, kind)
         if said is None:
             assert error < BOUND, (kind, error)
+            assert not leaks
         else:
-            assert error > BOUND, (kind, error, said)
+            assert error > BOUND or (leaks and "earlier positions see later tokens" in said), (kind, error, said)
             assert said.startswith(f"Cannot train {type(model).__name__}"), said
 
 
@@ -265,6 +283,20 @@ class LearntScale(WithModuleBeforeTheHead):
         return Scaled(1.0, True)
 
 
+class LooksAhead(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(self.mix)
+
+    def mix(self, module, args, output):
+        return output + output.mean(1, keepdim=True)
+
+
+class LooksAheadInEvaluation(LooksAhead):
+    def mix(self, module, args, output):
+        return output if self.training else super().mix(module, args, output)
+
+
 def make(kind, tokenizer, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     return kind(LlamaConfig(**sizes(tokenizer, **changes))).to(dtype)
@@ -284,6 +316,44 @@ def test_other_logits_are_refused(kind, options, tokenizer, text_data, tmp_path)
     with pytest.raises(ValueError, match=message):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=make(kind, tokenizer), **options)
     assert not (tmp_path / "out" / RECORD_FILE).exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_that_sees_later_tokens_is_refused(head, dtype, tokenizer):
+    with pytest.raises(ValueError, match="Cannot train LooksAhead: its earlier positions see later tokens"):
+        verify_head(with_heads(make(LooksAhead, tokenizer, dtype)), head)
+    with pytest.raises(ValueError, match="Cannot train LooksAheadInEvaluation"):
+        verify_head(with_heads(make(LooksAheadInEvaluation, tokenizer, dtype)), head, trains=False)
+
+
+def make_paligemma():
+    """Make a prefix-LM: without token types, which come with images, all tokens see each other."""
+    sight = {"image_size": 16, "patch_size": 8, "projection_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    size = {"hidden_size": 32, "intermediate_size": 48}
+    torch.manual_seed(0)
+    return PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            vision_config={"model_type": "siglip_vision_model", **size, **sight},
+            text_config={"model_type": "gemma", "vocab_size": 64, **size, **text},
+            projection_dim=32,
+            image_token_index=63,
+        )
+    )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_prefix_lm_trains_on_images_and_not_on_text(head):
+    model = with_heads(make_paligemma())
+    with pytest.raises(ValueError, match="Cannot train PaliGemmaForConditionalGeneration: its earlier positions see later"):
+        verify_head(model, head)
+    verify_head(model, head, text=False)
+
+
+def test_a_model_that_is_causal_in_training_is_trained(tokenizer):
+    for head in HEADS:
+        verify_head(with_heads(make(LooksAheadInEvaluation, tokenizer)), head)
 
 
 @pytest.mark.parametrize("kind", [Drops, NeedsMoreInTraining, NewNoiseEachTime], ids=lambda kind: kind.__name__)
@@ -478,7 +548,7 @@ def test_scores_of_llama_4_are_the_models_own():
     """Whose prefix names no module."""
     model = with_heads(tiny_model("llama4_text"))
     with torch.no_grad():
-        logp = model(**INPUTS, labels=IDS, use=score)[0].logp
+        logp = model(**INPUTS, labels=IDS, use=score).found.logp
     assert -logp.sum().item() == pytest.approx(full_logits_loss(model).item(), rel=1e-5)
 
 

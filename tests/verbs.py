@@ -14,7 +14,7 @@ import bl_trainer.cli
 
 
 def main(path):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
     bl_trainer.cli.end = lambda trainer: trainer.accelerator.wait_for_everyone()  # the processes go on
     for name, argv in json.loads(Path(path).read_text()).items():
         with open(Path(path).with_name(f"{name}.{os.environ['RANK']}.txt"), "w") as file, redirect_stdout(file):

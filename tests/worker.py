@@ -1,6 +1,7 @@
 """What `test_processes.py` launches: steps and evaluations of `BLTrainer`, and sharded heads, dumped by the first process."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def run(case, tokenizer, output):
 
 
 def main(folder, cases):
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
     tokenizer, path = AutoTokenizer.from_pretrained(folder), Path(cases)
     results = {}
     for case in json.loads(path.read_text()):

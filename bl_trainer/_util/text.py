@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from ..errors import RecipeError
+
 
 def nearest(name: Any, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing."""
@@ -38,13 +40,13 @@ def to_number(value: Any) -> Any:
 
 
 def from_json(key: str, value: Any, example: str) -> Any:
-    """Return the mapping that JSON text for `key` spells, and anything else as it is. Raises ValueError on broken JSON."""
+    """Return the mapping that JSON text for `key` spells, and anything else as it is. Raises RecipeError on broken JSON."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
+        raise RecipeError(f"`{key}` is not valid JSON ({error}): {value}. Write e.g. --{key} '{example}'.") from error
 
 
 def sentence(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 tests/test_foreign.py says what each is for.
 """
 
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "TRACKERS",
     "EvalLoopOutput",
     "TrainOutput",
+    "balancing_loss_of",
     "has_length",
     "is_deepspeed_zero3_enabled",
     "jit_checkpoint_callback",
@@ -48,3 +51,16 @@ ATTRIBUTES = {
     "is_fsdp_enabled": "measurements of sharded models",
     "is_deepspeed_enabled": "measurements of sharded models",
 }
+
+
+def balancing_loss_of(model: Any) -> Callable[..., Any]:
+    """Return the load-balancing loss of a mixture of experts: the one of the model's own file, or else Mixtral's.
+
+    Its arguments: the routers' logits of each layer, numbers of experts and of those a token goes to, and the attention mask.
+    """
+    own: Callable[..., Any] | None = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if own is not None:
+        return own
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func

@@ -131,7 +131,7 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
 
 
 def _key(arm: dict[str, Any]) -> tuple[str, str]:
-    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
     return json.dumps(objective.to_dict()), json.dumps(threshold.to_dict())
 
 
@@ -181,7 +181,7 @@ def sweep_yaml(report: Report) -> str:
     head = [
         f"# {report.model} on {report.data}: mean p {report.total.prob:.3f}, {' or '.join(report.placement.possible)}"
         + (f"; improbable tokens: {probe.verdict}" if probe else ""),
-        "# Each arm runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
+        "# Each of these runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
     ]
     grid = {"arms": advice.arms, "learning_rate": advice.learning_rate, "seed": advice.seed}
     lines = [" ".join(line.split()) for line in head]

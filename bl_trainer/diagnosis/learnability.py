@@ -26,12 +26,13 @@ from ..head.lm_head import Head
 from ..head.ops import log_probs, score
 from ..measurement.forward import count_targets, score_batch
 from ..measurement.means import Means
-from ..objectives.objective import Objective
 from ..recipe.recipe import Recipe
 from ..tokens.annotation import token_batch
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
+from ..training.config import BLConfig
 from ..training.trainer import BLTrainer
 from .advice import judge
+from .diagnoser import Diagnoser
 from .report import Foretold, Learnability, Trained
 
 BELOW = 0.1  # p under the base model below which a target is improbable
@@ -50,6 +51,26 @@ def probe_adapter(recipe: Recipe) -> PeftConfig:
 def probe_learning_rate(recipe: Recipe) -> float:
     """Return the recipe's learning rate for its own adapter, or `LORA_FACTOR` times that of full fine-tuning."""
     return recipe.training.learning_rate * (1 if recipe.peft_config else LORA_FACTOR)
+
+
+def probe_arguments(args: BLConfig, steps: int, learning_rate: float) -> BLConfig:
+    """Return arguments of diagnosis, made to train the probe's adapter on rows that are prepared."""
+    own: dict[str, Any] = {
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": min(5, steps // 4),
+        "logging_strategy": "no",
+        "eval_on_start": False,
+        "enable_jit_checkpoint": False,  # SIGTERM ends the probe, which has nothing to save
+        "dataloader_drop_last": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "assistant_only_loss": False,  # the labels say it
+        "chat_template_path": None,  # the model and the tokenizer have what these three would do to them
+        "model_init_kwargs": None,
+        "use_liger_kernel": False,
+    }
+    return replace(args, **{key: value for key, value in own.items() if hasattr(args, key)})
 
 
 def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") -> tuple[Dataset, Dataset]:
@@ -90,7 +111,7 @@ def _beginning(example: dict[str, Any], text_field: str) -> Any:
 
 
 class Probe:
-    """Trains the adapter of `trainer`, which does nothing yet, and measures. Nothing else can be measured with it afterwards.
+    """Trains the adapter of `diagnoser`, which does nothing yet, and measures. Nothing else can be measured with it afterwards.
 
     A target is improbable if p < `BELOW` under the base model; end tokens, special ones and the chat template's own are left
     out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
@@ -111,13 +132,30 @@ class Probe:
     VALUES = ("learnable", "noise", "low", "gain")
 
     def __init__(
-        self, trainer: BLTrainer, recipe: Recipe, first: Dataset, batches: Iterable[dict[str, Any]], steps: int, most: int
+        self,
+        diagnoser: Diagnoser,
+        recipe: Recipe,
+        first: Dataset,
+        batches: Iterable[dict[str, Any]],
+        steps: int,
+        most: int,
     ):
         if not len(first):
             raise MeasurementError("No example of the probe's first half has a target token. Raise `max_length`.")
-        self.trainer, self.first, self.steps = trainer, first, steps
-        self.learning_rate = probe_learning_rate(recipe)
-        unlike = torch.tensor(sorted(end_ids(trainer) | special_ids(tokenizer_of(trainer.processing_class))))
+        self.first, self.steps, self.learning_rate = first, steps, probe_learning_rate(recipe)
+        args = probe_arguments(diagnoser.args, steps, self.learning_rate)
+        self.trainer = BLTrainer(diagnoser.model, args, train_dataset=first, processing_class=diagnoser.processing_class)
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.train_examples = min(steps * size, len(first))
+        self.train_tokens = steps * size * sum(map(len, first["input_ids"])) // len(first)
+        own = self._read(batches, math.ceil(min(most or PROBE_TOKENS, PROBE_TOKENS) / args.world_size))
+        self.tokens, self.examples, content = (sum(each) for each in zip(*gather_object([own]), strict=True))
+        if not content:
+            raise MeasurementError("No target token of the probe's second half is content: all are end or template tokens.")
+
+    def _read(self, batches: Iterable[dict[str, Any]], most: int) -> tuple[int, int, int]:
+        """Keep batches with `most` target tokens, and where each token is; return their tokens, examples and content tokens."""
+        unlike = torch.tensor(sorted(end_ids(self.trainer) | special_ids(tokenizer_of(self.trainer.processing_class))))
         self.batches: list[dict[str, Any]] = []
         columns: list[tuple[Tensor, ...]] = []
         tokens, examples = 0, 0
@@ -129,19 +167,11 @@ class Probe:
             columns.append((torch.full_like(rows, len(self.batches)), rows, own.token, own.example + examples, is_content))
             self.batches.append(batch)
             examples += len(own.examples)
-            if tokens >= math.ceil(min(most or PROBE_TOKENS, PROBE_TOKENS) / trainer.accelerator.num_processes):
+            if tokens >= most:
                 break
         self.batch, self.row, self.token, self.example, is_content = (torch.cat(c) for c in zip(*columns, strict=True))
         self.content = is_content.nonzero().flatten()
-        args = trainer.args
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.train_examples = min(steps * size, len(first))
-        self.train_tokens = steps * size * sum(map(len, first["input_ids"])) // len(first)
-        self.tokens, self.examples, content = (
-            sum(each) for each in zip(*gather_object([(tokens, examples, len(self.content))]), strict=True)
-        )
-        if not content:
-            raise MeasurementError("No target token of the probe's second half is content: all are end or template tokens.")
+        return tokens, examples, len(self.content)
 
     def cost(self) -> str:
         """Say what `run` will do."""
@@ -172,7 +202,8 @@ class Probe:
                 if state.global_step == self.steps // 2:
                     measure()
 
-        self._train(HalfWay())
+        self.trainer.add_callback(HalfWay())
+        self.trainer.train()
         measure()
         return self._judged([Foretold(**each.summary(), noise_interval=each.interval("noise")) for each in found], left_out)
 
@@ -188,29 +219,6 @@ class Probe:
         )
         verdict, why = judge(probe)
         return replace(probe, verdict=verdict, why=why)
-
-    def _train(self, callback: TrainerCallback) -> None:
-        trainer, args = self.trainer, self.trainer.args
-        trainer.parsed_objective, trainer.train_dataset = Objective.parse("nll"), self.first
-        own = {
-            "max_steps": self.steps,
-            "learning_rate": self.learning_rate,
-            "lr_scheduler_type": "constant_with_warmup",
-            "lr_scheduler_kwargs": None,
-            "warmup_steps": min(5, self.steps // 4),
-            "logging_strategy": "no",
-            "eval_on_start": False,
-            "enable_jit_checkpoint": False,  # SIGTERM ends the probe, which has nothing to save
-            "dataloader_drop_last": False,
-        }
-        own = {key: value for key, value in own.items() if hasattr(args, key)}
-        recipe = {key: getattr(args, key) for key in own}  # which the report names
-        vars(args).update(own)
-        trainer.add_callback(callback)
-        try:
-            trainer.train()
-        finally:
-            vars(args).update(recipe)
 
     def _each(self, name: str, use: Callable[..., Any], adapted: bool = False) -> Iterable[Any]:
         """Yield `use(i, hidden, head, target)` of each batch, of the base model or the adapted one."""

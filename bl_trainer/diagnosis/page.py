@@ -1,13 +1,15 @@
 """What a person sees of a diagnosis in files: the plots, the tables, and one self-contained HTML page."""
 
 import csv
+import io
 import json
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from .._util.files import write_bytes, write_text
 from ..measurement.results import Comparison
 from ..pages.figures import render
 from ..pages.html import fill, script_json, to_json
@@ -28,24 +30,31 @@ class Table(NamedTuple):
 
 
 def write_report(report: Report, folder: str | None) -> None:
-    """Write report.json, examples.json, report.html, sweep.yaml, figures/*.png and, of a comparison, its rows into `folder`."""
+    """Write report.json, examples.json, report.html, sweep.yaml, figures/*.png and, of a comparison, its rows into `folder`.
+
+    Each file is written in one go.
+    """
     target = Path(folder or ".")
     (target / "figures").mkdir(parents=True, exist_ok=True)
     for path in (*(f"figures/{name}.png" for name in ALT_TEXTS), "compare.csv", "probe.csv"):  # of an earlier report
         (target / path).unlink(missing_ok=True)
-    for name, rows in report.rows.items():
-        with (target / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([["row", "tokens", *Comparison.VALUES], *rows])
     for name, draw in figures(report).items():
-        (target / "figures" / f"{name}.png").write_bytes(render(partial(draw, report), figure_size(name), "light", "png"))
+        write_bytes(target / "figures" / f"{name}.png", render(partial(draw, report), figure_size(name), "light", "png"))
     texts = {
+        **{f"{name}.csv": _rows_csv(rows) for name, rows in report.rows.items()},
         "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n",
         "examples.json": to_json(report.reader) + "\n",
         "sweep.yaml": sweep_yaml(report),
         "report.html": page(report),
     }
     for name, text in texts.items():
-        (target / name).write_text(text, encoding="utf-8")
+        write_text(target / name, text)
+
+
+def _rows_csv(rows: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([["row", "tokens", *Comparison.VALUES], *rows])
+    return text.getvalue()
 
 
 def page(report: Report) -> str:

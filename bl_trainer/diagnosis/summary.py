@@ -15,6 +15,7 @@ from ..measurement.results import EDGE, KINDS, OTHER, RELATIVE, Calibration, Com
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..recipe.recipe import Recipe
+from ..tokens.vocabulary import token_texts
 from .advice import SWEPT_PERCENTILE, recommend
 from .continuum import place
 from .report import (
@@ -147,12 +148,12 @@ def _reliability(calibration: Calibration) -> Reliability:
 
 def _own(recipe: Recipe, histogram: ProbabilityHistogram) -> tuple[Objective, Threshold]:
     """Return the recipe's objective and threshold, a percentile being taken from the tokens measured."""
-    threshold = Threshold.parse(recipe.training.threshold)
+    threshold = recipe.threshold
     if not threshold.resolved:
         cut = histogram.cut(float(threshold.above_percentile or 0))
         above = min(cut, threshold.below)  # training refuses what exceeds `below`
         threshold = replace(threshold, above=above, above_percentile=None)
-    return Objective.parse(recipe.training.objective or "nll"), threshold
+    return recipe.objective, threshold
 
 
 def _candidates(histogram: ProbabilityHistogram, objective: Objective, threshold: Threshold) -> list[Gradient]:
@@ -170,3 +171,25 @@ def _candidates(histogram: ProbabilityHistogram, objective: Objective, threshold
 def _plain_nll(objective: Objective) -> Objective:
     """Return `nll` for a power of 0, as which a schedule may begin."""
     return Objective("nll") if objective == Objective("power", {"alpha": 0}) else objective
+
+
+def read_aloud(measurement: Measurement, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """Return the examples for the reader, token ids turned into text."""
+    cache: dict[int, str] = {}
+
+    def single(token: int) -> str:
+        if token not in cache:
+            cache[token] = tokenizer.decode([token])
+        return cache[token]
+
+    lists = measurement.reader.chosen()
+    done: dict[int, dict[str, Any]] = {}
+    for records in lists.values():
+        for i, record in enumerate(records):
+            if id(record) not in done:
+                ids = record.pop("input_ids")
+                expected = [single(token) for token in record.pop("top1")]
+                rounded = {name: [float(f"{x:.3g}") for x in record[name]] for name in ("p", "top1_p", "entropy")}
+                done[id(record)] = {**record, **rounded, "text": token_texts(tokenizer, ids), "expected": expected}
+            records[i] = done[id(record)]
+    return lists

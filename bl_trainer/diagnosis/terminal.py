@@ -24,7 +24,7 @@ def terminal_summary(report: Report, folder: str | None) -> str:
     lines += [f"  {clipped(reason, 400)}" for reason in advice.reasons[: 3 if report.learnability else 2]]
     lines += [f"  ! {clipped(warning)}" for warning in advice.warnings[:6]]
     lines.append("Try: " + "; ".join(arm_name(arm) for arm in advice.arms))
-    lines.append(f"Report: {target / 'report.html'}   arms: {target / 'sweep.yaml'}")
+    lines.append(f"Report: {target / 'report.html'}   sweep file: {target / 'sweep.yaml'}")
     return "\n".join(lines[:25])
 
 

@@ -162,7 +162,7 @@ def warnings(report: Report) -> list[str]:
 
 
 def _objective(report: Report) -> Objective:
-    return Objective.parse(report.recipe.objective or "nll")
+    return Objective.read(report.recipe.objective or "nll")
 
 
 def depends_on_p_alone(objective: Objective) -> bool:

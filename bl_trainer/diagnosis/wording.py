@@ -47,7 +47,7 @@ def placement_text(placement: Placement) -> str:
 
 
 def arm_name(arm: dict[str, Any]) -> str:
-    objective, threshold = Objective.parse(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
     return objective_name({"objective": objective.to_dict(), "threshold": threshold.to_dict()})
 
 

@@ -22,8 +22,7 @@ from ..prepare.format import Format
 from .data import with_data
 from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
-
-OWN = Path(__file__).parent / "tasks"
+from .task_files import OWN
 
 # Where the paper's evaluation stops, too (Qwen's and Llama's tokens, and those of others): a checkpoint trained with another
 # end token than its base stops where its base does

@@ -9,13 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import find_fault, format_of, is_path, local_files
+from ..recipe.datasets import find_fault, format_of, is_path
 from ..recipe.local_files import unreadable_name
 from ..recipe.parser import Parser
+from .task_files import task_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")
@@ -192,44 +191,6 @@ class EvaluateArguments:
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
         return {**{key: getattr(self, key) for key in (*keys, "dtype", "seed")}, "files": digests}
-
-
-def task_files(path: Path) -> Iterator[Path]:
-    """Yield a task's YAML file, and the local files that it names: what it includes, its code and its data.
-
-    Raises RecipeError if it is not YAML.
-    """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
-        raise RecipeError(f"Cannot read the task file {path}: line {line}: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Cannot read the task file {path}: {sentence(error)}.") from error
-    yield path
-    for node in _scalars(root):
-        if node.tag == "!function":
-            code = path.parent / f"{node.value.rpartition('.')[0].replace('.', '/')}.py"
-            yield from [code] if code.is_file() else []
-        elif Path(node.value).suffix in (".yaml", ".yml") and (path.parent / node.value).is_file():
-            yield from task_files(path.parent / node.value)
-        elif _names_data(node.value):
-            yield from local_files(node.value)
-
-
-def _names_data(value: str) -> bool:
-    """Whether a value can only be a path of local data, not a text such as a delimiter `/`."""
-    is_folder = "/" in value and bool(value.strip("./ ")) and len(value) < 256 and Path(value).is_dir()
-    return is_folder or ("\n" not in value and format_of(Path(value)) is not None)
-
-
-def _scalars(node: Any) -> Iterator[yaml.ScalarNode]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    elif isinstance(node, yaml.CollectionNode):
-        for part in node.value:
-            for each in part if isinstance(part, tuple) else (part,):
-                yield from _scalars(each)
 
 
 def is_adapter(folder: str) -> bool:

@@ -5,9 +5,9 @@ All but `add_scoring`, which patches a model's forward with TRL's help, needs to
 
 from typing import TYPE_CHECKING, Any
 
-from .blocks import TokenScores
 from .lm_head import Head
 from .ops import TokenCosts, TokenDivergences, compare, log_probs, objective_head, score
+from .sums import TokenScores
 
 if TYPE_CHECKING:
     from .patch import add_scoring

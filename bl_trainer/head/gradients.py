@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.torch_version import TorchVersion
 
 from ..objectives.pricing import Price
@@ -18,6 +19,10 @@ def adds_to_wide(version: str) -> bool:
 
 ADDS_TO_WIDE = adds_to_wide(torch.__version__)
 
+# Rows that a GPU multiplies at a time: each time it reads and writes the whole gradient in the weight, in float32, which takes
+# as long as the product itself at about 800 rows
+FLUSH_ROWS = 3072
+
 
 class Gradients:
     """Collects rows of the gradient in the logits, and multiplies many of them at a time."""
@@ -30,20 +35,34 @@ class Gradients:
             blocks.weight.new_zeros(shape, dtype=blocks.wide) if need else None
             for shape, need in zip(shapes, needs, strict=True)
         ]
-        self.rows = blocks.empty(min(2 * blocks.rows, tokens) if any(needs) else 0, blocks.dtype)
+        self.rows = blocks.empty(self._capacity(tokens) if any(needs) else 0, blocks.dtype)
         in_place = any(needs) and blocks.dtype == blocks.wide and not blocks.uses_triton
         self.buffer = None if in_place else blocks.empty(blocks.rows)
         # float16 can't hold small probabilities, nor hidden states times large weights: both are brought into its range
         self.gain = 2.0**10 if blocks.dtype == torch.float16 else 1.0
-        self.index: list[Tensor] = []
+        self._empty()
+
+    def _empty(self) -> None:
+        self.start = 0  # of the first collected block
+        self.weighs: list[Tensor] = []
         self.scale: list[Tensor] = []
-        self.filled = 0
+        self.used: int | Tensor = 0  # rows that are filled
+        self.bound = 0  # what that is at most, where the device alone knows
+
+    def _capacity(self, tokens: int) -> int:
+        """Return how many rows to collect before they are multiplied."""
+        blocks, rows = self.blocks, 2 * self.blocks.rows
+        if blocks.hidden.device.type != "cpu":
+            fitting = blocks.free // 4 // (len(blocks.weight) * blocks.dtype.itemsize)
+            whole = math.ceil(min(FLUSH_ROWS, fitting) / max(blocks.rows, 1))
+            rows = max(rows, whole * blocks.rows)
+        return min(rows, tokens)
 
     def room(self, rows: slice) -> Tensor:
         """Return memory for the logits of `rows`, among which those that weigh something will stay."""
-        if any(self.needs) and self.filled + rows.stop - rows.start > len(self.rows):
+        if any(self.needs) and self.bound + rows.stop - rows.start > len(self.rows):
             self.flush()
-        return self.rows[self.filled :] if self.buffer is None else self.buffer
+        return self.rows[self.bound :] if self.buffer is None else self.buffer
 
     def add(self, rows: slice, block: Any, price: Price) -> None:
         """Keep the rows of a block that weigh something."""
@@ -52,20 +71,26 @@ class Gradients:
             scale = torch.maximum(price.weight.abs(), price.entropy_slope.abs())
             unit = torch.where(scale == 0, 1, scale)
             price = price._replace(weight=price.weight / unit, entropy_slope=price.entropy_slope / unit)
-        index = scale.nonzero()[:, 0]
-        block.write(index, price, self.gain, self.rows[self.filled : self.filled + len(index)])
-        self.filled += len(index)
-        self.index.append(index + rows.start)
-        self.scale.append(scale[index, None] * self.blocks.head.scale)
+        weighs = scale != 0
+        if not self.weighs:
+            self.start = rows.start
+        if len(weighs):
+            self.used = block.write(weighs, price, self.gain, self.rows, self.used)
+        self.bound = self.used if isinstance(self.used, int) else self.bound + len(weighs)
+        self.weighs.append(weighs)
+        self.scale.append(scale)
 
     def flush(self) -> None:
-        """Multiply the collected rows with the weight and the hidden states."""
-        if not self.filled:
+        """Multiply the collected rows with the weight and the hidden states. Waits for the device once."""
+        if not self.weighs:
             return
-        blocks, rows = self.blocks, self.rows[: self.filled]
+        blocks, found = self.blocks, torch.cat(self.weighs).nonzero()[:, 0]
         # The scale is not rounded: that would be an error of all its row
-        index, scale = torch.cat(self.index), torch.cat(self.scale)
-        self.filled, self.index, self.scale = 0, [], []
+        index, scale = found + self.start, torch.cat(self.scale)[found, None] * blocks.head.scale
+        self._empty()
+        if not len(index):
+            return
+        rows = self.rows[: len(index)]
         unit = 2.0 ** math.frexp(scale.abs().max().item())[1] if blocks.dtype == torch.float16 else 1.0
         in_hidden, in_weight, in_bias = self.totals
         if in_hidden is not None:
@@ -79,6 +104,9 @@ class Gradients:
     def finish(self) -> list[Tensor | None]:
         """Return the gradients in hidden states, weight and bias, None where none is needed."""
         self.flush()
+        shard, in_hidden = self.blocks.head.shard, self.totals[0]
+        if shard is not None and in_hidden is not None:
+            shard.reduced(in_hidden, ReduceOp.SUM)
         return self.totals
 
 

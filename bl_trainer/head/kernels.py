@@ -5,17 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096
+# Columns at a time. `_sums` then takes 48 registers (sm_90), so that five rows are worked on per multiprocessor; for 2048
+# columns it takes 97, two rows; for 4096 it takes 188, one
+TILE = 1024
 
 
-def sums(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def sums(logits: Tensor, target: Tensor, at_target: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return, per row of `logits`, (rows, vocabulary) float32, with odds = exp(logit - top) and sums over all but the top:
 
-    logit at `target`, (rows,) int64; top logit and its index (int64); sums of odds, of odds (logit - top) and of odds^2; how
-    many logits are above the target's (int64). Of equal top logits the first counts.
+    logit at `target`, (rows,) int64, unless `at_target` is given; top logit and its index (int64); sums of odds, of odds
+    (logit - top) and of odds^2; how many logits are above the target's (int64). Of equal top logits the first counts.
     """
     rows, vocabulary = logits.shape
-    at_target = logits.gather(1, target[:, None])[:, 0]
+    if at_target is None:
+        at_target = logits.gather(1, target[:, None])[:, 0]
     top, others, weighted, squares = logits.new_empty(4, rows).unbind()
     top1, rank = target.new_empty(2, rows).unbind()
     if rows:
@@ -28,22 +31,20 @@ def sums(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
 
 
 def difference(
-    logits: Tensor, index: Tensor, target: Tensor, columns: list[Tensor], softcap: float | None, gain: float, out: Tensor
+    logits: Tensor, place: Tensor, target: Tensor, columns: list[Tensor], softcap: float | None, gain: float, out: Tensor
 ) -> None:
-    """Write `gain` (softmax - onehot(target)) of the rows at `index` to `out`, (len(index), vocabulary), of any float type.
+    """Write `gain` (softmax - onehot(target)) of each row to the row `place` of `out`, of any float type; none where it is -1.
 
     `columns`, (rows,) float32 each: the top logit, its log-probability, and p - 1 of the target. With three more, a weight w,
     a slope s and the entropy, it is `gain` (w (softmax - onehot) - s p (log p + entropy)). With a softcap times its slope.
     `out` may not overlap `logits`.
     """
-    if not len(index):
-        return
     vocabulary = logits.shape[1]
     top, top_logp, in_target, *rest = columns
     weight, slope, entropy = rest or (top, top, top)
     with torch.cuda.device_of(logits):
-        _difference[(len(index), triton.cdiv(vocabulary, TILE))](
-            logits, logits.stride(0), index, target, top, top_logp, in_target, weight, slope, entropy, out, out.stride(0),
+        _difference[(len(logits), triton.cdiv(vocabulary, TILE))](
+            logits, logits.stride(0), place, target, top, top_logp, in_target, weight, slope, entropy, out, out.stride(0),
             vocabulary, softcap or 1.0, gain, HAS_ENTROPY=bool(rest), HAS_SOFTCAP=softcap is not None, TILE=TILE, num_warps=8,
         )  # fmt: skip
 
@@ -55,16 +56,20 @@ def _sums(
     row = tl.program_id(0).to(tl.int64)
     at_target = tl.load(at_target_of + row)
     # What earlier tops add is kept apart from the columns' own sums, which are added up at the end
-    top, top1 = -1e30, -1
-    others, weighted, squares = 0.0, 0.0, 0.0
+    top, top1, others, weighted, squares = -1e30, -1, 0.0, 0.0, 0.0
     column_others = tl.zeros((TILE,), tl.float32)
     column_weighted = tl.zeros((TILE,), tl.float32)
     column_squares = tl.zeros((TILE,), tl.float32)
     column_rank = tl.zeros((TILE,), tl.int32)
+    # Whole strides are loaded, of which the end is no logit: by them, a multiple of 16, loads can be wide. The next tile is on
+    # its way while this one is added up
+    column = tl.arange(0, TILE)
+    ahead = tl.load(logits + row * stride + column, mask=column < stride, other=float("-inf"))
     for start in range(0, vocabulary, TILE):
         column = start + tl.arange(0, TILE)
         inside = column < vocabulary
-        x = tl.load(logits + row * stride + column, mask=inside, other=float("-inf"))
+        x = tl.where(inside, ahead, float("-inf"))
+        ahead = tl.load(logits + row * stride + column + TILE, mask=column + TILE < stride, other=float("-inf"))
         highest, where = tl.max(x, axis=0, return_indices=True)
         column_rank += (x > at_target).to(tl.int32)
         is_new = highest > top
@@ -92,14 +97,16 @@ def _sums(
 
 @triton.jit
 def _difference(
-    logits, stride, index, target, top_of, top_logp_of, in_target_of, weight_of, slope_of, entropy_of, out, out_stride,
+    logits, stride, place, target, top_of, top_logp_of, in_target_of, weight_of, slope_of, entropy_of, out, out_stride,
     vocabulary, softcap, gain, HAS_ENTROPY: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    to = tl.program_id(0).to(tl.int64)
-    row = tl.load(index + to)
+    row = tl.program_id(0).to(tl.int64)
+    to = tl.load(place + row)
+    if to < 0:
+        return
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < vocabulary
-    x = tl.load(logits + row * stride + column, mask=inside, other=0.0)
+    x = tl.where(inside, tl.load(logits + row * stride + column, mask=column < stride, other=0.0), 0.0)
     logp = x - tl.load(top_of + row) + tl.load(top_logp_of + row)
     p = tl.exp(logp)
     value = tl.where(column == tl.load(target + row), tl.load(in_target_of + row), p)
@@ -108,4 +115,5 @@ def _difference(
         value = value * tl.load(weight_of + row) - entropy_slope * tl.load(slope_of + row)
     if HAS_SOFTCAP:
         value = value * (1 - (x / softcap) * (x / softcap))
-    tl.store(out + to * out_stride + column, (value * gain).to(out.dtype.element_ty), mask=inside)
+    value = tl.where(inside, value * gain, 0.0)
+    tl.store(out + to * out_stride + column, value.to(out.dtype.element_ty), mask=column < out_stride)

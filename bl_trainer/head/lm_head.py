@@ -1,9 +1,13 @@
 """A model's LM head."""
 
+import math
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import Shard as Rows
 
 # Config attributes by which model families multiply their logits
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -12,19 +16,69 @@ MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+class Shard(NamedTuple):
+    """A process's part, from token `start` on, of a `vocabulary` that the processes of `group` share out."""
+
+    group: Any
+    start: int
+    vocabulary: int
+
+    def own(self, target: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return token ids as indices of this part, of `size` tokens, 0 for those of another part; and which are of this."""
+        is_here = (target >= self.start) & (target < self.start + size)
+        return torch.where(is_here, target - self.start, 0), is_here
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Return what each process has as `values`, (processes, *values.shape), without gradient."""
+        processes = dist.get_world_size(self.group)
+        found = values.new_empty(processes * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(found, values, group=self.group)
+        return found.view(processes, *values.shape)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Return all parts of a tensor whose rows are the vocabulary's, in order."""
+        room = part.new_zeros(_rows_each(self.vocabulary, dist.get_world_size(self.group)), *part.shape[1:])
+        room[: len(part)] = part
+        return self.gathered(room).flatten(0, 1)[: self.vocabulary]
+
+    def reduced(self, values: Tensor, operation: Any) -> Tensor:
+        """Return `values` reduced over the processes, in place, without gradient."""
+        dist.all_reduce(values, operation, group=self.group)
+        return values
+
+
 class Head(NamedTuple):
-    """A model's LM head: logits = softcap(scale (hidden weight^T + bias)), in float32 or wider."""
+    """A model's LM head: logits = softcap(scale (hidden weight^T + bias)), in float32 or wider.
+
+    With a `shard`, weight and bias are those of this process's part of the vocabulary.
+    """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
+    shard: Shard | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, in all parts."""
+        return len(self.weight) if self.shard is None else self.shard.vocabulary
+
+    def whole(self) -> "Head":
+        """Return the head of the whole vocabulary, without gradient."""
+        shard = self.shard
+        if shard is None:
+            return self
+        bias = None if self.bias is None else shard.joined(self.bias.detach())
+        return self._replace(weight=shard.joined(self.weight.detach()), bias=bias, shard=None)
 
     @classmethod
     def of(cls, model: Any) -> "Head":
         """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
-        weight, bias = (whole(getattr(module, name, None)) for name in ("weight", "bias"))
+        leaves = [getattr(module, name, None) for name in ("weight", "bias")]
+        shard = _shard_of(leaves[0]) if (getattr(model, "_tp_size", None) or 1) > 1 else None
+        weight, bias = (whole(leaf) if shard is None else _own(leaf) for leaf in leaves)
         if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
             raise ValueError(
                 f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
@@ -42,7 +96,25 @@ class Head(NamedTuple):
             scales.append(divisor if config.model_type == "hyperclovax" else 1 / divisor)
         scale = next((float(scale) for scale in scales if scale is not None), 1.0)
         softcaps = (getattr(config, name, None) for name in SOFTCAPS)
-        return cls(weight, bias, scale, next((softcap for softcap in softcaps if softcap is not None), None))
+        return cls(weight, bias, scale, next((softcap for softcap in softcaps if softcap is not None), None), shard)
+
+
+def _shard_of(weight: Any) -> Shard | None:
+    """Return this process's part of a head that tensor parallelism cuts up, None where it is whole."""
+    if not isinstance(weight, DTensor) or weight.placements != (Rows(0),):
+        return None
+    mesh, vocabulary = weight.device_mesh, len(weight)
+    return Shard(mesh.get_group(), min(mesh.get_local_rank() * _rows_each(vocabulary, mesh.size()), vocabulary), vocabulary)
+
+
+def _rows_each(vocabulary: int, processes: int) -> int:
+    """Return how many tokens a part has, but for the last ones."""
+    return math.ceil(vocabulary / processes)
+
+
+def _own(parameter: Any) -> Any:
+    """Return this process's part of a parameter; each token's gradient is formed where its part is."""
+    return None if parameter is None else parameter.to_local()
 
 
 def whole(parameter: Any) -> Any:

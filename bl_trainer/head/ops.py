@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..objectives.pricing import Price
-from .blocks import Blocks, RowBlocks, TokenScores
+from .blocks import Blocks, RowBlocks
 from .gradients import Gradients
 from .lm_head import Head
+from .sums import TokenScores
 
 
 class TokenCosts(NamedTuple):
@@ -46,7 +47,7 @@ def score(hidden: Tensor, head: Head, target: Tensor, extras: tuple[str, ...] = 
 @torch.compiler.disable
 def log_probs(hidden: Tensor, head: Head, rows: Tensor, tokens: Tensor) -> Tensor:
     """Return log p of `tokens` (M,) after the rows `rows` (M,) of `hidden`, (N, hidden size); (M,). Without gradient."""
-    blocks = Blocks(hidden, head)
+    blocks = Blocks(hidden, head.whole())
     buffer = blocks.empty(blocks.rows)
     found = buffer.new_empty(len(rows))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -78,13 +79,13 @@ def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) ->
 
     Holds two blocks of logits, and some of the rows a few times. Raises ValueError if the vocabularies differ in size.
     """
-    sizes = base_head.weight.shape[0], head.weight.shape[0]
+    sizes = base_head.vocabulary, head.vocabulary
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The base model has a vocabulary of {sizes[0]} tokens, the compared one of {sizes[1]}: their distributions can't "
             "be compared. Compare checkpoints of the same model."
         )
-    blocks, base_blocks = Blocks(hidden, head), Blocks(base_hidden, base_head)
+    blocks, base_blocks = Blocks(hidden, head.whole()), Blocks(base_hidden, base_head.whole())
     buffer, base_buffer = blocks.empty(blocks.rows), base_blocks.empty(blocks.rows)
     parts = []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -129,7 +130,8 @@ def objective_head(
     """
     leaves = hidden, head.weight, head.bias
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
-    blocks = Blocks(hidden, head)
+    held = sum(leaf.numel() for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need)
+    blocks = Blocks(hidden, head, held)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         gradients = Gradients(blocks, needs)
         keep = gradients.add if any(needs) else None

@@ -2,19 +2,33 @@
 
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from .._util.transformers import balancing_loss_of
 from .._util.trl import maybe_gather_lm_head_ctx
 from .lm_head import Head
 from .ops import backbone
+from .targets import Targets
+
+
+class Scored(NamedTuple):
+    """What a model with `add_scoring` returns. `found`: by `use`. `is_target`: bool (batch, places). `aux_loss`: () or None."""
+
+    found: Any
+    is_target: Tensor
+    aux_loss: Tensor | None
 
 
 def add_scoring(model: Any) -> None:
-    """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens, and which are targets.
+    """Let `model(..., labels=labels, use=f)` return f(hidden, head, target) of its target tokens, as `Scored`.
 
     `hidden`: (N, hidden size), `target`: (N,) the labels that are not -100, in reading order, each with the hidden state that
-    predicts it; which: bool (batch, length - 1). Everything runs inside the model's forward, so that sharded and autocast
-    models work as in training. Raises ValueError on labels outside of the vocabulary, and as `Head.of`.
+    predicts it; places: length - 1, or length where `shift_labels` are given, which are labels of the places themselves. With
+    `output_router_logits=True` the load-balancing loss of a mixture of experts is computed beside it. Everything runs inside
+    the model's forward, so that sharded and autocast models work as in training. Raises ValueError on labels outside of the
+    vocabulary, and as `Head.of`.
     """
     original = model.forward.__func__
 
@@ -22,23 +36,31 @@ def add_scoring(model: Any) -> None:
     def forward(self: Any, *args: Any, use: Any = None, **kwargs: Any) -> Any:
         if use is None:
             return original(self, *args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         kwargs["use_cache"] = False
-        hidden = backbone(self)(*args, **kwargs).last_hidden_state[:, -labels.shape[1] - 1 : -1]
+        outputs = backbone(self)(*args, **kwargs)
+        hidden = outputs.last_hidden_state if labels is None else outputs.last_hidden_state[:, -labels.shape[1] :]
+        aux_loss = _aux_loss(self, outputs, kwargs) if kwargs.get("output_router_logits") else None
         module = self.get_output_embeddings()
         parameters = [getattr(module, name) for name in ("weight", "bias") if getattr(module, name, None) is not None]
         with maybe_gather_lm_head_ctx(*parameters):
             head = Head.of(self)
-            hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
-            is_target = labels != -100
-            flat = is_target.flatten().nonzero().squeeze(1)
-            chosen, targets = hidden.reshape(-1, hidden.shape[-1]).index_select(0, flat), labels.flatten()[flat]
-            is_wrong = (targets < 0) | (targets >= len(head.weight))
+            place = head.weight.device
+            targets = Targets.of(labels.to(place)) if shift_labels is None else Targets(shift_labels.to(place))
+            chosen, ids = targets.take(hidden[:, : targets.labels.shape[1]].to(place)), targets.ids
+            is_wrong = (ids < 0) | (ids >= head.vocabulary)
             if is_wrong.any():
                 raise ValueError(
-                    f"A label is {targets[is_wrong][0].item()}, outside of the model's vocabulary of {len(head.weight)} tokens."
+                    f"A label is {ids[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
                     " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
                 )
-            return use(chosen, head, targets), is_target
+            return Scored(use(chosen, head, ids), targets.mask, aux_loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _aux_loss(model: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the load-balancing loss that a mixture of experts' own forward computes, a mean over the micro-batch's tokens."""
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return balancing_loss_of(model)(outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask"))

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .lm_head import Head
 from .ops import score
+from .targets import IGNORED, Targets
 
 logger = logging.getLogger(__name__)  # accelerate's needs a state, which a model alone hasn't
 
@@ -23,6 +24,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "
 DROPOUTS = (torch.dropout, functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 HEADS = {"own": "bl_trainer's loss head", "trl": "TRL's loss head"}
 PRECISION = 1e-4  # of float32 and wider, in which outliers among hidden states cancel
+LEAK = 1e-5  # in float32: what later tokens may change in earlier logits, as a share of twice the largest
+COARSE_LEAK = 0.02  # in narrower types, and where quantized products depend on what else is in the batch
 
 
 class Measured(NamedTuple):
@@ -32,17 +35,19 @@ class Measured(NamedTuple):
     roots: tuple[Tensor | None, ...]
 
 
-def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
+def verify_head(model: Any, kind: str = "own", *, trains: bool = True, text: bool = True) -> None:
     """Compare the loss head `kind`, a key of `HEADS`, with the logits that `model` computes itself.
 
     Args:
         model: A causal language model after `add_scoring`, or a PEFT model around it. It is left as it was.
         trains: Whether to compare the trainable parameters that both depend on, and log-probabilities in training mode, too;
             not possible in a sharded model.
+        text: Whether rows are text alone. With images, the collator may tell a class which tokens are a prefix that sees all of
+            itself, and nothing is refused for that.
 
     Raises:
         ValueError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
-            parameter would get no gradient, or if one of the two can't be computed.
+            parameter would get no gradient, if one of the two can't be computed, or if earlier positions see later tokens.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     base = inner.get_base_model() if is_peft_model(inner) else inner
@@ -54,6 +59,7 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
                 _run_head(model, kind, inputs)
             own = _own_logits(model, base, inputs)
         found = _compare(model, name, kind, inputs, *own)
+    looks_ahead = text and _looks_ahead(model, inputs, *own)
     if trains:
         _refuse_untrained(name, kind, model, _leaves(own[0]) - _leaves(*found.roots))
         del found
@@ -61,6 +67,12 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True) -> None:
             steady = _steady(lambda: _own_logits(model, base, inputs))
             if steady is not None:
                 _compare(model, name, kind, inputs, *steady)
+                looks_ahead = looks_ahead and _looks_ahead(model, inputs, *steady)  # not of a prefix that trains causally
+    if looks_ahead:
+        raise ValueError(
+            f"Cannot train {name}: its earlier positions see later tokens, so it would learn to copy its targets. Choose a "
+            "causal language model, or write `model_init_kwargs: {is_decoder: true}` if its class has this setting."
+        )
 
 
 def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: Tensor, precision: float) -> Measured:
@@ -70,7 +82,7 @@ def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: T
     with _explained(f"Cannot train {name} with {HEADS[kind]}"):
         found = (_own_head if kind == "own" else _trl_head)(model, {**inputs, "labels": labels}, logits.shape[-1])
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))[:, -length:-1]
-    wanted = wide.log_softmax(-1).gather(2, labels[:, 1:, None]).flatten()
+    wanted = wide.log_softmax(-1).gather(2, Targets.of(labels).labels[..., None]).flatten()
     difference = torch.where(wanted.isnan(), 0, (found.logp.to(wanted.device) - wanted).abs())
     _refuse_difference(name, kind, difference.max().item(), precision * _size(wide))
     return found
@@ -140,11 +152,13 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _tokens(base: Any) -> dict[str, Any]:
-    """Return two equal rows of ids from the middle of the vocabulary, where no special tokens are."""
+    """Return two rows of ids from the middle of the vocabulary, where no special tokens are; their first halves are equal."""
     config = base.config.get_text_config()
     size = getattr(config, "vocab_size", None) or len(base.get_output_embeddings().weight)
     length = min([TOKENS, *(value for key in POSITIONS if isinstance(value := getattr(config, key, None), int) and value > 1)])
-    ids = (size // 2 + torch.arange(length, device=base.device) % max(1, size // 4)).repeat(2, 1)
+    steps = torch.arange(length, device=base.device)
+    other = torch.where(steps < (length + 1) // 2, steps, 3 * steps + 1)
+    ids = size // 2 + torch.stack([steps, other]) % max(1, size // 4)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
@@ -182,7 +196,7 @@ def _extremes(logits: Tensor, length: int) -> Tensor:
     last = logits.detach()[:, -length:]
     possible = last.masked_fill(last == -torch.inf, torch.inf)
     labels = torch.stack([last[0].argmax(-1), possible[1].argmin(-1)])
-    return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), -100)
+    return labels.roll(1, dims=1).index_fill(1, labels.new_zeros(1), IGNORED)
 
 
 def _size(logits: Tensor) -> float:
@@ -192,7 +206,7 @@ def _size(logits: Tensor) -> float:
 
 def _own_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
     def use(hidden: Tensor, head: Head, target: Tensor) -> Measured:
-        rows, size = head.weight.shape
+        rows, size = head.vocabulary, head.weight.shape[1]
         if (rows, size) != (vocabulary, hidden.shape[-1]):
             raise ValueError(
                 f"its LM head takes {size} features for {rows} tokens, its last hidden states have {hidden.shape[-1]} and its "
@@ -200,7 +214,7 @@ def _own_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
             )
         return Measured(score(hidden, head, target, ()).logp, (hidden, head.weight, head.bias))
 
-    return _run(model, **inputs, use=use)[0]
+    return _run(model, **inputs, use=use).found
 
 
 def _trl_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
@@ -224,6 +238,15 @@ def _refuse_untrained(name: str, kind: str, model: Any, lost: set[Tensor]) -> No
             f"Cannot train {name} with {HEADS[kind]}: {len(names)} trainable parameters of the model's logits would get no "
             f"gradient, among them `{names[0]}`. Freeze them, or remove their adapter. {_advice(kind)}"
         )
+
+
+def _looks_ahead(model: Any, inputs: dict[str, Any], logits: Tensor, precision: float) -> bool:
+    """Whether logits differ in the half that both rows share, by the half in which the rows differ."""
+    length = inputs["input_ids"].shape[1]
+    first, second = logits.detach()[:, -length:][:, : (length + 1) // 2]
+    gap = torch.where(first == second, 0, (first - second).abs()).max().item()
+    is_exact = precision <= PRECISION and all(parameter.is_floating_point() for parameter in model.parameters())
+    return gap > (LEAK if is_exact else COARSE_LEAK) * _size(logits)
 
 
 def _advice(kind: str) -> str:

@@ -20,7 +20,7 @@ from ..head.ops import objective_head
 from ..objectives.objective import Objective
 from ..objectives.pricing import masked_cost
 from ..objectives.threshold import Threshold, trains
-from .inputs import Targets, check_labels, check_states, logits_of, read_targets
+from .inputs import at_targets, check_labels, check_states, logits_of, read_targets, targets_of
 from .metrics import LossMetrics
 from .pricing import COLUMNS, GIVEN, Pricing
 
@@ -50,9 +50,9 @@ class ObjectiveOfLogits:
         logits = logits_of(outputs)
         check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
         self.pricing.check_given(columns, COLUMNS, labels.shape)
-        targets = Targets.of(labels.to(logits.device))
+        targets = targets_of(labels.to(logits.device))
         price, extras = self.pricing.pricer(), self.pricing.extras
-        costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, targets.at(columns))
+        costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, at_targets(targets, columns))
         self.seen.add_costs(costs)
         return self.pricing.mean(costs, num_items_in_batch, self.micro_batches)
 
@@ -143,10 +143,10 @@ def fused_objective(
     check_states(hidden, lm_head_weight)
     check_labels(labels, hidden.shape[:-1], len(lm_head_weight), "hidden states")
     pricing.check_given(columns, COLUMNS, labels.shape)
-    targets = Targets.of(labels.to(hidden.device))
+    targets = targets_of(labels.to(hidden.device))
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.index)
     head = Head(whole(lm_head_weight), whole(bias), scale, softcap)
-    costs = objective_head(states, head, targets.ids, pricing.pricer(), pricing.extras, targets.at(columns))
+    costs = objective_head(states, head, targets.ids, pricing.pricer(), pricing.extras, at_targets(targets, columns))
     if metrics is not None:
         metrics.add_costs(costs)
     return pricing.mean(costs, num_items, micro_batches)

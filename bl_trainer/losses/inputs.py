@@ -1,34 +1,27 @@
 """What a caller hands over, checked: logits, hidden states, labels."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..head.targets import IGNORED, Targets, shifted
 from ..objectives.objective import Objective
 
-IGNORED = -100  # the label of a token that is no target
+
+def targets_of(labels: Tensor) -> Targets:
+    """Return the targets of labels (batch, length), unshifted, or (N,), aligned; places are numbered as outputs are."""
+    labels = labels.long()
+    return Targets(labels if labels.ndim == 1 else pad(shifted(labels, IGNORED), (0, 1), value=IGNORED))
 
 
-class Targets(NamedTuple):
-    """The N target tokens of a batch: the flat positions whose outputs predict them, (N,), and their ids, (N,)."""
-
-    index: Tensor
-    ids: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor) -> "Targets":
-        """Find them in labels (batch, length), unshifted, or (N,), aligned with outputs."""
-        following = labels if labels.ndim == 1 else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        index = (following != IGNORED).flatten().nonzero()[:, 0]
-        return cls(index, following.flatten()[index].long())
-
-    def at(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values of columns of the labels' shape at the targets."""
-        shift = [0 if column.ndim == 1 else 1 for column in columns.values()]
-        flat = (column.to(self.index.device).flatten() for column in columns.values())
-        return {name: column[self.index + by] for name, column, by in zip(columns, flat, shift, strict=True)}
+def at_targets(targets: Targets, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values, (N,), of columns of the labels' shape at the targets."""
+    index = targets.index
+    flat = {name: column.to(index.device).flatten() for name, column in columns.items()}
+    return {name: flat[name][index + (column.ndim == 2)] for name, column in columns.items()}
 
 
 def logits_of(outputs: Any) -> Tensor:

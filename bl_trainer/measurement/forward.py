@@ -5,15 +5,22 @@ The pass goes through transformers' evaluation loop, so that the model is placed
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import MeasurementError
 from ..head.ops import score
+from ..head.targets import IGNORED, Targets
 from ..tokens.names import NOT_FOR_THE_MODEL
+
+
+class Observed(NamedTuple):
+    """What `ScoringTrainer.observe` has gone through: target tokens of all processes; whether `max_tokens` left some out."""
+
+    num_tokens: int
+    is_cut: bool
 
 
 def measure(
@@ -23,24 +30,19 @@ def measure(
     max_tokens: int | None = None,
     name: str = "",
     expected: int | None = None,
-) -> tuple[int, bool]:
-    """Call `observe(model, batch)` on each of this process's batches; `name` and `expected` tokens are for the progress bar.
+) -> Observed:
+    """Call `observe(model, batch)` on each of this process's batches, as `ScoringTrainer.observe` does."""
+    return trainer.observe(batches, observe, max_tokens=max_tokens, label=name, expected=expected)
 
-    Returns the number of target tokens of all processes, and whether `max_tokens` left some out.
 
-    `batches`: collated, with `labels`. Stops after the batch with which `max_tokens` target tokens are reached over all
-    processes. A process that runs out of batches gets its last one again with no target in it, so that all processes make
-    as many forward passes, as sharded models need. Raises MeasurementError if a process gets no batch at all.
+class Lockstep:
     """
-    hidden = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
-    with tqdm(total=expected or max_tokens, desc=name, unit=" tokens", unit_scale=True, disable=hidden) as bar:
-        dealt = _Lockstep(batches, trainer.accelerator, max_tokens, bar)
-        trainer.observe(dealt, observe)
-    return dealt.num_tokens, dealt.is_cut
+    Deals a process's batches out in step with all other processes; has no length.
 
-
-class _Lockstep:
-    """Deals a process's batches out in step with all other processes; has no length."""
+    Stops after the batch with which `max_tokens` target tokens are reached over all processes. A process that runs out of
+    batches gets its last one again with no target in it, so that all processes make as many forward passes, as sharded models
+    need. Raises MeasurementError if a process gets no batch at all. `bar`: of progress, in target tokens.
+    """
 
     def __init__(self, batches: Iterable[dict[str, Any]], accelerator: Any, max_tokens: int | None, bar: Any):
         self.batches, self.accelerator, self.max_tokens, self.bar = batches, accelerator, max_tokens, bar
@@ -75,16 +77,16 @@ class _Lockstep:
 
 def count_targets(batch: dict[str, Any]) -> Tensor:
     """Return the number of target tokens of a collated batch: labels that are not -100, the first column apart."""
-    return (batch["labels"][:, 1:] != -100).sum()
+    return Targets.of(batch["labels"]).mask.sum()
 
 
 def without_targets(batch: dict[str, Any]) -> dict[str, Any]:
     """Return the batch with nothing to measure in it."""
-    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 def score_batch(trainer: Any, model: Any, batch: dict[str, Any], use: Callable[..., Any] = score) -> Any:
     """Return `use(hidden, head, target)` of a batch's target tokens."""
     inputs = trainer._prepare_inputs({key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL})
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        return model(**inputs, use=use)[0]
+        return model(**inputs, use=use).found

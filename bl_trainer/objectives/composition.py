@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._util.text import is_number, nearest, to_number
+from ..errors import RecipeError
 
 KEYS = ("floor", "mix", "special_tokens")  # of any objective's mapping, besides `name` and its parameters
 SHAPES = ("linear", "cosine")
@@ -28,7 +29,7 @@ class Schedule:
 
     Progress is the share of optimizer steps done, 0 to 1; `over`: where it begins and ends to move, both within 0 to 1; with
     both the same it jumps there. With x the share of `over` that is done, the value is (1 - s) start + s end, where s = x for
-    `linear` and (1 - cos(pi x)) / 2 for `cosine`. Raises ValueError on anything else.
+    `linear` and (1 - cos(pi x)) / 2 for `cosine`. Raises RecipeError on anything else.
     """
 
     start: float
@@ -43,28 +44,28 @@ class Schedule:
 
     @classmethod
     def parse(cls, key: str, spec: Mapping[str, Any]) -> "Schedule":
-        """Read `{"from": 0, "to": 2, "over": [0.3, 1.0], "shape": "cosine"}`, the value of `key`. Raises ValueError."""
+        """Read `{"from": 0, "to": 2, "over": [0.3, 1.0], "shape": "cosine"}`, the value of `key`. Raises RecipeError."""
         allowed = ("from", "to", "over", "shape")
         example = "Write e.g. `{from: 0, to: 1, over: [0.3, 1.0], shape: linear}`"
         for name in spec:
             if name not in allowed:
-                raise ValueError(f"Unknown key {name!r} in the schedule of `{key}`.{nearest(name, allowed)} {example}.")
+                raise RecipeError(f"Unknown key {name!r} in the schedule of `{key}`.{nearest(name, allowed)} {example}.")
         ends = [to_number(spec.get(name)) for name in ("from", "to")]
         for name, value in zip(("from", "to"), ends, strict=True):
             if not is_number(value):
                 got = f"got {value!r}" if name in spec else "it is missing"
-                raise ValueError(f"`{name}` in the schedule of `{key}` must be a finite number, {got}. {example}.")
+                raise RecipeError(f"`{name}` in the schedule of `{key}` must be a finite number, {got}. {example}.")
         over = spec.get("over", [0.0, 1.0])
         over = [to_number(end) for end in over] if isinstance(over, (list, tuple)) else over
         is_pair = isinstance(over, (list, tuple)) and len(over) == 2 and all(map(is_number, over))
         if not is_pair or not 0 <= over[0] <= over[1] <= 1:
-            raise ValueError(
+            raise RecipeError(
                 f"`over` in the schedule of `{key}` must be two shares of training, the first not above the second, within 0 "
                 f"to 1; got {spec['over']!r}. {example}."
             )
         shape = spec.get("shape", "linear")
         if shape not in SHAPES:
-            raise ValueError(
+            raise RecipeError(
                 f"`shape` in the schedule of `{key}` must be one of {', '.join(SHAPES)}, got {shape!r}. {example}."
             )
         return cls(ends[0], ends[1], (float(over[0]), float(over[1])), shape)

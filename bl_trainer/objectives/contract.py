@@ -1,6 +1,6 @@
 """What an objective function must keep, checked before a model loads: its parameters, and its costs on a few tokens.
 
-Each check raises ValueError with a message for the user.
+Each check raises RecipeError with a message for the user.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._util.text import is_number, nearest
+from ..errors import RecipeError
 from .composition import KEYS
 from .functions import anneal
 from .spec import OBJECTIVES
@@ -32,7 +33,7 @@ def check_parameters(objective: "Objective") -> None:
     name, own, takes_any = objective.name, *_own_parameters(objective)
     for key in (*KEYS, "name", "weight"):
         if key in own:
-            raise ValueError(
+            raise RecipeError(
                 f"Objective {name!r} has a parameter {key!r}, which in a recipe means the same for every objective: "
                 "see `bl_trainer.objectives.composition`. Give the parameter another name."
             )
@@ -40,11 +41,11 @@ def check_parameters(objective: "Objective") -> None:
     surplus = [key for key in objective.parameters if key not in own and not takes_any]
     missing = [key for key, p in own.items() if p.default is p.empty and key not in objective.parameters]
     if supplied or surplus or missing:
-        raise ValueError(_misfit(objective, own, supplied, surplus, missing))
+        raise RecipeError(_misfit(objective, own, supplied, surplus, missing))
     for key in objective.schedules:
         default = own[key].default if key in own else None
         if default not in (None, inspect.Parameter.empty) and not is_number(default):
-            raise ValueError(
+            raise RecipeError(
                 f"`{key}` of objective {name!r} can't be scheduled: it is no number, its default is {default!r}. "
                 "Give it one value."
             )
@@ -56,12 +57,12 @@ def _own_parameters(objective: "Objective") -> tuple[dict[str, inspect.Parameter
     try:
         first, *others = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise RecipeError(
             f"Objective {objective.name!r} is not a function of `logp`: {error}. Give a Python function whose first "
             "parameter is `logp`."
         ) from error
     if first.name != "logp":
-        raise ValueError(f"The first parameter of objective {objective.name!r} must be `logp`, got {first.name!r}.")
+        raise RecipeError(f"The first parameter of objective {objective.name!r} must be `logp`, got {first.name!r}.")
     own = {p.name: p for p in others if p.name not in STATISTICS and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return own, any(p.kind is p.VAR_KEYWORD for p in others)
 
@@ -107,18 +108,18 @@ def _check_cost(objective: "Objective", tokens: dict[str, Any]) -> None:
     cost = _tried(objective, tokens)
     if not isinstance(cost, Tensor) or cost.shape != SHAPE or not cost.is_floating_point():
         got = f"{cost.dtype} {tuple(cost.shape)}" if isinstance(cost, Tensor) else type(cost).__name__
-        raise ValueError(
+        raise RecipeError(
             f"{what} must return one float per token, of the shape of `logp`; for a float32 {SHAPE} it gave {got}. "
             "Don't take the mean or the sum: the trainer does."
         )
     slopes = torch.autograd.grad(cost.sum(), inputs, allow_unused=True) if cost.requires_grad else (None, None)
     if all(slope is None for slope in slopes):
-        raise ValueError(f"{what} has no gradient with respect to `logp`, so nothing would train. Don't detach all of it.")
+        raise RecipeError(f"{what} has no gradient with respect to `logp`, so nothing would train. Don't detach all of it.")
     when = f" and progress {tokens['progress']:g}" if "progress" in objective.own_statistics else ""
     for values in (cost, *(slope for slope in slopes if slope is not None)):
         if not values.isfinite().all():
             worst = tokens["logp"][~values.isfinite()][0].item()
-            raise ValueError(
+            raise RecipeError(
                 f"{what}, or its gradient, is not finite at log p = {worst:g}{when}. It must be from log p = -50 to 0, "
                 "which confident models reach."
             )
@@ -129,7 +130,7 @@ def _check_elementwise(objective: "Objective", tokens: dict[str, Any], others: d
     what, cost = f"Objective {objective.name!r}", _tried(objective, tokens)
     flat = {name: value.flatten() if isinstance(value, Tensor) else value for name, value in tokens.items()}
     if not torch.allclose(_tried(objective, flat), cost.flatten(), rtol=1e-4):
-        raise ValueError(f"{what} depends on how tokens are laid out. It must give the same costs for `logp` of any shape.")
+        raise RecipeError(f"{what} depends on how tokens are laid out. It must give the same costs for `logp` of any shape.")
     for i in range(cost.numel()):
         here = torch.arange(cost.numel()).view(SHAPE) == i
         mixed = {
@@ -137,7 +138,7 @@ def _check_elementwise(objective: "Objective", tokens: dict[str, Any], others: d
             for name, value in tokens.items()
         }
         if not torch.allclose(_tried(objective, mixed)[here], cost[here], rtol=1e-4):
-            raise ValueError(
+            raise RecipeError(
                 f"{what} makes the cost of one token depend on other tokens, so training would depend on how a batch is "
                 "cut into micro-batches and ranks. Compute each token's cost from its own statistics."
             )
@@ -166,10 +167,10 @@ def _tried(objective: "Objective", tokens: dict[str, Any]) -> Any:
             torch.manual_seed(0)  # an objective may draw at random for each token
             cost = objective(**tokens)
     except Exception as error:
-        raise ValueError(
+        raise RecipeError(
             f"Objective {objective.name!r} failed when tried on a few tokens: {type(error).__name__}: {error}"
         ) from error
     for name, value in before.items():
         if not torch.equal(tokens[name], value):
-            raise ValueError(f"Objective {objective.name!r} changes `{name}` in place, which others read. Make a new tensor.")
+            raise RecipeError(f"Objective {objective.name!r} changes `{name}` in place, which others read. Make a new tensor.")
     return cost

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._util.text import is_number, to_number
+from ..errors import RecipeError
 from .composition import Schedule
 
 
@@ -42,7 +43,7 @@ def require_number(objective: str, name: str, value: Any) -> None:
             " Write a schedule as `{from: 0, to: 1, over: [0.3, 1.0]}`." if isinstance(value, (Mapping, list, tuple)) else ""
         )
         quotes = " Leave out the quotes." if is_number(to_number(value)) else ""
-        raise ValueError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.{schedule}{quotes}")
+        raise RecipeError(f"`{name}` of objective {objective!r} must be a finite number, got {value!r}.{schedule}{quotes}")
 
 
 def nll(logp: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def power(logp: Tensor, alpha: float) -> Tensor:
 
     Source: https://arxiv.org/abs/2510.00526, Eq. 3.
 
-    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless alpha is a finite number.
+    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises RecipeError unless alpha is a finite number.
     """
     require_number("power", "alpha", alpha)
     if abs(alpha) < 1e-16:  # (1 - p^alpha) / alpha differs from -log p by less than a float64 can hold
@@ -99,12 +100,12 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
 
     Source: https://arxiv.org/abs/2510.00526, Fig. 5; epsilon from its code.
 
-    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises ValueError unless epsilon > 0, without
+    `logp`: float tensor of any shape. Returns the same shape and dtype. Raises RecipeError unless epsilon > 0, without
     which f has no slope at p = 1.
     """
     require_number("log_one_minus_p", "epsilon", epsilon)
     if epsilon <= 0:
-        raise ValueError(f"`epsilon` of objective 'log_one_minus_p' must be positive, got {epsilon}; the paper has 1e-3.")
+        raise RecipeError(f"`epsilon` of objective 'log_one_minus_p' must be positive, got {epsilon}; the paper has 1e-3.")
     wide = widen(logp)
     p, one_minus_p = wide.exp(), -wide.expm1()
     value = torch.where(p < 0.5, torch.log1p(epsilon - p), torch.log(one_minus_p + epsilon))
@@ -112,11 +113,11 @@ def log_one_minus_p(logp: Tensor, epsilon: float = 1e-3) -> Tensor:
 
 
 def annealed_alpha(progress: float, start: float, end: float) -> float:
-    """Return the alpha of `anneal` at H = 0. Raises ValueError unless start >= 0 and end >= 0."""
+    """Return the alpha of `anneal` at H = 0. Raises RecipeError unless start >= 0 and end >= 0."""
     for name, value in (("start", start), ("end", end)):
         require_number("anneal", name, value)
         if value < 0:
-            raise ValueError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
+            raise RecipeError(f"`{name}` of objective 'anneal' must not be negative, got {value}; 0 is `nll`.")
     return Schedule(start, end, over=(0.5, 1.0)).at(progress)
 
 
@@ -130,7 +131,7 @@ def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, e
     docs/anneal.md what it does.
 
     `logp`: float tensor of any shape. `entropy`: the same shape. `progress`: of training, from 0 to 1. Returns the shape
-    and dtype of `logp`. Raises ValueError unless start >= 0 and end >= 0.
+    and dtype of `logp`. Raises RecipeError unless start >= 0 and end >= 0.
     """
     sureness = (-widen(entropy.detach()).clamp(min=0)).exp()
     return power_per_token(logp, annealed_alpha(progress, start, end) * sureness)

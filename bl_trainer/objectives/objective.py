@@ -56,7 +56,7 @@ class Objective:
         A mapping may also have `floor: 0.1`, `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`,
         `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
 
-        Raises ValueError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
+        Raises RecipeError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
         that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
         """
         if isinstance(spec, Objective):
@@ -66,6 +66,14 @@ class Objective:
         check_parameters(objective)
         check_contract(objective)
         return replace(objective, **read_composition(composition, cls.parse))
+
+    @classmethod
+    def read(cls, spec: "str | Mapping[str, Any] | Objective") -> "Objective":
+        """Read a spec that `parse` has accepted before, as recipes and records hold it, without trying its function again."""
+        if isinstance(spec, Objective):
+            return spec
+        name, parameters, composition = read_spec(spec)
+        return cls(name, parameters, **read_composition(composition, cls.read))
 
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return f, elementwise, composed as it is.

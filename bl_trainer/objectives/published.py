@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from .functions import Pointwise, power_per_token, require_number, widen
 
 ANCHOR_REACH = 10.0  # SkyRL's `asft_kl_clamp`
@@ -102,7 +103,7 @@ def focal(logp: Tensor, gamma: float = 2.0, stop_gradient: bool = True) -> Tenso
     """
     _require("focal", "gamma", gamma, 0)
     if not isinstance(stop_gradient, bool):
-        raise ValueError(f"`stop_gradient` of objective 'focal' must be true or false, got {stop_gradient!r}.")
+        raise RecipeError(f"`stop_gradient` of objective 'focal' must be true or false, got {stop_gradient!r}.")
     wide = widen(logp)
     q = -torch.expm1(wide)
     weight = q**gamma
@@ -221,9 +222,9 @@ def _weighted(logp: Tensor, weight: Tensor) -> Tensor:
 def _require(
     objective: str, name: str, value: Any, low: float, high: float = math.inf, above: bool = False, below: bool = False
 ) -> None:
-    """Raise ValueError unless `value` is a number from `low` to `high`, these excluded if `above` and `below`."""
+    """Raise RecipeError unless `value` is a number from `low` to `high`, these excluded if `above` and `below`."""
     require_number(objective, name, value)
     if value < low or value > high or (above and value == low) or (below and value == high):
         lower = f"{'above' if above else 'at least'} {low:g}"
         upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
-        raise ValueError(f"`{name}` of objective {objective!r} must be {lower}{upper}, got {value}.")
+        raise RecipeError(f"`{name}` of objective {objective!r} must be {lower}{upper}, got {value}.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .._util.text import from_json, is_number, nearest, to_exponent, to_number
+from ..errors import RecipeError
 from .composition import KEYS, Schedule
 from .functions import anneal, log_one_minus_p, neg_p, nll, power
 from .published import PUBLISHED
@@ -27,17 +28,17 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 
 def read_spec(spec: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return the name of an objective, its own parameters, and its composition as it is spelled. Raises ValueError."""
+    """Return the name of an objective, its own parameters, and its composition as it is spelled. Raises RecipeError."""
     spec = from_json("objective", spec, '{"name": "power", "alpha": 10}')
     if callable(spec):
-        raise ValueError(
+        raise RecipeError(
             f"`objective` must be a name, got {spec!r}. Give a function by its import path, `module:function`, in "
             "a notebook `__main__:function`, so that checkpoints can record it."
         )
     given = spec if isinstance(spec, Mapping) else {"name": spec}
     name = given.get("name")
     if not isinstance(name, str) or not name:
-        raise ValueError(
+        raise RecipeError(
             f"`objective` must be a name or a mapping with `name`, got {spec!r}. Write `objective: neg_p`, with parameters "
             "`{name: power, alpha: 10}`."
         )
@@ -56,11 +57,11 @@ def read_composition(spec: Mapping[str, Any], parse: "Callable[[Any], Objective]
 
 
 def function_of(name: str) -> Callable[..., Tensor]:
-    """Return the function that a name in `OBJECTIVES`, or an import path, stands for. Raises ValueError."""
+    """Return the function that a name in `OBJECTIVES`, or an import path, stands for. Raises RecipeError."""
     if ":" in name:
         return _import(name)
     if name not in OBJECTIVES:
-        raise ValueError(
+        raise RecipeError(
             f"Unknown objective {name!r}.{nearest(name, OBJECTIVES)} Built in: {', '.join(OBJECTIVES)}. Your "
             "own function goes by its import path, e.g. `objective: my_package.losses:my_objective`."
         )
@@ -77,7 +78,7 @@ def _bounded(what: str, value: Any, most: float, advice: str) -> Any:
     for end in (setting.start, setting.end) if isinstance(setting, Schedule) else (setting,):
         if not is_number(end) or not 0 <= end <= most:
             limits = "0 or above" if most == math.inf else f"between 0 and {most:g}"
-            raise ValueError(f"`{what}` must be a number {limits}, or a schedule of such, got {value!r}. {advice}")
+            raise RecipeError(f"`{what}` must be a number {limits}, or a schedule of such, got {value!r}. {advice}")
     return setting
 
 
@@ -88,15 +89,15 @@ def _floor(value: Any) -> Any:
 def _mix(spec: Any, parse: "Callable[[Any], Objective]") -> "tuple[tuple[Objective, Any], ...]":
     example = "Write `mix: {nll: 0.1}`, or with parameters `mix: [{name: power, alpha: 10, weight: 0.1}]`."
     if not isinstance(spec, (Mapping, list, tuple)) or not spec:
-        raise ValueError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
+        raise RecipeError(f"`mix` must be objectives with their weights, got {spec!r}. {example}")
     if isinstance(spec, Mapping):
         if "name" in spec or any(isinstance(weight, Mapping) and not Schedule.is_meant(weight) for weight in spec.values()):
-            raise ValueError(f"`mix` with an objective's parameters must be a list, got {dict(spec)}. {example}")
+            raise RecipeError(f"`mix` with an objective's parameters must be a list, got {dict(spec)}. {example}")
         spec = [{"name": name, "weight": weight} for name, weight in spec.items()]
     for other in spec:
         if not isinstance(other, Mapping) or not {"name", "weight"} <= other.keys():
             near = "".join(nearest(key, ["weight"]) for key in other if key != "name") if isinstance(other, Mapping) else ""
-            raise ValueError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}.{near} {example}")
+            raise RecipeError(f"Each of `mix` must have a `name` and a `weight`, got {other!r}.{near} {example}")
     return tuple(
         (
             _part("mix", {name: value for name, value in other.items() if name != "weight"}, parse, example),
@@ -110,13 +111,13 @@ def _part(key: str, spec: Any, parse: "Callable[[Any], Objective]", example: str
     """Read an objective within another; `example` takes the place of what a message says to write for one on its own."""
     try:
         part = parse(spec)
-    except ValueError as error:
+    except RecipeError as error:
         what, write, how = str(error).partition(" Write `objective: ")
         how = "" if not write else f" {example}" if example else f" Write `{key}: {how}"
         what = what.replace("`objective` must", "it must")
-        raise ValueError(f"In `{key}` of the objective: {what}{how}") from error
+        raise RecipeError(f"In `{key}` of the objective: {what}{how}") from error
     if part.special_tokens is not None:
-        raise ValueError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")
+        raise RecipeError(f"`special_tokens` within `{key}` would mean nothing: write it once, beside `name`.")
     return part
 
 
@@ -126,11 +127,11 @@ def _import(path: str) -> Callable[..., Tensor]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
+        raise RecipeError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
     try:
         function = attrgetter(attribute)(module)
     except AttributeError as error:
-        raise ValueError(f"Module {module_name!r} has no {attribute!r}.{nearest(attribute, vars(module))} {hint}") from error
+        raise RecipeError(f"Module {module_name!r} has no {attribute!r}.{nearest(attribute, vars(module))} {hint}") from error
     if not callable(function):
-        raise ValueError(f"Objective {path!r} is a {type(function).__name__}, not a function. {hint}")
+        raise RecipeError(f"Objective {path!r} is a {type(function).__name__}, not a function. {hint}")
     return function

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._util.text import from_json, is_number, nearest, to_number
+from ..errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Threshold:
     `above_percentile`: `above` is to be this percentile (0 to 100) of the starting model's p over the target tokens of the
     training set (section 5.1), which the trainer measures; until then it is not `resolved`. `normalize`: what the sum of costs
     is divided by. `tokens`: all target tokens of the batch, exact under gradient accumulation and on several processes. `kept`:
-    the kept tokens of each micro-batch, all micro-batches weighing the same, as the paper's code does. Raises ValueError on
+    the kept tokens of each micro-batch, all micro-batches weighing the same, as the paper's code does. Raises RecipeError on
     anything else.
     """
 
@@ -35,23 +36,23 @@ class Threshold:
                 percentile = (
                     f" For a percentile write `threshold: {{above_percentile: {value:g}}}`." if is_number(value) else ""
                 )
-                raise ValueError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.{percentile}")
+                raise RecipeError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.{percentile}")
         if self.above > self.below:
-            raise ValueError(
+            raise RecipeError(
                 f"`threshold` keeps no token: above = {self.above} exceeds below = {self.below}. Tokens with "
                 "above <= p <= below are kept; swap the two."
             )
         rank = self.above_percentile
         if rank is not None and (not is_number(rank) or not 0 < rank < 100):
-            raise ValueError(f"`threshold` `above_percentile` must be a number above 0 and below 100, got {rank!r}.")
+            raise RecipeError(f"`threshold` `above_percentile` must be a number above 0 and below 100, got {rank!r}.")
         if self.normalize not in ("tokens", "kept"):
-            raise ValueError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
+            raise RecipeError(f"`threshold` `normalize` must be `tokens` or `kept`, got {self.normalize!r}.")
 
     @classmethod
     def parse(cls, spec: "float | str | Mapping[str, Any] | Threshold | None") -> "Threshold":
         """Read `0.2` (meaning `{"above": 0.2}`), `{"above": 0.2, "below": 0.9, "normalize": "kept"}`, also as JSON text.
 
-        None keeps every token. Raises ValueError on an unknown key or value, and if `above` and `above_percentile` are given.
+        None keeps every token. Raises RecipeError on an unknown key or value, and if `above` and `above_percentile` are given.
         """
         if isinstance(spec, Threshold):
             return spec
@@ -61,16 +62,16 @@ class Threshold:
         if is_number(spec):
             return cls(above=spec)  # type: ignore[arg-type]
         if not isinstance(spec, Mapping) or not spec:
-            raise ValueError(
+            raise RecipeError(
                 f"`threshold` must be a probability or a mapping, got {spec!r}. Write `threshold: 0.2`, or `threshold: "
                 "{above: 0.2, below: 0.9}`."
             )
         allowed = [f.name for f in fields(cls)]
         for key in spec:
             if key not in allowed:
-                raise ValueError(f"Unknown key {key!r} in `threshold`.{nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
+                raise RecipeError(f"Unknown key {key!r} in `threshold`.{nearest(key, allowed)} Allowed: {', '.join(allowed)}.")
         if "above" in spec and "above_percentile" in spec:
-            raise ValueError(f"`threshold` has both `above` and `above_percentile`: {dict(spec)}. Keep one of them.")
+            raise RecipeError(f"`threshold` has both `above` and `above_percentile`: {dict(spec)}. Keep one of them.")
         return cls(**{key: to_number(value) for key, value in spec.items()})
 
     @property

@@ -5,7 +5,6 @@ plots take `$` literally.
 """
 
 import base64
-import html
 import json
 from functools import cache
 from pathlib import Path
@@ -51,32 +50,6 @@ def _environment(folder: Path) -> Environment:
 def script_json(value: Any) -> Markup:
     """Return JSON for a script element, which no text in it can end."""
     return Markup(to_json(value).replace("<", "\\u003c"))
-
-
-def document(title: str, sections: list[str], script: str = "") -> str:
-    """Return a page without a template of its own: sections of HTML, and what stands after them."""
-    return fill(HOME / "base.html.j2", title=title, body=Markup("".join(sections)), script=Markup(script))
-
-
-def picture(draw: Draw, size: tuple[float, float], alt: str) -> str:
-    """Return a plot as HTML that follows the reader's colour scheme, for `document`."""
-    return _part("picture", drawn(draw, size, alt))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return an HTML table, for `document`; cells are plain text."""
-    return _part("table", header, rows)
-
-
-def _part(name: str, *values: Any) -> str:
-    """Return the HTML of a macro as text that joins other text without escaping it."""
-    module: Any = _environment(HOME).get_template("parts.html.j2").module
-    return "".join([getattr(module, name)(*values)])
-
-
-def escape(text: str) -> str:
-    """Return text for HTML."""
-    return html.escape(text, quote=True)
 
 
 def to_json(value: Any) -> str:

@@ -45,7 +45,7 @@ class PrepareArguments:
         parser.kind = "option"
         names = ", ".join(SETS)
         if {"-h", "--help"} & set(argv):
-            parser.description = f"prepare-data NAME --output DIR. Names: {names}."
+            parser.description = f"Prepare a data set of the paper, one of: {names}."
             parser.parse_args(["--help"])
         if not argv or argv[0].startswith("-"):
             raise RecipeError(f"No data set is named. Write `prepare-data NAME --output DIR`; names: {names}.")

@@ -58,16 +58,17 @@ def _folder(path: Path) -> dict[str, str]:
     return {"path": formats.most_common(1)[0][0], "data_dir": escape(str(path))}
 
 
-def load_mixture(mixture: DatasetMixtureConfig, text_field: str) -> Any:
+def load_mixture(mixture: DatasetMixtureConfig, text_field: str, num_proc: int | None = None) -> Any:
     """Load and mix the data sets of `datasets`; a mapping of splits. Raises RecipeError if their layouts differ."""
     parts = []
     for entry in mixture.datasets:
         dataset = _load_entry(entry, mixture.streaming)
         dataset = dataset if entry.columns is None else dataset.select_columns(entry.columns)
-        parts.append(arrange(dataset, f"the data set {_source(entry)}", text_field))
+        parts.append(arrange(dataset, f"the data set {_source(entry)}", text_field, num_proc))
     fractions = [getattr(entry, "fraction", None) for entry in mixture.datasets]  # not in the oldest TRL
     parts = _shares(parts, fractions, mixture.streaming)
-    joined = datasets.concatenate_datasets(align(parts, [_source(entry) for entry in mixture.datasets], text_field))
+    sources = [_source(entry) for entry in mixture.datasets]
+    joined = datasets.concatenate_datasets(align(parts, sources, text_field, num_proc))
     if mixture.test_split_size is None:
         return datasets.DatasetDict({"train": joined})
     return joined.train_test_split(test_size=mixture.test_split_size)

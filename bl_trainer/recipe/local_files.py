@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import RecipeError
-from ..tokens.layouts import CONTENTS, SPEAKERS, are_chats, fault_of, short
+from ..tokens.layouts import are_chats
+from ..tokens.messages import CONTENTS, SPEAKERS, fault_of, short
 
 BOM = codecs.BOM_UTF8  # the libraries read over it
 LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}

@@ -71,21 +71,8 @@ class Parser(TrlParser):
             if "bf16/gpu" in message:
                 message += " On a machine without a GPU write `use_cpu: true`."
             if not any(re.search(rf"\b{key}\b", message) for key in self.known):
-                message = f"{self._culprit(config, argv, sentence(error))}{message}"
+                message = f"{_suspects(config, message)}{message}"
             raise RecipeError(message) from error
-
-    def _culprit(self, config: dict[str, Any], argv: list[str], said: str) -> str:
-        """Return the start of a message: the key without which `config` can be parsed, or another is at fault; or nothing."""
-        changed = ""
-        for key in config:
-            shown = f"`{key}: {without_secrets(config)[key]}`: "
-            try:
-                self._parse({name: value for name, value in config.items() if name != key}, argv)
-            except Exception as error:  # as in `parse`
-                changed = changed or (shown if sentence(error) != said else "")
-            else:
-                return shown
-        return changed
 
     def _parse(self, config: dict[str, Any], argv: list[str]) -> list[Any]:
         parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)
@@ -131,6 +118,14 @@ def _checked(action: Any, hint: Any, value: Any) -> Any:
         near = nearest(value, map(str, action.choices))
         raise RecipeError(f"`{key}: {shown}` is not allowed.{near} Allowed: {', '.join(map(str, action.choices))}.")
     return value
+
+
+def _suspects(config: dict[str, Any], message: str) -> str:
+    """Return the start of a message that names no key: those that it spells otherwise or whose values it quotes, else all."""
+    spelled = [key for key in config if re.search(rf"\b{key}\b", message, re.IGNORECASE)]
+    quoted = [key for key, value in config.items() if isinstance(value, str) and repr(value) in message]
+    names = ", ".join(f"`{key}`" for key in spelled or quoted or config)
+    return f"Cannot use {names}: " if spelled or quoted else f"Cannot use one of the keys {names}: " if config else ""
 
 
 class _UniqueKeys(yaml.SafeLoader):

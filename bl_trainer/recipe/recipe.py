@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,20 @@ from trl.data_utils import is_conversational
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..objectives.objective import Objective
+from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
-from ..tokens.labels import check_labels, columns_of
+from ..tokens.idle import check_labels
+from ..tokens.labels import columns_of
 from ..tokens.layouts import CHATS, RowError, arrange, check_stream
 from ..tokens.reference import reference_source, refuse_lost_context
 from ..tokens.rendering import RenderedRow
 from ..training.config import BLConfig
 from ..training.resume import Given, ResumePlan, plan_resume, say
-from .checks import RULES, TRAINING_RULES, check, model_knows_the_end
+from .checks import RULES, TRAINING_RULES, check
 from .datasets import load_dataset, load_mixture
 from .keys import DATACLASSES, ROWS_RENDERED
 from .local_files import find_fault, local_files, unreadable_name
+from .model_checks import model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
 from .parser import Parser, load_yaml, without_secrets
 
@@ -77,10 +79,15 @@ class Recipe:
         check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
         return recipe
 
-    @cached_property
+    @property
     def objective(self) -> Objective:
-        """The recipe's objective."""
-        return getattr(self.training, "parsed_objective", None) or Objective.parse(self.training.objective or "nll")
+        """The recipe's objective, as its configuration has parsed it."""
+        return self.training.parsed_objective
+
+    @property
+    def threshold(self) -> Threshold:
+        """The recipe's threshold, as its configuration has parsed it."""
+        return self.training.parsed_threshold
 
     @property
     def peft_config(self) -> PeftConfig | None:
@@ -109,8 +116,8 @@ class Recipe:
         check(self, [model_knows_the_end])
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
-            text_field = self.training.dataset_text_field
-            loaded = load_mixture(self.mixture, text_field) if self.mixture.datasets else load_dataset(self.script)
+            how = self.training.dataset_text_field, self.training.dataset_num_proc
+            loaded = load_mixture(self.mixture, *how) if self.mixture.datasets else load_dataset(self.script)
             return self._splits(loaded)
         except RowError as error:
             raise RecipeError(self.located(error)) from error
@@ -173,7 +180,8 @@ class Recipe:
             raise RecipeError(f"The {split} set is empty.")
         options: Any = self.training.dataset_kwargs or {}
         if not options.get("skip_prepare_dataset"):
-            dataset = arrange(dataset, f"the {split} set", self.training.dataset_text_field)
+            how = self.training.dataset_text_field, self.training.dataset_num_proc
+            dataset = arrange(dataset, f"the {split} set", *how)
         try:
             check_columns(dataset, split, self.objective.special_tokens is not None)
         except ValueError as error:

@@ -22,12 +22,12 @@ from filelock import FileLock
 from .._util.files import write_text
 from ..errors import RecipeError
 from ..training.record import Curve
-from . import guard
+from . import guard, study
 from .design import MODEL_KEYS, evaluate_argv
-from .outcome import RESULT_SCHEMA, arm_folder, read_result, task_scores, task_versions
+from .outcome import RESULT_SCHEMA, arm_folder, read_held_out, read_result, task_scores, task_versions
 from .plan import Plan
-from .rulers import RULERS, measured_by, show, study_value
-from .study import POLL, ArmError
+from .rulers import RULERS, show, study_value
+from .study import ArmError
 
 ATTEMPTS = 3  # of an arm that something kills
 
@@ -165,7 +165,7 @@ class Arm:
         try:
             curve = Curve(self.model)
             while process.poll() is None:
-                time.sleep(POLL / 4)
+                time.sleep(study.POLL / 4)
                 if trial is not None:
                     self._report(curve, trial)
             return process.returncode
@@ -188,19 +188,19 @@ class Arm:
 
     def _result(self) -> dict[str, Any]:
         """Return what the reports on the held-out data and on tasks say, of the arm and of the base model."""
-        report = json.loads((self.folder / "held_out" / "report.json").read_text(encoding="utf-8"))
-        tasks, compared = task_scores(self.folder / "tasks"), report["compare"]
+        held_out, tasks = read_held_out(self.folder), task_scores(self.folder / "tasks")
         losses = Curve(self.model).points("train_loss")
         return {
             "schema": RESULT_SCHEMA,
             "index": self.index,
             "setting": self.setting,
-            "base": measured_by(compared, is_base=True),
-            "rulers": measured_by(compared, is_base=False) | {name: score["value"] for name, score in tasks.items()},
+            "base": held_out.base,
+            "rulers": held_out.rulers | {name: score["value"] for name, score in tasks.items()},
             "lower_is_better": [name for name, score in tasks.items() if score["higher_is_better"] is False],
             "loss": losses[-1][1] if losses else None,
-            **{name: compared["train"][name] for name in ("examples", "tokens")},
-            "versions": {**task_versions(self.folder / "tasks"), **report["versions"]},
+            "examples": held_out.examples,
+            "tokens": held_out.tokens,
+            "versions": {**task_versions(self.folder / "tasks"), **held_out.versions},
         }
 
 

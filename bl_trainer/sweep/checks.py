@@ -11,6 +11,7 @@ import yaml
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
+from ..evaluation.task_files import metrics_of
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..recipe.datasets import is_path, local_files
@@ -47,12 +48,20 @@ def texts_are_texts(design: Design) -> None:
 
 
 def rank_is_measured(design: Design) -> None:
-    """`evaluate` has options that the verb takes, and `rank_by` is one of ours or of its tasks."""
+    """`evaluate` has options that the verb takes, and `rank_by` is one of our metrics or of those of its tasks.
+
+    A metric's name may be followed by a group of items: `medical/accuracy:macro`.
+    """
     tasks = evaluated_tasks(design) if design.evaluate is not None else []
-    if design.rank_by not in RULERS and str(design.rank_by).rpartition("/")[0] not in tasks:
-        allowed = [*RULERS, *(f"{task}/METRIC" for task in tasks)]
-        near = nearest(str(design.rank_by), RULERS)
-        raise RecipeError(f"`rank_by: {design.rank_by}` is no ruler.{near} Allowed: {', '.join(allowed)}.")
+    known = {task: [f"{task}/{metric}" for metric in metrics_of(task)] for task in tasks}
+    task, slash, metric = str(design.rank_by).rpartition("/")
+    is_known = f"{task}/{metric.partition(':')[0]}" in known[task] if known.get(task) else task in tasks
+    if design.rank_by in RULERS or (slash and metric and is_known):
+        return
+    named = [*RULERS, *(name for names in known.values() for name in names)]
+    allowed = [*named, *(f"{task}/METRIC" for task, names in known.items() if not names)]
+    near = nearest(str(design.rank_by), named)
+    raise RecipeError(f"`rank_by: {design.rank_by}` is not a metric.{near} Allowed: {', '.join(allowed)}.")
 
 
 def evaluated_tasks(design: Design) -> list[str]:
@@ -97,7 +106,7 @@ def trials_are_enough(design: Design) -> None:
     """Each arm has a point at least."""
     least = len(design.points())
     if design.trials is not None and (type(design.trials) is not int or design.trials < least):
-        raise RecipeError(f"`trials: {design.trials}` must be a whole number, at least one for each of {least} arms.")
+        raise RecipeError(f"`trials: {design.trials}` must be a whole number, at least one for each of {least} settings.")
 
 
 def sampler_has_ranges(design: Design) -> None:
@@ -125,7 +134,7 @@ def arms_can_train(design: Design) -> None:
     for point in design.points():
         name = json.dumps(_plain(point), sort_keys=True)
         if name in seen:
-            raise RecipeError(f"Two arms are the same: {describe(point)}. Remove one of them.")
+            raise RecipeError(f"Two runs are the same: {describe(point)}. Remove one of them.")
         seen.add(name)
         check_arm(design.recipe_at(point))
 
@@ -138,7 +147,7 @@ def check_arm(recipe: dict[str, Any]) -> Recipe:
         try:
             return Recipe.read(["--config", str(path)])
         except RecipeError as error:
-            raise RecipeError(f"In an arm of the sweep: {error}") from error
+            raise RecipeError(f"In a run of the sweep: {error}") from error
 
 
 def _plain(setting: Setting) -> Setting:
@@ -147,4 +156,4 @@ def _plain(setting: Setting) -> Setting:
     try:
         return {key: parsed[key].parse(value).to_dict() if key in parsed else value for key, value in setting.items()}
     except ValueError as error:
-        raise RecipeError(f"In the arm {setting}: {sentence(error)}") from error
+        raise RecipeError(f"In the run {setting}: {sentence(error)}") from error

@@ -22,7 +22,7 @@ def check_data(design: Design) -> None:
         try:
             check_arm(design.recipe_at(point)).load_datasets()
         except RecipeError as error:
-            raise RecipeError(f"In the arm {describe(point)}: {error}") from error
+            raise RecipeError(f"In the run {describe(point)}: {error}") from error
 
 
 def dry_run(design: Design) -> str:
@@ -34,7 +34,7 @@ def dry_run(design: Design) -> str:
 def _counted(design: Design) -> str:
     points, seeds = len(design.points()), design.seeds
     if not design.trials:
-        return f"{design.count} arms: {points} settings at seeds {', '.join(map(str, seeds))}:"
+        return f"{design.count} runs: {points} settings at seeds {', '.join(map(str, seeds))}:"
     then = f"; then the best of each, at seeds {', '.join(map(str, seeds[1:]))}" if seeds[1:] else ""
     return f"{design.trials} points drawn for {points} settings in turn, at seed {seeds[0]}{then}:"
 

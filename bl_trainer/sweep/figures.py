@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from ..pages.html import picture
+from ..pages.html import Picture, drawn
 from ..training.record import Curve
 from .leaderboard import Leaderboard
 from .outcome import arm_folder
@@ -25,32 +25,32 @@ WIDTH, HEIGHT = 7.2, 2.9  # inches
 Points = list[tuple[int, float]]
 
 
-def rulers_figure(board: Leaderboard) -> str:
+def rulers_figure(board: Leaderboard) -> Picture:
     """Return each ruler of each group, with its interval or values."""
     size = (WIDTH, max(1.6, 0.9 + 0.22 * len(board.rows)))
-    return picture(partial(_draw_rulers, board), size, "Each ruler of each objective, with 95 % intervals or values")
+    return drawn(partial(_draw_rulers, board), size, "Each metric of each objective, with 95 % intervals or values")
 
 
-def curves_figure(curves: dict[str, Points]) -> str:
+def curves_figure(curves: dict[str, Points]) -> Picture:
     """Return the learning curves."""
-    return picture(partial(_draw_curves, curves), (WIDTH, HEIGHT), "Held-out nll over the steps of training")
+    return drawn(partial(_draw_curves, curves), (WIDTH, HEIGHT), "Held-out nll over the steps of training")
 
 
-def alphas_figure(alphas: dict[float, tuple[float, Any]], ruler: str) -> str:
+def alphas_figure(alphas: dict[float, tuple[float, Any]], ruler: str) -> Picture:
     """Return the ruler along the family of `power`."""
-    return picture(partial(_draw_alphas, alphas, ruler), (WIDTH, HEIGHT), "The ruler against alpha")
+    return drawn(partial(_draw_alphas, alphas, ruler), (WIDTH, HEIGHT), "The metric against alpha")
 
 
-def pareto_figure(board: Leaderboard) -> str:
+def pareto_figure(board: Leaderboard) -> Picture:
     """Return the ruler against what it costs in drift."""
-    return picture(partial(_draw_pareto, board), (WIDTH, HEIGHT), "The ruler against drift from the base model")
+    return drawn(partial(_draw_pareto, board), (WIDTH, HEIGHT), "The metric against drift from the base model")
 
 
 def _draw_rulers(board: Leaderboard, figure: Figure, theme: Any) -> None:
-    drawn = [ruler for ruler in board.rulers if ruler.log is None]  # an exp shows nothing that its log doesn't
-    rows = math.ceil(len(drawn) / ACROSS)
-    every = figure.subplots(rows, min(len(drawn), ACROSS), sharey=True, squeeze=False).flat
-    for axes, ruler in itertools.zip_longest(every, drawn):
+    shown = [ruler for ruler in board.rulers if ruler.log is None]  # an exp shows nothing that its log doesn't
+    rows = math.ceil(len(shown) / ACROSS)
+    every = figure.subplots(rows, min(len(shown), ACROSS), sharey=True, squeeze=False).flat
+    for axes, ruler in itertools.zip_longest(every, shown):
         if ruler is None:
             axes.set_visible(False)
         else:

@@ -66,13 +66,13 @@ class Leaderboard:
     def verdict(self) -> str:
         """Return in a sentence which group is best, and which can't be told from it."""
         if not self.rows:
-            return "No arm finished."
+            return "No run finished."
         first, rest = self.rows[0], self.rows[1:]
         ruler = self.plan.rank_by
         if not rest:
             return f"{first.name} is alone."
         if len({row.values[ruler][0] for row in self.rows}) == 1:
-            return f"All tie by {ruler}, at {show(first.values[ruler][0])}: it tells nothing here. Rank by another ruler."
+            return f"All tie by {ruler}, at {show(first.values[ruler][0])}: it tells nothing here. Rank by another metric."
         equal = [row.name for row in rest if row.values[ruler][0] == first.values[ruler][0]]
         tied = [row.name for row in rest if row.behind and not row.behind.is_significant and row.name not in equal]
         best = f"{'; '.join([first.name, *equal])} tie by {ruler}" if equal else f"{first.name} is ahead by {ruler}"

@@ -2,13 +2,14 @@
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .._util.text import sentence
-from ..errors import RecipeError
+from ..errors import MeasurementError, RecipeError
 from ..evaluation import read_items
-from .rulers import RULERS
+from .rulers import RULERS, measured_by
 
 RESULT_SCHEMA = 1
 
@@ -29,10 +30,38 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         schema = result.get("schema")
     except (OSError, ValueError, AttributeError) as error:
-        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder}, and the arm runs again.") from error
+        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder} to repeat the run.") from error
     if schema != RESULT_SCHEMA:
-        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder}, and the arm is run again.")
+        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder} to repeat the run.")
     return result
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the report on held-out data says of a run.
+
+    `rulers`, `base`: metric -> value, of the run's model and of the model that it started from. `examples`, `tokens`: how many
+    they are means over. `versions`: package -> version that measured.
+    """
+
+    rulers: dict[str, float]
+    base: dict[str, float]
+    examples: int
+    tokens: int
+    versions: dict[str, str]
+
+
+def read_held_out(folder: Path) -> HeldOut:
+    """Read a run's report on held-out data. Raises MeasurementError if it is not there, or not whole."""
+    path = folder / "held_out" / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        compared = report["compare"]
+        tuned, base = (measured_by(compared, is_base) for is_base in (False, True))
+        return HeldOut(tuned, base, compared["train"]["examples"], compared["train"]["tokens"], report["versions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"it has no `{error.args[0]}`" if isinstance(error, KeyError) else sentence(error)
+        raise MeasurementError(f"Cannot read {path}: {why}. Run the sweep again with `--retry_failed`.") from error
 
 
 def read_values(folder: Path, ruler: str) -> Values | None:

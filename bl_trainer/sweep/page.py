@@ -3,13 +3,13 @@
 import csv
 import io
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 from .._util.files import write_text
-from ..pages.html import document, escape, table
+from ..pages.html import Picture, fill
 from .design import describe
 from .differences import MIN_SEEDS, Difference
 from .figures import alpha_curves, alphas_figure, curves_figure, learning_curves, pareto_figure, rulers_figure
@@ -59,7 +59,7 @@ def markdown(board: Leaderboard, folder: Path, command: str) -> str:
     lines = [f"# {board.verdict()}", "", *_explained(board), ""]
     lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    for title, parts in _lists(board, folder, command):
+    for title, parts in _lists(board, folder, command).items():
         lines += ["", f"## {title}", "", *(f"- {part}" for part in parts)]
     return "\n".join(lines) + "\n"
 
@@ -94,37 +94,35 @@ def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
 
 def page(board: Leaderboard, folder: Path, command: str) -> str:
     """Return the HTML page."""
-    explained = _explained(board)
-    sections = [f"<header><h1>{escape(board.verdict())}</h1>{_paragraphs(explained[:1])}</header>"]
-    drawn = rulers_figure(board) if board.rows else ""
-    judged = drawn + table(*comparison(board)) + _paragraphs(explained[1:])
-    sections.append(_section("All by the same rulers", judged))
-    sections += [_section(title, content) for title, content in _plots(board, folder)]
-    for title, parts in _lists(board, folder, command):
-        items = "".join(f"<li>{escape(part)}</li>" for part in parts)
-        sections.append(_section(title, f"<ul>{items}</ul>"))
-    return document(board.verdict(), sections)
+    header, rows = comparison(board)
+    measured, *explained = _explained(board)
+    return fill(
+        Path(__file__).parent / "page.html.j2",
+        title=board.verdict(),
+        measured=measured,
+        header=header,
+        rows=rows,
+        explained=explained,
+        lists=_lists(board, folder, command),
+        **_plots(board, folder),
+    )
 
 
-def _plots(board: Leaderboard, folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield title and content of each plot that there is something to draw in."""
-    curves, alphas = learning_curves(board, folder), alpha_curves(board)
-    if curves:
-        yield "Learning curves", curves_figure(curves)
-    if len(alphas) > 2:
-        yield "Along alpha", f"<p>nll is alpha 0, neg_p alpha 1.</p>{alphas_figure(alphas, board.plan.rank_by)}"
-    if board.rows and RULERS["drift"] in board.rulers:
-        yield "What it costs in drift", pareto_figure(board)
+def _plots(board: Leaderboard, folder: Path) -> dict[str, Picture | None]:
+    """Return each plot of the page; None where there is nothing to draw."""
+    curves, alphas, has_rows = learning_curves(board, folder), alpha_curves(board), bool(board.rows)
+    return {
+        "rulers": rulers_figure(board) if has_rows else None,
+        "curves": curves_figure(curves) if curves else None,
+        "alphas": alphas_figure(alphas, board.plan.rank_by) if len(alphas) > 2 else None,
+        "drift": pareto_figure(board) if has_rows and RULERS["drift"] in board.rulers else None,
+    }
 
 
-def _lists(board: Leaderboard, folder: Path, command: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield title and items of each list that has any."""
+def _lists(board: Leaderboard, folder: Path, command: str) -> dict[str, list[str]]:
+    """Return title -> items of each list that has any."""
     parts = {"Beware": _warnings(board), "Without a result": _failed(board), "Commands": _commands(board, folder, command)}
-    yield from ((title, items) for title, items in parts.items() if items)
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>"
+    return {title: items for title, items in parts.items() if items}
 
 
 def _explained(board: Leaderboard) -> list[str]:
@@ -148,7 +146,7 @@ def _warnings(board: Leaderboard) -> list[str]:
         if len(row.arms) < len(board.plan.seeds):
             warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.seeds)} seeds finished.")
     if len({(result["examples"], result["tokens"]) for result in board.arms.values()}) > 1:
-        warnings.append("Arms have other held-out tokens, as other tokenizers make them: their rulers can't be compared.")
+        warnings.append("Runs have different numbers of held-out tokens, by their tokenizers. Their metrics can't be compared.")
     for package, versions in board.mixed_versions().items():
         warnings.append(f"Runs used different versions of {package} ({', '.join(versions)}). Their metrics may differ by it.")
     ruler = RULERS.get(board.plan.rank_by)
@@ -158,7 +156,7 @@ def _warnings(board: Leaderboard) -> list[str]:
 
 
 def _failed(board: Leaderboard) -> list[str]:
-    return [f"arm {index:03d}, {describe(setting)}: {reason}" for index, (setting, reason) in sorted(board.failed.items())]
+    return [f"run {index:03d}, {describe(setting)}: {reason}" for index, (setting, reason) in sorted(board.failed.items())]
 
 
 def _commands(board: Leaderboard, folder: Path, command: str) -> list[str]:
@@ -203,7 +201,3 @@ def _value(row: Row, ruler: str) -> str:
 
 def _listed(values: Iterable[float]) -> str:
     return ", ".join(map(show, values))
-
-
-def _paragraphs(lines: list[str]) -> str:
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)

@@ -78,7 +78,7 @@ class Plan(Design):
                 f". Write `{key}: [{value}]`, or put it in the recipe."
             )
         elif not value:
-            raise RecipeError(f"`{key}: []` is an empty list, which leaves no arm. Give values, or remove `{key}`.")
+            raise RecipeError(f"`{key}: []` is an empty list, which leaves no run. Give values, or remove `{key}`.")
         elif key == "seed":
             self.seeds = value
         else:
@@ -102,11 +102,11 @@ class Plan(Design):
         """Yield what a search of ranges leaves to be desired."""
         arms = len(self.points())
         if self.trials is not None and self.trials < 3 * arms:
-            yield "Fewer than three points for each arm: learning rates and the like are hardly searched."
+            yield "Fewer than three points for each setting: learning rates and the like are hardly searched."
         if self.trials is not None and self.trials % arms:
-            yield f"{self.trials} points for {arms} arms in turn: some get one more than others."
+            yield f"{self.trials} points for {arms} settings in turn: some get one more than others."
         if self.sampler and arms > 1 and name_of(self.sampler) not in ("TPESampler", "RandomSampler"):
-            yield f"{name_of(self.sampler)} draws each range by itself, since every arm has ranges of its own."
+            yield f"{name_of(self.sampler)} draws each range by itself, since every setting has ranges of its own."
 
     def _hashes(self, recipe: Recipe, folder: Path) -> dict[str, str]:
         """Return hashes of the local files and models on which the arms depend, but for what is in `folder`."""
@@ -145,12 +145,12 @@ def _refuse_taken(recipe: Recipe, given: Iterable[Any], arms: list[Setting]) -> 
     """Raise RecipeError on keys that can't be swept."""
     for key in TAKEN:
         if key in given or any(key in arm for arm in arms):
-            raise RecipeError(f"`{key}` can't be swept: a sweep sets it for each arm, or needs it the same for all.")
+            raise RecipeError(f"`{key}` can't be swept: a sweep sets it for each run, or needs it the same for all.")
     if any("seed" in arm for arm in arms):
-        raise RecipeError("`seed` in an arm: all arms run at the same seeds. Write `seed: [0, 1, 2]` beside `arms`.")
+        raise RecipeError("`seed` in an entry of `arms`: all runs have the same seeds. Write `seed: [0, 1, 2]` beside `arms`.")
     if recipe.given.get("test_split_size") is not None:
         raise RecipeError(
-            "`test_split_size` splits by the seed, so that arms would hold out other rows. Split the data beforehand, and "
+            "`test_split_size` splits by the seed, so that runs would hold out other rows. Split the data beforehand, and "
             "write `held_out: test.jsonl` in the sweep file."
         )
 

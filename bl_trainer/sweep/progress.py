@@ -18,7 +18,7 @@ class Progress:
         self.now: dict[int, str] = {}
         self.done = sum(read_result(arm_folder(folder, index)) is not None for index in range(plan.count))
         self.count = plan.count
-        self.bar = tqdm(total=plan.count, initial=self.done, desc="Arms", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=plan.count, initial=self.done, desc="Runs", disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
         return self
@@ -29,7 +29,7 @@ class Progress:
     def begin(self, index: int, setting: Setting) -> None:
         """An arm begins."""
         self.tell(index, "starts")
-        tqdm.write(f"arm {index:03d} ({describe(setting)})")
+        tqdm.write(f"run {index:03d} ({describe(setting)})")
 
     def tell(self, index: int, what: str) -> None:
         """An arm does something else."""
@@ -40,5 +40,5 @@ class Progress:
         """An arm ends, whichever way."""
         self.now.pop(index, None)
         self.done += 1
-        tqdm.write(f"arm {index:03d}, {self.done} of {self.count}: {how}")
+        tqdm.write(f"run {index:03d}, {self.done} of {self.count}: {how}")
         self.bar.update()

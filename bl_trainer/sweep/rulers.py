@@ -117,7 +117,7 @@ def study_value(name: str, result: Result) -> float:
 
 
 def measured_by(compared: Mapping[str, Any], is_base: bool) -> dict[str, float]:
-    """Return the metrics of the tuned model, or of its base, from the report that compares the two."""
+    """Return the metrics of the tuned model, or of its base, from the `compare` of report.json. Raises KeyError."""
     part, prefix = compared["train"], "base_" if is_base else ""
     columns = {ruler.name: ruler.column for ruler in RULERS.values() if ruler.column and ruler.name != "drift"}
     return {

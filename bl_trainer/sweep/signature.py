@@ -40,7 +40,7 @@ def sign(plan: Plan, folder: Path, write: bool = True) -> None:
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if changed:
         raise RecipeError(
-            f"{what} had another {', another '.join(changed)}, and its arms can't be compared with these. {instead}; or go "
+            f"{what} had another {', another '.join(changed)}, and its runs can't be compared with these. {instead}; or go "
             "back to what it was."
         )
 

@@ -35,9 +35,9 @@ class SweepArguments:
 
     sweep: str | None = field(default=None, metadata={"help": "The sweep file."})
     sweep_dir: str | None = field(default=None, metadata={"help": "Folder of the sweep; output_dir-sweep unless told."})
-    jobs: int = field(default=1, metadata={"help": "Arms to run at the same time; the GPUs are shared out among them."})
+    jobs: int = field(default=1, metadata={"help": "Number of runs at the same time; they share the GPUs."})
     launch: str | None = field(
-        default=None, metadata={"help": "Options of `accelerate launch` for each arm, in quotes, e.g. '--num_processes 2'."}
+        default=None, metadata={"help": "Options of `accelerate launch` for each run, in quotes, e.g. '--num_processes 2'."}
     )
     storage: str | None = field(
         default=None,
@@ -45,8 +45,8 @@ class SweepArguments:
             "help": "URL of a database for the study, that workers on several machines share; a journal file unless told."
         },
     )
-    retry_failed: bool = field(default=False, metadata={"help": "Run the arms again that failed."})
-    dry_run: bool = field(default=False, metadata={"help": "Show the arms and what they cost, and run none."})
+    retry_failed: bool = field(default=False, metadata={"help": "Repeat the runs that failed."})
+    dry_run: bool = field(default=False, metadata={"help": "Show the runs and their cost, and start none."})
 
 
 def sweep(argv: list[str]) -> None:
@@ -83,11 +83,11 @@ def _check(options: SweepArguments, recipe: Recipe) -> None:
     if not options.sweep:
         raise RecipeError("`--sweep` is missing: the sweep file. Write `--sweep sweep.yaml`; diagnosis writes one.")
     if is_launched():
-        raise RecipeError("A sweep launches its arms itself. Start it with `python`, not with `accelerate launch`.")
+        raise RecipeError("A sweep launches its runs itself. Start it with `python`, not with `accelerate launch`.")
     if options.jobs < 1:
         raise RecipeError(f"`--jobs {options.jobs}` must be at least 1.")
     if recipe.training.push_to_hub:
-        raise RecipeError("`push_to_hub: true` would push every arm. Remove it, and push the winner.")
+        raise RecipeError("`push_to_hub: true` would push every run. Remove it, and push the winner.")
     try:
         shlex.split(options.launch or "")
     except ValueError as error:

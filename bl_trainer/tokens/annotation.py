@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
 
+from ..head.targets import Targets, shifted
 from .names import EXAMPLES, GROUP, LENGTH, OWNER, POSITION, ROW, TEMPLATE
 from .template import template_mask
 
@@ -79,12 +80,16 @@ def group_name(value: Any) -> str:
 def token_batch(batch: dict[str, Any]) -> TokenBatch:
     """Take what `Collator` added out of a batch, and return its target tokens."""
     owner, examples = batch.pop(OWNER), batch.pop(EXAMPLES)
-    is_target = batch["labels"][:, 1:] != -100
-    row, column = is_target.nonzero(as_tuple=True)
-    example = owner[:, 1:][is_target]
+    targets = Targets.of(batch["labels"])
+    row, column = targets.mask.nonzero(as_tuple=True)
+
+    def own(values: Tensor) -> Tensor:
+        return targets.take(shifted(values, -1))
+
+    example = own(owner)
     first = torch.full((len(examples),), owner.shape[1])
     first.scatter_reduce_(0, owner[owner >= 0], (owner >= 0).nonzero()[:, 1], "amin")
-    given = {name: batch.pop(name)[:, 1:][is_target] for name in (TEMPLATE, POSITION, LENGTH) if name in batch}
+    given = {name: own(batch.pop(name)) for name in (TEMPLATE, POSITION, LENGTH) if name in batch}
     if POSITION in given:
         position, length = given[POSITION], given[LENGTH]
     else:
@@ -94,7 +99,7 @@ def token_batch(batch: dict[str, Any]) -> TokenBatch:
         position = torch.arange(len(run)) - new.nonzero().flatten()[run]
         length = torch.bincount(run)[run] if len(run) else run
     return TokenBatch(
-        token=batch["input_ids"][:, 1:][is_target],
+        token=own(batch["input_ids"]),
         example=example,
         place=column + 1 - first[example],
         position=position,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -25,8 +27,12 @@ def check_weights(dataset: Any, name: str) -> Any:
     """
     has_tokens = "input_ids" in columns_of(dataset)
     if isinstance(dataset, Dataset):
-        for row, value in enumerate(plain(dataset).select_columns([WEIGHT])[:][WEIGHT]):
-            _check_weight(value, row, name, has_tokens)
+        start = 0
+        for table in plain(dataset).select_columns([WEIGHT]).with_format("arrow").iter(1000):
+            if not _are_weights(table[WEIGHT], has_tokens):
+                for row, value in enumerate(table[WEIGHT].to_pylist(), start):
+                    _check_weight(value, row, name, has_tokens)
+            start += len(table)
         return dataset
 
     def check(example: dict[str, Any], row: int) -> dict[str, Any]:
@@ -34,6 +40,19 @@ def check_weights(dataset: Any, name: str) -> Any:
         return {}
 
     return dataset.map(check, with_indices=True)
+
+
+def _are_weights(values: pa.ChunkedArray, has_tokens: bool) -> bool:
+    """Whether nothing in a column needs a look, row by row."""
+    kind = values.type
+    if has_tokens and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        if values.null_count or pc.min(pc.list_value_length(values)).as_py() == 0:
+            return False
+        values = pc.list_flatten(values)
+        kind = values.type
+    if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_float32(kind) or pa.types.is_float64(kind)):
+        return False
+    return bool(pc.all(pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))).as_py())
 
 
 def _check_weight(value: Any, row: int, name: str, has_tokens: bool) -> None:

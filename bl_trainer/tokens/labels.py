@@ -1,26 +1,21 @@
 """Which tokens of a data set train: its labels and masks, and the keys and columns that would have no say in it."""
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
-from .._util.text import is_number
 from ..errors import RecipeError
-from .names import REFERENCE, WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
-CHATS = ("prompt", "completion", "messages", "conversations")
-WEIGHTS = ("weight", "weights", "sample_weight", "example_weight", "loss_weight")  # what others call `objective_weight`
-OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers add of themselves
 
 
 _first_rows: WeakKeyDictionary[IterableDataset, Any] = WeakKeyDictionary()  # a stream is costly to start
@@ -57,139 +52,6 @@ def handed_on(dataset: IterableDataset, made: IterableDataset) -> IterableDatase
     if dataset in _first_rows:
         _first_rows[made] = _first_rows[dataset]
     return made
-
-
-def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) -> None:
-    """Raise RecipeError on labels and masks that are wrong, and on keys and columns that choose targets without effect.
-
-    Args:
-        sets: The training set, then the evaluation sets, by name.
-        args: An `SFTConfig`, or None.
-        owns_text: Whether a `formatting_func` renders the examples.
-    """
-    firsts = {name: first_row(dataset) for name, dataset in sets.items()}
-    asks, trained = getattr(args, "completion_only_loss", None), next(iter(firsts), "")
-    for name, first in firsts.items():
-        if first is None:
-            raise RecipeError(f"The {name} set is empty.")
-        if asks is None and {"prompt", "completion"} <= firsts[trained].keys():
-            asks = True
-        if name == trained:  # a key may have no effect on evaluation sets
-            _refuse_idle_keys(first, name, args, owns_text)
-        if "input_ids" in first:
-            _refuse_idle_on_tokens(first, name, args, asks)
-        else:
-            _refuse_idle_on_text(first, name)
-        _warn_of_weights(first, name)
-        if isinstance(sets[name], Dataset):
-            check_rows(sets[name], name)
-
-
-def _warn_of_weights(first: dict[str, Any], name: str) -> None:
-    for column in () if WEIGHT in first else first:
-        value = first[column][0] if isinstance(first[column], list) and first[column] else first[column]
-        if column.lower() in WEIGHTS and is_number(value):
-            warn_once(f"The column `{column}` of the {name} set has no effect. To weight rows, rename it to `{WEIGHT}`.")
-
-
-def _refuse_idle_keys(first: dict[str, Any], name: str, args: Any, owns_text: bool) -> None:
-    _refuse_idle_text_field(first, name, args)
-    if "input_ids" in first:
-        _refuse_idle_keys_on_tokens(first, name, args)
-    elif not owns_text:
-        _refuse_idle_keys_on_text(first, name, args)
-
-
-def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None:
-    text, rules = getattr(args, "dataset_text_field", "text"), [key for key in ("input_ids", *CHATS) if key in first]
-    if text != "text" and rules:
-        raise RecipeError(
-            f"`dataset_text_field: {text}` has no effect on the {name} set: its column `{rules[0]}` is trained. Remove the "
-            "key, or that column."
-        )
-
-
-def _refuse_idle_on_text(first: dict[str, Any], name: str) -> None:
-    for column in (*OF_TOKENS, "seq_lengths"):
-        if column in first:
-            raise RecipeError(
-                f"Cannot use the column `{column}` of the {name} set: it has no `input_ids` to go with. Remove the column, or "
-                "give `input_ids` as well."
-            )
-
-
-def _refuse_idle_keys_on_text(first: dict[str, Any], name: str, args: Any) -> None:
-    is_chat = any(isinstance(first.get(key), list) for key in CHATS)
-    if getattr(args, "completion_only_loss", None) and not {"prompt", "completion"} <= first.keys():
-        instead = "Write `assistant_only_loss: true` instead" if is_chat else "Remove it"
-        raise RecipeError(
-            f"`completion_only_loss: true` has no effect on the {name} set: it has no prompt and completion. {instead}, or "
-            "split each row into the columns `prompt` and `completion`."
-        )
-    if getattr(args, "assistant_only_loss", False) and not is_chat:
-        instead = "Write `completion_only_loss: true` instead" if "completion" in first else "Remove it"
-        raise RecipeError(
-            f"`assistant_only_loss: true` has no effect on the {name} set: it has no messages. {instead}, or give messages "
-            "with roles."
-        )
-
-
-def _refuse_idle_keys_on_tokens(first: dict[str, Any], name: str, args: Any) -> None:
-    labelled = "labels" in first
-    if getattr(args, "completion_only_loss", None) and (labelled or "completion_mask" not in first):
-        why = "its `labels` choose the targets" if labelled else "it has `input_ids` without `completion_mask`"
-        how = "Remove the key" if labelled else "Add the column `completion_mask`, or `labels` with -100 for each prompt token"
-        raise RecipeError(f"`completion_only_loss: true` has no effect on the {name} set: {why}. {how}.")
-    if getattr(args, "assistant_only_loss", False):
-        raise RecipeError(
-            f"`assistant_only_loss: true` has no effect on the {name} set: it has `input_ids`, not messages. Remove the key; "
-            "a column `assistant_masks` works without it."
-        )
-
-
-def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completion_only: bool | None) -> None:
-    """Raise RecipeError on what has no effect beside `input_ids`. `completion_only`: None where nobody has decided."""
-    _refuse_unread(first, name)
-    labelled, masked = "labels" in first, "completion_mask" in first
-    ruled = [mask for mask in MASKS if mask in first and (mask != "completion_mask" or completion_only is not False)]
-    if labelled and ruled:
-        raise RecipeError(
-            f"The column `{ruled[0]}` of the {name} set has no effect: its `labels` choose the targets. Remove one of the two."
-        )
-    if masked and completion_only is None:
-        raise RecipeError(
-            f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
-            "true`, or remove the column."
-        )
-    if "seq_lengths" in first and not _keeps_apart(args):
-        raise RecipeError(
-            f"The column `seq_lengths` of the {name} set has no effect: packed examples would see each other. Write "
-            "`padding_free: true` without `packing`, or give one example per row."
-        )
-
-
-def _keeps_apart(args: Any) -> bool:
-    """Whether the column `seq_lengths` of rows that are packed already keeps their examples apart."""
-    packs = getattr(args, "packing", False)
-    flattens = getattr(args, "padding_free", False) or (packs and args.packing_strategy.startswith("bfd"))
-    is_prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
-    return flattens and (is_prepared or not packs)
-
-
-def _refuse_unread(first: dict[str, Any], name: str) -> None:
-    """Raise RecipeError on a column of numbers for each token whose name is nearly right, or that of an unknown mask.
-
-    Beside `labels`, which choose the targets, a mask may stay.
-    """
-    masks = () if "labels" in first else OF_TOKENS
-    for column, value in first.items():
-        known = column in (*OF_TOKENS, *OF_TOKENIZERS, REFERENCE)
-        if known or not isinstance(value, list) or len(value) != len(first["input_ids"]):
-            continue
-        near = get_close_matches(column, {*masks, REFERENCE} - first.keys(), 1, 0.85)
-        if near or ("mask" in column and masks):
-            instead = f"`{near[0]}`" if near else "`labels`, the token's id where it trains and -100 where not"
-            raise RecipeError(f"The column {column!r} of the {name} set has no effect. Write {instead}, or remove it.")
 
 
 def check_rows(dataset: Any, name: str) -> Any:
@@ -293,13 +155,16 @@ def refuse_without_target(
 def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
     """Warn with the number of rows of a prepared set without a target, or dropped for that; of those of a stream nothing.
 
-    `dataset`: the same rows before they are prepared. Packed rows are not told apart.
+    `dataset`: the same rows before they are prepared. Of rows that packing cuts into several nothing is said.
     """
-    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)) or "seq_lengths" in prepared.column_names:
+    if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
         return
-    dropped, total = len(dataset) - len(prepared), len(dataset)
-    blank = _count_blank(prepared) + dropped
-    own = min(blank, _count_blank(dataset) if "input_ids" in dataset.column_names else 0)
+    total, (examples, blank) = len(dataset), _count_blank(prepared)
+    wraps = "seq_lengths" not in columns_of(prepared) and args.packing_strategy == "wrapped"
+    if examples > total or (examples < total and wraps):
+        return
+    blank += total - examples
+    own = min(blank, _count_blank(dataset)[1] if "input_ids" in dataset.column_names else 0)
     if blank > own:
         warn_once(
             f"{blank - own} of {total} rows of the {name} set do not train: `max_length: {args.max_length}` cuts their targets "
@@ -309,17 +174,23 @@ def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None
         warn_once(f"{own} of {total} rows of the {name} set do not train: all their labels are -100. Correct or remove them.")
 
 
-def _count_blank(dataset: Dataset) -> int:
-    """Count the rows whose labels are all -100."""
-    if "labels" not in columns_of(dataset) or dataset.format["type"] == "custom":
-        return 0
-    tables = plain(dataset).select_columns(["labels"]).with_format("arrow").iter(1000)
-    return sum(_blank(table["labels"].combine_chunks()) for table in tables)
+def _count_blank(dataset: Dataset) -> tuple[int, int]:
+    """Count the examples, which are rows or packed into rows, and those of them whose labels are all -100."""
+    present = columns_of(dataset)
+    if "labels" not in present or dataset.format["type"] == "custom":
+        return len(dataset), 0
+    columns = [column for column in ("labels", "seq_lengths") if column in present]
+    tables = plain(dataset).select_columns(columns).with_format("arrow").iter(1000)
+    counts = [_blank(table.combine_chunks()) for table in tables]
+    return sum(examples for examples, _ in counts), sum(blank for _, blank in counts)
 
 
-def _blank(labels: pa.Array) -> int:
-    rows, values = pc.list_parent_indices(labels), pc.list_flatten(labels)
-    return len(labels) - len(pc.unique(pc.filter(rows, pc.not_equal(values, -100))))
+def _blank(table: pa.Table) -> tuple[int, int]:
+    labels = table["labels"]
+    sizes = pc.list_flatten(table["seq_lengths"]) if "seq_lengths" in table.column_names else pc.list_value_length(labels)
+    sizes, targets = sizes.to_numpy(), np.append(pc.list_flatten(labels).to_numpy() != -100, False)
+    counts = np.add.reduceat(targets, np.cumsum(sizes) - sizes, dtype=int)  # of an empty one the next target
+    return len(sizes), int(((counts == 0) | (sizes == 0)).sum())
 
 
 def check_ids(dataset: Any, name: str, size: int | None) -> Any:

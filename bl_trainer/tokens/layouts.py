@@ -1,38 +1,42 @@
 """Layouts of training rows: the common ones turned into TRL's columns, and the row that can't be trained on as it stands."""
 
-import json
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
+from .._util.cached import Cached
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from .labels import first_row, handed_on
+from .messages import (
+    CONTENTS,
+    PLAIN,
+    PLAIN_KEYS,
+    SHAREGPT,
+    SPEAKERS,
+    TRAINS,
+    Keys,
+    are_mappings,
+    as_messages,
+    fault_of,
+    is_plain,
+    keys_of,
+    parsed,
+    read,
+    refuse_keys,
+)
 from .names import ROW
 
-Keys = tuple[tuple[str, ...], tuple[str, ...]]
-SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
-PLAIN_KEYS = ("role", "content")  # TRL's own
-PLAIN: Keys = (("role",), ("content",))
 TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
-SHAREGPT = ("from", "value")  # what only ShareGPT's layout has
-CALLS = ("tool_calls", "function_call")  # keys of a message that calls functions, and may have no content
-INSTEAD = (*CALLS, "thinking", "reasoning_content")  # what may stand in place of content
-# What the speakers of ShareGPT's layout are called in chat templates
-ROLES = {
-    **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model", "assistant", "function_call"), "assistant"),
-    "system": "system",
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-}
-# Keys of a message by which other trainers leave it out or weight it, and the values that train it in full
-TRAINS = dict.fromkeys(("weight", "loss_weight", "loss_mask", "train", "trainable", "training", "loss"), True)
-TRAINS |= dict.fromkeys(("mask", "masked"), False)
 # Columns that TRL would take for a layout of their own where they stand beside the one that is trained
 RIVALS = ("prompt", "completion", "chosen", "rejected", *CHATS)
+
+
+_checked: WeakKeyDictionary[Dataset, set[tuple[tuple[str, ...], bool]]] = WeakKeyDictionary()  # columns without a fault
 
 
 class RowError(RecipeError):
@@ -43,13 +47,13 @@ class RowError(RecipeError):
         self.columns = columns
 
 
-def arrange(dataset: Any, where: str, text_field: str) -> Any:
+def arrange(dataset: Any, where: str, text_field: str, num_proc: int | None = None) -> Any:
     """Return a data set or stream with its training text in the columns that TRL reads.
 
     Messages in ShareGPT's keys, as JSON text, or in a column of another name become `messages`. Text is JSON only in columns
     that are called messages or conversations. In ShareGPT's layout the column `system` becomes the first message; beside
     other messages it is not read, and a warning tells. The rows of a data set are checked here, those of a stream but the
-    first by `check_stream` as they are read.
+    first by `check_stream` as they are read. `num_proc`: processes that convert a data set.
 
     Raises:
         RecipeError: if the columns make no training text. RowError: on the first row that has none.
@@ -71,8 +75,8 @@ def arrange(dataset: Any, where: str, text_field: str) -> Any:
             f"The column `system` of {where} is not trained: its messages have role and content. Put it into each row's "
             "messages as the first, with the role system."
         )
-    if is_chat and (names != columns or not all(_is_plain(first[column]) for column in columns)):
-        return _convert(dataset, columns, names, where, _is_sharegpt(first, columns))
+    if is_chat and (names != columns or not all(is_plain(first[column]) for column in columns)):
+        return _convert(dataset, columns, names, where, _is_sharegpt(first, columns), num_proc)
     if isinstance(dataset, Dataset):
         _check_rows(dataset, columns, is_chat, where)
     return dataset
@@ -104,7 +108,8 @@ def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
 
     def arranged(name: str, dataset: Any) -> Any:
         is_set = isinstance(dataset, (Dataset, IterableDataset))
-        return arrange(dataset, f"the {name} set", getattr(args, "dataset_text_field", "text")) if is_set else dataset
+        how = getattr(args, "dataset_text_field", "text"), getattr(args, "dataset_num_proc", None)
+        return arrange(dataset, f"the {name} set", *how) if is_set else dataset
 
     made = {"train_dataset": arranged("train", given.get("train_dataset"))}
     if isinstance(evaluated, dict):
@@ -131,7 +136,7 @@ def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str
     standard = [("input_ids",), ("prompt", "completion"), *((column,) for column in CHATS), (text_field,)]
     filled = {key for key, value in first.items() if value is not None}
     own = {*RIVALS, text_field}
-    others = [key for key in first if key not in own and _keys(read(key, first[key])) is not None]
+    others = [key for key in first if key not in own and keys_of(read(key, first[key])) is not None]
     found = next((each for each in standard if {*each} <= filled), None)
     if found is None and len(others) == 1:
         return (others[0],)
@@ -142,13 +147,13 @@ def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str
         what = "half of a pair" if found == ("prompt",) else "messages"
         raise RecipeError(f"Cannot train on `dataset_text_field: {text_field}`: TRL takes this column for {what}. Rename it.")
     for column in found if are_chats(first, found, text_field) else ():
-        _refuse_keys(read(column, first[column]), column, where)
+        refuse_keys(read(column, first[column]), column, where)
     return found
 
 
 def _no_layout(first: dict[str, Any], where: str, text_field: str, others: list[str]) -> RecipeError:
     """Return the error for columns that make no training text."""
-    hidden = [key for key, value in first.items() if _keys(parsed(value)) is not None and key not in others]
+    hidden = [key for key, value in first.items() if keys_of(parsed(value)) is not None and key not in others]
     if others:
         return RecipeError(
             f"Cannot choose among the columns {', '.join(others)} of {where}: each holds messages. Remove all but one, or "
@@ -177,85 +182,11 @@ def _no_layout(first: dict[str, Any], where: str, text_field: str, others: list[
     )
 
 
-def read(column: str, value: Any) -> Any:
-    """Return the value of a column, parsed if its name says that it holds messages."""
-    return parsed(value) if column.lower().removesuffix("s") in ("message", "conversation") else value
-
-
-def parsed(value: Any) -> Any:
-    """Return the messages that a text holds as JSON; any other value as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:  # a text that begins with a bracket
-        return value
-    return found if _keys(found) is not None else value
-
-
 def are_chats(first: dict[str, Any], columns: tuple[str, ...], text_field: str | None = None) -> bool:
     """Whether the columns of a training text hold messages rather than texts, by the first row."""
     if columns == (text_field,) and isinstance(first[columns[0]], str):
         return False
-    return columns[0] in CHATS or (columns != ("input_ids",) and any(_are_mappings(read(key, first[key])) for key in columns))
-
-
-def fault_of(value: Any, is_chat: bool, keys: Keys) -> str | None:
-    """Return why a value is no training text, or no messages if `is_chat`; None if it is.
-
-    `keys`: what speaker and content may be called, `PLAIN` where nothing converts the messages.
-    """
-    if not is_chat:
-        return None if isinstance(value, str) else f"is {short(value)}, not a text"
-    messages = value if keys == PLAIN else parsed(value)
-    if not _are_mappings(messages):
-        return f"is {short(value)}, not messages with role and content"
-    return next((fault for message in messages if (fault := _fault_of_message(message, keys))), None)
-
-
-def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
-    if not _is_message(message, keys):
-        own = {key: value for key, value in message.items() if value is not None}  # Arrow fills the keys of other messages
-        return f"has {short(own)}, not messages with role and content"
-    if _role(message) is None:
-        return f"has a message from {short(_first_of(message, SPEAKERS))}, which is none of {', '.join(ROLES)}"
-    key = next((key for key in message if key in TRAINS and message[key] not in (None, TRAINS[key])), None)
-    if key is None:
-        return None
-    return (
-        f"has a message with `{key}: {short(message[key])}`, which has no effect. Remove the key; to weight a row use the "
-        "column `objective_weight`, to train answers alone `assistant_only_loss: true`"
-    )
-
-
-def as_messages(value: Any) -> list[dict[str, Any]]:
-    """Return messages of any layout that `fault_of` passes with role and content."""
-    made = []
-    for message in parsed(value):
-        rest = {key: each for key, each in message.items() if key not in (*SPEAKERS, *CONTENTS) and each is not None}
-        content = _first_of(message, CONTENTS)
-        calls = _calls(content) if message.get("from") == "function_call" else None
-        said = {"content": None, "tool_calls": calls} if calls else {"content": content}
-        made.append({"role": _role(message), **said, **rest})
-    return made
-
-
-def _calls(content: Any) -> list[dict[str, Any]] | None:
-    """Return the calls that a `function_call` of ShareGPT's layout holds as JSON; None if it is another text."""
-    try:
-        found = json.loads(content)
-    except (TypeError, json.JSONDecodeError):
-        return None
-    found = found if isinstance(found, list) else [found]
-    if not all(isinstance(call, dict) and "name" in call for call in found):
-        return None
-    return [{"type": "function", "function": call} for call in found]
-
-
-def short(value: Any) -> str:
-    """Return the beginning of a value as JSON."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return columns[0] in CHATS or (columns != ("input_ids",) and any(are_mappings(read(key, first[key])) for key in columns))
 
 
 def _is_transformed(dataset: Any) -> bool:
@@ -272,47 +203,6 @@ def _is_sharegpt(first: dict[str, Any], columns: tuple[str, ...]) -> bool:
     return any(key in message for chat in chats for message in chat for key in SHAREGPT)
 
 
-def _are_mappings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
-
-
-def _first_of(message: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((message[key] for key in keys if message.get(key) is not None), None)
-
-
-def _role(message: dict[str, Any]) -> str | None:
-    """Return the role of a message, None if its speaker is unknown; roles by that name go as they are."""
-    return message.get("role") or ROLES.get(str(message.get("from")).lower())
-
-
-def _keys(value: Any) -> tuple[str, str] | None:
-    """Return the keys for speaker and content of messages; None if they lack them."""
-    if not _are_mappings(value):
-        return None
-    speaker, content = (next((key for key in keys if key in value[0]), None) for keys in (SPEAKERS, CONTENTS))
-    return (speaker, content) if speaker and content else None
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether messages are in TRL's own keys."""
-    return _are_mappings(value) and not any(key in message for message in value for key in SHAREGPT)
-
-
-def _is_message(message: dict[str, Any], keys: Keys) -> bool:
-    speakers, contents = keys
-    has_content = isinstance(_first_of(message, contents), (str, list)) or any(map(message.get, INSTEAD))
-    return has_content and isinstance(_first_of(message, speakers), str)
-
-
-def _refuse_keys(value: Any, column: str, where: str) -> None:
-    """Raise RecipeError on messages in keys of no known layout."""
-    if _are_mappings(value) and _keys(value) is None and not any(map(value[0].get, INSTEAD)):
-        raise RecipeError(
-            f"Cannot read the messages in `{column}` of {where}: their keys are {', '.join(value[0])}. Rename these to role "
-            "and content."
-        )
-
-
 def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_chat: bool, where: str, keys: Keys) -> None:
     for column in columns:
         fault = fault_of(example.get(column), is_chat, keys)
@@ -325,11 +215,13 @@ def _check_row(example: dict[str, Any], row: int, columns: tuple[str, ...], is_c
 
 
 def _check_rows(dataset: Dataset, columns: tuple[str, ...], is_chat: bool, where: str) -> None:
-    """Raise RowError on the first row of a data set that has no training text."""
-    if all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
+    """Raise RowError on the first row of a data set that has no training text. Each data set is read once."""
+    if (columns, is_chat) in _checked.get(dataset, ()):
         return
-    for row, example in enumerate(dataset.with_format(None).select_columns(list(columns))):
-        _check_row(example, row, columns, is_chat, where, PLAIN)
+    if not all(_is_sound(dataset.data.column(column), dataset.features[column], is_chat) for column in columns):
+        for row, example in enumerate(dataset.with_format(None).select_columns(list(columns))):
+            _check_row(example, row, columns, is_chat, where, PLAIN)
+    _checked.setdefault(dataset, set()).add((columns, is_chat))
 
 
 def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
@@ -350,7 +242,9 @@ def _is_filled(chunk: pa.Array) -> bool:
     return pc.min(pc.list_value_length(chunk)).as_py() > 0 and not any(part.null_count for part in parts)
 
 
-def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str, is_sharegpt: bool) -> Any:
+def _convert(
+    dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], where: str, is_sharegpt: bool, num_proc: int | None
+) -> Any:
     """Return a data set or stream with the messages of `columns` as `names`, in TRL's keys."""
 
     def convert(example: dict[str, Any], row: int) -> dict[str, Any]:
@@ -366,10 +260,11 @@ def _convert(dataset: Any, columns: tuple[str, ...], names: tuple[str, ...], whe
         others = {key: features[key] for key in features if key not in columns}
         features = Features(others | {name: List(Json()) for name in names})
     removed = [column for column in columns if column not in names]
-    return dataset.map(convert, with_indices=True, remove_columns=removed, features=features)
+    how = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(Cached(convert), with_indices=True, remove_columns=removed, features=features, **how)
 
 
-def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]:
+def align(datasets: list[Any], sources: list[str], text_field: str, num_proc: int | None = None) -> list[Any]:
     """Return the parts of a mixture, all arranged, so that they can be joined and arranged again.
 
     Raises RecipeError if their layouts differ.
@@ -388,11 +283,12 @@ def align(datasets: list[Any], sources: list[str], text_field: str) -> list[Any]
     for column in columns:
         kinds = [(dataset.features or {}).get(column) for dataset in datasets]
         if all(isinstance(kind, List) for kind in kinds) and any(kind != kinds[0] for kind in kinds):
-            datasets = [_as_json(dataset, column) for dataset in datasets]
+            datasets = [_as_json(dataset, column, num_proc) for dataset in datasets]
     return datasets
 
 
-def _as_json(dataset: Any, column: str) -> Any:
+def _as_json(dataset: Any, column: str, num_proc: int | None) -> Any:
     """Return a data set or stream with each message's own keys, so that they may differ."""
     features = Features({**dataset.features, column: List(Json())})
-    return dataset.map(lambda example: {column: as_messages(example[column])}, features=features)
+    how = {"num_proc": num_proc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(Cached(lambda example: {column: as_messages(example[column])}), features=features, **how)

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
 
+from .._util.cached import Cached
 from .columns import check_columns, check_weights, for_each_token, number_rows
 from .labels import columns_of, refuse_without_target
 from .names import REFERENCE, ROW, TEMPLATE, WEIGHT
@@ -80,18 +81,19 @@ def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
     how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
     with PartialState().local_main_process_first():
         if refers:
-            prepared = prepared.map(check_reference, fn_kwargs={"name": rows.name}, **how)
+            prepared = prepared.map(Cached(check_reference), fn_kwargs={"name": rows.name}, **how)
         if cuts:
             kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
-            prepared = prepared.map(truncated, fn_kwargs={"kept": kept}, **how).filter(has_target, **how)
+            prepared = prepared.map(Cached(truncated), fn_kwargs={"kept": kept}, **how)
+            prepared = prepared.filter(Cached(has_target), **how)
         if wanted.marks and TEMPLATE not in present:
             mark = TemplateMark(tokenizer_of(rows.processing_class), trainer.chat_template, rows.name)
-            prepared = prepared.map(mark, **how)
+            prepared = prepared.map(Cached(mark), **how)
         return _packed(prepared, args, columns, how) if rows.packing else prepared
 
 
 def _packed(prepared: Any, args: Any, columns: list[str], how: dict[str, Any]) -> Any:
-    prepared = prepared.map(for_each_token(columns), **how).select_columns(["input_ids", "labels", *columns])
+    prepared = prepared.map(Cached(for_each_token(columns)), **how).select_columns(["input_ids", "labels", *columns])
     packed = pack_dataset(prepared, args.max_length, args.packing_strategy, how)
     return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 

@@ -12,11 +12,13 @@ from datasets import Dataset, Features, IterableDataset
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from .._util.cached import Cached
 from .._util.logs import warn_once
 from .._util.text import sentence
 from ..errors import RecipeError
 from .labels import first_row, handed_on
-from .layouts import CALLS, ROLES, TEXT, RowError, arrange, check_stream, short
+from .layouts import TEXT, RowError, arrange, check_stream
+from .messages import CALLS, ROLES, short
 from .names import ROW
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
@@ -29,7 +31,7 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
 
     Rows of a stream are checked as they are read. Raises RowError on the first row that lacks a message.
     """
-    dataset = arrange(dataset, where, args.dataset_text_field)
+    dataset = arrange(dataset, where, args.dataset_text_field, args.dataset_num_proc)
     first = first_row(dataset)
     if first is None or "input_ids" in first:
         return dataset
@@ -43,14 +45,14 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
 
 
 def _check_set(dataset: Dataset, check: "RenderedRow", num_proc: int | None) -> None:
-    """Render all rows. `datasets` caches the warnings by the rows, the template and the tokenizer."""
+    """Render all rows. `datasets` caches the warnings by the rows, the template, the tokenizer and the versions."""
 
     def checked(example: dict[str, Any], row: int) -> dict[str, Any]:
         return {"warning": check(example, row)}
 
     rendered = dataset.with_format(None).select_columns([key for key in RENDERED if key in dataset.column_names])
     warnings = rendered.map(
-        checked,
+        Cached(checked),
         with_indices=True,
         num_proc=num_proc,
         remove_columns=rendered.column_names,

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,21 @@ def writing(path: str) -> Iterator[None]:
             f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
             "command goes on from the last one."
         ) from error
+
+
+@contextmanager
+def saving(checkpoint: Path, accelerator: Any, saves: bool) -> Iterator[None]:
+    """Let all processes save `checkpoint`, and then those that `saves` its manifest. Raises CheckpointError as `writing`."""
+    with writing(str(checkpoint)):
+        if saves and checkpoint.exists():
+            if why_broken(checkpoint):
+                shutil.rmtree(checkpoint)  # what an earlier start left, of which some would stay
+            else:
+                (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        yield
+        if saves and checkpoint.exists():
+            write_manifest(checkpoint)
 
 
 def write_manifest(checkpoint: Path) -> None:

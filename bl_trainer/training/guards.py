@@ -16,12 +16,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .._util.text import nearest
-from ..errors import RecipeError
-from ..objectives.threshold import Threshold
+from .._util.transformers import has_length
+from ..errors import MeasurementError, RecipeError
+from ..objectives.threshold import Threshold, spell_probability
 from ..tokens.labels import check_ids
 from ..tokens.names import WEIGHT
-
-logger = get_logger(__name__)
 
 logger = get_logger(__name__)
 
@@ -79,6 +78,30 @@ def refuse_dropped_sets(trainer: Any) -> None:
         if isinstance(dataset, Dataset):
             size = getattr(args, f"{kind}_batch_size") * processes
             refuse_dropped(len(dataset), size, name, f"per_device_{kind}_batch_size")
+
+
+def refuse_empty(threshold: Threshold, above: float) -> None:
+    """Raise MeasurementError if the probability `above`, that a percentile has come to, leaves nothing within `threshold`."""
+    if above > threshold.below:
+        raise MeasurementError(
+            f"`threshold` keeps no token: percentile {threshold.above_percentile} is p = {spell_probability(above, 6)}, above "
+            f"`below: {threshold.below}`. Raise `below`, or lower `above_percentile`."
+        )
+
+
+def refuse_unevaluated(means: dict[str, float], name: str) -> None:
+    """Raise RecipeError if the evaluation set `name` had no target, by its `means`."""
+    if math.isnan(means.get("kept_fraction", math.nan)):
+        raise RecipeError(f"Cannot evaluate the {name} set: no row has a target. It is empty, or every label is -100.")
+
+
+def warn_of_repeats(dataset: Any, processes: int) -> None:
+    """Warn if an evaluation set is a stream, of which several processes may get some rows twice."""
+    if processes > 1 and not has_length(dataset):
+        logger.warning(
+            f"The evaluation set is streamed to {processes} processes: if its length is not a multiple of their batches, "
+            "accelerate repeats examples to fill the last, and they count twice in the metrics."
+        )
 
 
 def refuse_unlearnt(has_begun: bool, has_met_targets: bool) -> None:
@@ -218,11 +241,19 @@ def check_loaded(trainer: Any, given: Mapping[str, Any]) -> Any:
 
 
 def refuse_unknown_ids(trainer: Any, given: Mapping[str, Any]) -> Any:
-    """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read."""
+    """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read.
+
+    The evaluation sets are replaced by ones that are checked.
+    """
     size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
     for name in ("train", "eval"):
         source = given.get(f"{name}_dataset")  # whose rows have the numbers that the user knows
         for part in source.values() if isinstance(source, dict) else [source]:
             if isinstance(part, Dataset):
                 check_ids(part, name, size)
+    evaluated = trainer.eval_dataset
+    if isinstance(evaluated, dict):
+        trainer.eval_dataset = {name: check_ids(part, f"prepared {name}", size) for name, part in evaluated.items()}
+    elif evaluated is not None:
+        trainer.eval_dataset = check_ids(evaluated, "prepared eval", size)
     return check_ids(trainer.train_dataset, "prepared train", size)

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..head.lm_head import Head
 from ..head.ops import TokenCosts, objective_head, score
+from ..head.targets import Targets, shifted
 from ..objectives.objective import Objective
 from ..objectives.pricing import Price, masked_cost, price
 from ..objectives.threshold import Threshold, trains
@@ -82,17 +82,19 @@ class OwnHead:
         extras, reference = tuple({"log_sum_sq_probs"} & set(loss.objective.statistics)), {}
         if loss.adapted is not None:
             with base_of(model, loss.adapted):
-                reference = {"ref_logp": model(**inputs, use=functools.partial(score, extras=()))[0].logp}
+                reference = {"ref_logp": model(**inputs, use=functools.partial(score, extras=())).found.logp}
 
         def priced(statistics: dict[str, Tensor]) -> Price:
             return price(loss.objective, loss.threshold, {**statistics, "progress": progress})
 
         def cost(hidden: Tensor, head: Head, target: Tensor) -> TokenCosts:
-            is_target = inputs["labels"][:, 1:] != -100
-            known = columns.at(target, lambda column, fill: column[:, 1:][is_target].to(target.device))
+            def own(column: Tensor, fill: float) -> Tensor:
+                return _at_targets(column, fill, inputs["labels"], len(target)).to(target.device)
+
+            known = columns.at(target, own)
             return objective_head(hidden, head, target, priced, extras, {**known, **reference})
 
-        costs, is_target = model(**inputs, use=cost)
+        costs, is_target, aux_loss = model(**inputs, use=cost)
 
         def laid_out(values: Tensor) -> Tensor:
             # connected to the model where there is no target too, which a backward needs on every process
@@ -106,6 +108,7 @@ class OwnHead:
             entropy=laid_out(costs.scores.entropy),
             is_top1=laid_out(costs.is_top1),
             is_target=is_target,
+            aux_loss=aux_loss,
         )
 
 
@@ -123,14 +126,15 @@ class TRLHead:
                 ref_logp = model(**inputs).log_probs
         outputs = model(**inputs)
         logp, is_target = outputs.log_probs, outputs.label_mask
-        known = columns.at(_labels_of(logp, inputs), lambda column, fill: _beside(logp, column, fill))
+        targets, virtual_tokens = _targets_of(logp, inputs)
+        known = columns.at(targets.labels, lambda column, fill: shifted(column.to(logp.device), fill, virtual_tokens))
         kept = is_target & trains(loss.threshold, logp, known.get("is_special"))
         available = {
             "entropy": lambda: outputs.entropy,
             "log_sum_sq_probs": lambda: outputs.log_sum_sq_probs,
             "is_top1": lambda: outputs.is_top1,
             "ref_logp": lambda: known["ref_logp"] if ref_logp is None else ref_logp,
-            "label": lambda: _labels_of(logp, inputs),
+            "label": lambda: targets.labels,
             "progress": lambda: progress,
             "is_special": lambda: known["is_special"],
         }
@@ -141,17 +145,20 @@ class TRLHead:
         )
 
 
-def _labels_of(logp: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return the token ids that `logp` is about, -100 where there is none; same shape as `logp`."""
-    if inputs.get("shift_labels") is not None:
-        return inputs["shift_labels"].to(logp.device)
-    return _beside(logp, inputs["labels"], -100)
+def _at_targets(column: Tensor, fill: float, labels: Tensor, count: int) -> Tensor:
+    """Return a column's values at the `count` targets among `labels`, (count,)."""
+    targets, virtual_tokens = Targets.of(labels), 0
+    if len(targets.index) < count:  # the model has put virtual tokens in front, which predict the first tokens too
+        targets, virtual_tokens = Targets.of(labels, 1), 1
+    return targets.take(shifted(column, fill, virtual_tokens))
 
 
-def _beside(logp: Tensor, column: Tensor, fill: float) -> Tensor:
-    """Return the values of a (batch, length) column that `logp` is about, `fill` where it has none; same shape as `logp`."""
-    virtual_tokens = logp.shape[1] + 1 - column.shape[1]  # that prompt-learning PEFT puts in front
-    return pad(column.to(logp.device), (virtual_tokens, 0), value=fill)[:, 1:]
+def _targets_of(logp: Tensor, inputs: dict[str, Any]) -> tuple[Targets, int]:
+    """Return what `logp`, one per place, is about, and how many virtual tokens stand in front of those of `inputs`."""
+    if inputs.get("shift_labels") is not None:  # by context parallelism, before it cuts sequences up
+        return Targets(inputs["shift_labels"].to(logp.device)), 0
+    virtual_tokens = logp.shape[1] + 1 - inputs["labels"].shape[1]
+    return Targets.of(inputs["labels"].to(logp.device), virtual_tokens), virtual_tokens
 
 
 def mean_over_batch(trainer: Any, tokens: TokenLoss, num_items: Tensor | int | None) -> Tensor:

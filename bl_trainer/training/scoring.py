@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from tqdm.auto import tqdm
 from trl import SFTTrainer
 
 from .._util.transformers import is_deepspeed_zero3_enabled
 from .._util.trl import add_fused_lm_head
 from ..head.patch import add_scoring
 from ..head.verification import verify_head
+from ..measurement.forward import Lockstep, Observed
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
+from ..tokens.collators import collator_of
 from ..tokens.labels import check_rows, plain
 from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
+from .guards import check_loaded
 from .refusals import refuse_copied_tied_head
+from .setup import Setup
 
 
 class ScoringTrainer(SFTTrainer):
@@ -26,6 +31,8 @@ class ScoringTrainer(SFTTrainer):
     [`~trl.SFTTrainer`] whose model scores target tokens by a verified head, and whose data sets keep our columns.
 
     `observe` runs anything over batches in place of an evaluation, `prepare_rows` makes a data set ready as training has it.
+    Takes [`~trl.SFTTrainer`]'s arguments by name. Raises ValueError as [`Setup`] does before the model loads, and after it as
+    `check_loaded` and `verify_head`.
     """
 
     model: Any  # transformers' declaration leaves out what TRL has made of it
@@ -36,6 +43,15 @@ class ScoringTrainer(SFTTrainer):
 
     _observer: Callable[..., None] | None = None
     _is_verified = False
+
+    def __init__(self, **arguments: Any) -> None:
+        setup = Setup.check(arguments)
+        self.parsed_objective, self.threshold, self.reference = setup.objective, setup.threshold, setup.reference
+        super().__init__(**setup.arguments)
+        self.train_dataset = check_loaded(self, setup.arguments)
+        self.add_heads(self.model)
+        self.verify_whole()
+        self.data_collator = collator_of(self)
 
     @property
     def loss_head(self) -> str:
@@ -48,18 +64,14 @@ class ScoringTrainer(SFTTrainer):
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
         add_scoring(base)
-        self.reference_head, self._is_verified = self._why_reference_head(base), False
+        self.reference_head, self._is_verified = self._why_reference_head(), False
         refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
 
-    def _why_reference_head(self, base: Any) -> str | None:
+    def _why_reference_head(self) -> str | None:
         """Return why TRL's head computes the loss, or None if ours does, which is exact in fewer products."""
-        config = base.config
         reasons = {
             "`loss_head: trl` asks for it": getattr(self.args, "loss_head", "auto") == "trl",
-            "the model has an auxiliary loss of its mixture of experts": self.aux_loss_enabled,
-            "the model is multimodal": config.get_text_config() is not config,
-            "the sequence or the head is shared out over devices": self.is_shared_out("cp", "sp", "tp"),
-            "ZeRO-3 shards the head": is_deepspeed_zero3_enabled(),
+            "sequences are shared out over devices": self.is_shared_out("sp"),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -83,7 +95,7 @@ class ScoringTrainer(SFTTrainer):
         self._is_verified = True
         for kind in sorted(self.heads_in_use()):
             with self.accelerator.autocast():
-                verify_head(model, kind, trains=not self._is_sharded())
+                verify_head(model, kind, trains=not self._is_sharded(), text=not self._is_vision_dataset)
 
     def verify_whole(self) -> None:
         """Verify the heads of a model that is in place already, as a sharded one isn't before training."""
@@ -99,15 +111,36 @@ class ScoringTrainer(SFTTrainer):
 
     # Measurement
 
-    def observe(self, batches: Iterable[dict[str, Any]], observer: Callable[..., None]) -> None:
-        """Run the evaluation loop over `batches` with `observer(model, batch)` in place of an evaluation step."""
+    def observe(
+        self,
+        batches: Iterable[dict[str, Any]],
+        observer: Callable[..., None],
+        *,
+        max_tokens: int | None = None,
+        label: str = "",
+        expected: int | None = None,
+    ) -> Observed:
+        """Call `observer(model, batch)` on each of this process's batches, in place of an evaluation step.
+
+        Args:
+            batches: Collated, with `labels`. All processes make as many forward passes, see [`Lockstep`].
+            max_tokens: Stop after the batch with which so many target tokens are reached over all processes.
+            label: Of the progress bar, without which there is none; `expected`: its target tokens in all.
+
+        Raises:
+            MeasurementError: If a process gets no batch at all.
+        """
         self.shard()
         self.ensure_verified()
-        self._observer = observer
-        try:
-            super().evaluation_loop(batches, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
-        finally:
-            self._observer = None
+        hidden = not label or self.args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=expected or max_tokens, desc=label, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+            dealt = Lockstep(batches, self.accelerator, max_tokens, bar)
+            self._observer = observer
+            try:
+                super().evaluation_loop(dealt, "Measurement", prediction_loss_only=True)  # type: ignore[arg-type]
+            finally:
+                self._observer = None
+        return Observed(dealt.num_tokens, dealt.is_cut)
 
     def shard(self) -> None:
         """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
@@ -126,7 +159,11 @@ class ScoringTrainer(SFTTrainer):
         """Return the columns that the data set `name` is to get or keep."""
         return Wanted()
 
-    def prepare_rows(self, rows: Rows) -> Any:
+    def prepare_rows(self, dataset: Any, name: str, *, packing: bool) -> Any:
+        """Return another data set, which errors call `name`, ready as the trainer's own is. Raises as `make_ready`."""
+        return self.make_ready(Rows(dataset, self.processing_class, self.args, packing, None, name))
+
+    def make_ready(self, rows: Rows) -> Any:
         """Return a data set ready to train, checked row by row. Raises RecipeError with the number of the row."""
         dataset = plain(rows.dataset)
         if rows.formatting_func is None:
@@ -136,7 +173,7 @@ class ScoringTrainer(SFTTrainer):
         return prepare(self, rows, self.wanted(rows.args, rows.name))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        return self.prepare_rows(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))
+        return self.make_ready(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -14,7 +14,8 @@ from .._util.trl import DataCollatorForLanguageModeling
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
-from ..tokens.labels import check_labels, columns_of, plain
+from ..tokens.idle import check_labels
+from ..tokens.labels import columns_of, plain
 from ..tokens.layouts import arrange_all
 from ..tokens.prepare import refuse_untargeted
 from ..tokens.reference import reference_source, refuse_lost_context
@@ -38,9 +39,10 @@ class Setup:
     reference: str | None
 
     @classmethod
-    def check(cls, args: Any, arguments: Mapping[str, Any]) -> "Setup":
-        """Check `SFTTrainer`'s arguments: `args`, and the others by name. Raises ValueError before the model loads."""
+    def check(cls, arguments: Mapping[str, Any]) -> "Setup":
+        """Check `SFTTrainer`'s arguments, by name. Raises ValueError before the model loads."""
         _refuse_missing_triton()
+        args = arguments.get("args")
         if isinstance(args, TrainingArguments):
             refuse_bypass(args)
         if arguments.get("compute_loss_func") is not None:
@@ -52,7 +54,7 @@ class Setup:
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, args)
         objective, threshold = objective_of(args), threshold_of(args)
-        given = arrange_all({**arguments, "args": args})
+        given = arrange_all(dict(arguments))
         _check_sets(given, args, objective)
         reference = _reference(given, objective, peft_config)
         refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))

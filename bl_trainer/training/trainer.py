@@ -1,7 +1,6 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
 import math
-import shutil
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,28 +25,27 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .._util.transformers import EvalLoopOutput, TrainOutput, has_length
-from ..errors import MeasurementError, RecipeError
+from .._util.transformers import EvalLoopOutput, TrainOutput
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
-from ..objectives.threshold import spell_probability
-from ..tokens.collators import collator_of
 from ..tokens.labels import refuse_misaligned, warn_of_untrained
 from ..tokens.names import EXAMPLE_LENGTHS, REFERENCE, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
 from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .card import TAG
-from .checkpoints import MANIFEST_FILE, has_model, why_broken, write_manifest, writing
+from .checkpoints import has_model, saving
 from .config import threshold_of
 from .guards import (
-    check_loaded,
     leaves_no_empty_folder,
     missing_folders,
     refuse_dropped_sets,
+    refuse_empty,
     refuse_frozen,
+    refuse_unevaluated,
     refuse_unlearnt,
     warn_of_idle,
+    warn_of_repeats,
 )
 from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, tell_of_loss
 from .metrics import TokenMetrics, evaluated, own_targets
@@ -55,7 +53,6 @@ from .record import PAPER, RunRecord
 from .refusals import refuse_bypass
 from .resume import ResumePlan, planned_resume, refuse_other_head, state_of, steps_of, tell_of_resuming
 from .scoring import ScoringTrainer
-from .setup import Setup
 
 logger = get_logger(__name__)
 
@@ -117,21 +114,15 @@ class BLTrainer(ScoringTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "args")}
-        setup = Setup.check(args, given)
-        self.parsed_objective, self.threshold, self.reference = setup.objective, setup.threshold, setup.reference
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.made_folders = missing_folders(Path(str(args.output_dir))) if args is not None else []
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        super().__init__(**setup.arguments)
+        super().__init__(**given)
         self._has_adapter = is_peft_model(self.model)
-        self.train_dataset = check_loaded(self, setup.arguments)
-        self.add_heads(self.model)
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
             self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
-        self.verify_whole()
-        self.data_collator = collator_of(self)
-        marks = setup.objective.special_tokens is not None
+        marks = self.parsed_objective.special_tokens is not None
         self._special_ids = content_free_ids(self) if marks else None
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
         self._sigterm = StopOnSigterm(self.accelerator)
@@ -180,10 +171,10 @@ class BLTrainer(ScoringTrainer):
         numbers = getattr(args, "stop_on_nan", False) and name == "train"
         return Wanted(numbers, self.parsed_objective.special_tokens is not None, self.reference == "column")
 
-    def prepare_rows(self, rows):
-        prepared = super().prepare_rows(rows)
+    def make_ready(self, rows):
+        prepared = super().make_ready(rows)
         warn_of_untrained(rows.dataset, prepared, rows.name, rows.args)
-        refuse_untargeted(prepared, rows.name, rows.args, lambda: ScoringTrainer.prepare_rows(self, rows.untruncated()))
+        refuse_untargeted(prepared, rows.name, rows.args, lambda: ScoringTrainer.make_ready(self, rows.untruncated()))
         return prepared
 
     def resolve_threshold(self) -> None:
@@ -194,12 +185,7 @@ class BLTrainer(ScoringTrainer):
         if self.threshold.resolved:
             return
         above = resolve_percentile(self, float(self.threshold.above_percentile or 0))
-        if above > self.threshold.below:
-            raise MeasurementError(
-                f"`threshold` keeps no token: percentile {self.threshold.above_percentile} is p = "
-                f"{spell_probability(above, 6)}, above `below: {self.threshold.below}`. Raise `below`, or lower "
-                "`above_percentile`."
-            )
+        refuse_empty(self.threshold, above)
         self.threshold = replace(self.threshold, above=above)
 
     @property
@@ -274,18 +260,10 @@ class BLTrainer(ScoringTrainer):
         self.ensure_verified()
         self.resolve_threshold()
         self.token_metrics.clear("eval")
-        processes = self.accelerator.num_processes
-        if processes > 1 and not has_length(dataloader.dataset):
-            logger.warning(
-                f"The evaluation set is streamed to {processes} processes: if its length is not a multiple of their batches, "
-                "accelerate repeats examples to fill the last, and they count twice in the metrics."
-            )
+        warn_of_repeats(dataloader.dataset, self.accelerator.num_processes)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
-        if self._observer is None and math.isnan(means.get("kept_fraction", math.nan)):
-            raise RecipeError(
-                f"Cannot evaluate the {metric_key_prefix} set: no row has a target. It is empty, or every label is -100."
-            )
+        refuse_unevaluated(means, metric_key_prefix)
         if means and output.metrics is not None:
             warn_of_idle(means, self.threshold)
             coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
@@ -370,16 +348,8 @@ class BLTrainer(ScoringTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with writing(str(folder)):
-            if self.args.should_save and folder.exists():
-                if why_broken(folder):
-                    shutil.rmtree(folder)  # what an earlier start left, of which some would stay
-                else:
-                    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-            self.accelerator.wait_for_everyone()
+        with saving(folder, self.accelerator, self.args.should_save):
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and folder.exists():
-                write_manifest(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

@@ -1,13 +1,13 @@
 r"""Mathematics: the final answer of a text, and whether it equals the gold answer."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from .docs import read_docs
 from .latex import compact, spelled
 from .prose import STATED, stated
 from .reasoning import without_reasoning
+from .structure import NAME, ORDER, as_intervals, split, structure
 from .units import measured
 from .values import SECONDS, is_same_value, math_verify, parsed
 
@@ -18,12 +18,8 @@ MOST_TRIED = 8  # parts of a list that are compared by value, in any order
 BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
 HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
-NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
-CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
 JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
-ORDER = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
-TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 LETTERS = re.compile(r"[A-Za-z]{2,}")
 VERDICTS = ("yes", "no", "true", "false")
@@ -168,8 +164,8 @@ def _residue(text: str) -> str:
 
 def _is_same_structure(one: str, other: str) -> bool:
     if bool(ORDER.search(one)) != bool(ORDER.search(other)):
-        one, other = _as_intervals(one), _as_intervals(other)
-    (kind, parts), (other_kind, others) = _structure(one), _structure(other)
+        one, other = as_intervals(one), as_intervals(other)
+    (kind, parts), (other_kind, others) = structure(one), structure(other)
     if kind == other_kind == "":
         return _is_same_scalar(one, other)
     if kind == other_kind:
@@ -179,29 +175,6 @@ def _is_same_structure(one: str, other: str) -> bool:
     if any(RELATION.search(text) for text in (one, other)):
         return _verify(one, other)
     return False
-
-
-def _as_intervals(text: str) -> str:
-    r"""Write x \le 3 as (-\infty,3], and "or" between such as a union; other expressions stay as they are."""
-    parts = [_as_interval(part) for part in _split(text, rf",|;|{CONNECTIVE}")]
-    return r"\cup ".join(part for part in parts if part) if all(parts) else text
-
-
-def _as_interval(text: str) -> str | None:
-    """Return the interval that one letter between bounds stands for; None of other expressions."""
-    terms = [term.strip() for term in ORDER.split(text)]
-    if len(terms) == 3 and not re.fullmatch(NAME, terms[0]):
-        terms = terms[::-1]
-        terms[1] = TURNED[terms[1]]
-    if len(terms) == 5 and terms[1] in (">", r"\ge"):
-        terms = [TURNED.get(term, term) for term in terms[::-1]]
-    signs = terms[1::2]
-    if len(terms) == 3 and re.fullmatch(NAME, terms[0]):
-        is_upper, closed = signs[0] in ("<", r"\le"), signs[0].startswith("\\")
-        return f"(-\\infty ,{terms[2]}{'])'[not closed]}" if is_upper else f"{'[('[not closed]}{terms[2]},\\infty )"
-    if len(terms) == 5 and re.fullmatch(NAME, terms[2]) and {*signs} <= {"<", r"\le"}:
-        return f"{'[('[signs[0] == '<']}{terms[0]},{terms[4]}{'])'[signs[1] == '<']}"
-    return None
 
 
 def _bare(text: str) -> str:
@@ -239,77 +212,20 @@ def _are_matched(one: list[str], other: list[str]) -> bool:
     return True
 
 
-def _structure(text: str) -> tuple[str, list[str]]:
-    """Return the kind and the parts of a list, a set, a tuple, an interval, a union or a matrix; "" and itself of others."""
-    parts = _split(text, rf",|;|{CONNECTIVE}")
-    if len(parts) > 1:
-        return "list", _each_sign(parts)
-    parts = _split(text, r"\\cup(?![a-z])")
-    if len(parts) > 1:
-        return r"\cup", parts
-    matrix = re.fullmatch(r"[(\[]?\\begin\{([a-zA-Z]*matrix|array)\}(.*)\\end\{\1\}[)\]]?", text, re.DOTALL)
-    if matrix and matrix[1] not in ("vmatrix", "Vmatrix"):
-        rows = [_split(row, "&") for row in _split(matrix[2], r"\\\\") if row.strip()]
-        return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    around = re.fullmatch(r"(\\\{|[(\[]|\\langle )(.*)(\\\}|[)\]]|\\rangle ?)", text, re.DOTALL)
-    if around and len(_split(text, ",")) == 1 and _is_closed(around[2]):
-        parts = _split(around[2], ",|;")
-        kind = "()" if "langle" in around[1] else around[1] + around[3]
-        if len(parts) > 1 or kind == r"\{\}":
-            return kind, _each_sign(parts) if kind == r"\{\}" else parts
-    signed = _each_sign([text])
-    return ("list", signed) if len(signed) > 1 else ("", [text])
-
-
-def _each_sign(parts: list[str]) -> list[str]:
-    r"""Return `parts`, with a - b and a + b in place of a \pm b."""
-    return [
-        part.replace("\\pm ", sign, 1) if part.count("\\pm ") == 1 else part
-        for part in parts
-        for sign in (("+", "-") if part.count("\\pm ") == 1 else ("",))
-    ]
-
-
-def _tokens(text: str, separator: str) -> Iterator[tuple[int, re.Match[str]]]:
-    """Yield each bracket and separator with the depth at which it stands."""
-    depth = 0
-    for token in re.finditer(
-        rf"(?P<open>\\\{{|[{{(\[]|\\langle |\\begin)|(?P<close>\\\}}|[}})\]]|\\rangle|\\end)|{separator}", text
-    ):
-        depth -= bool(token["close"])
-        yield depth, token
-        depth += bool(token["open"])
-
-
-def _is_closed(text: str) -> bool:
-    return all(depth >= 0 for depth, _ in _tokens(text, r"(?!)"))
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split an expression at what matches `separator` outside all brackets."""
-    parts, begin = [], 0
-    for depth, token in _tokens(text, separator):
-        if depth == 0 and not token["open"] and not token["close"]:
-            parts.append(text[begin : token.start()])
-            begin = token.end()
-    parts = [part.strip() for part in (*parts, text[begin:])]
-    return [part for part in parts if part] if separator[0] in ",|;" else parts
-
-
 def _is_same_scalar(one: str, other: str) -> bool:
-    left, right = _split(one, r"(?<![<>!\\])=|\\approx"), _split(other, r"(?<![<>!\\])=|\\approx")
+    left, right = split(one, r"(?<![<>!\\])=|\\approx"), split(other, r"(?<![<>!\\])=|\\approx")
     if len(left) > 1 and len(right) > 1:
         is_same = compact(left[0]) == compact(right[0]) and _is_same(left[-1], right[-1])
         return is_same or _verify(one, other)
     if len(right) > 1 or (len(left) > 1 and re.fullmatch(NAME, left[0])):
         return _is_same(left[-1], right[-1])
-    left, right = _split(one, r"\\in(?![a-z])"), _split(other, r"\\in(?![a-z])")
+    left, right = split(one, r"\\in(?![a-z])"), split(other, r"\\in(?![a-z])")
     if len(left) != len(right) or (len(left) > 1 and compact(left[0]) == compact(right[0])):
         return _is_same(left[-1], right[-1])
     (value, unit), (other_value, other_unit) = measured(one), measured(other)
     if unit and other_unit and unit != other_unit:
         return False
-    if any(_structure(text)[0] for text in (value, other_value)):
+    if any(structure(text)[0] for text in (value, other_value)):
         return _is_same(value, other_value)
     return compact(value) == compact(other_value) or is_same_value(value, other_value)
 

@@ -1,0 +1,208 @@
+"""How answers state, deny and list the options of a question: the patterns of `letters`."""
+
+import re
+from string import ascii_uppercase
+
+# What may stand between the words that announce a letter and the letter, of which "not" and the like are none
+LEAD = (
+    r"(?i:\b(?:the|is|are|be|was|as|but|rather|therefore|thus|most|either|answer|option|choice|letter"
+    r"|(?!(?:un|least )likely|hardly|scarcely|barely|rarely)\w{1,20}ly)\b"
+    r"|[\s:=*_`'\"$(\[{>-]){0,14}"
+)
+# "A" and "I" are words too: before a word in lower case other than these
+GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
+ANNOUNCED = (
+    r"\b(?:answer|option|choice)\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
+    r"|\b(?:choose|pick|select|say|(?:go|going|opt|vote) (?:with|for))\b"
+)
+# Words that settle on a letter only where it ends a clause: "it's B.", "thus B", and a self-correction, "no wait, B"
+SETTLED = (
+    r"\b(?:(?:it|that|this)(?:['\u2019]s| is| must be| has to be| should be| would be)"
+    r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say)\b"
+    r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i meant?|scratch that|no|instead)\b"
+    r"|\b(?:final|conclusion|verdict|decision|solution|result|response|ans|pick|vote|selection|correct)\b\s?(?=[:=\u2013\u2014-])"
+    r"|(?:^|[.;:!?\n])[\s*]{0,3}(?:(?:must|has to|got to) be|definitely|certainly|clearly)\b"
+)
+# Words behind a letter that settle on it: "D it is."
+SETTLES = r"(?: it is|,? final answer)(?:,? then)?"
+WITHDRAWN = (
+    r"(?i:\b(?:that|this|it)(?:['\u2019]s| is| was) (?:wrong|incorrect|not right|not it|a mistake)\b"
+    r"|\bwait,? no\W{0,9}$|\bno,? wait\W{0,9}$)"
+)
+# What others may hold, or what is only supposed, up to the end of its clause
+SUPPOSED = (
+    r"(?i:\b(?:if|unless|whether|were)\b|\b(?:some|many|most|everyone|others|people|students|one|you|we) "
+    r"(?:(?:might|may|could|would|often) )?(?:be tempted to |want to |think|say|argue|believe|claim|guess|choose|pick)s?\b)"
+    r"[^.,;\n]{0,80}"
+)
+REASON = r"(?i:\b(?:because|since|although|though|while|whereas|unlike|than)\b)[^.;\n]{0,300}"
+IS = r"(?:is|are|was|would be|can be|must be|should be|has to be|needs to be|seems|looks|sounds)\s"
+BEST = r"(?:the |my )?(?:final )?(?:most |\w{1,20}ly )?"
+RIGHT_WORDS = ("correct", "right", "true", "yes", "\u2713", "\u2714", "\u2705")
+WRONG_WORDS: tuple[str, ...] = (
+    "wrong",
+    "incorrect",
+    "false",
+    "no",
+    "not correct",
+    "not right",
+    "excluded",
+    "eliminated",
+    "ruled out",
+    "\u2717",
+)
+WRONG_WORDS += ("weak", "unlikely", "tempting", "doubtful", "impossible", "irrelevant", "contraindicated", "to be avoided")
+RIGHT = rf"{IS}{BEST}(?:correct|right|best|better|appropriate|answer)\b"
+WRONG = (
+    rf"(?:{IS}(?:(?:all|both|also|too|\w{{1,20}}ly) )?(?:not|wrong|incorrect|false|excluded|ruled out|eliminated|out|avoided"
+    r"|unlikely|contraindicated|tempting|weak)|(?:\w{1,20}n['\u2019]t|cannot|can not|should not|must not)"
+    r" (?:be|the|correct|right|it|an?|fit|work|apply|explain))\b"
+)
+NOT = (
+    r"(?:not|\w{1,20}n['\u2019]t|cannot|never|neither|nor|than|instead of|unlikely|hardly|unlike|avoid(?:ing)?|against"
+    r"|(?:eliminat|exclud|dismiss|discard|reject)(?:e|es|ed|ing|s)?|rul(?:e|es|ed|ing) out)"
+)
+DENIED = (
+    r"(?i:\b(?:the|is|are|be|was|as|to|that|it|it['\u2019]s|think|believe|say|have|been|an?|correct|right|best|answer|option|choice"
+    r"|letter|both|either|\w{1,20}ly)\b|[\s:=*_`'\"$(\[{>-]){0,14}"
+)
+DOUBT = re.compile(
+    rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation"
+    r"|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
+)
+BEGIN = r"(?:^|[.,;:!?\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but)\b)"
+APART = r"[\s)*\].:=(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
+ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
+NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
+END = r"(?=[\s*]{0,3}(?:[.,;:!)\n]|$|(?:because|since|as)\b))"
+MARK = re.compile(
+    r"(?<![\w'\u2019\\])(?<!\bout )(?<!\bis )(?<!\bbe )(?<!\bnot )(?<!\bso )(?<!\bSo )(?:\(([A-J])\)|([A-J])[.):](?!\w))"
+)  # as options are listed
+MOST_APART = 300  # characters between two options of a list
+
+
+class Exam:
+    """The patterns for the letters and texts of a question's options."""
+
+    def __init__(self, choices: list[str]):
+        self.letters = ascii_uppercase[: len(choices) or 10]
+        self.texts = {words_of(choice): name for name, choice in zip(self.letters, choices, strict=False)}
+        self.both = self.letters + self.letters.lower()
+        self.one = (
+            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w-]|['\u2019]\w)"
+            rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
+        )
+        words = (r"\W{1,3}".join(map(re.escape, words.split())) for words in self.texts if words)
+        self.text = rf"(?i:(?:{'|'.join(sorted(words, key=len, reverse=True)) or '(?!)'})(?!\w))"
+        self.second = rf"\W{{0,6}}(?:\b(?:or|and)\b|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"  # but "A, I think"
+        self.right = (
+            rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}|[)*]{{0,3}}(?i:{SETTLES}){ENDS}"
+        )
+        self.wrong = rf"[\s)*]{{0,4}}(?i:{WRONG})|{APART}(?i:{self._verdicts(WRONG_WORDS)}){END}"
+
+    def _verdicts(self, words: tuple[str, ...]) -> str:
+        """Match words that say what an option is worth, unless they are an option themselves."""
+        return rf"(?:is |was )?(?:{'|'.join(word for word in words if word not in self.texts) or '(?!)'})"
+
+    def without_texts(self, said: str) -> str:
+        """Take the text of an option away between its letter and a verdict on it."""
+        verdict = rf"(?:is |was )?(?:{'|'.join((*RIGHT_WORDS, *WRONG_WORDS))})\b"
+        for words, name in self.texts.items():
+            text = r"\W{1,3}".join(map(re.escape, words.split()))
+            said = re.sub(rf"\b({name})[).:*]{{1,3}} ?\*{{0,2}}{text}(?={APART}{verdict})", r"\1", said, flags=re.IGNORECASE)
+        return said
+
+    def without_denied(self, said: str) -> str:
+        """Take away the letters that are said to be wrong, or not to be the answer."""
+        said = re.sub(SUPPOSED, " ", said)
+        either = rf"(?:{self.one}|{self.text})"
+        more = rf"(?:(?:, ?{either}){{0,8}},? ?(?i:or|nor|and|&) {either})?"
+        which = r"(?i:\b(?:options?|choices?|answers?)\s)?[\s(*]{0,4}"
+        said = re.sub(rf"{which}\b{either}{more}(?:{self.wrong})", " ", said)
+        return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{more}", " ", said)
+
+    def without_list(self, said: str) -> str:
+        """Blank options that are listed in their order, letters and texts."""
+        text = re.compile(rf" ?\*{{0,2}} ?{self.text}")
+        run: list[re.Match[str]] = []
+        blank = list(said)
+        for mark in (*MARK.finditer(said), None):
+            name = mark and (mark[1] or mark[2])
+            if mark and run and name == ascii_uppercase[len(run)] and mark.start() - run[-1].end() <= MOST_APART:
+                run.append(mark)
+                continue
+            if len(run) >= min(3, len(self.letters)):
+                for each in run:
+                    end = (text.match(said, each.end()) or each).end()
+                    blank[each.start() : end] = " " * (end - each.start())
+            run = [mark] if mark and name == "A" else []
+        return "".join(blank)
+
+    def stated(self, said: str) -> str | None:
+        """Return the letter of the last statement, "" if it names two, None if there is none."""
+        listless = self.without_list(said)
+        name = rf"(?P<name>{self.one})(?P<second>{self.second})?"
+        words = rf"{LEAD}(?:\ban? )?(?P<name>{self.text})(?P<second>\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.text})?{ENDS}"
+        found = [
+            *re.finditer(rf"(?i:{ANNOUNCED}){LEAD}{name}(?!\W{{0,4}}\?)", listless),
+            *re.finditer(rf"(?i:{SETTLED})[\s,:;.\u2014-]{{0,4}}(?i:no[\s,]{{1,2}})?{LEAD}\b{name}{ENDS}", listless),
+            *re.finditer(rf"{BEGIN}[\s(*]{{0,4}}(?P<name>{self.one})(?P<second>(?!))?(?:{self.right})", said),
+            *re.finditer(rf"(?i:{ANNOUNCED}|{SETTLED}){words}", listless),
+        ]
+        last = max(found, key=lambda match: match.start("name"), default=None)
+        if last is None:
+            return None
+        is_open = last["second"] or re.search(WITHDRAWN, said[last.end() :])
+        return "" if is_open else self.texts.get(words_of(last["name"])) or last["name"].upper()
+
+    def named(self, said: str) -> set[str]:
+        """Return the letters of the options whose words are in a text."""
+        words = f" {words_of(said)} "
+        return {name for text, name in self.texts.items() if text and f" {text} " in words}
+
+    def meant(self, said: str) -> str | None:
+        """Return the letter of the only option whose words are in a text, unless that denies, doubts or names another one."""
+        begun = rf"(?:^|[.;\n]|\b(?i:so|thus|hence|therefore|option|choice)\b)[\s*(]{{0,3}}{self.one}\s?[,\u2013\u2014-]"
+        named = self.named(re.sub(REASON, " ", said))
+        words = {word for words in self.texts for word in words.split()}
+        is_doubtful = any(found[0].lower() not in words for found in DOUBT.finditer(said))
+        return named.pop() if len(named) == 1 and not is_doubtful and not re.search(begun, said) else None
+
+    def boxed(self, content: str) -> str | None:
+        """Return the letter of a box's option, "" if it denies options or names several, None if it is about other things."""
+        found = re.fullmatch(rf"{LEAD}([{self.both}])\b(\W{{0,8}})(.*)", content, re.DOTALL)
+        rest = found and words_of(found[3])
+        if found and (not rest or re.match(r"\W*[.):-]\s", found[2]) or self.texts.get(rest) == found[1].upper()):
+            return found[1].upper()
+        if words_of(content) in self.texts:
+            return self.texts[words_of(content)]
+        denies = rf"(?i:\b(?:{NOT}|none|no)\b)|(?<![\w'])[{self.letters}](?![\w'])|^\W*[A-Za-z]\W*$"
+        names = self.named(content)
+        if re.search(denies, content) or len(names) > 1:
+            return ""
+        return names.pop() if names else None
+
+    def alone(self, said: str) -> str | None:
+        """Return the letter that is the whole last line, or the only one that stands out."""
+        alone = re.fullmatch(rf"[\s*_`(\[$\u2022-]{{0,8}}([{self.both}])[\s*_`)\].:$]{{0,8}}", said.strip().split("\n")[-1])
+        if alone:
+            return alone[1].upper()
+        said = self.without_list(said)
+        goes_on = r" (?:because|since)\b|,\W{0,4}(?:because|since|as|due|given|the|for|I|$)(?!\w)| [-\u2013\u2014] "
+        for names in (
+            re.findall(
+                rf"^[\s*_`(\[\u2022-]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$)|{goes_on})(?!{self.second})"
+                r"(?![^\n]*(?:[\s(][A-J][.):]\s|; ?[A-J] [-\u2013\u2014]))",
+                said,
+                re.MULTILINE,
+            ),
+            re.findall(rf"(?:\*\*|\()([{self.letters}])(?:\*\*|\))", said),
+            re.findall(rf"{NAMED}{LEAD}({self.one})(?!{self.second}){ENDS}", said),
+        ):
+            if len({name.upper() for name in names}) == 1:
+                return names[0].upper()
+        return None
+
+
+def words_of(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
