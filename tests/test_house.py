@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "bl_trainer"
 # Each imports only from those above it
 ROOMS = (
     "errors", "_util", "pages", "objectives", "head", "losses", "tokens", "measurement", "training", "recipe", "diagnosis",
-    "prepare", "evaluation", "sweep", "cli", "__init__", "__main__",
+    "prepare", "evaluation", "sweep", "adapters", "cli", "__init__", "__main__",
 )  # fmt: skip
 LONGEST, MEDIAN, LARGEST = 40, 8, 250
 

@@ -1,0 +1,88 @@
+"""What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LossError, RecipeError
+
+
+def refuse_settings(args: Any) -> None:
+    """Raise RecipeError if `args`, transformers' `TrainingArguments`, change the loss or its average; it lists all mistakes."""
+    mistakes = []
+    if smoothing := getattr(args, "label_smoothing_factor", 0):
+        mistakes.append(f"`label_smoothing_factor: {smoothing}` is a loss of its own. Set it to 0.")
+    if args.n_gpu > 1:
+        mistakes.append("DataParallel splits a batch after its targets are counted. Start a process per GPU with `torchrun`.")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        mistakes.append("each process would average over its own targets. Set `average_tokens_across_devices: true`.")
+    if mistakes:
+        raise RecipeError("\n".join(f"Cannot train the objective: {mistake}" for mistake in mistakes))
+
+
+def refuse_split_rows(trainer: Any) -> None:
+    """Raise RecipeError if each process of `trainer` sees a part of a row, as under context and sequence parallelism."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (getattr(parallelism, "cp_enabled", False) or getattr(parallelism, "sp_enabled", False)):
+        raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
+
+
+def watch(trainer: Any, loss: Any) -> None:
+    """Make `trainer` keep to `loss`: its batches, its own loss, and its log.
+
+    Labels are checked and corrected by `with_targets` before the trainer counts them. A loss that the trainer computes without
+    calling `loss` is a LossError before its gradient is taken. The log gets `loss.metrics`.
+    """
+    collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
+
+    def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_split_rows(trainer)
+        return collect(map(with_targets, batches), *args, **kwargs)
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        before, found = loss.calls, compute(*args, **kwargs)
+        if loss.calls == before:
+            name = type(trainer).__name__
+            raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
+        return found
+
+    def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for key in [key for key in logs if key == "loss" or (key.endswith("_loss") and key != "train_loss")][:1]:
+            mode, prefix = "train" if key == "loss" else "eval", key.removesuffix("loss")
+            logs.update({prefix + name: value for name, value in loss.metrics(mode).items()})
+        log(logs, *args, **kwargs)
+
+    trainer.get_batch_samples, trainer.compute_loss, trainer.log = get_batch_samples, compute_loss, logged
+    trainer.loss_is_scaled_for_ga = True
+
+
+def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Return a collated batch whose labels leave out the first token of each example, which nothing predicts.
+
+    An example begins with a row, at `position_ids` 0, and where the number in `attention_mask` changes. Raises LossError if
+    the labels stand a place before their tokens, since the loss would shift them a second time.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")
+    tokens, is_target = batch.get("input_ids"), labels != -100
+    if tokens is not None and _shifted(tokens, labels, is_target):
+        raise LossError("Cannot train the objective: `labels` are shifted already. Let the data collator leave them unshifted.")
+    begins = torch.zeros_like(is_target)
+    begins[:, 0] = True
+    positions, examples = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is not None and positions.shape == labels.shape:
+        begins |= positions == 0
+    if examples is not None and examples.shape == labels.shape:
+        begins[:, 1:] |= examples[:, 1:] != examples[:, :-1]
+    batch["labels"] = labels.masked_fill(begins, -100)
+    return batch
+
+
+def _shifted(tokens: Tensor, labels: Tensor, is_target: Tensor) -> bool:
+    """Return whether targets differ from their own tokens and equal the next ones."""
+    ahead = is_target[:, :-1]
+    here, next_ = (tokens == labels)[is_target].all(), (tokens[:, 1:] == labels[:, :-1])[ahead].all()
+    return bool(~here & next_ & ahead.any())

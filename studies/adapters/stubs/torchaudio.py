@@ -1,0 +1,1 @@
+"""Stands in for torchaudio, whose build needs CUDA: LLaMA-Factory imports it, and uses it for audio alone."""

@@ -1,0 +1,366 @@
+"""Adapters: the gradient of `BLTrainer` from transformers' own trainer, and what each stack's adapter refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from attached import CASES, Kept, options, rows
+from bl_trainer.adapters import axolotl, llamafactory, swift, unsloth, verl
+from bl_trainer.adapters.contract import refuse_settings, with_targets
+from bl_trainer.adapters.transformers import TrainerLoss, attach
+from bl_trainer.errors import LossError, RecipeError
+from conftest import make_double, make_llama, make_mixtral
+from test_core import ALONE
+from test_core import run as run_alone
+from ways import Ordered, relative_difference, train
+
+STACKS = ("transformers", "llamafactory", "axolotl", "swift", "verl", "unsloth")
+ROOT = Path(__file__).parents[1]
+PADDED = {"learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
+
+
+def expected(tokenizer, tmp_path, case, model=None, **cut):
+    """Train with `BLTrainer`, each step's rows in one batch unless `cut`; return its gradients and log."""
+    seen = Kept()
+    model = make_double(tokenizer) if model is None else model
+    trainer = train(
+        Ordered, tokenizer, Dataset.from_list(rows(len(tokenizer))), tmp_path / "own", model=model, callbacks=[seen],
+        logging_steps=1, **{**PADDED, **cut}, **case,
+    )  # fmt: skip
+    return seen.all, trainer.state.log_history
+
+
+def build(tokenizer, tmp_path, model=None, kind=Trainer, collator=None, **settings):
+    """Return transformers' trainer of the same rows, four micro-batches of two a step."""
+    seen = Kept()
+    trainer = kind(
+        model=make_double(tokenizer) if model is None else model,
+        args=TrainingArguments(**{**options(tmp_path / "theirs"), **settings}),
+        train_dataset=Dataset.from_list(rows(len(tokenizer))),
+        eval_dataset=Dataset.from_list(rows(len(tokenizer))[:3]),
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[seen],
+    )
+    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    return trainer, seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_is_that_of_bltrainer(name, tokenizer, tmp_path):
+    right, log = expected(tokenizer, tmp_path, CASES[name])
+    trainer, seen = build(tokenizer, tmp_path)
+    attach(trainer, **CASES[name])
+    trainer.train()
+    assert [relative_difference(a, b) < 1e-9 for a, b in zip(seen.all, right, strict=True)] == [True, True]
+    for theirs, own in zip(trainer.state.log_history[:2], log[:2], strict=True):
+        for metric in ("loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "entropy", "mean_token_accuracy"):
+            assert theirs[metric] == pytest.approx(own[metric], rel=1e-6), metric
+
+
+def test_kept_tokens_divide_each_micro_batch_as_in_bltrainer(tokenizer, tmp_path):
+    case = {"objective": "neg_p", "threshold": {"above": 0.01, "normalize": "kept"}}
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    right, _ = expected(tokenizer, tmp_path, case, **cut)
+    trainer, seen = build(tokenizer, tmp_path)
+    attach(trainer, **case)
+    trainer.train()
+    assert relative_difference(seen.first, right[0]) < 1e-9
+
+
+def test_gradient_in_float32_differs_by_rounding(tokenizer, tmp_path):
+    right, _ = expected(tokenizer, tmp_path, CASES["power"], make_llama(tokenizer))
+    trainer, seen = build(tokenizer, tmp_path, make_llama(tokenizer))
+    attach(trainer, **CASES["power"])
+    trainer.train()
+    assert relative_difference(seen.first, right[0]) < 1e-4
+
+
+def test_gradient_on_two_processes(tokenizer, tmp_path):
+    make_double(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launch, ROOT / "tests" / "attached.py", tmp_path], check=True, timeout=600, env=environment)
+    for name in ("neg_p", "anneal", "threshold"):
+        right, _ = expected(tokenizer, tmp_path, CASES[name])
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert [relative_difference(a, b) < 1e-9 for a, b in zip(found, right, strict=True)] == [True, True]
+
+
+def test_evaluation_reports_what_bltrainer_does(tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path, per_device_eval_batch_size=3)
+    attach(trainer, "neg_p")
+    logs = trainer.evaluate()
+    assert {"eval_loss", "eval_nll", "eval_target_prob"} <= trainer.state.log_history[-1].keys()
+    assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(1 - logs["eval_loss"])
+
+
+class Dividing(Trainer):
+    loss_is_scaled_for_ga = False  # its own loss is a micro-batch's mean
+
+
+def test_a_trainer_that_divides_by_its_micro_batches_does_not(tokenizer, tmp_path):
+    right, _ = expected(tokenizer, tmp_path, CASES["neg_p"])
+    trainer, seen = build(tokenizer, tmp_path, kind=Dividing)
+    attach(trainer, **CASES["neg_p"])
+    trainer.train()
+    assert relative_difference(seen.first, right[0]) < 1e-9
+
+
+class Other(Trainer):
+    """Computes a loss of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+class Uncounting(Trainer):
+    def _get_num_items_in_batch(self, *args):
+        return None
+
+
+def headless(tokenizer):
+    """A model that leaves out its logits, as fused kernels do."""
+    model = make_llama(tokenizer)
+    model.register_forward_hook(lambda module, args, outputs: outputs.__class__(loss=outputs.loss))
+    return model
+
+
+def shifting(tokenizer):
+    collate = DataCollatorForSeq2Seq(tokenizer)
+
+    def shifted(features):
+        batch = collate(features)
+        return {**batch, "labels": torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+
+    return shifted
+
+
+def unlabelled(tokenizer):
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return lambda features: {key: value for key, value in collate(features).items() if key != "labels"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": Other}, "Other computes a loss of its own"),
+        ({"kind": Uncounting}, "did not count its targets"),
+        ({"model": headless}, "no logits"),
+        ({"model": make_mixtral}, "router's auxiliary loss"),
+        ({"collator": shifting}, "`labels` are shifted already"),
+        ({"collator": unlabelled}, "has no `labels`"),
+    ],
+)
+def test_what_would_be_another_gradient_ends_training_before_the_first_step(given, message, tokenizer, tmp_path):
+    made = {name: value(tokenizer) if name != "kind" else value for name, value in given.items()}
+    trainer, seen = build(tokenizer, tmp_path, remove_unused_columns=False, **made)
+    attach(trainer, "neg_p")
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not seen.all
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1`"),
+        ({"n_gpu": 2}, "DataParallel"),
+        ({"world_size": 2, "average_tokens_across_devices": False}, "`average_tokens_across_devices: true`"),
+    ],
+)
+def test_settings_that_change_the_loss_are_refused(settings, message):
+    args = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True, **settings}
+    with pytest.raises(RecipeError, match=message):
+        refuse_settings(SimpleNamespace(**args))
+
+
+def test_two_losses_at_once_are_refused(tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path)
+    attach(trainer, "neg_p")
+    with pytest.raises(RecipeError, match="`compute_loss_func` already"):
+        attach(trainer, "nll")
+
+
+@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled"])
+def test_parallelism_that_splits_rows_is_refused(kind, tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path)
+    attach(trainer, "neg_p")
+    trainer.accelerator.state.parallelism_config = SimpleNamespace(**{kind: True})
+    with pytest.raises(RecipeError, match="`cp_size` and `sp_size` to 1"):
+        trainer.get_batch_samples(iter([]), 1, "cpu")
+
+
+TOKENS = torch.tensor([[5, 6, 7, 8, 9, 0]])
+
+
+@pytest.mark.parametrize(
+    ("column", "begins"),
+    [
+        ({}, [0]),
+        ({"position_ids": [[0, 1, 2, 0, 1, 2]]}, [0, 3]),
+        ({"attention_mask": [[1, 1, 2, 2, 2, 0]]}, [0, 2, 5]),
+        ({"attention_mask": [[0, 1, 1, 1, 1, 1]]}, [0, 1]),
+        ({"position_ids": [[[0, 1, 2, 0, 1, 2]]] * 3}, [0]),  # of three axes: no place in a row
+    ],
+)
+def test_no_example_has_its_first_token_as_target(column, begins):
+    batch = {"input_ids": TOKENS, "labels": TOKENS.clone(), **{name: torch.tensor(value) for name, value in column.items()}}
+    labels = with_targets(batch)["labels"]
+    assert (labels == -100).nonzero()[:, 1].tolist() == begins
+    assert labels[labels != -100].equal(TOKENS[labels != -100])
+
+
+def test_repeated_tokens_are_not_taken_for_shifted_labels():
+    same = torch.full((2, 4), 7)
+    assert with_targets({"input_ids": same, "labels": same})["labels"][:, 1:].equal(same[:, 1:])
+
+
+# ---- stand-ins for stacks -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({}, "no `objective`"),
+        ({"objective": "neg_q"}, "neg_q"),
+        ({"objective": "neg_p", "threshold": 2}, "2"),
+        ({"objective": "neg_p", "stage": "dpo"}, "stage 'dpo'"),
+        ({"objective": "neg_p", "use_mca": True}, "`use_mca`"),
+        ({"objective": "neg_p", "use_ray": True}, "`use_ray`"),
+    ],
+)
+def test_llamafactory_recipes_that_would_train_something_else(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        llamafactory.train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "no `objective`"),
+        ({"bl_trainer": {"objectiv": "neg_p"}}, "no `objective`"),
+        ({"bl_trainer": {"objective": "neg_p", "treshold": 0.2}}, "no key 'treshold'"),
+        ({"bl_trainer": {"objective": "neg_q"}}, "neg_q"),
+        ({"bl_trainer": {"objective": "neg_p"}, "use_eaft": True}, "`use_eaft`"),
+        ({"bl_trainer": {"objective": "neg_p"}, "rl": "dpo"}, "`rl`"),
+        ({"bl_trainer": {"objective": "neg_p"}, "context_parallel_size": 2}, "`context_parallel_size: 1`"),
+    ],
+)
+def test_axolotl_configs_that_would_train_something_else(config, message):
+    with pytest.raises(ValueError, match=message):
+        axolotl.check(config)
+
+
+def swift_trainer(**template):
+    template = {"sequence_parallel_size": 1, "task_type": "causal_lm", **template}
+    accelerator = SimpleNamespace(num_processes=2)
+    return SimpleNamespace(
+        template=SimpleNamespace(**template), get_batch_samples=None, compute_loss=None, log=None, accelerator=accelerator,
+        model=SimpleNamespace(training=True), model_accepts_loss_kwargs=True,
+    )  # fmt: skip
+
+
+SWIFT = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "enable_dft_loss": False, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("template", "args", "message"),
+    [
+        ({"sequence_parallel_size": 2}, {}, "`sequence_parallel_size: 1`"),
+        ({"task_type": "embedding"}, {}, "`task_type: embedding`"),
+        ({}, {"enable_dft_loss": True}, "`enable_dft_loss`"),
+        ({}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1`"),
+    ],
+)
+def test_swift_settings_that_would_train_something_else(template, args, message):
+    with pytest.raises(RecipeError, match=message):
+        swift.SwiftLoss(swift_trainer(**template), SimpleNamespace(**{**SWIFT, **args}), "neg_p")
+
+
+def test_swift_registers_a_loss_that_scales_as_its_trainer_does_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "swift", ModuleType("swift"))
+    monkeypatch.setitem(sys.modules, "swift.loss", SimpleNamespace(loss_map={}))
+    swift.register("neg_p", name="mine")
+    trainer = swift_trainer()
+    trainer.args = SimpleNamespace(**SWIFT)
+    loss = sys.modules["swift.loss"].loss_map["mine"](trainer.args, trainer)
+    outputs, labels = SimpleNamespace(logits=torch.randn(1, 4, 9)), torch.tensor([[1, 2, 3, 4]])
+    whole = loss(outputs, labels, num_items_in_batch=3)
+    trainer.model_accepts_loss_kwargs = False
+    assert loss(outputs, labels, num_items_in_batch=3) == 2 * whole
+    with pytest.raises(LossError, match="`loss_scale: default`"):
+        loss(outputs, labels, num_items_in_batch=3, loss_scale=torch.ones(1, 4))
+
+
+def test_unsloth_needs_its_logits(monkeypatch, tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path)
+    monkeypatch.delenv("UNSLOTH_RETURN_LOGITS", raising=False)
+    with pytest.raises(RecipeError, match="`UNSLOTH_RETURN_LOGITS=1`"):
+        unsloth.attach(trainer, "neg_p")
+    monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "1")
+    trainer.args.loss_type = "dft"
+    with pytest.raises(RecipeError, match="`loss_type: dft`"):
+        unsloth.attach(trainer, "neg_p")
+    trainer.args.loss_type = "nll"
+    unsloth.attach(trainer, "neg_p")
+    assert isinstance(trainer.compute_loss_func, TrainerLoss)
+
+
+def nested(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def test_verl_loss_is_the_mean_over_targets_of_the_global_batch():
+    torch.manual_seed(0)
+    lengths, vocabulary = (5, 3, 4), 9
+    tokens = [torch.randint(vocabulary, (length,)) for length in lengths]
+    mask = [torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0, 1])]
+    logits = [torch.randn(length, vocabulary, dtype=torch.float64, requires_grad=True) for length in lengths]
+    # verl's log p of a row's last token is of the next row's first: nothing that counts
+    following = [torch.cat([row[1:], row[:1]]) for row in tokens]
+    logp = [x.log_softmax(-1).gather(1, y[:, None])[:, 0] for x, y in zip(logits, following, strict=True)]
+    data = {"input_ids": nested(tokens), "loss_mask": nested(mask), "batch_num_tokens": 10, "dp_size": 2}
+    loss, metrics = verl.SFTLoss("neg_p", 0.05)(None, {"log_probs": nested(logp)}, data)
+    p = torch.cat([each[:-1][kept[1:].bool()] for each, kept in zip(logp, mask, strict=True)]).exp()
+    assert loss.item() == pytest.approx((1 - p)[p >= 0.05].sum().item() / 10 * 2)
+    assert metrics == {}
+    loss.backward()
+    assert all(each.grad is not None for each in logits)
+
+
+def test_verl_takes_padded_responses():
+    logp, mask = torch.tensor([[-1.0, -2.0, -50.0]]), torch.tensor([[1, 1, 0]])
+    data = {"response_mask": mask, "batch_num_tokens": 4, "dp_size": 1}
+    loss, _ = verl.SFTLoss("nll")(None, {"log_probs": logp}, data)
+    assert loss.item() == pytest.approx(3 / 4)
+
+
+def test_verl_refuses_what_it_cannot_know():
+    with pytest.raises(ValueError, match="without training progress"):
+        verl.SFTLoss("anneal")
+    data = {"input_ids": nested([torch.tensor([1, 2])]), "loss_mask": nested([torch.tensor([1, 1])])}
+    with pytest.raises(LossError, match="a row's first token"):
+        verl.SFTLoss("nll")(None, {"log_probs": nested([torch.tensor([-1.0, -1.0])])}, data)
+
+
+def test_verl_finds_the_loss_installed(monkeypatch):
+    losses = SimpleNamespace(sft_loss=None)
+    for name in ("verl", "verl.workers", "verl.workers.utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["verl.workers.utils"].losses = losses
+    verl.install("neg_p")
+    assert isinstance(losses.sft_loss, verl.SFTLoss)
+
+
+def test_adapters_need_no_stack_until_they_are_used():
+    modules = ", ".join(f"bl_trainer.adapters.{name}" for name in STACKS)
+    done = run_alone(f"{ALONE}import {modules}\nprint('worked')")
+    assert done.stdout == "worked\n", done.stderr
