@@ -22,7 +22,7 @@ def train(recipe: Mapping[str, Any], callbacks: list[Any] | None = None) -> None
 
     own = {key: recipe[key] for key in ("objective", "threshold") if key in recipe}
     rest = {key: value for key, value in recipe.items() if key not in own}
-    base = workflow.CustomSeq2SeqTrainer
+    base: Any = workflow.CustomSeq2SeqTrainer
 
     class ObjectiveTrainer(base):
         def __init__(self, *args: Any, **kwargs: Any):

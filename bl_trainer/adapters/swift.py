@@ -31,7 +31,7 @@ class SwiftLoss(TrainerLoss):
         super().__init__(trainer, args, objective, threshold)
 
     def __call__(
-        self, outputs: Any, labels: Tensor, *, num_items_in_batch: Any = None, loss_scale: Any = None, **kwargs: Any
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None, *, loss_scale: Any = None, **kwargs: Any
     ) -> Tensor:
         """Return the loss of unshifted `labels`. Raises LossError where ms-swift weighs tokens of its own."""
         if loss_scale is not None:

@@ -43,7 +43,7 @@ class SFTLoss:
         return loss, {}
 
 
-def following(tokens: Tensor, mask: Tensor) -> Tensor:
+def following(tokens: Tensor, mask: Any) -> Tensor:
     """Return the label of each of the nested tokens' log p, flat: the next token of its row, -100 where that is no target."""
     first, is_target = mask.offsets()[:-1], mask.values().bool()
     if is_target[first].any():

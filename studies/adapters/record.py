@@ -39,7 +39,7 @@ class Recorder:
         self.double = double
         self.start()
         if double:
-            Qwen2RMSNorm.forward = in_own_type
+            setattr(Qwen2RMSNorm, "forward", in_own_type)  # noqa: B010
         trainer = transformers.Trainer
         self._wrap(trainer, "__init__", self._make)
         self._wrap(trainer, "_get_num_items_in_batch", self._blank)
