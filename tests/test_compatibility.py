@@ -270,7 +270,9 @@ def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request):
     assert_gradient(way, family, tokenizer, tmp_path, request, bound=1e-6, loss_head="trl")  # it adds some of it in float32
 
 
-def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request):
+def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request, monkeypatch):
+    # a cache of its own: torch takes code of other instructions than ATEN_CPU_CAPABILITY allows from a shared one
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     assert_gradient("compiled", "pointwise", tokenizer, tmp_path, request, torch_compile_backend="inductor", bound=1e-5)
 
 

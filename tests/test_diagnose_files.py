@@ -45,6 +45,7 @@ def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
     [
         (["--model", "m", "--data", "d.jsonl", "--config", "r.yaml"], "Cannot use `--config` with `--model` and `--data`"),
         (["--model", "m", "--data", "d.jsonl", "--dataset_name", "d"], "Cannot use `--dataset_name` with"),
+        (["--model", "m", "--data", "d.jsonl", "--dataset-name", "d"], "Cannot use `--dataset_name` with"),
         (["--model", "m", "--report", "r"], "`--data` is missing: a JSONL file"),
         (["--data=d.jsonl", "--report", "r"], "`--model` is missing: the folder or Hub name"),
         (["--model", "m", "--data", "d.jsonl"], "`--report` is missing"),
@@ -74,4 +75,5 @@ def test_what_is_no_data_is_told(checkpoint, tmp_path, monkeypatch, capsys, no_a
 def test_precision_is_the_users_where_given(no_accelerator):
     given = ["--model", "m", "--data", "d.jsonl", "--report", "r"]
     assert read_diagnosis(given).training.bf16 is False
-    assert read_diagnosis([*given, "--use_cpu", "true", "--bf16", "true"]).training.bf16 is True
+    for name in ("use_cpu", "use-cpu"):
+        assert read_diagnosis([*given, f"--{name}", "true", "--bf16", "true"]).training.bf16 is True

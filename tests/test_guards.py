@@ -9,7 +9,16 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
 from trl import SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
@@ -19,7 +28,7 @@ from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.labels import _count_blank, check_ids
 from bl_trainer.tokens.layouts import arrange
 from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
-from conftest import make_llama, write_recipe
+from conftest import make_llama, sizes, write_recipe
 from ways import Gradients, build, train, weights
 
 TEXT = {"text": "hello there"}
@@ -654,3 +663,35 @@ def test_rows_of_a_generator_are_read_when_they_come(tokenizer, tmp_path):
     assert max(read) < 8
     with pytest.raises(RecipeError, match="Cannot train on row 40 of the train set, counted from 0: `labels` has 1 numbers"):
         trainer.train()
+
+
+def make_llama4(tokenizer):
+    torch.manual_seed(0)
+    sizes_of = sizes(tokenizer, head_dim=8, intermediate_size_mlp=32, num_local_experts=4, interleave_moe_layer_step=1)
+    return Llama4ForCausalLM._from_config(Llama4TextConfig(**sizes_of), experts_implementation="eager")
+
+
+def make_dense_granite(tokenizer):
+    torch.manual_seed(0)
+    hybrid = {"layer_types": ["attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 32, "mamba_n_heads": 2}
+    return GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**sizes(tokenizer, **hybrid)))
+
+
+@pytest.mark.parametrize("make", [make_llama4, make_dense_granite])
+def test_an_auxiliary_loss_is_the_models_own_or_none(make, tokenizer, text_data, tmp_path):
+    trainer = train(BLTrainer, tokenizer, text_data, tmp_path, make(tokenizer))
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["nll"], rel=1e-5)  # the classes' coefficients are not 0
+    assert log.get("aux_loss", 0.0) == 0.0
+
+
+def test_an_auxiliary_loss_that_a_model_has_not_is_refused(tokenizer, text_data, tmp_path):
+    with pytest.raises(RecipeError, match=r"Llama4ForCausalLM has none of its own. Remove `router_aux_loss_coef: 0.5`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, make_llama4(tokenizer), router_aux_loss_coef=0.5)
+
+
+def test_an_auxiliary_loss_that_needs_more_is_refused(tokenizer, text_data, tmp_path):
+    torch.manual_seed(0)
+    model = DogeForCausalLM(DogeConfig(**sizes(tokenizer, is_moe=True, num_experts=4, num_experts_per_tok=2)))
+    with pytest.raises(RecipeError, match="DogeForCausalLM with its auxiliary loss"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model)

@@ -146,19 +146,20 @@ SPECS = [
 
 
 def weighed(spec, weights):
-    """Costs of tokens with `objective_weight`, from a head and a target made where this is called."""
+    """Costs of tokens, with `objective_weight` if there are weights, from a head and a target made where this is called."""
     hidden, head, target = make(bias=True)
 
     def priced(statistics):
         return price(Objective.parse(spec), Threshold(above=1e-3), {**statistics, "progress": 0.5})
 
-    columns = {"objective_weight": weights.clone()}
+    columns = {} if weights is None else {"objective_weight": weights.clone()}
     return objective_head(hidden, head, target, priced, columns=columns), score(hidden, head, target)
 
 
+@pytest.mark.parametrize("is_weighed", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_the_head_works_in_inference_mode(spec):
-    weights = torch.linspace(0, 2, TOKENS, dtype=torch.float64)
+def test_the_head_works_in_inference_mode(spec, is_weighed):
+    weights = torch.linspace(0, 2, TOKENS, dtype=torch.float64) if is_weighed else None
     with torch.inference_mode():
         ours, scores = weighed(spec, weights)
     expected, expected_scores = weighed(spec, weights)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -444,3 +445,21 @@ def test_plain_transformers_trains_as_bltrainer_does(spec, threshold, tokenizer,
     for name in METRICS:
         whole = sum(log[name] * count for log, count in zip(logged, tokens, strict=True)) / sum(tokens)
         assert means[name] == pytest.approx(whole, rel=1e-6), name
+
+
+def test_saved_tensors_are_unpacked_once():
+    """As offloading them and checkpointing want."""
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    labels, unpacked = torch.randint(7, (2, 5)), []
+
+    def unpack(kept):
+        unpacked.append(id(kept))
+        return kept[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: [tensor], unpack):
+        loss = as_loss("neg_p")({"logits": logits}, labels)
+    loss.backward()
+    assert len(unpacked) == len(set(unpacked)) > 0
+    checkpointed = logits.detach().requires_grad_()
+    checkpoint(lambda x: as_loss("neg_p")({"logits": 1 * x}, labels), checkpointed, use_reentrant=False).backward()
+    torch.testing.assert_close(checkpointed.grad, logits.grad)

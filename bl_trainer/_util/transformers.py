@@ -3,6 +3,7 @@
 tests/test_foreign.py says what each is for.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,8 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+
+from ..errors import RecipeError
 
 jit_checkpoint_callback: Any = None  # not in the oldest transformers
 with suppress(ImportError):
@@ -27,6 +30,8 @@ __all__ = [
     "is_deepspeed_zero3_enabled",
     "jit_checkpoint_callback",
 ]
+
+BALANCED = {"gate_logits", "num_experts", "top_k", "attention_mask"}  # parameters of a load-balancing loss
 
 # Methods of `Trainer` that are overridden or called -> what then breaks
 METHODS = {
@@ -53,14 +58,16 @@ ATTRIBUTES = {
 }
 
 
-def balancing_loss_of(model: Any) -> Callable[..., Any]:
-    """Return the load-balancing loss of a mixture of experts: the one of the model's own file, or else Mixtral's.
+def balancing_loss_of(model: Any) -> Callable[..., Any] | None:
+    """Return the load-balancing loss that a mixture of experts' own forward computes, None where it has none.
 
-    Its arguments: the routers' logits of each layer, numbers of experts and of those a token goes to, and the attention mask.
+    It takes the routers' logits of each layer, `num_experts`, `top_k` and `attention_mask`; more is a RecipeError.
     """
-    own: Callable[..., Any] | None = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if own is not None:
-        return own
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    return load_balancing_loss_func
+    modules = [sys.modules[kind.__module__] for kind in type(model).__mro__]  # FSDP makes a class of its own of the model's
+    own = next((found for module in modules if (found := getattr(module, "load_balancing_loss_func", None))), None)
+    if own is not None and not inspect.signature(own).parameters.keys() <= BALANCED:
+        raise RecipeError(
+            f"Cannot train {type(model).__name__} with its auxiliary loss, which needs more than the routers' logits. Write "
+            "`router_aux_loss_coef: 0`."
+        )
+    return own

@@ -157,7 +157,8 @@ class Probe:
         """Keep batches with `most` target tokens, and where each token is; return their tokens, examples and content tokens."""
         unlike = torch.tensor(sorted(end_ids(self.trainer) | special_ids(tokenizer_of(self.trainer.processing_class))))
         self.batches: list[dict[str, Any]] = []
-        columns: list[tuple[Tensor, ...]] = []
+        none = torch.empty(0, dtype=torch.long)
+        columns: list[tuple[Tensor, ...]] = [(none, none, none, none, none.bool())]  # a process may have no batch
         tokens, examples = 0, 0
         for batch in batches:
             tokens += int(count_targets(batch))
@@ -254,7 +255,7 @@ class Probe:
         """
         args, token = self.trainer.args, self.token[low]
         generator = torch.Generator().manual_seed(args.seed + args.process_index)
-        drawn = self.content[torch.randint(len(self.content), (len(low), CANDIDATES), generator=generator)]
+        drawn = self.content[torch.randint(max(len(self.content), 1), (len(low), CANDIDATES), generator=generator)]
         places = torch.cat([low[:, None], drawn], dim=1)
         logp = self._ask("Controls", places.flatten(), token.repeat_interleave(CANDIDATES + 1), False).view(places.shape)
         gap = (logp[:, 1:] - logp[:, :1]).abs()

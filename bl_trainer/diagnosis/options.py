@@ -85,12 +85,19 @@ def read_diagnosis(argv: list[str]) -> Recipe:
 
     Without a recipe, on a machine without an accelerator, the model runs on the CPU in its own precision. Raises RecipeError.
     """
+    argv = [_with_underscores(arg) for arg in argv]
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if given & NAMED.keys():
         argv = _spelled_out(argv, given)
     recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
     recipe.options.check()
     return recipe
+
+
+def _with_underscores(arg: str) -> str:
+    """Return `--use-cpu` as `--use_cpu`, which the parser takes too."""
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if arg.startswith("--") else arg
 
 
 def _spelled_out(argv: list[str], given: set[str]) -> list[str]:

@@ -48,6 +48,9 @@ def objective_of_logits(
     return costs._replace(cost=_OfLogits.apply(costs.cost, logits, *known))
 
 
+KNOWN = 8  # what the backward pass is given beside the logits; it unpacks saved tensors once, as offloading wants
+
+
 class _OfLogits(torch.autograd.Function):
     """Gives costs their gradient in the logits, w (softmax - onehot) - s p (log p + entropy), with s = df/dentropy."""
 
@@ -69,7 +72,7 @@ class _OfLogits(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             grad = _gradient(LogitBlocks(logits, index[some]), columns)
         grad = grad.reshape(logits.shape)
-        return None, grad, *[None] * (len(ctx.saved_tensors) - 1)
+        return None, grad, *[None] * KNOWN
 
 
 def _gradient(blocks: LogitBlocks, columns: list[Any]) -> Tensor:

@@ -59,8 +59,14 @@ def add_scoring(model: Any) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def _aux_loss(model: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return the load-balancing loss that a mixture of experts' own forward computes, a mean over the micro-batch's tokens."""
-    config = model.config.get_text_config()
+def _aux_loss(model: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Return the load-balancing loss that a mixture of experts' own forward computes, a mean over the micro-batch's tokens.
+
+    None where no layer has a router, as in the dense models of some classes, or the model has no such loss.
+    """
+    balancing, config = balancing_loss_of(model), model.config.get_text_config()
+    if balancing is None or not outputs.router_logits:
+        return None
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return balancing_loss_of(model)(outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask"))
+    top_k, mask = config.num_experts_per_tok, inputs.get("attention_mask")
+    return balancing(outputs.router_logits, num_experts=experts, top_k=top_k, attention_mask=mask)

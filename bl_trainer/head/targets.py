@@ -15,7 +15,7 @@ def shifted(values: Tensor, fill: float, virtual_tokens: int = 0) -> Tensor:
     `values`: (batch, length), one per token. `virtual_tokens`: how many prompt-learning PEFT puts in front, which get `fill`.
     Returns (batch, `virtual_tokens` + length - 1): nothing predicts the first token of all.
     """
-    return pad(values, (virtual_tokens, 0), value=fill)[:, 1:]
+    return (pad(values, (virtual_tokens, 0), value=fill) if virtual_tokens else values)[:, 1:]
 
 
 @dataclass(frozen=True, eq=False)

@@ -176,7 +176,9 @@ def mean_over_batch(trainer: Any, tokens: TokenLoss, num_items: Tensor | int | N
         loss = total / torch.as_tensor(num_items if counts else tokens.is_target.sum()).clamp(min=1)
         if counts and trainer.args.average_tokens_across_devices:
             loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
-    return loss + trainer.router_aux_loss_coef * tokens.aux_loss / steps if trainer.aux_loss_enabled else loss
+    if not trainer.aux_loss_enabled or tokens.aux_loss is None:
+        return loss
+    return loss + trainer.router_aux_loss_coef * tokens.aux_loss / steps
 
 
 def _whole_count(accelerator: Any, kept: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from .._util.transformers import balancing_loss_of
+from ..errors import RecipeError
+
 
 def refuse_bypass(args: Any) -> None:
     """Raise ValueError if `args`, or the environment, would train something else than is said."""
@@ -160,3 +163,17 @@ def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:
             f"Cannot train an adapter of {type(base).__name__}: {cause} wrap its tied LM head, which PEFT can't run or load. "
             f"{advice}."
         )
+
+
+def has_balancing_loss(base: Any, args: Any) -> bool:
+    """Return whether a model's own forward has a load-balancing loss. Raises RecipeError if `args` ask for it in vain."""
+    config = base.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+    if experts > 1 and balancing_loss_of(base) is not None:
+        return True
+    if getattr(args, "router_aux_loss_coef", None):
+        raise RecipeError(
+            f"Cannot add an auxiliary loss: {type(base).__name__} has none of its own. Remove `router_aux_loss_coef: "
+            f"{args.router_aux_loss_coef}`."
+        )
+    return False

@@ -22,7 +22,7 @@ from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
 from .guards import check_loaded
-from .refusals import refuse_copied_tied_head
+from .refusals import has_balancing_loss, refuse_copied_tied_head
 from .setup import Setup
 
 
@@ -64,6 +64,8 @@ class ScoringTrainer(SFTTrainer):
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
         add_scoring(base)
+        if self.aux_loss_enabled and not has_balancing_loss(base, self.args):
+            self.aux_loss_enabled = base.config.get_text_config().output_router_logits = False
         self.reference_head, self._is_verified = self._why_reference_head(), False
         refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
 
