@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerState
 
-import bl_trainer.training.trainer
+import bl_trainer.training.checkpoints
 from bl_trainer import BLTrainer
 from bl_trainer.cli import main
 
@@ -21,7 +21,7 @@ CALLS = {
     "rng": (BLTrainer, "_save_rng_state"),
     "state": (TrainerState, "save_to_json"),
     "saved": (Trainer, "_save_checkpoint"),  # before the manifest
-    "manifest": (bl_trainer.training.trainer, "write_manifest"),
+    "manifest": (bl_trainer.training.checkpoints, "write_manifest"),
     "card": (BLTrainer, "create_model_card"),
 }
 
