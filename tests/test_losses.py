@@ -268,6 +268,12 @@ def test_a_mask_tells_targets_too():
     assert torch.autograd.grad(each.sum(), logp)[0].tolist() == [[-1.0, 0.0, 0.0]]
 
 
+def test_ids_0_and_1_are_labels_beside_others():
+    for labels in ([0, 1, -100], [0, 1, 2]):
+        assert per_token(torch.full((3,), -1.0), torch.tensor(labels), "nll").tolist() == [float(each >= 0) for each in labels]
+    assert per_token(torch.zeros(0), torch.zeros(0, dtype=torch.long), "nll").shape == (0,)
+
+
 def test_metrics_are_exact_means_of_all_tokens():
     hidden, weight, bias, labels = make()
     logits = logits_of(hidden, weight, bias)
@@ -328,6 +334,7 @@ def outputs(length=LENGTH, **others):
 
 
 LABELS = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+IDS = torch.tensor([3, 1])
 REFUSED = {
     "no logits": (lambda: as_loss("nll")({"loss": 1}, LABELS), "has no logits. Switch off the kernel"),
     "none": (lambda: as_loss("nll")(SimpleNamespace(logits=None), LABELS), "has no logits"),
@@ -365,14 +372,16 @@ REFUSED = {
         "the hidden states",
     ),
     "kept per token": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "nll", {"normalize": "kept"}), "it divides nothing"),
-    "losses": (lambda: per_token(torch.ones(2), LABELS[0, :2], "nll"), "log p is 1, above 0"),
+    "losses": (lambda: per_token(torch.ones(2), IDS, "nll"), "log p is 1, above 0"),
     "ids as log p": (lambda: per_token(LABELS, LABELS, "nll"), "log p is torch.int64"),
     "labels of other tokens": (lambda: per_token(torch.zeros(2), LABELS[0], "nll"), "log p has shape"),
+    "integer mask": (lambda: per_token(torch.zeros(2), IDS // 2, "nll"), r"0 and 1, as a mask's are. Give `mask.bool\(\)`"),
+    "mask of all": (lambda: per_token(torch.zeros(2), IDS // IDS, "nll"), "the labels are 0 and 1"),
     "mask without ids": (
         lambda: per_token(torch.zeros(2), torch.ones(2, dtype=torch.bool), f"{__name__}:by_label"),
         "needs token ids",
     ),
-    "entropy": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "anneal", progress=0), "needs 'entropy'. Pass `entropy=`"),
+    "entropy": (lambda: per_token(torch.zeros(2), IDS, "anneal", progress=0), "needs 'entropy'. Pass `entropy=`"),
 }
 
 

@@ -169,7 +169,8 @@ def per_token(
     Args:
         logp: Log-probabilities in nats, of any shape and float type.
         labels: Of its shape, aligned with it: the ids of the tokens that `logp` is about, -100 where there is no target. A bool
-            tensor, True at targets, serves objectives that do not ask for `label`.
+            tensor, True at targets, serves objectives that do not ask for `label`. Integers that are all 0 or 1 are refused,
+            as a mask. Where these are the ids, add a token that is no target, with label -100.
         objective: What `Objective.parse` reads. Parse it once: a name is read and checked at each call.
         threshold: What `Threshold.parse` reads, with `normalize: tokens`.
         progress: As in `as_loss`.

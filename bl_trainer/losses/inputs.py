@@ -78,6 +78,8 @@ def read_targets(labels: Any, logp: Tensor, objective: Objective) -> tuple[Tenso
         )
     labels = labels.to(logp.device)
     if labels.dtype != torch.bool:
+        if labels.numel() and ((labels == 0) | (labels == 1)).all():
+            raise ValueError("Cannot price tokens: the labels are 0 and 1, as a mask's are. Give `mask.bool()`.")
         return labels.long(), labels != IGNORED
     if "label" in objective.statistics:
         raise ValueError(f"Cannot price tokens: objective {objective.name!r} needs token ids, labels are a mask. Give ids.")
