@@ -366,6 +366,10 @@ REFUSED = {
         lambda: as_loss("nll", {"above": 0.1, "normalize": "kept"})(outputs(), LABELS, 40),
         "Give `micro_batches`, or write `normalize: tokens`",
     ),
+    "data parallel": (
+        lambda: as_loss("nll")(outputs(), LABELS, torch.tensor([[40], [40]])),
+        r"has shape \(2, 1\). DataParallel splits a batch .* `torchrun`",
+    ),
     "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
     "states of other labels": (
         lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS, "nll"),

@@ -15,6 +15,7 @@ from ..objectives.threshold import Threshold
 
 COLUMNS = ("ref_logp", "is_special", "objective_weight")  # that a caller may give of each token
 GIVEN = (*COLUMNS, "entropy", "log_sum_sq_probs", "is_top1")  # and to `per_token`, which has log p alone
+SPLIT_BATCH = "DataParallel splits a batch after its targets are counted. Start a process per GPU with `torchrun`."
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,6 @@ class Pricing:
             shares = micro_batches() if callable(micro_batches) else micro_batches
             return total / costs.kept.sum().clamp(min=1) / (shares if counts else 1)
         items = torch.as_tensor(num_items if counts else len(costs.cost), device=total.device)
+        if items.numel() != 1:
+            raise ValueError(f"Cannot compute the loss: the number of items has shape {tuple(items.shape)}. {SPLIT_BATCH}")
         return total / items.reshape(()).clamp(min=1)
