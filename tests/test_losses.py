@@ -340,6 +340,9 @@ REFUSED = {
     "none": (lambda: as_loss("nll")(SimpleNamespace(logits=None), LABELS), "has no logits"),
     "emptied": (lambda: as_loss("nll")(outputs(0), LABELS), r"shape \(3, 0, 67\)"),
     "a function in their place": (lambda: as_loss("nll")({"logits": lambda: None}, LABELS), "has no logits"),
+    "a tensor": (lambda: as_loss("nll")(outputs()["logits"], LABELS), "got a tensor.* Give the model's output or `{'logits'"),
+    "swapped": (lambda: as_loss("nll")(LABELS, outputs()), r"got a tensor, torch.int64 of shape .*, and then the labels"),
+    "a tuple": (lambda: as_loss("nll")((outputs()["logits"],), LABELS), "is a tuple, without names. .* `return_dict=True`"),
     "shifted": (lambda: as_loss("nll")(outputs(), LABELS[:, 1:]), "neither shifted nor truncated"),
     "virtual tokens": (lambda: as_loss("nll")(outputs(LENGTH + 2), LABELS), "neither shifted nor truncated"),
     "float labels": (lambda: as_loss("nll")(outputs(), LABELS.float()), "labels are torch.float32, not token ids"),
@@ -371,6 +374,22 @@ REFUSED = {
         r"has shape \(2, 1\). DataParallel splits a batch .* `torchrun`",
     ),
     "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
+    "no weight": (
+        lambda: fused_objective(torch.zeros(2, 4), torch.nn.Linear(4, 5), LABELS[0, :2], "nll"),
+        "got Linear for the weight. Give `lm_head.weight`",
+    ),
+    "no states": (
+        lambda: fused_objective(SimpleNamespace(), torch.zeros(5, 4), LABELS[0, :2], "nll"),
+        "got SimpleNamespace for the hidden states. Give `last_hidden_state`",
+    ),
+    "number of a fused loss": (
+        lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS[0, :2], "nll", num_items_in_batch=2),
+        "'num_items_in_batch'. Did you mean 'num_items'",
+    ),
+    "number of a loss": (
+        lambda: as_loss("nll")(outputs(), LABELS, num_items=2),
+        "'num_items'. Did you mean 'num_items_in_batch'",
+    ),
     "states of other labels": (
         lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS, "nll"),
         "the hidden states",
@@ -398,6 +417,13 @@ def test_refusals(case):
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("wrong", ["4", lambda: None, 0, True, 1.5])
+def test_micro_batches_are_a_positive_integer(wrong):
+    loss = as_loss("nll", {"above": 0.1, "normalize": "kept"}, micro_batches=wrong)
+    with pytest.raises(ValueError, match=r"Cannot divide by .* micro-batches. Give an integer of at least 1"):
+        loss(outputs(), LABELS, 40)
 
 
 class InOrder(Trainer):
