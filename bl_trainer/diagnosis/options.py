@@ -2,6 +2,8 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,11 +88,29 @@ def read_diagnosis(argv: list[str]) -> Recipe:
     Without a recipe, on a machine without an accelerator, the model runs on the CPU in its own precision. Raises RecipeError.
     """
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if given & NAMED.keys():
+    is_named = bool(given & NAMED.keys())
+    if is_named:
         argv = _spelled_out(argv, given)
-    recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    with names_as_given(is_named):
+        recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    if is_named:
+        recipe.options.model, recipe.options.data = recipe.model.model_name_or_path, recipe.script.dataset_name
     recipe.options.check()
     return recipe
+
+
+@contextmanager
+def names_as_given(is_named: bool) -> Iterator[None]:
+    """Let a RecipeError say `--model` and `--data`, if these are given in place of a recipe (`is_named`)."""
+    try:
+        yield
+    except RecipeError as error:
+        if not is_named:
+            raise
+        said = str(error)
+        for option, key in NAMED.items():
+            said = said.replace(f"`{key}: ", f"`--{option} ")
+        raise RecipeError(said) from error
 
 
 def _spelled_out(argv: list[str], given: set[str]) -> list[str]:
