@@ -37,6 +37,7 @@ def test_snippet_of_transformers_trains(names, capsys):
     assert names["trainer"].state.global_step == 2
     assert "'kept_fraction': " in capsys.readouterr().out
     exec("from transformers import Trainer\nfrom bl_trainer import as_loss\n" + SNIPPETS[1], names)
+    assert names["trainer"].evaluate(names["dataset"])["eval_loss"] > 0, "before training"
     names["trainer"].train()
     assert names["loss"].metrics()["nll"] > 0
 

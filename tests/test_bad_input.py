@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from bl_trainer.cli import main
-from bl_trainer.recipe.datasets import load_dataset
+from bl_trainer.recipe.datasets import load_dataset, load_mixture
 from conftest import write_recipe
 from preparing import ROWS
 
@@ -79,8 +80,6 @@ def test_byte_order_marks_are_read_over(kind, tmp_path):
 
 
 def load_dataset_of(path):
-    from trl import ScriptArguments
-
     return load_dataset(ScriptArguments(dataset_name=str(path)))["train"]
 
 
@@ -91,6 +90,49 @@ def test_values_without_a_header_are_not_moved_to_other_columns(rows, tmp_path):
         load_dataset_of(tmp_path / "rows.csv")
     (tmp_path / "rows.csv").write_text('prompt,completion\nhi,"hello, world"\n')
     assert load_dataset_of(tmp_path / "rows.csv")[0] == {"prompt": "hi", "completion": "hello, world"}
+
+
+TEXTS_OF_CSV = [["1+1", "2"], ["1+2", "3"], ["is it", "True"], ["n", "NA"], ["z", "007"], ["1", "null"]]
+
+
+@pytest.mark.parametrize("where", ["file", "folder", "folder[1]", "streamed", "mixture", "files"])
+@pytest.mark.parametrize("rows", [TEXTS_OF_CSV[:2], TEXTS_OF_CSV[2:3], TEXTS_OF_CSV], ids=["numbers", "truth", "all"])
+def test_texts_of_csv_stay_texts(rows, where, tmp_path):
+    folder = tmp_path / (where if where.startswith("folder") else "data")
+    folder.mkdir()
+    file = folder / "train.csv"
+    file.write_text("prompt,completion,objective_weight\n" + "".join(f"{a},{b},0.5\n" for a, b in rows))
+    if where in ("mixture", "files"):
+        entry = {"path": str(file)} if where == "mixture" else {"path": "csv", "data_files": str(file)}
+        loaded = load_mixture(DatasetMixtureConfig(datasets=[entry]), "text")
+    else:
+        name = str(folder if where.startswith("folder") else file)
+        loaded = load_dataset(ScriptArguments(dataset_name=name, dataset_streaming=where == "streamed"))
+    wanted = [{"prompt": a, "completion": b, "objective_weight": 0.5} for a, b in rows]
+    assert list(loaded["train"]) == wanted
+
+
+def test_empty_values_of_csv_are_null(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,objective_weight\na,,\nb,c,1\n")
+    first, second = load_dataset_of(tmp_path / "rows.csv")
+    assert first == {"prompt": "a", "completion": None, "objective_weight": None}
+    assert second["objective_weight"] == 1
+
+
+def test_a_folder_of_csv_may_have_columns_in_one_split(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,completion,objective_weight\n1,2,0.5\n")
+    (tmp_path / "test.csv").write_text("prompt,completion\n1,2\n")
+    loaded = load_dataset(ScriptArguments(dataset_name=str(tmp_path)))
+    assert {split: [*rows] for split, rows in loaded.items()} == {
+        "train": [{"prompt": "1", "completion": "2", "objective_weight": 0.5}],
+        "test": [{"prompt": "1", "completion": "2"}],
+    }
+
+
+def test_csv_of_other_separators(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt;completion\na, b;c\n")
+    with pytest.raises(ValueError, match=r"it has 2 values, the header 1\. Separate the header's names by commas"):
+        load_dataset_of(tmp_path / "rows.csv")
 
 
 CARDS = [

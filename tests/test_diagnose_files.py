@@ -36,7 +36,7 @@ def test_the_verb_measures_what_a_recipe_would(checkpoint, pair_data, tmp_path, 
 def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
     turn = {"conversations": [{"from": "human", "value": "one and two"}, {"from": "gpt", "value": "is three"}]}
     data = write(tmp_path / "chats.jsonl", [turn, {"conversations": [*turn["conversations"], *turn["conversations"]]}])
-    found = bl_trainer.diagnose(model=checkpoint, data=data, max_length=128)
+    found = bl_trainer.diagnose(model=checkpoint, data=data, max_length=128, compare=None, percentiles=[])
     assert (sum(found.examples.histogram), found.total.tokens) == (2, 64)
 
 
@@ -50,7 +50,10 @@ def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
         (["--data=d.jsonl", "--report", "r"], "`--model` is missing: the folder or Hub name"),
         (["--model", "m", "--data", "d.jsonl"], "`--report` is missing"),
         (["--model", "m", "--data", "d.jsonl", "--report", "r", "--max_tokens", "-1"], "must not be negative"),
-        (["--report", "r"], "No recipe is given"),
+        (["--report", "r"], "No recipe is given. Write `diagnose --config recipe.yaml`, or `--model M --data D.jsonl`."),
+        (["m", "d.jsonl"], "or `--model M --data D.jsonl`."),
+        (["--model", "./m", "--data", "d.jsonl", "--report", "r"], "^`--model ./m` is not a folder.$"),
+        (["--model", "m", "--data", "d.jsonl", "--repotr", "r"], "Did you mean `--report`\\? See `bl-trainer diagnose --help`"),
     ],
 )
 def test_refusals(argv, message, tmp_path, monkeypatch, no_accelerator):
@@ -70,6 +73,21 @@ def test_what_is_no_data_is_told(checkpoint, tmp_path, monkeypatch, capsys, no_a
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+def test_a_model_that_is_nowhere_is_named_as_it_was_given(tmp_path, monkeypatch, capsys, no_accelerator):
+    monkeypatch.chdir(tmp_path)
+    data = str(write(tmp_path / "data.jsonl", [{"prompt": "one", "completion": "two"}]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: nomodel\ndataset_name: {data}\noutput_dir: out\nuse_cpu: true\nbf16: false\n")
+    for given, named in (
+        (["--model", "nomodel", "--data", data], "--model nomodel"),
+        (["--config", str(recipe)], "model_name_or_path: nomodel"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["diagnose", *given, "--report", "report"])
+        assert stopped.value.code == 2
+        assert f"error: `{named}` is not a folder here, and has no configuration that" in capsys.readouterr().err
 
 
 def test_precision_is_the_users_where_given(no_accelerator):

@@ -756,7 +756,7 @@ ERRORS = {
     "number": (lambda rows: [{"prompt": "a", "completion": 5}], {}, [], "line 1: 'completion' is 5, not a text. Correct"),
     "endless_rows": (lambda rows: rows, {"packing": True}, ["--max_length", "null"], "`packing: true` needs `max_length`"),
     "key": (lambda rows: rows, {"by": "source"}, [], "`by` is not a recipe key. Give it on the command line: `--by ...`"),
-    "unknown": (lambda rows: rows, {}, ["--reprot", "x"], "Unknown recipe key 'reprot'. Did you mean 'report"),
+    "unknown": (lambda rows: rows, {}, ["--reprot", "x"], "Unknown recipe key 'reprot'. Did you mean `--report`"),
 }  # fmt: skip
 
 
@@ -787,7 +787,7 @@ def test_no_report_folder(checkpoint, data_folder, tmp_path, capsys):
     assert "it is a file, not a folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["diagnose", "--report", str(tmp_path / "report")])
-    assert "error: No recipe is given. Write `diagnose --config recipe.yaml`." in capsys.readouterr().err
+    assert "error: No recipe is given. Write `diagnose --config recipe.yaml`, or `--model" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["diagnose", "--config", str(recipe), "--report", str(tmp_path / "report"), "--compare", str(tmp_path)])
     assert "error: Can't load the model `--compare" in capsys.readouterr().err

@@ -452,7 +452,7 @@ def files(folder, models):
     [
         (
             {"modl": "x"},
-            "Unknown option 'modl'. Did you mean 'model'? See `python -m bl_trainer evaluate --help` for all options.",
+            "Unknown option 'modl'. Did you mean `--model`? See `bl-trainer evaluate --help` for all options.",
         ),
         ({"model": None}, "`--model` is missing. Write e.g. `--model out/model`."),
         ({"tasks": None}, "`--tasks` is missing. Write e.g. `--tasks gsm8k`."),

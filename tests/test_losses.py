@@ -269,6 +269,12 @@ def test_a_mask_tells_targets_too():
     assert torch.autograd.grad(each.sum(), logp)[0].tolist() == [[-1.0, 0.0, 0.0]]
 
 
+def test_ids_0_and_1_are_labels_beside_others():
+    for labels in ([0, 1, -100], [0, 1, 2]):
+        assert per_token(torch.full((3,), -1.0), torch.tensor(labels), "nll").tolist() == [float(each >= 0) for each in labels]
+    assert per_token(torch.zeros(0), torch.zeros(0, dtype=torch.long), "nll").shape == (0,)
+
+
 def test_metrics_are_exact_means_of_all_tokens():
     hidden, weight, bias, labels = make()
     logits = logits_of(hidden, weight, bias)
@@ -329,11 +335,15 @@ def outputs(length=LENGTH, **others):
 
 
 LABELS = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+IDS = torch.tensor([3, 1])
 REFUSED = {
     "no logits": (lambda: as_loss("nll")({"loss": 1}, LABELS), "has no logits. Switch off the kernel"),
     "none": (lambda: as_loss("nll")(SimpleNamespace(logits=None), LABELS), "has no logits"),
     "emptied": (lambda: as_loss("nll")(outputs(0), LABELS), r"shape \(3, 0, 67\)"),
     "a function in their place": (lambda: as_loss("nll")({"logits": lambda: None}, LABELS), "has no logits"),
+    "a tensor": (lambda: as_loss("nll")(outputs()["logits"], LABELS), "got a tensor.* Give the model's output or `{'logits'"),
+    "swapped": (lambda: as_loss("nll")(LABELS, outputs()), r"got a tensor, torch.int64 of shape .*, and then the labels"),
+    "a tuple": (lambda: as_loss("nll")((outputs()["logits"],), LABELS), "is a tuple, without names. .* `return_dict=True`"),
     "shifted": (lambda: as_loss("nll")(outputs(), LABELS[:, 1:]), "neither shifted nor truncated"),
     "virtual tokens": (lambda: as_loss("nll")(outputs(LENGTH + 2), LABELS), "neither shifted nor truncated"),
     "float labels": (lambda: as_loss("nll")(outputs(), LABELS.float()), "labels are torch.float32, not token ids"),
@@ -360,20 +370,42 @@ REFUSED = {
         lambda: as_loss("nll", {"above": 0.1, "normalize": "kept"})(outputs(), LABELS, 40),
         "Give `micro_batches`, or write `normalize: tokens`",
     ),
+    "data parallel": (
+        lambda: as_loss("nll")(outputs(), LABELS, torch.tensor([[40], [40]])),
+        r"has shape \(2, 1\). DataParallel splits a batch .* `torchrun`",
+    ),
     "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
+    "no weight": (
+        lambda: fused_objective(torch.zeros(2, 4), torch.nn.Linear(4, 5), LABELS[0, :2], "nll"),
+        "got Linear for the weight. Give `lm_head.weight`",
+    ),
+    "no states": (
+        lambda: fused_objective(SimpleNamespace(), torch.zeros(5, 4), LABELS[0, :2], "nll"),
+        "got SimpleNamespace for the hidden states. Give `last_hidden_state`",
+    ),
+    "number of a fused loss": (
+        lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS[0, :2], "nll", num_items_in_batch=2),
+        "'num_items_in_batch'. Did you mean 'num_items'",
+    ),
+    "number of a loss": (
+        lambda: as_loss("nll")(outputs(), LABELS, num_items=2),
+        "'num_items'. Did you mean 'num_items_in_batch'",
+    ),
     "states of other labels": (
         lambda: fused_objective(torch.zeros(2, 4), torch.zeros(5, 4), LABELS, "nll"),
         "the hidden states",
     ),
     "kept per token": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "nll", {"normalize": "kept"}), "it divides nothing"),
-    "losses": (lambda: per_token(torch.ones(2), LABELS[0, :2], "nll"), "log p is 1, above 0"),
+    "losses": (lambda: per_token(torch.ones(2), IDS, "nll"), "log p is 1, above 0"),
     "ids as log p": (lambda: per_token(LABELS, LABELS, "nll"), "log p is torch.int64"),
     "labels of other tokens": (lambda: per_token(torch.zeros(2), LABELS[0], "nll"), "log p has shape"),
+    "integer mask": (lambda: per_token(torch.zeros(2), IDS // 2, "nll"), r"0 and 1, as a mask's are. Give `mask.bool\(\)`"),
+    "mask of all": (lambda: per_token(torch.zeros(2), IDS // IDS, "nll"), "the labels are 0 and 1"),
     "mask without ids": (
         lambda: per_token(torch.zeros(2), torch.ones(2, dtype=torch.bool), f"{__name__}:by_label"),
         "needs token ids",
     ),
-    "entropy": (lambda: per_token(torch.zeros(2), LABELS[0, :2], "anneal", progress=0), "needs 'entropy'. Pass `entropy=`"),
+    "entropy": (lambda: per_token(torch.zeros(2), IDS, "anneal", progress=0), "needs 'entropy'. Pass `entropy=`"),
 }
 
 
@@ -386,6 +418,13 @@ def test_refusals(case):
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("wrong", ["4", lambda: None, 0, True, 1.5])
+def test_micro_batches_are_a_positive_integer(wrong):
+    loss = as_loss("nll", {"above": 0.1, "normalize": "kept"}, micro_batches=wrong)
+    with pytest.raises(ValueError, match=r"Cannot divide by .* micro-batches. Give an integer of at least 1"):
+        loss(outputs(), LABELS, 40)
 
 
 class InOrder(Trainer):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError, RecipeError
+from ..losses.pricing import SPLIT_BATCH
 
 
 def refuse_settings(args: Any) -> None:
@@ -15,7 +16,7 @@ def refuse_settings(args: Any) -> None:
     if smoothing := getattr(args, "label_smoothing_factor", 0):
         mistakes.append(f"`label_smoothing_factor: {smoothing}` is a loss of its own. Set it to 0.")
     if args.n_gpu > 1:
-        mistakes.append("DataParallel splits a batch after its targets are counted. Start a process per GPU with `torchrun`.")
+        mistakes.append(SPLIT_BATCH)
     if args.world_size > 1 and not args.average_tokens_across_devices:
         mistakes.append("each process would average over its own targets. Set `average_tokens_across_devices: true`.")
     if mistakes:

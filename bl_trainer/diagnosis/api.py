@@ -21,13 +21,14 @@ def diagnose(recipe: str | Path | Mapping[str, Any] | None = None, report: str |
         recipe: The path of a recipe, or its keys with their values, as YAML has them. None with `model` and `data`.
         report: The folder to write the report to; None writes nothing.
         options: Those of `DiagnoseArguments`, such as `max_tokens=100_000` or `compare="out/model"`. `model="M"` and
-            `data="D.jsonl"` take the place of a recipe.
+            `data="D.jsonl"` take the place of a recipe. None and an empty list leave an option at its default.
 
     Returns:
         The same report in every process; the first one writes it.
 
     Raises:
         RecipeError: On a mistake in any of them.
+        MeasurementError: On a measurement that is no number, or has no target token.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = recipe
@@ -38,7 +39,8 @@ def diagnose(recipe: str | Path | Mapping[str, Any] | None = None, report: str |
         if path is not None:
             argv += ["--config", str(path)]
         for key, value in options.items():
-            argv += [f"--{key}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+            values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            argv += [f"--{key}", *map(str, values)] if values else []
         diagnosis = Diagnosis(read_diagnosis(argv))
         found = diagnosis.run()
         if report is not None and diagnosis.trainer.is_world_process_zero():

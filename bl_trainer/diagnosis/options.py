@@ -2,6 +2,8 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,9 +89,13 @@ def read_diagnosis(argv: list[str]) -> Recipe:
     """
     argv = [_with_underscores(arg) for arg in argv]
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if given & NAMED.keys():
+    is_named = bool(given & NAMED.keys())
+    if is_named:
         argv = _spelled_out(argv, given)
-    recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    with names_as_given(is_named):
+        recipe = Recipe.read(argv, "diagnose", DiagnoseArguments)
+    if is_named:
+        recipe.options.model, recipe.options.data = recipe.model.model_name_or_path, recipe.script.dataset_name
     recipe.options.check()
     return recipe
 
@@ -98,6 +104,20 @@ def _with_underscores(arg: str) -> str:
     """Return `--use-cpu` as `--use_cpu`, which the parser takes too."""
     name, equals, value = arg.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if arg.startswith("--") else arg
+
+
+@contextmanager
+def names_as_given(is_named: bool) -> Iterator[None]:
+    """Let a RecipeError say `--model` and `--data`, if these are given in place of a recipe (`is_named`)."""
+    try:
+        yield
+    except RecipeError as error:
+        if not is_named:
+            raise
+        said = str(error)
+        for option, key in NAMED.items():
+            said = said.replace(f"`{key}: ", f"`--{option} ")
+        raise RecipeError(said) from error
 
 
 def _spelled_out(argv: list[str], given: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
 from .diagnoser import Diagnoser, deal
 from .learnability import Probe, halves, probe_adapter
-from .options import DiagnoseArguments
+from .options import DiagnoseArguments, names_as_given
 from .pair import Pair
 from .report import Compare, ComparedElsewhere, Report
 from .summary import read_aloud, summarise, summarise_comparison
@@ -47,7 +47,8 @@ class Diagnosis:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.options: DiagnoseArguments = recipe.options
-        dataset, _ = recipe.load_datasets()
+        with names_as_given(self.options.model is not None):
+            dataset, _ = recipe.load_datasets()
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.is_weighed = WEIGHT in columns_of(dataset)
         self._check(next(iter(dataset)))

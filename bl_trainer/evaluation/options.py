@@ -105,7 +105,7 @@ class EvaluateArguments:
     def read(cls, argv: list[str]) -> "EvaluateArguments":
         """Read the command line. Raises RecipeError."""
         classes: Any = [cls]
-        parser = Parser(classes, prog="bl_trainer evaluate", allow_abbrev=False)
+        parser = Parser(classes, prog="bl-trainer evaluate", allow_abbrev=False)
         parser.kind = "option"
         parser.check({}, argv)
         return parser.parse({}, argv)[0]

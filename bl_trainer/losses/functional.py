@@ -49,7 +49,7 @@ class ObjectiveOfLogits:
         """Return the loss of a micro-batch, a scalar; see `as_loss`."""
         logits = logits_of(outputs)
         check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
-        self.pricing.check_given(columns, COLUMNS, labels.shape)
+        self.pricing.check_given(columns, COLUMNS, labels.shape, ("num_items_in_batch",))
         targets = targets_of(labels.to(logits.device))
         price, extras = self.pricing.pricer(), self.pricing.extras
         costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, at_targets(targets, columns))
@@ -142,7 +142,7 @@ def fused_objective(
     pricing = Pricing.read(objective, threshold, progress)
     check_states(hidden, lm_head_weight)
     check_labels(labels, hidden.shape[:-1], len(lm_head_weight), "hidden states")
-    pricing.check_given(columns, COLUMNS, labels.shape)
+    pricing.check_given(columns, COLUMNS, labels.shape, ("num_items", "bias", "scale", "softcap", "metrics"))
     targets = targets_of(labels.to(hidden.device))
     states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.index)
     head = Head(whole(lm_head_weight), whole(bias), scale, softcap)
@@ -169,7 +169,8 @@ def per_token(
     Args:
         logp: Log-probabilities in nats, of any shape and float type.
         labels: Of its shape, aligned with it: the ids of the tokens that `logp` is about, -100 where there is no target. A bool
-            tensor, True at targets, serves objectives that do not ask for `label`.
+            tensor, True at targets, serves objectives that do not ask for `label`. Integers that are all 0 or 1 are refused,
+            as a mask. Where these are the ids, add a token that is no target, with label -100.
         objective: What `Objective.parse` reads. Parse it once: a name is read and checked at each call.
         threshold: What `Threshold.parse` reads, with `normalize: tokens`.
         progress: As in `as_loss`.

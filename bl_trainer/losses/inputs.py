@@ -27,6 +27,16 @@ def at_targets(targets: Targets, columns: Mapping[str, Tensor]) -> dict[str, Ten
 def logits_of(outputs: Any) -> Tensor:
     """Return a model's logits. Raises ValueError where there are none."""
     logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if logits is None and isinstance(outputs, Tensor):
+        raise ValueError(
+            f"Cannot compute the loss: got a tensor, {outputs.dtype} of shape {tuple(outputs.shape)}. Give the model's output "
+            "or `{'logits': logits}`, and then the labels."
+        )
+    if logits is None and isinstance(outputs, (tuple, list)):
+        raise ValueError(
+            f"Cannot compute the loss: the model's output is a {type(outputs).__name__}, without names. Call the model with "
+            "`return_dict=True`."
+        )
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.numel() or not logits.is_floating_point():
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         what = "the model's output has no logits" if shape is None else f"the logits are {logits.dtype} of shape {shape}"
@@ -37,7 +47,14 @@ def logits_of(outputs: Any) -> Tensor:
     return logits
 
 
-def check_states(hidden: Tensor, weight: Tensor) -> None:
+def check_states(hidden: Any, weight: Any) -> None:
+    """Raise ValueError unless these are hidden states, and a head's weight that fits them."""
+    for what, each, instead in (
+        ("hidden states", hidden, "last_hidden_state` of the model's output"),
+        ("weight", weight, "lm_head.weight`"),
+    ):
+        if not isinstance(each, Tensor):
+            raise ValueError(f"Cannot compute the loss: got {type(each).__name__} for the {what}. Give `{instead}.")
     if hidden.ndim not in (2, 3) or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"Cannot compute the loss: hidden states of shape {tuple(hidden.shape)} do not fit a weight of shape "
@@ -78,6 +95,8 @@ def read_targets(labels: Any, logp: Tensor, objective: Objective) -> tuple[Tenso
         )
     labels = labels.to(logp.device)
     if labels.dtype != torch.bool:
+        if labels.numel() and ((labels == 0) | (labels == 1)).all():
+            raise ValueError("Cannot price tokens: the labels are 0 and 1, as a mask's are. Give `mask.bool()`.")
         return labels.long(), labels != IGNORED
     if "label" in objective.statistics:
         raise ValueError(f"Cannot price tokens: objective {objective.name!r} needs token ids, labels are a mask. Give ids.")

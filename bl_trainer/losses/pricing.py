@@ -15,6 +15,7 @@ from ..objectives.threshold import Threshold
 
 COLUMNS = ("ref_logp", "is_special", "objective_weight")  # that a caller may give of each token
 GIVEN = (*COLUMNS, "entropy", "log_sum_sq_probs", "is_top1")  # and to `per_token`, which has log p alone
+SPLIT_BATCH = "DataParallel splits a batch after its targets are counted. Start a process per GPU with `torchrun`."
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,17 @@ class Pricing:
             )
         return {"progress": progress}
 
-    def check_given(self, given: Mapping[str, Any], allowed: tuple[str, ...], shape: torch.Size) -> None:
-        """Raise ValueError unless `given` are per-token tensors of this shape, and all that the objective needs."""
+    def check_given(
+        self, given: Mapping[str, Any], allowed: tuple[str, ...], shape: torch.Size, others: tuple[str, ...] = ()
+    ) -> None:
+        """Raise ValueError unless `given` are per-token tensors of this shape, and all that the objective needs.
+
+        `others`: further arguments that a misspelled name may mean.
+        """
         for name, value in given.items():
             if name not in allowed:
-                raise ValueError(f"Unknown argument {name!r}.{nearest(name, allowed)} Per-token tensors: {', '.join(allowed)}.")
+                near = nearest(name, (*allowed, *others))
+                raise ValueError(f"Unknown argument {name!r}.{near} Per-token tensors: {', '.join(allowed)}.")
             if not isinstance(value, Tensor) or value.shape != shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
@@ -87,7 +94,18 @@ class Pricing:
                     "Cannot divide by kept tokens: the trainer accumulates micro-batches, and their number is not known. Give "
                     "`micro_batches`, or write `normalize: tokens`."
                 )
-            shares = micro_batches() if callable(micro_batches) else micro_batches
-            return total / costs.kept.sum().clamp(min=1) / (shares if counts else 1)
+            return total / costs.kept.sum().clamp(min=1) / (_number_of(micro_batches) if counts else 1)
         items = torch.as_tensor(num_items if counts else len(costs.cost), device=total.device)
+        if items.numel() != 1:
+            raise ValueError(f"Cannot compute the loss: the number of items has shape {tuple(items.shape)}. {SPLIT_BATCH}")
         return total / items.reshape(()).clamp(min=1)
+
+
+def _number_of(micro_batches: Any) -> int:
+    number: Any = micro_batches() if callable(micro_batches) else micro_batches
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(
+            f"Cannot divide by {number!r} micro-batches. Give an integer of at least 1 as `micro_batches`, or a function that "
+            "returns one."
+        )
+    return number

@@ -41,7 +41,7 @@ class PrepareArguments:
     def read(cls, argv: list[str]) -> "PrepareArguments":
         """Read the command line: a name, then options. Raises RecipeError."""
         classes: Any = [cls]
-        parser = Parser(classes, prog="bl_trainer prepare-data", allow_abbrev=False)
+        parser = Parser(classes, prog="bl-trainer prepare-data", allow_abbrev=False)
         parser.kind = "option"
         names = ", ".join(SETS)
         if {"-h", "--help"} & set(argv):

@@ -14,6 +14,8 @@ from .local_files import COMPRESSED, LOCAL_FORMATS, find_fault, format_of, is_pa
 
 OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
 
+TEXTS = ("prompt", "completion", "text", "messages", "conversations")
+
 
 def load_dataset(script: ScriptArguments) -> Any:
     """Load `dataset_name`, a local file or folder or a Hub id; a mapping of splits."""
@@ -46,16 +48,24 @@ def _load_file(path: Path, split: str, streaming: bool) -> Any:
         raise ValueError(f"{path.suffix!r} is none of {', '.join(LOCAL_FORMATS)}, nor one of these in {', '.join(COMPRESSED)}")
     with open_binary(path):  # which may need a package
         pass
-    return datasets.load_dataset(found, data_files={split: escape(str(path))}, streaming=streaming)
+    return datasets.load_dataset(found, data_files={split: escape(str(path))}, streaming=streaming, **_texts(found))
 
 
-def _folder(path: Path) -> dict[str, str]:
+def _folder(path: Path) -> dict[str, Any]:
     """Return what `datasets` needs to load a local folder, which it takes for a pattern if it holds `[`, `*` or `?`."""
     path = path.resolve()  # `text` is a format's name too, and `.` none at all
     formats = Counter(filter(None, map(format_of, local_files(path))))
+    texts = _texts(*formats)
     if escape(str(path)) == str(path) or not formats:
-        return {"path": str(path)}
-    return {"path": formats.most_common(1)[0][0], "data_dir": escape(str(path))}
+        return {"path": str(path), **texts}
+    return {"path": formats.most_common(1)[0][0], "data_dir": escape(str(path)), **texts}
+
+
+def _texts(*formats: str) -> dict[str, Any]:
+    """Return what keeps pandas from reading the texts of CSV files as numbers, truth values and nulls, such as `NA`."""
+    if formats != ("csv",):
+        return {}
+    return {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False, "na_values": [""]}
 
 
 def load_mixture(mixture: DatasetMixtureConfig, text_field: str, num_proc: int | None = None) -> Any:
@@ -84,7 +94,7 @@ def _load_entry(entry: Any, streaming: bool) -> Any:
     path, own = Path(entry.path).expanduser(), entry.data_files or entry.data_dir
     if path.is_file():
         return _load_file(path, entry.split, streaming)[entry.split]
-    where = {"path": entry.path, "data_dir": entry.data_dir and _literal(entry.data_dir)}
+    where = {"path": entry.path, "data_dir": entry.data_dir and _literal(entry.data_dir), **_texts(entry.path)}
     if path.is_dir() and not own:
         where |= _folder(path)
     files = _literal(entry.data_files, path)
@@ -114,12 +124,13 @@ def _shares(parts: list[Any], fractions: list[float | None], streaming: bool) ->
     return [part.select(range(round(share * size))) for part, share in zip(parts, shares, strict=True)]
 
 
-def _split_by_split(source: dict[str, str]) -> datasets.DatasetDict:
+def _split_by_split(source: dict[str, Any]) -> datasets.DatasetDict:
     """Load each split of a folder or a Hub id for itself, with columns of its own."""
     files = datasets.load_dataset_builder(**source).config.data_files or {}
+    texts = {key: value for key, value in source.items() if key not in ("path", "data_dir")}
     return datasets.DatasetDict(
         {
-            split: datasets.load_dataset(source["path"], data_files={split: list(map(escape, found))}, split=split)
+            split: datasets.load_dataset(source["path"], data_files={split: list(map(escape, found))}, split=split, **texts)
             for split, found in files.items()
         }
     )

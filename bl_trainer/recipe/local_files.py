@@ -192,7 +192,8 @@ def _fault_in_csv(path: Path, formats: list[tuple[str, ...]]) -> str | None:
         for row in rows:
             if None in row:
                 given = len(row) - 1 + len(row[None])
-                return f"line {rows.line_num}: it has {given} values, the header {len(row) - 1}. Quote values with commas"
+                instead = "Quote values with commas" if len(row) > 2 else "Separate the header's names by commas"
+                return f"line {rows.line_num}: it has {given} values, the header {len(row) - 1}. {instead}"
             empty = next((column for column in columns if not row[column]), None)
             if empty:
                 return f"line {rows.line_num}: {empty!r} is empty"

@@ -46,6 +46,15 @@ def model_is_there(recipe: "Recipe") -> str | None:
     return f"`model_name_or_path: {name}` is not a folder." if is_path(name) and not Path(name).is_dir() else None
 
 
+def model_is_known(recipe: "Recipe") -> str | None:
+    """transformers says that a Hub has no such model only once the data are prepared, and may leave out the name."""
+    name, given = recipe.model.model_name_or_path, recipe.model_init_kwargs()
+    elsewhere = {"config", "gguf_file", "cache_dir", "subfolder", "token"} & given.keys()
+    if not elsewhere and not Path(str(name)).is_dir():
+        recipe.pretrained(AutoConfig, "configuration")
+    return None
+
+
 def model_is_no_adapter(recipe: "Recipe") -> str | None:
     folder = Path(str(recipe.model.model_name_or_path))
     adapter = folder / "adapter_config.json"

@@ -18,7 +18,7 @@ from ..objectives.composition import KEYS
 from ..objectives.objective import OBJECTIVES
 from ..training.config import SECRETS
 from .help import verb_help
-from .keys import NAMES, REPLACED
+from .keys import DATACLASSES, NAMES, REPLACED
 
 
 class Parser(TrlParser):
@@ -48,13 +48,13 @@ class Parser(TrlParser):
         known = self.known
         for key, value in config.items():
             if key not in known and key != "env":
-                raise RecipeError(_unknown(str(key), value, known, self.prog, self.kind))
+                raise RecipeError(self._unknown(str(key), value))
         options = self._option_string_actions
         for i, arg in enumerate(argv):
             option, _, value = arg.partition("=")
             if option.startswith("--") and option not in options:
                 value = value or (argv[i + 1] if i + 1 < len(argv) else "")
-                raise RecipeError(_unknown(option[2:].replace("-", "_"), value, known, self.prog, self.kind))
+                raise RecipeError(self._unknown(option[2:].replace("-", "_"), value))
         hints = {key: hint for each in self.dataclass_types for key, hint in get_type_hints(each).items()}
         for action in self._actions:
             if action.dest in config:
@@ -78,6 +78,22 @@ class Parser(TrlParser):
         parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)
         parser.set_defaults_with_config(**config)
         return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+
+    def _unknown(self, key: str, value: Any) -> str:
+        """Return what to say of a key that there is not."""
+        kind = self.kind
+        if key in REPLACED:
+            line = REPLACED[key]
+            value = str(value).lower() if isinstance(value, bool) else value
+            what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
+            return f"`{key}` is not a {kind} any more. {what}"
+        of_objectives = {*KEYS, *(name for each in OBJECTIVES.values() for name in signature(each).parameters)}
+        if kind == Parser.kind and key in of_objectives:
+            return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
+        near = nearest(key, self.known)
+        for name in (field.name for each in self.dataclass_types if each not in DATACLASSES for field in fields(each)):
+            near = near.replace(repr(name), f"`--{name}`")  # an option of the verb, on the command line alone
+        return f"Unknown {kind} {key!r}.{near} See `{self.prog} --help` for all {kind.split()[-1]}s."
 
 
 def kinds_of(hint: Any) -> set[Any]:
@@ -178,14 +194,3 @@ def without_secrets(given: dict[str, Any]) -> dict[str, Any]:
     if "env" in given:
         hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
     return {**given, **hidden}
-
-
-def _unknown(key: str, value: Any, known: list[str], program: str, kind: str) -> str:
-    if key in REPLACED:
-        line = REPLACED[key]
-        value = str(value).lower() if isinstance(value, bool) else value
-        what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
-        return f"`{key}` is not a {kind} any more. {what}"
-    if kind == Parser.kind and key in {*KEYS, *(name for each in OBJECTIVES.values() for name in signature(each).parameters)}:
-        return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
-    return f"Unknown {kind} {key!r}.{nearest(key, known)} See `python -m {program} --help` for all {kind.split()[-1]}s."

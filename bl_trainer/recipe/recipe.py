@@ -30,7 +30,7 @@ from .checks import RULES, TRAINING_RULES, check
 from .datasets import load_dataset, load_mixture
 from .keys import DATACLASSES, ROWS_RENDERED
 from .local_files import find_fault, local_files, unreadable_name
-from .model_checks import model_knows_the_end
+from .model_checks import model_is_known, model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
 from .parser import Parser, load_yaml, without_secrets
 
@@ -58,14 +58,15 @@ class Recipe:
         """
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         own = {f.name for f in fields(options)} if options else set()
-        parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl_trainer {verb}", allow_abbrev=False)
+        parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl-trainer {verb}", allow_abbrev=False)
         config: dict[str, Any] = {}
         if "--config" in argv:
             index = argv.index("--config")
             config = load_yaml(argv[index + 1 : index + 2])
             argv = argv[:index] + argv[index + 2 :]
         if not config and not parser.is_given("model_name_or_path", argv) and not {"-h", "--help"} & set(argv):
-            raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`.")
+            instead = ", or `--model M --data D.jsonl`" if {"model", "data"} <= own else ""
+            raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`{instead}.")
         for key in sorted(own & config.keys()):
             raise RecipeError(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
         parser.check(config, argv)
@@ -113,7 +114,7 @@ class Recipe:
 
     def load_datasets(self) -> tuple[Any, Any]:
         """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had, or be ended."""
-        check(self, [model_knows_the_end])
+        check(self, [model_is_known, model_knows_the_end])
         set_seed(self.training.seed)  # `test_split_size` splits by NumPy's generator: every process must split alike
         try:
             how = self.training.dataset_text_field, self.training.dataset_num_proc
@@ -249,7 +250,10 @@ class Recipe:
                 name, revision=self.model_init_kwargs()["revision"], trust_remote_code=self.training.trust_remote_code
             )
         except Exception as error:  # it can be told in many ways that there is no such model
-            raise RecipeError(f"`model_name_or_path: {name}` has no {what} that can be loaded: {sentence(error)}") from error
+            where = "" if Path(str(name)).is_dir() else "is not a folder here, and "
+            raise RecipeError(
+                f"`model_name_or_path: {name}` {where}has no {what} that can be loaded: {sentence(error)}"
+            ) from error
 
 
 def _as_given(value: Any) -> Any:

@@ -72,7 +72,7 @@ def evaluated_tasks(design: Design) -> list[str]:
     for key in options:
         if key not in own or key in REFUSED:
             near = nearest(str(key), own)
-            raise RecipeError(f"`evaluate` has no option {key!r}.{near} See `bl_trainer evaluate --help`.")
+            raise RecipeError(f"`evaluate` has no option {key!r}.{near} See `bl-trainer evaluate --help`.")
     argv = ["--model", str(design.base["model_name_or_path"]), "--output", "unused", *evaluate_argv(options)]
     read = EvaluateArguments.read(argv)
     read.check()
