@@ -21,6 +21,7 @@ ATTRIBUTES = {
     "aux_loss_enabled": "the auxiliary loss of a mixture of experts, and the choice of the loss head",
     "chat_template": "the tokens that a chat template makes, and the check of what it renders",
     "_metrics": "`num_tokens` and `aux_loss` in the log",
+    "completion_only_loss": "the targets of `diagnose --probe`, whose data may be laid out otherwise than the training set's",
     "_is_vision_dataset": "the refusals to diagnose images, and to train on text what sees later tokens",
     "_signature_columns": "columns of tokens",
 }

@@ -111,7 +111,7 @@ class Diagnosis:
             quantization_config=recipe.quantization_config,
             peft_config=self._adapter(),
         )
-        if trainer._is_vision_dataset:
+        if trainer.sees_images:
             raise RecipeError("Diagnosis reads text; this data set has images.")
         if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
             raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
@@ -230,9 +230,9 @@ class Diagnosis:
         except RecipeError as error:
             raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
         packs = trainer.args.packing
-        if trainer.args.completion_only_loss is None:
-            trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        prepared = trainer.prepare_rows(deal(dataset, trainer.args), "probe", packing=packs)
+        asked = trainer.args.completion_only_loss
+        completion_only = "prompt" in columns_of(dataset) if asked is None else asked
+        prepared = trainer.prepare_rows(deal(dataset, trainer.args), "probe", packing=packs, completion_only=completion_only)
         return split, self._load(prepared, by=None, packs=packs)
 
     def _run_probe(self, split: str, part: Part) -> tuple[ComparedElsewhere, list[Any]]:
