@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 jit_checkpoint_callback: Any = None  # not in the oldest transformers
@@ -19,7 +20,9 @@ with suppress(ImportError):
 __all__ = [
     "ATTRIBUTES",
     "METHODS",
+    "NAMES",
     "TRACKERS",
+    "Conv1D",
     "EvalLoopOutput",
     "TrainOutput",
     "balancing_loss_of",
@@ -27,6 +30,18 @@ __all__ = [
     "is_deepspeed_zero3_enabled",
     "jit_checkpoint_callback",
 ]
+
+# Names -> what breaks without them
+NAMES = {
+    "TRACKERS": "the check of `report_to`",
+    "Conv1D": "the names of GPT-2's linear layers in an error about `lora_target_modules`",
+    "EvalLoopOutput": "metrics of an evaluation",
+    "TrainOutput": "a run that has all its steps",
+    "jit_checkpoint_callback": "`enable_jit_checkpoint`, which saves at the end of a step",
+    "load_balancing_loss_func": "the auxiliary loss of a mixture of experts whose file has none of its own",
+    "has_length": "the warning that an evaluation by several processes counts rows twice",
+    "is_deepspeed_zero3_enabled": "measurements under ZeRO-3",
+}
 
 # Methods of `Trainer` that are overridden or called -> what then breaks
 METHODS = {

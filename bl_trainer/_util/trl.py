@@ -3,10 +3,27 @@
 tests/test_foreign.py says what each is for.
 """
 
+from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
-__all__ = ["ATTRIBUTES", "METHODS", "DataCollatorForLanguageModeling", "add_fused_lm_head", "maybe_gather_lm_head_ctx"]
+__all__ = [
+    "ATTRIBUTES",
+    "METHODS",
+    "NAMES",
+    "DataCollatorForLanguageModeling",
+    "DatasetConfig",
+    "add_fused_lm_head",
+    "maybe_gather_lm_head_ctx",
+]
+
+# Names -> what breaks without them
+NAMES = {
+    "DataCollatorForLanguageModeling": "batches with our columns",
+    "DatasetConfig": "the check of what an entry of `datasets` may hold",
+    "add_fused_lm_head": "the loss under `loss_head: trl`",
+    "maybe_gather_lm_head_ctx": "the loss under ZeRO-3, which shards the LM head",
+}
 
 # Methods of `SFTTrainer` that are overridden or called -> what then breaks
 METHODS = {

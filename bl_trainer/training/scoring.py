@@ -9,6 +9,7 @@ from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
 from trl import SFTTrainer
 
+from .._util.accelerate import has_prepared
 from .._util.transformers import is_deepspeed_zero3_enabled
 from .._util.trl import add_fused_lm_head
 from ..head.patch import add_scoring
@@ -149,7 +150,7 @@ class ScoringTrainer(SFTTrainer):
 
     def shard(self) -> None:
         """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
-        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+        if self.accelerator.is_fsdp2 and not has_prepared(self.accelerator):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
