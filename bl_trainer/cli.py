@@ -55,7 +55,7 @@ def train(argv: list[str]) -> None:
     import torch
 
     from .recipe.recipe import Recipe
-    from .training.record import MetricsLog
+    from .training.metrics_log import MetricsLog
     from .training.trainer import BLTrainer
 
     recipe: Any = None

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .._util.files import write_text
 from ..errors import RecipeError
-from ..training.record import Curve
+from ..training.metrics_log import Curve
 from . import guard, study
 from .design import MODEL_KEYS, evaluate_argv
 from .outcome import RESULT_SCHEMA, arm_folder, read_held_out, read_result, task_scores, task_versions
