@@ -55,7 +55,7 @@ def train(argv: list[str]) -> None:
     import torch
 
     from .recipe.recipe import Recipe
-    from .training.record import MetricsLog
+    from .training.metrics_log import MetricsLog
     from .training.trainer import BLTrainer
 
     recipe: Any = None
@@ -63,10 +63,9 @@ def train(argv: list[str]) -> None:
         recipe = Recipe.read(argv)
         plan = recipe.plan_resume()
         train_dataset, eval_dataset = recipe.load_datasets()
-        recipe.training.model_init_kwargs = recipe.model_init_kwargs()
         trainer = BLTrainer(
             model=recipe.model.model_name_or_path,
-            args=recipe.training,
+            args=recipe.arguments(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=recipe.quantization_config,

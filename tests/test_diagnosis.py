@@ -367,12 +367,13 @@ def test_compares_an_adapter_with_its_base(tokenizer, checkpoint, tmp_path):
     whole = tmp_path / "whole"
     tuned.merge_and_unload().save_pretrained(whole)
     probe_folder = save(probe, tmp_path / "probe", "test")
-    reports = [
-        diagnosis(
-            tmp_path, checkpoint, save(rows, tmp_path / "data"), "--compare", str(path), "--probe", str(probe_folder)
-        ).run()
+    data = save(rows, tmp_path / "data")
+    runs = [
+        diagnosis(tmp_path, checkpoint, data, "--compare", str(path), "--probe", str(probe_folder))
         for path in (tmp_path / "adapter", whole)
     ]
+    assert all(each.trainer.completion_only_loss for each in runs)  # as the training set's prompts want it, not the probe
+    reports = [each.run() for each in runs]
     base_model, model = make_double(tokenizer), AutoModelForCausalLM.from_pretrained(whole).double()
     for report in reports:
         assert report["compare"]["probe"]["split"] == "test"

@@ -23,7 +23,7 @@ from bl_trainer.cli import main
 from bl_trainer.errors import CheckpointError, LossError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.training.checkpoints import MANIFEST_FILE, why_broken
-from bl_trainer.training.record import Curve, MetricsLog
+from bl_trainer.training.metrics_log import Curve, MetricsLog
 from bl_trainer.training.resume import planned_resume, refuse_lost_epoch
 from conftest import make_llama, write_recipe
 from forking import SERVER

@@ -15,6 +15,15 @@ ROOMS = (
     "prepare", "evaluation", "sweep", "adapters", "cli", "__init__", "__main__",
 )  # fmt: skip
 LONGEST, MEDIAN, LARGEST = 40, 8, 250
+# Private names of others' objects: module of ours -> those that it can't do without
+FOREIGN = {
+    "bl_trainer.evaluation.grading.values": {"_mpf_"},  # mpmath's, the only exact form of its numbers
+    "bl_trainer.head.verification": {"_buffers"},  # torch's, of a module
+    "bl_trainer.measurement.forward": {"_prepare_inputs"},  # transformers', which test_foreign.py looks for
+    "bl_trainer.measurement.percentiles": {"_save_to_state_dict"},  # torch's, of a module
+    "bl_trainer.tokens.prepare": {"_prepare_dataset"},  # TRL's, which test_foreign.py looks for
+}
+PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # in spite of their names: of named tuples and of `os`
 
 
 def _modules() -> dict[str, ast.Module]:
@@ -80,6 +89,33 @@ def test_imports_make_no_circle() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_private_name_crosses_a_file(module: str) -> None:
     assert [name for _, name in _imports(module) if name.startswith("_") and not name.startswith("__")] == []
+
+
+def _own_names(module: str) -> set[str]:
+    """Return what a file defines: functions, classes, and names and attributes that it assigns."""
+    nodes = list(ast.walk(MODULES[module]))
+    found = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    found |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    return found | {node.attr for node in stored if _is_self(node.value)}
+
+
+def _is_self(node: ast.expr) -> bool:
+    """Whether an object is the method's own, or what it inherits."""
+    is_super = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+    return is_super or (isinstance(node, ast.Name) and node.id in ("self", "cls"))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if _room(module) != "_util"])
+def test_no_private_attribute_of_another_file_is_used(module: str) -> None:
+    """Of another object than `self`, by its name: `trainer._x` is well only in the file that defines `_x`."""
+    used = {
+        node.attr
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_self(node.value)
+    }
+    private = {name for name in used if not name.startswith("__")} - PUBLIC - FOREIGN.get(module, set())
+    assert private - _own_names(module) == set()
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -50,6 +50,13 @@ def test_reads_file_and_command_line(write):
     assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
 
 
+def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
+    recipe = Recipe.read(write(model_init_kwargs={"pad_token_id": 0}, dtype="bfloat16"))
+    assert recipe.arguments().model_init_kwargs == {**recipe.model_init_kwargs(), "pad_token_id": 0}
+    assert recipe.arguments().model_init_kwargs["dtype"] == "bfloat16"
+    assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
+
+
 TAKEN = {
     "lora_target_modules": "all-linear",
     "gradient_checkpointing_kwargs": {"use_reentrant": False},

@@ -2,11 +2,12 @@
 
 import functools
 import logging
-import os
+
+from .process import is_first
 
 
 @functools.cache
 def warn_once(message: str) -> None:
     """Warn with a message, once and from the first process alone; also before accelerate knows of processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         logging.getLogger("bl_trainer").warning(message)

@@ -13,6 +13,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_parallel() -> bool:
+    """Whether the launcher shares the model or its sequences out: tensor, context and sequence parallelism."""
+    return os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+
+
 def is_first() -> bool:
     """Whether this is the first of all processes."""
     return os.environ.get("RANK", "0") == "0"

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from ..errors import RecipeError
@@ -22,7 +23,9 @@ with suppress(ImportError):
 __all__ = [
     "ATTRIBUTES",
     "METHODS",
+    "NAMES",
     "TRACKERS",
+    "Conv1D",
     "EvalLoopOutput",
     "TrainOutput",
     "balancing_loss_of",
@@ -32,6 +35,17 @@ __all__ = [
 ]
 
 BALANCED = {"gate_logits", "num_experts", "top_k", "attention_mask"}  # parameters of a load-balancing loss
+
+# Names -> what breaks without them
+NAMES = {
+    "TRACKERS": "the check of `report_to`",
+    "Conv1D": "the names of GPT-2's linear layers in an error about `lora_target_modules`",
+    "EvalLoopOutput": "metrics of an evaluation",
+    "TrainOutput": "a run that has all its steps",
+    "jit_checkpoint_callback": "`enable_jit_checkpoint`, which saves at the end of a step",
+    "has_length": "the warning that an evaluation by several processes counts rows twice",
+    "is_deepspeed_zero3_enabled": "measurements under ZeRO-3",
+}
 
 # Methods of `Trainer` that are overridden or called -> what then breaks
 METHODS = {

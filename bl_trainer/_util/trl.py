@@ -3,10 +3,27 @@
 tests/test_foreign.py says what each is for.
 """
 
+from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
-__all__ = ["ATTRIBUTES", "METHODS", "DataCollatorForLanguageModeling", "add_fused_lm_head", "maybe_gather_lm_head_ctx"]
+__all__ = [
+    "ATTRIBUTES",
+    "METHODS",
+    "NAMES",
+    "DataCollatorForLanguageModeling",
+    "DatasetConfig",
+    "add_fused_lm_head",
+    "maybe_gather_lm_head_ctx",
+]
+
+# Names -> what breaks without them
+NAMES = {
+    "DataCollatorForLanguageModeling": "batches with our columns",
+    "DatasetConfig": "the check of what an entry of `datasets` may hold",
+    "add_fused_lm_head": "the loss under `loss_head: trl`",
+    "maybe_gather_lm_head_ctx": "the loss under ZeRO-3, which shards the LM head",
+}
 
 # Methods of `SFTTrainer` that are overridden or called -> what then breaks
 METHODS = {
@@ -21,6 +38,7 @@ ATTRIBUTES = {
     "aux_loss_enabled": "the auxiliary loss of a mixture of experts, and the choice of the loss head",
     "chat_template": "the tokens that a chat template makes, and the check of what it renders",
     "_metrics": "`num_tokens` and `aux_loss` in the log",
+    "completion_only_loss": "the targets of `diagnose --probe`, whose data may be laid out otherwise than the training set's",
     "_is_vision_dataset": "the refusals to diagnose images, and to train on text what sees later tokens",
     "_signature_columns": "columns of tokens",
 }

@@ -7,9 +7,7 @@ from typing import Any
 import yaml
 
 from ..measurement.histogram import TINY
-from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
-from .continuum import CUTS
+from .continuum import CUTS, record_of
 from .report import Advice, Learnability, Report
 from .warnings import warnings
 
@@ -131,8 +129,8 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
 
 
 def _key(arm: dict[str, Any]) -> tuple[str, str]:
-    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
-    return json.dumps(objective.to_dict()), json.dumps(threshold.to_dict())
+    record = record_of(arm)
+    return json.dumps(record["objective"]), json.dumps(record["threshold"])
 
 
 def _reasons(report: Report, regions: list[str]) -> list[str]:

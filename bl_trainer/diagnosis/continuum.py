@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..objectives.composition import spell
+from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold, spell_probability
 
 # Mean p of the base models that the paper measured (its Tab. 5), and the middles of the gaps between the groups
@@ -63,6 +64,12 @@ def place(mean: float, interval: tuple[float, float] | None) -> Placement:
 def region_of(mean: float) -> str:
     """Return the region that a mean p lies in."""
     return REGIONS[sum(mean >= cut for cut in CUTS)]
+
+
+def record_of(arm: dict[str, Any]) -> dict[str, Any]:
+    """Return the objective and threshold of an arm of a sweep, written out as a report has them."""
+    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
+    return {"objective": objective.to_dict(), "threshold": threshold.to_dict()}
 
 
 def objective_name(item: dict[str, Any]) -> str:

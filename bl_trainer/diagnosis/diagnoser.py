@@ -10,7 +10,7 @@ from trl import pack_dataset
 from ..errors import RecipeError
 from ..tokens.annotation import Annotation, group_name
 from ..tokens.labels import targets_of
-from ..tokens.names import GROUP, LENGTH, POSITION, ROW, TEMPLATE
+from ..tokens.names import GROUP, INDEX, LENGTH, POSITION, ROW, TEMPLATE
 from ..tokens.prepare import Rows
 from ..tokens.vocabulary import tokenizer_of
 from ..training.scoring import ScoringTrainer
@@ -81,5 +81,5 @@ def deal(dataset: Any, args: Any) -> IterableDataset:
         numbered = dataset.add_column(ROW, np.arange(len(dataset))).shuffle(seed=args.seed)
         own = numbered.shard(world, rank, contiguous=False)
         return own.to_iterable_dataset(num_shards=min(len(own), max(1, args.dataloader_num_workers)))
-    numbered = dataset.shuffle(seed=args.seed, buffer_size=1000).map(lambda example, i: {"bl_index": i}, with_indices=True)
-    return numbered.filter(lambda example: example["bl_index"] % world == rank)
+    numbered = dataset.shuffle(seed=args.seed, buffer_size=1000).map(lambda example, i: {INDEX: i}, with_indices=True)
+    return numbered.filter(lambda example: example[INDEX] % world == rank)

@@ -101,11 +101,11 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
 
 def _beginning(example: dict[str, Any], text_field: str) -> Any:
     """Return what two examples must share to be of the same half."""
-    messages = example.get("messages") or example.get("conversations")
+    messages = example.get("messages")  # into which `arrange` has turned every other layout of conversations
     if example.get("prompt") is not None:
         return example["prompt"]
     if messages:
-        answers = [i for i, turn in enumerate(messages) if (turn.get("role") or turn.get("from")) in ("assistant", "gpt")]
+        answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
         return messages[: max(1, answers[0])] if answers else messages
     return next((example[key] for key in (text_field, "input_ids") if example.get(key) is not None), example)
 

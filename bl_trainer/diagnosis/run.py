@@ -1,7 +1,6 @@
 """The diagnose verb: one pass of a recipe's model over the target tokens of its training set, exactly as it would train."""
 
 import math
-import os
 import tempfile
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 
+from .._util.process import is_parallel
 from .._util.transformers import is_deepspeed_zero3_enabled
 from ..errors import RecipeError
 from ..measurement.forward import count_targets, score_batch
@@ -21,7 +21,7 @@ from ..recipe.recipe import Recipe
 from ..tokens.annotation import Annotation, token_batch
 from ..tokens.collators import Collator
 from ..tokens.labels import columns_of
-from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.names import EXAMPLES, REFERENCE, WEIGHT
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
 from .diagnoser import Diagnoser, deal
@@ -74,10 +74,7 @@ class Diagnosis:
             raise RecipeError(f"`--by {by}`: the data set has no such column, only {', '.join(sorted(row))}.")
         if by is not None and isinstance(row[by], (list, dict)):
             raise RecipeError(f"`--by {by}` is a column of lists or mappings. Name one of words or numbers.")
-        if (
-            getattr(self.recipe.training, "parallelism_config", None) is not None
-            or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
-        ):
+        if is_parallel() or getattr(self.recipe.training, "parallelism_config", None) is not None:
             raise RecipeError("Diagnosis runs data-parallel. Launch it without tensor, context and sequence parallelism.")
 
     def _arguments(self) -> BLConfig:
@@ -112,7 +109,7 @@ class Diagnosis:
             quantization_config=recipe.quantization_config,
             peft_config=self._adapter(),
         )
-        if trainer._is_vision_dataset:
+        if trainer.sees_images:
             raise RecipeError("Diagnosis reads text; this data set has images.")
         if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
             raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
@@ -168,7 +165,7 @@ class Diagnosis:
         batch, limit = next(iter(self.part.loader), None), self.options.max_tokens or None
         if batch is None or self.num_rows is None:
             return limit
-        tokens = int(count_targets(batch)) * self.num_rows // len(batch["bl_examples"])
+        tokens = int(count_targets(batch)) * self.num_rows // len(batch[EXAMPLES])
         return min(tokens, limit or tokens)
 
     def _compared(self, comparison: Comparison) -> tuple[Compare | None, dict[str, list[Any]]]:
@@ -231,9 +228,9 @@ class Diagnosis:
         except RecipeError as error:
             raise RecipeError(f"Cannot use `--probe {name}`: {error}") from error
         packs = trainer.args.packing
-        if trainer.args.completion_only_loss is None:
-            trainer.completion_only_loss = "prompt" in columns_of(dataset)
-        prepared = trainer.prepare_rows(deal(dataset, trainer.args), "probe", packing=packs)
+        asked = trainer.args.completion_only_loss
+        completion_only = "prompt" in columns_of(dataset) if asked is None else asked
+        prepared = trainer.prepare_rows(deal(dataset, trainer.args), "probe", packing=packs, completion_only=completion_only)
         return split, self._load(prepared, by=None, packs=packs)
 
     def _run_probe(self, split: str, part: Part) -> tuple[ComparedElsewhere, list[Any]]:

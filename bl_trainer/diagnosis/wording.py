@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
-from .continuum import Placement, objective_name
+from .continuum import Placement, objective_name, record_of
 from .report import Interval, Kind, Report
 
 KIND_NAMES = {
@@ -47,8 +45,7 @@ def placement_text(placement: Placement) -> str:
 
 
 def arm_name(arm: dict[str, Any]) -> str:
-    objective, threshold = Objective.read(arm["objective"]), Threshold.parse(arm.get("threshold"))
-    return objective_name({"objective": objective.to_dict(), "threshold": threshold.to_dict()})
+    return objective_name(record_of(arm))
 
 
 def short_name(name: str, size: int = 48) -> str:

@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .._util.lm_eval import load_yaml, share_out
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..prepare.format import Format
@@ -169,8 +169,7 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
     accelerator = Accelerator()
     # loaded here, since the harness cuts the embeddings to the tokenizer's size under an adapter, which may hold them whole
     lm = HFLM(pretrained=model.to(accelerator.device), tokenizer=tokenizer, batch_size=options.batch_size)
-    if accelerator.num_processes > 1:
-        lm.accelerator, lm._rank, lm._world_size = accelerator, accelerator.process_index, accelerator.num_processes
+    share_out(lm, accelerator)
     return lm
 
 

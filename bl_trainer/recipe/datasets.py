@@ -10,9 +10,10 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..errors import RecipeError
 from ..tokens.layouts import align, arrange
+from ..tokens.names import REFERENCE, WEIGHT
 from .local_files import COMPRESSED, LOCAL_FORMATS, find_fault, format_of, is_path, is_shifted, local_files, open_binary
 
-OPTIONAL = ("objective_weight", "ref_logprobs")  # columns that the splits of a data set may have each for itself
+OPTIONAL = (WEIGHT, REFERENCE)  # columns that the splits of a data set may have each for itself
 
 TEXTS = ("prompt", "completion", "text", "messages", "conversations")
 

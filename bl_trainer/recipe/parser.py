@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
-from trl.scripts.utils import DatasetConfig
 
 from .._util.text import nearest, sentence
+from .._util.trl import DatasetConfig
 from ..errors import RecipeError
 from ..objectives.composition import KEYS
 from ..objectives.objective import OBJECTIVES

@@ -21,13 +21,13 @@ from filelock import FileLock
 
 from .._util.files import write_text
 from ..errors import RecipeError
-from ..training.record import Curve
+from ..training.metrics_log import Curve
 from . import guard, study
 from .design import MODEL_KEYS, evaluate_argv
 from .outcome import RESULT_SCHEMA, arm_folder, read_held_out, read_result, task_scores, task_versions
 from .plan import Plan
 from .rulers import RULERS, show, study_value
-from .study import ArmError
+from .study import REASON, ArmError
 
 ATTEMPTS = 3  # of an arm that something kills
 
@@ -183,7 +183,7 @@ class Arm:
             if value is not None:
                 trial.report(value, line["step"])
                 if trial.should_prune():
-                    trial.set_user_attr("reason", f"pruned at step {line['step']}, {self.plan.rank_by} {show(value)}")
+                    trial.set_user_attr(REASON, f"pruned at step {line['step']}, {self.plan.rank_by} {show(value)}")
                     raise optuna.TrialPruned
 
     def _result(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _tokens(recipe: Recipe) -> tuple[int | None, str]:
 
 
 def _length(tokenizer: Any, row: dict[str, Any], text_field: str) -> int:
-    messages = row.get("messages") or row.get("conversations")
+    messages = row.get("messages")  # into which `arrange` has turned every other layout of conversations
     if messages is None and isinstance(row.get("prompt"), list):
         messages = [*row["prompt"], *row["completion"]]
     if messages is not None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..pages.html import Picture, drawn
-from ..training.record import Curve
+from ..training.metrics_log import Curve
 from .leaderboard import Leaderboard
 from .outcome import arm_folder
 from .rulers import Ruler

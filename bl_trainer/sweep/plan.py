@@ -180,7 +180,7 @@ def _named_files(recipe: dict[str, Any]) -> list[Path]:
     """Return the local files on which a recipe's runs depend: data, templates, settings, and the code of its objective."""
     data = recipe.get("dataset_name")
     named = [Path(value) for value in recipe.values() if isinstance(value, str) and len(value) < 256 and Path(value).is_file()]
-    return [*local_files(data and str(data)), *named, *_code_of(Objective.parse(recipe.get("objective") or "nll"))]
+    return [*local_files(data and str(data)), *named, *_code_of(Objective.read(recipe.get("objective") or "nll"))]
 
 
 def _code_of(objective: Objective) -> Iterator[Path]:

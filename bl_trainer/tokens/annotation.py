@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from trl.data_utils import is_conversational
 
-from ..head.targets import Targets, shifted
-from .names import EXAMPLES, GROUP, LENGTH, OWNER, POSITION, ROW, TEMPLATE
+from ..head.targets import IGNORED, Targets, shifted
+from .names import EXAMPLES, GROUP, INDEX, LENGTH, OWNER, POSITION, ROW, TEMPLATE
 from .template import template_mask
 
 
@@ -49,7 +49,7 @@ class Annotation:
         ids = example["input_ids"]
         row = example.get(ROW)
         if row is None:
-            digest = hashlib.blake2b(f"{example.get('bl_index')} {ids}".encode(), digest_size=7).digest()
+            digest = hashlib.blake2b(f"{example.get(INDEX)} {ids}".encode(), digest_size=7).digest()
             row = -1 - int.from_bytes(digest)
         is_chat = is_conversational(example)
         template = template_mask(self.tokenizer, self.chat_template, example, ids) if is_chat else [0] * len(ids)
@@ -58,10 +58,10 @@ class Annotation:
         group = example.get(GROUP, "")
         position, length = [0] * len(ids), [1] * len(ids)
         start = None
-        for i, label in enumerate([*example["labels"], -100]):
-            if label != -100 and start is None:
+        for i, label in enumerate([*example["labels"], IGNORED]):
+            if label != IGNORED and start is None:
                 start = i
-            elif label == -100 and start is not None:
+            elif label == IGNORED and start is not None:
                 first = max(start, 1)  # nothing predicts the first token of all
                 for k in range(start, i):
                     position[k], length[k] = max(0, k - first), max(1, i - first)

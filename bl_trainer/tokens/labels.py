@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
 from ..errors import RecipeError
+from ..head.targets import IGNORED
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
@@ -99,7 +100,7 @@ def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str,
                 f"Cannot train on {which}: `{column}` has {count} for {size} tokens. Give one number for each of `input_ids`."
             )
     mask = example.get("attention_mask") or ()
-    targets = [not hidden and label != -100 for hidden, label in zip(mask, _labels_of(example), strict=False)]
+    targets = [not hidden and label != IGNORED for hidden, label in zip(mask, _labels_of(example), strict=False)]
     if any(targets) or 0 in mask[: sum(map(bool, mask))]:
         raise RecipeError(
             f"Cannot train on {which}: its `attention_mask` hides tokens and is not read. Leave the padding out; the trainer "
@@ -130,7 +131,7 @@ def _labels_of(example: dict[str, Any]) -> list[int]:
 def targets_of(example: dict[str, Any]) -> list[int]:
     """Return the positions of a prepared example's targets: labels of tokens that others stand before."""
     starts = {0, *accumulate(example.get("seq_lengths") or ())}
-    return [i for i, label in enumerate(_labels_of(example)) if label != -100 and i not in starts]
+    return [i for i, label in enumerate(_labels_of(example)) if label != IGNORED and i not in starts]
 
 
 def refuse_without_target(
@@ -188,7 +189,7 @@ def _count_blank(dataset: Dataset) -> tuple[int, int]:
 def _blank(table: pa.Table) -> tuple[int, int]:
     labels = table["labels"]
     sizes = pc.list_flatten(table["seq_lengths"]) if "seq_lengths" in table.column_names else pc.list_value_length(labels)
-    sizes, targets = sizes.to_numpy(), np.append(pc.list_flatten(labels).to_numpy() != -100, False)
+    sizes, targets = sizes.to_numpy(), np.append(pc.list_flatten(labels).to_numpy() != IGNORED, False)
     counts = np.add.reduceat(targets, np.cumsum(sizes) - sizes, dtype=int)  # of an empty one the next target
     return len(sizes), int(((counts == 0) | (sizes == 0)).sum())
 
@@ -216,14 +217,14 @@ def check_ids(dataset: Any, name: str, size: int | None) -> Any:
 
 def _are_ids(values: pa.ChunkedArray, column: str, size: int) -> bool:
     if column == "labels":
-        values = pc.filter(values, pc.not_equal(values, -100))
+        values = pc.filter(values, pc.not_equal(values, IGNORED))
     bounds = pc.min_max(values).as_py()
     return bounds["max"] is None or (bounds["min"] >= 0 and bounds["max"] < size)
 
 
 def _check_ids(example: dict[str, Any], row: int, columns: list[str], name: str, size: int) -> dict[str, Any]:
     for column in columns:
-        wrong = next((each for each in example[column] if not 0 <= each < size and (column, each) != ("labels", -100)), None)
+        wrong = next((each for each in example[column] if not 0 <= each < size and (column, each) != ("labels", IGNORED)), None)
         if wrong is not None:
             raise RecipeError(
                 f"Cannot train on row {row} of the {name} set, counted from 0: `{column}` has {wrong}, and the model has "

@@ -11,6 +11,8 @@ TEMPLATE = "bl_template"  # 1 for a token that the chat template made
 EXAMPLE_LENGTHS = "example_lengths"  # of a batch in padding-free mode: tokens of each example in its one row
 
 # What diagnosis adds
+INDEX = "bl_index"  # of a stream's row: its place in the stream
+
 GROUP = "bl_group"  # of the row: its value in the column that figures are broken down by
 
 POSITION = "bl_position"  # of a token in its example's answer

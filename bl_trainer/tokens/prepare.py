@@ -1,7 +1,8 @@
 """A data set made ready to train: TRL's preparation, and the columns that go with the tokens through cutting and packing."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,7 +22,11 @@ from .vocabulary import tokenizer_of
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set to be prepared, and how: what `SFTTrainer._prepare_dataset` takes. `name`: of the set, as errors call it."""
+    """
+    A data set to be prepared, and how: what `SFTTrainer._prepare_dataset` takes. `name`: of the set, as errors call it.
+
+    `completion_only`: whether prompts are left out; None for what the trainer does with its own training set.
+    """
 
     dataset: Any
     processing_class: Any
@@ -29,6 +34,7 @@ class Rows:
     packing: bool
     formatting_func: Any
     name: str
+    completion_only: bool | None = None
 
     def untruncated(self) -> "Rows":
         """Return the same rows, to be prepared whole, one to a row."""
@@ -51,9 +57,21 @@ class Wanted:
 
 def tokenize(trainer: SFTTrainer, rows: Rows) -> Any:
     """Return the rows as TRL prepares them: token ids with labels, truncated and packed as `rows` says."""
-    return SFTTrainer._prepare_dataset(
-        trainer, rows.dataset, rows.processing_class, rows.args, rows.packing, rows.formatting_func, rows.name
-    )
+    with _completion_only(trainer, rows.completion_only):
+        return SFTTrainer._prepare_dataset(
+            trainer, rows.dataset, rows.processing_class, rows.args, rows.packing, rows.formatting_func, rows.name
+        )
+
+
+@contextmanager
+def _completion_only(trainer: Any, wanted: bool | None) -> Iterator[None]:
+    """Let TRL, which reads it from the trainer, prepare a set with prompts left out or not; None for as it is."""
+    own = trainer.completion_only_loss
+    trainer.completion_only_loss = own if wanted is None else wanted
+    try:
+        yield
+    finally:
+        trainer.completion_only_loss = own
 
 
 def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:

@@ -9,6 +9,7 @@ from peft import PeftConfig
 
 from .._util.text import is_number
 from ..errors import RecipeError
+from ..head.targets import IGNORED
 from ..objectives.objective import Objective
 from .names import REFERENCE, ROW
 
@@ -83,7 +84,7 @@ def check_reference(example: dict[str, Any], name: str) -> dict[str, Any]:
         raise RecipeError(f"{which} {'is missing' if values is None else f'is {values!r}, no list'}. {rule}")
     if len(values) != len(labels):
         raise RecipeError(f"{which} has {len(values)} numbers for {len(labels)} tokens. {rule}")
-    used = [value if i > 0 and label != -100 else 0.0 for i, (value, label) in enumerate(zip(values, labels, strict=True))]
+    used = [value if i > 0 and label != IGNORED else 0.0 for i, (value, label) in enumerate(zip(values, labels, strict=True))]
     for value in used:
         if not (is_number(value) and value <= 1e-3):  # above 0 by rounding
             raise RecipeError(f"{which} has {value!r} for a target token. It must be log p, a finite number of at most 0.")
@@ -98,7 +99,7 @@ def truncated(example: dict[str, Any], kept: slice) -> dict[str, Any]:
 
 def has_target(example: dict[str, Any]) -> bool:
     """Return whether anything trains; TRL drops the examples that are cut down to their prompt."""
-    return any(label != -100 for label in example["labels"])
+    return any(label != IGNORED for label in example["labels"])
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .._util.text import nearest
-from .._util.transformers import has_length
+from .._util.transformers import Conv1D, has_length
 from ..errors import MeasurementError, RecipeError
 from ..objectives.threshold import Threshold, spell_probability
 from ..tokens.labels import check_ids

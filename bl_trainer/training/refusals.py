@@ -7,11 +7,11 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PrefixTuningConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoConfig, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from .._util.peft import ModulesToSaveWrapper, check_target_module_exists
+from .._util.process import is_parallel
 from .._util.transformers import balancing_loss_of
 from ..errors import RecipeError
 
@@ -54,7 +54,7 @@ def refuse_launcher(args: TrainingArguments) -> None:
             "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
             "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
         )
-    cp_size, size, backend = _parallelism(args)
+    cp_size, size, backend = _sequence_parallelism(args)
     if size > 1 and backend == "deepspeed":
         raise ValueError(
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
@@ -70,15 +70,15 @@ def refuse_launcher(args: TrainingArguments) -> None:
 
 def is_context_parallel(args: Any) -> bool:
     """Whether `args`, or the launcher, would cut sequences up over devices."""
-    return _parallelism(args)[0] > 1
+    return _sequence_parallelism(args)[0] > 1
 
 
-def _parallelism(args: Any) -> tuple[int, int, str]:
+def _sequence_parallelism(args: Any) -> tuple[int, int, str]:
     """Return the sizes of context and sequence parallelism, and the latter's backend."""
     parallelism = getattr(args, "parallelism_config", None)
     if parallelism is not None:
         return parallelism.cp_size, parallelism.sp_size, parallelism.sp_backend
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+    if not is_parallel():
         return 1, 1, "deepspeed"
     cp_size, size = (int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("CP", "SP"))
     return cp_size, size, os.environ.get("PARALLELISM_CONFIG_SP_BACKEND", "deepspeed")

@@ -9,6 +9,7 @@ from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
 from trl import SFTTrainer
 
+from .._util.accelerate import has_prepared
 from .._util.transformers import is_deepspeed_zero3_enabled
 from .._util.trl import add_fused_lm_head
 from ..head.patch import add_scoring
@@ -58,6 +59,11 @@ class ScoringTrainer(SFTTrainer):
         """The loss head in use: `own` or `trl`."""
         return "own" if self.reference_head is None else "trl"
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether the training set has images."""
+        return bool(self._is_vision_dataset)
+
     def add_heads(self, model: Any) -> None:
         """Let `model` compute the loss. Raises ValueError if neither our head nor TRL's gives its logits."""
         base = model.get_base_model() if is_peft_model(model) else model
@@ -97,7 +103,7 @@ class ScoringTrainer(SFTTrainer):
         self._is_verified = True
         for kind in sorted(self.heads_in_use()):
             with self.accelerator.autocast():
-                verify_head(model, kind, trains=not self._is_sharded(), text=not self._is_vision_dataset)
+                verify_head(model, kind, trains=not self._is_sharded(), text=not self.sees_images)
 
     def verify_whole(self) -> None:
         """Verify the heads of a model that is in place already, as a sharded one isn't before training."""
@@ -146,7 +152,7 @@ class ScoringTrainer(SFTTrainer):
 
     def shard(self) -> None:
         """Prepare a model that hasn't trained yet for FSDP2, under which accelerate takes none without its optimizer."""
-        if self.accelerator.is_fsdp2 and not self.accelerator._models:
+        if self.accelerator.is_fsdp2 and not has_prepared(self.accelerator):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -161,9 +167,9 @@ class ScoringTrainer(SFTTrainer):
         """Return the columns that the data set `name` is to get or keep."""
         return Wanted()
 
-    def prepare_rows(self, dataset: Any, name: str, *, packing: bool) -> Any:
+    def prepare_rows(self, dataset: Any, name: str, *, packing: bool, completion_only: bool | None = None) -> Any:
         """Return another data set, which errors call `name`, ready as the trainer's own is. Raises as `make_ready`."""
-        return self.make_ready(Rows(dataset, self.processing_class, self.args, packing, None, name))
+        return self.make_ready(Rows(dataset, self.processing_class, self.args, packing, None, name, completion_only))
 
     def make_ready(self, rows: Rows) -> Any:
         """Return a data set ready to train, checked row by row. Raises RecipeError with the number of the row."""
