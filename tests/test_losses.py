@@ -74,8 +74,8 @@ def reference(logits, labels, spec, threshold, num_items=None):
     objective, threshold = Objective.parse(spec), Threshold.parse(threshold)
     kept = threshold.keep(logp)
     cost = torch.where(kept, objective(logp, **{name: given[name] for name in objective.statistics}), 0.0)
-    count = kept.sum().clamp(min=1) * 2 if threshold.normalize == "kept" and num_items else kept.sum().clamp(min=1)
-    return cost.sum() / (count if threshold.normalize == "kept" else num_items or len(logp)), logp, given
+    count = kept.sum().clamp(min=1) * 2 if threshold.normalize == "kept" else num_items or len(logp)
+    return cost.sum() / count, logp, given
 
 
 def logits_of(hidden, weight, bias, scale=1.3, softcap=5.0):
@@ -327,7 +327,7 @@ def test_evaluation_divides_by_kept_tokens_alone():
     kept = {"above": 0.005, "normalize": "kept"}
     with torch.no_grad():
         found = as_loss("neg_p", kept, micro_batches=2)({"logits": logits}, labels, 40)
-    torch.testing.assert_close(found, reference(logits, labels, "neg_p", kept)[0].detach())
+    torch.testing.assert_close(found, 2 * reference(logits, labels, "neg_p", kept)[0].detach())
 
 
 def outputs(length=LENGTH, **others):
@@ -355,7 +355,7 @@ REFUSED = {
     "scheduled": (lambda: as_loss(COMPOSED), "'power' without training progress"),
     "wrong progress": (
         lambda: as_loss("anneal", progress=lambda: 3)(outputs(), LABELS),
-        "training progress 3: it is not between",
+        "training progress 3: it is no number from 0 to 1",
     ),
     "reference": (lambda: as_loss("psft")(outputs(), LABELS), "objective 'psft' needs 'ref_logp'. Pass `ref_logp=`"),
     "special tokens": (
@@ -502,3 +502,41 @@ def test_saved_tensors_are_unpacked_once():
     checkpointed = logits.detach().requires_grad_()
     checkpoint(lambda x: as_loss("neg_p")({"logits": 1 * x}, labels), checkpointed, use_reentrant=False).backward()
     torch.testing.assert_close(checkpointed.grad, logits.grad)
+
+
+def test_what_is_given_beside_labels_is_checked():
+    logits, labels = torch.randn(1, 4, 7, dtype=torch.float64), torch.randint(7, (1, 4))
+    hidden, weight = torch.randn(1, 4, 3), torch.randn(7, 3)
+    special = {"name": "power", "alpha": 10, "special_tokens": {"name": "nll"}}
+    with pytest.raises(ValueError, match=r"`is_special`: it is torch.uint8. Give a bool tensor"):
+        as_loss(special)({"logits": logits}, labels, is_special=torch.ones(1, 4, dtype=torch.uint8))
+    for value in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="a weight is below 0, or no number"):
+            as_loss("nll")({"logits": logits}, labels, objective_weight=torch.full((1, 4), value))
+    for options in ({"softcap": 0}, {"softcap": -1.0}, {"scale": torch.ones(())}):
+        with pytest.raises(ValueError, match=r"`scale` .* must be a number"):
+            fused_objective(hidden, weight, labels, "nll", **options)
+    with pytest.raises(ValueError, match=r"hidden states are torch.float32, the weight is torch.float16"):
+        fused_objective(hidden, weight.half(), labels, "nll")
+
+
+def test_micro_batches_divide_also_without_a_number_of_items():
+    logits, labels = torch.randn(1, 4, 7, dtype=torch.float64, requires_grad=True), torch.randint(7, (1, 4))
+    threshold = {"above": 1e-9, "normalize": "kept"}
+    whole = as_loss("nll", threshold)({"logits": logits}, labels)
+    part = as_loss("nll", threshold, micro_batches=4)({"logits": logits}, labels)
+    torch.testing.assert_close(4 * part, whole)
+
+
+@pytest.mark.parametrize("spec", ["nll", "neg_p", "infosft", {"name": "focal", "gamma": 0.5}, "log_one_minus_p"], ids=str)
+def test_log_p_that_is_rounded_to_above_0_is_that_of_p_1(spec):
+    found = []
+    for value in (1e-7, 0.0):
+        logp = torch.full((1, 3), value, dtype=torch.float64, requires_grad=True)
+        cost = per_token(
+            logp, torch.tensor([[3, 4, 5]]), spec, **({"entropy": torch.ones_like(logp)} if spec == "infosft" else {})
+        )
+        (gradient,) = torch.autograd.grad(cost.sum(), logp)
+        assert gradient.isfinite().all()
+        found.append((cost.detach(), gradient))
+    torch.testing.assert_close(found[0], found[1])

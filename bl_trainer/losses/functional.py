@@ -20,7 +20,7 @@ from ..head.ops import objective_head
 from ..objectives.objective import Objective
 from ..objectives.pricing import masked_cost
 from ..objectives.threshold import Threshold, trains
-from .inputs import at_targets, check_labels, check_states, logits_of, read_targets, targets_of
+from .inputs import at_targets, check_bounds, check_labels, check_states, logits_of, read_targets, targets_of
 from .metrics import LossMetrics
 from .pricing import COLUMNS, GIVEN, Pricing
 
@@ -141,6 +141,7 @@ def fused_objective(
     """
     pricing = Pricing.read(objective, threshold, progress)
     check_states(hidden, lm_head_weight)
+    check_bounds(scale, softcap)
     check_labels(labels, hidden.shape[:-1], len(lm_head_weight), "hidden states")
     pricing.check_given(columns, COLUMNS, labels.shape, ("num_items", "bias", "scale", "softcap", "metrics"))
     targets = targets_of(labels.to(hidden.device))
@@ -197,6 +198,7 @@ def per_token(
         raise ValueError(
             f"Cannot price tokens: log p is {wide.detach()[is_target].max().item():.3g}, above 0. Give log-probabilities."
         )
+    wide = wide - wide.detach().clamp(min=0)  # what kernels round to above 0 has the cost of p = 1, and its gradient
     given = {"label": ids, **statistics, **pricing.now()}
     asked: dict[str, Any] = {name: given[name] for name in pricing.objective.statistics}
     kept = is_target & trains(pricing.threshold, wide, asked.get("is_special"))

@@ -1,6 +1,7 @@
 """What a caller hands over, checked: logits, hidden states, labels."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,6 +60,20 @@ def check_states(hidden: Any, weight: Any) -> None:
         raise ValueError(
             f"Cannot compute the loss: hidden states of shape {tuple(hidden.shape)} do not fit a weight of shape "
             f"{tuple(weight.shape)}. Give (batch, length, H) or (N, H), and (vocabulary, H)."
+        )
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(
+            f"Cannot compute the loss: hidden states are {hidden.dtype}, the weight is {weight.dtype}. Convert one of them, or "
+            "use autocast."
+        )
+
+
+def check_bounds(scale: Any, softcap: Any) -> None:
+    """Raise ValueError unless the scale of logits is a number, and their bound one above 0 or None."""
+    if not isinstance(scale, Real) or not (softcap is None or (isinstance(softcap, Real) and softcap > 0)):
+        raise ValueError(
+            f"Cannot compute the loss: `scale` {scale!r} must be a number, `softcap` {softcap!r} a number above 0 or None. "
+            "Multiply hidden states by a scale that trains."
         )
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._util.text import is_number, nearest
+from .._util.text import nearest
 from ..head.ops import TokenCosts
 from ..objectives.objective import Objective
 from ..objectives.pricing import Price, price
@@ -50,11 +51,11 @@ class Pricing:
         if "progress" not in self.objective.statistics:
             return {}
         progress: Any = self.progress() if callable(self.progress) else self.progress
-        if not is_number(progress) or not 0 <= progress <= 1:
+        if not isinstance(progress, Real) or not 0 <= progress <= 1:
             raise ValueError(
-                f"Cannot use training progress {progress!r}: it is not between 0 and 1. Give the share of steps done."
+                f"Cannot use training progress {progress!r}: it is no number from 0 to 1. Give the share of steps done."
             )
-        return {"progress": progress}
+        return {"progress": float(progress)}
 
     def check_given(
         self, given: Mapping[str, Any], allowed: tuple[str, ...], shape: torch.Size, others: tuple[str, ...] = ()
@@ -72,6 +73,10 @@ class Pricing:
                 raise ValueError(
                     f"Cannot use `{name}`: it is {got}, not of the labels' shape {tuple(shape)}. Give one per label."
                 )
+            if name in ("is_special", "is_top1") and value.dtype != torch.bool:
+                raise ValueError(f"Cannot use `{name}`: it is {value.dtype}. Give a bool tensor.")
+            if name == "objective_weight" and not (value >= 0).all():
+                raise ValueError("Cannot use `objective_weight`: a weight is below 0, or no number. Give weights from 0 up.")
         lacking = [name for name in allowed if name in self.objective.statistics and name not in given]
         if lacking:
             raise ValueError(
@@ -88,7 +93,7 @@ class Pricing:
         """Return the loss to minimise; see `as_loss`."""
         total, counts = costs.cost.sum(), num_items is not None
         if self.threshold.normalize == "kept":
-            counts = counts and torch.is_grad_enabled()  # in evaluation losses are not added
+            counts = (counts or micro_batches is not None) and torch.is_grad_enabled()  # in evaluation losses are not added
             if counts and micro_batches is None:
                 raise ValueError(
                     "Cannot divide by kept tokens: the trainer accumulates micro-batches, and their number is not known. Give "
