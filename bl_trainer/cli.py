@@ -3,6 +3,7 @@
 Importing it costs neither torch nor TRL, so that `bl-trainer --help` and a mistyped verb are answered at once.
 """
 
+import copy
 import os
 import signal
 import sys
@@ -65,7 +66,7 @@ def train(argv: list[str]) -> None:
         train_dataset, eval_dataset = recipe.load_datasets()
         trainer = BLTrainer(
             model=recipe.model.model_name_or_path,
-            args=recipe.arguments(),
+            args=arguments_of(recipe),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             quantization_config=recipe.quantization_config,
@@ -88,6 +89,13 @@ def train(argv: list[str]) -> None:
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)
+
+
+def arguments_of(recipe: Any) -> Any:
+    """Return the recipe's `training` as the trainer takes it, with all `model_init_kwargs`."""
+    arguments = copy.copy(recipe.training)  # `dataclasses.replace` would check, and set DeepSpeed up, once more
+    arguments.model_init_kwargs = recipe.model_init_kwargs()
+    return arguments
 
 
 def _save(trainer: Any, recipe: Any) -> None:

@@ -11,7 +11,7 @@ import transformers
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from bl_trainer import BLConfig, Threshold
-from bl_trainer.cli import main
+from bl_trainer.cli import arguments_of, main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.keys import NEEDS, REPLACED
 from bl_trainer.recipe.recipe import Recipe
@@ -52,8 +52,8 @@ def test_reads_file_and_command_line(write):
 
 def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
     recipe = Recipe.read(write(model_init_kwargs={"pad_token_id": 0}, dtype="bfloat16"))
-    assert recipe.arguments().model_init_kwargs == {**recipe.model_init_kwargs(), "pad_token_id": 0}
-    assert recipe.arguments().model_init_kwargs["dtype"] == "bfloat16"
+    assert arguments_of(recipe).model_init_kwargs == {**recipe.model_init_kwargs(), "pad_token_id": 0}
+    assert arguments_of(recipe).model_init_kwargs["dtype"] == "bfloat16"
     assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
 
 

@@ -1,6 +1,5 @@
 """Recipes: TRL's SFT recipe keys and ours, from a YAML file and the command line, read strictly."""
 
-import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -112,12 +111,6 @@ class Recipe:
             "dtype": self.model.dtype,
         }
         return {**kwargs, **(self.training.model_init_kwargs or {})}  # type: ignore[dict-item]
-
-    def arguments(self) -> BLConfig:
-        """Return `training` as the trainer takes it, with `model_init_kwargs`."""
-        arguments = copy.copy(self.training)  # `dataclasses.replace` would check, and set DeepSpeed up, once more
-        arguments.model_init_kwargs = self.model_init_kwargs()
-        return arguments
 
     def load_datasets(self) -> tuple[Any, Any]:
         """Return the training set, and the evaluation set or None. Raises RecipeError if one can't be had, or be ended."""

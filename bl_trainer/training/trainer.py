@@ -273,7 +273,10 @@ class BLTrainer(ScoringTrainer):
 
     @leaves_no_empty_folder
     def train(
-        self, resume_from_checkpoint: str | bool | ResumePlan | None = None, trial: Any = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | bool | ResumePlan | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         self.is_left = False
         self.token_metrics.begin()
@@ -293,7 +296,7 @@ class BLTrainer(ScoringTrainer):
                 if 0 < steps_of(self.args, checkpoint, state) <= state.global_step:
                     return self._finish(checkpoint, state)
             tell_of_loss(self)
-            output = super().train(checkpoint, trial, *args, **kwargs)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
             self.average_weights()
             refuse_unlearnt(self.has_begun, self._has_met_targets)
             return output
@@ -351,7 +354,9 @@ class BLTrainer(ScoringTrainer):
         with saving(folder, self.accelerator, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             RunRecord.of(self).append_to_card(Path(str(self.args.output_dir)) / "README.md")
