@@ -1,5 +1,6 @@
 """What a recipe may not do: run code that the user didn't name, write elsewhere, or leave secrets behind."""
 
+import copy
 import json
 import os
 import re
@@ -165,3 +166,10 @@ def test_arguments_survive_a_copy_but_for_the_token(tmp_path):
     assert args.hub_token == SECRET
     copied = copy.deepcopy(args)
     assert (copied.objective, copied.hub_token) == ("neg_p", None)
+
+
+def test_a_trainers_arguments_keep_what_pickles_leave_out(tmp_path):
+    args = BLConfig(output_dir=str(tmp_path), use_cpu=True, objective="neg_p", hub_token=SECRET)
+    copied = copy.copy(args)
+    assert copied.hub_token == SECRET
+    assert copied.parsed_objective is args.parsed_objective

@@ -70,7 +70,7 @@ def check_states(hidden: Any, weight: Any) -> None:
 
 def check_bounds(scale: Any, softcap: Any) -> None:
     """Raise ValueError unless the scale of logits is a number, and their bound one above 0 or None."""
-    if not isinstance(scale, Real) or not (softcap is None or (isinstance(softcap, Real) and softcap > 0)):
+    if not isinstance(scale, Real) or not (softcap is None or (isinstance(softcap, Real) and float(softcap) > 0)):
         raise ValueError(
             f"Cannot compute the loss: `scale` {scale!r} must be a number, `softcap` {softcap!r} a number above 0 or None. "
             "Multiply hidden states by a scale that trains."

@@ -51,7 +51,7 @@ class Pricing:
         if "progress" not in self.objective.statistics:
             return {}
         progress: Any = self.progress() if callable(self.progress) else self.progress
-        if not isinstance(progress, Real) or not 0 <= progress <= 1:
+        if not isinstance(progress, Real) or not 0 <= float(progress) <= 1:
             raise ValueError(
                 f"Cannot use training progress {progress!r}: it is no number from 0 to 1. Give the share of steps done."
             )

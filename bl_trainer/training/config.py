@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from .refusals import refuse_bypass
@@ -82,6 +83,12 @@ class BLConfig(SFTConfig):
         # transformers pickles its arguments into every checkpoint
         return {**state, **{key: None for key in SECRETS if hasattr(self, key)}}
 
+    def __copy__(self) -> "BLConfig":
+        """Return a copy with all that pickles leave out: secrets, and what was parsed."""
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
     @property
     def parsed_objective(self) -> Objective:
         """The objective, parsed once however often it is asked for."""
@@ -99,7 +106,11 @@ class BLConfig(SFTConfig):
     def _parse(self, key: str, parse: Callable[[Any], Any]) -> Any:
         known, spec = self._known(), getattr(self, key)
         if key not in known or known[key][0] != spec:
-            known[key] = copy.deepcopy(spec), parse(spec)
+            try:
+                known[key] = copy.deepcopy(spec), parse(spec)
+            except RecipeError as error:
+                said = str(error)
+                raise (error if f"`{key}" in said else RecipeError(f"`{key}`: {said}")) from error.__cause__
         return known[key][1]
 
     def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:

@@ -354,7 +354,7 @@ class BLTrainer(ScoringTrainer):
         with saving(folder, self.accelerator, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's own, which differs from transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
