@@ -579,7 +579,7 @@ MISTAKES = [
     ("maths --output {out}", "Unknown data set 'maths'. Did you mean 'math'? Names: math,"),
     ("math", "`--output` is missing. Write e.g. `--output data/math`."),
     ("math --output .", "`--output .` must name a folder"),
-    ("math --output {out} --souce x", "Unknown option 'souce'. Did you mean 'source'?"),
+    ("math --output {out} --souce x", "Unknown option 'souce'. Did you mean `--source`?"),
     ("math --output {out} more", "more"),
     ("math --output {out} --source {tmp}/none", "/none`: there is no such file or folder."),
     ("math --output {out} --source {tmp}/bare", "holds no .jsonl, .json,"),

@@ -28,7 +28,10 @@ def masked_cost(
     # Its graph is gone through twice, which activation offloading can't. Under `inference_mode` there would be none, and no
     # tensor made there can be in one: all are copied
     with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-        kept = kept.clone() if scale is None else kept & (scale != 0)
+        if scale is not None:
+            kept = kept & (scale != 0)
+        elif kept.is_inference():
+            kept = kept.clone()
         seen = hidden(~kept, {"logp": logp, **statistics})
         leaf = seen.pop("logp")
         if not leaf.requires_grad:
