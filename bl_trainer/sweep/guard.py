@@ -35,13 +35,16 @@ def main(argv: list[str]) -> int:
     folder, *command = argv
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
+    is_left = threading.Event()
+
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)
+        is_left.set()
         stop(folder)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    code = child.wait()
+    code = 1 if (found := child.wait()) < 0 and is_left.is_set() else found
     stop(folder)  # what a launcher that was killed has left behind
     return code if code >= 0 else 128 - code
 

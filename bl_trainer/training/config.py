@@ -86,7 +86,7 @@ class BLConfig(SFTConfig):
     def __copy__(self) -> "BLConfig":
         """Return a copy with all that pickles leave out: secrets, and what was parsed."""
         made = type(self).__new__(type(self))
-        vars(made).update(vars(self))
+        vars(made).update({**vars(self), "_parsed": dict(self._known())})
         return made
 
     @property
