@@ -1,8 +1,8 @@
 """Everything that is asked of a GPU, in under nine minutes: `PYTHONPATH=. python benchmarks/gpu_check.py --help`.
 
-Each part runs in a process of its own, for a limited time. What it finds is written as it comes, to gpu-check-DEVICE.json and
-gpu-check-DEVICE.md, so that a run that is cut leaves its figures; the same command again goes on with the parts that are
-missing. This process imports little, and the next part imports what it needs while the one before still measures.
+Each part runs in a process of its own, for a limited time. Its figures are written to gpu-check-DEVICE.json and
+gpu-check-DEVICE.md as they come, and stay there if the run is cut. The same command then runs the missing parts. This process
+imports little. The next part imports what it needs while the one before still measures.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def cases(small: bool) -> Iterator[Case]:
 
 
 def make(case: Case, device: str) -> tuple[Tensor, Head, Tensor]:
-    """Return hidden states, a head and targets, half of which are the most probable tokens."""
+    """Return hidden states, a head and targets. Half of the targets are the most probable tokens."""
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*shape: int, spread: float = 1.0) -> Tensor:
@@ -248,7 +248,7 @@ def _tried(run: Callable[[], Errors], case: Case, wrong: list[str]) -> Errors | 
 
 
 def _large(setting: Setting, reporter: Reporter, wrong: list[str], way: str) -> None:
-    """Try a whole batch in bfloat16, of which float64 sees a few rows at a time."""
+    """Try a whole batch in bfloat16. The float64 reference takes a few rows at a time."""
     tokens, vocabulary, size = (300, 5003, 32) if setting.small else (8192, 151936, 896)
     for threshold in ("all", "above"):
         case = Case("neg_p", "plain", torch.bfloat16, threshold, tokens, vocabulary, size)

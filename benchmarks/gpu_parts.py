@@ -208,7 +208,7 @@ def release(setting: Setting) -> None:
 
 
 def chain(rows: int, length: int, kinds: int) -> Dataset:
-    """Return rows of tokens of which each leaves two to follow: their NLL can fall to log 2."""
+    """Return rows in which two tokens can follow each token. Their NLL can fall to log 2."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(kinds, (rows, length), generator=generator)
     coin = torch.randint(2, (rows, length), generator=generator)

@@ -20,6 +20,7 @@ from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.prepare import PrepareArguments
+from bl_trainer.sweep.verb import SweepArguments
 from conftest import write_recipe
 
 FILE = Path(__file__).with_name("api.json")
@@ -50,12 +51,12 @@ def described(thing):
 
 def api():
     rooms = {f"bl_trainer{room}": import_module(f"bl_trainer{room}") for room in ROOMS}
-    options = {"diagnose": DiagnoseArguments, "evaluate": EvaluateArguments, "prepare-data": PrepareArguments}
-    try:
-        from bl_trainer.sweep.verb import SweepArguments
-    except ImportError:  # without Optuna
-        pytest.skip("needs Optuna")
-    options["sweep"] = SweepArguments
+    options = {
+        "diagnose": DiagnoseArguments,
+        "evaluate": EvaluateArguments,
+        "prepare-data": PrepareArguments,
+        "sweep": SweepArguments,
+    }
     return {
         "names": {
             room: {name: described(getattr(module, name)) for name in sorted(module.__all__)} for room, module in rooms.items()

@@ -29,9 +29,7 @@ class DiagnoseArguments:
     data: str | None = field(default=None, metadata={"help": "JSONL file, data folder or Hub name, in place of a recipe."})
     report: str | None = field(default=None, metadata={"help": "Folder for the report."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a report that is there already."})
-    max_tokens: int = field(
-        default=500_000, metadata={"help": "Measure a random sample of about so many target tokens; 0 for all."}
-    )
+    max_tokens: int = field(default=500_000, metadata={"help": "Target tokens to measure, as a random sample. 0 measures all."})
     by: str | None = field(default=None, metadata={"help": "Column of the data set to break the figures down by."})
     percentiles: list[float] = field(
         default_factory=list, metadata={"help": "Percentiles of p to report besides 1 to 99, e.g. 2.5 99.5."}

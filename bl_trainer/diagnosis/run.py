@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 
 class Part(NamedTuple):
-    """A data set in batches, and the target tokens to stop at: None for packed rows, of which a sample was taken before."""
+    """A data set in batches. `max_tokens`: target tokens to stop at; None for packed rows, which are sampled before packing."""
 
     loader: DataLoader
     max_tokens: int | None

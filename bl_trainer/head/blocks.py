@@ -117,7 +117,7 @@ class _EagerBlock:
 
     def __init__(self, logits: Tensor, target: Tensor, blocks: RowBlocks, extras: tuple[str, ...], differs: bool):
         self.logits, self.target, self.step = logits, target, max(blocks.cached_rows, 1)
-        self.is_here: Tensor | None = None  # of which rows the target is in this process's part of the vocabulary, if not all
+        self.is_here: Tensor | None = None  # rows whose target is in this process's part of the vocabulary; None: all rows
         work = torch.empty_like(logits[: self.step])
         pieces = zip(logits.split(self.step), target.split(self.step), strict=True)
         self.slope = 1 - (logits / blocks.softcap) ** 2 if differs and blocks.softcap is not None else None

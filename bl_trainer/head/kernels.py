@@ -61,8 +61,8 @@ def _sums(
     column_weighted = tl.zeros((TILE,), tl.float32)
     column_squares = tl.zeros((TILE,), tl.float32)
     column_rank = tl.zeros((TILE,), tl.int32)
-    # Whole strides are loaded, of which the end is no logit: by them, a multiple of 16, loads can be wide. The next tile is on
-    # its way while this one is added up
+    # Loads cover whole strides, a multiple of 16, so that they can be wide; columns past the vocabulary are masked below.
+    # The next tile is loaded while this one is added up
     column = tl.arange(0, TILE)
     ahead = tl.load(logits + row * stride + column, mask=column < stride, other=float("-inf"))
     for start in range(0, vocabulary, TILE):

@@ -3,7 +3,7 @@
 import re
 from string import ascii_uppercase
 
-# What may stand between the words that announce a letter and the letter, of which "not" and the like are none
+# Words allowed between an announcement and its letter. "not" is not among them
 LEAD = (
     r"(?i:\b(?:the|is|are|be|was|as|but|rather|therefore|thus|most|either|answer|option|choice|letter"
     r"|(?!(?:un|least )likely|hardly|scarcely|barely|rarely)\w{1,20}ly)\b"

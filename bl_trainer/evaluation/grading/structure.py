@@ -16,7 +16,7 @@ def as_intervals(text: str) -> str:
 
 
 def _as_interval(text: str) -> str | None:
-    """Return the interval that one letter between bounds stands for; None of other expressions."""
+    """Return the interval that an expression such as `1 < x < 2` describes; None for any other expression."""
     terms = [term.strip() for term in ORDER.split(text)]
     if len(terms) == 3 and not re.fullmatch(NAME, terms[0]):
         terms = terms[::-1]
