@@ -111,7 +111,7 @@ ROWS = {
     "compiled": ("`torch_compile`", "backend `eager`; with `inductor` `neg_p` was run"),
     "bf16": ("bf16", IN_BFLOAT16),
     "neftune": ("NEFTune", ""),
-    "evaluation": ("evaluation during training", "its metrics are exact, and training goes on as without it"),
+    "evaluation": ("evaluation during training", "its metrics are exact, and training continues as without it"),
     "compute_metrics": (
         "`compute_metrics`",
         "gets all logits, from a second forward pass; `eval_loss` is the objective's",

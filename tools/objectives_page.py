@@ -1,4 +1,4 @@
-"""Write docs/objectives.md and docs/objectives.svg, of all built-in objectives: `python tools/objectives_page.py [docs]`.
+"""Write docs/reference/objectives.md and docs/reference/objectives.svg, of all built-in objectives: `python tools/objectives_page.py [docs/reference]`.
 
 The page is made of the registry: formulas, texts and sources are the docstrings, parameters and statistics the signatures.
 """
@@ -62,12 +62,12 @@ its weight.
 The weight on the NLL gradient against the probability p of the target. Where an objective looks at more than p, for three
 values of what it looks at.
 
-**Which one?** [Choosing an objective](choosing-an-objective.md): diagnose, then sweep. The first four are the paper's;
-[`anneal`](anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the
-same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](anneal.md#the-study), which is
+**Which one?** [Choosing an objective](../guide/worked-example.md): diagnose, then sweep. The first four are the paper's;
+[`anneal`](../results/anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the
+same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study), which is
 behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
-[a real model](negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
-[the README](../README.md#composing-objectives).
+[a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
+[Composing objectives](../guide/composing.md).
 
 **Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
 becomes merely surer (where a weight is its entropy), and a schedule or a threshold changes what the loss means. So
@@ -209,4 +209,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    main(sys.argv[1] if len(sys.argv) > 1 else "docs/reference")

@@ -1,0 +1,108 @@
+"""Find wording that readers must read twice: `python tools/prose.py [FILE ...]`, by default all that a person reads.
+
+It looks at README.md, docs/, the pages' templates, and in bl_trainer/ at help texts and the messages of exceptions and warnings.
+It prints file, line and a better wording, and exits with 1 if it finds anything.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WORDS = 28  # in a sentence; the rule of thumb is 22
+TELL_TALES = {
+    r"\bof which\b": "start a new sentence",
+    r"\bso many\b": "a number",
+    r"\bis (?:said|told)\b": "the program says",
+    r"\b(?:go|goes|going|gone|went) on\b": "resume, or continue",
+    r"\b(?:let|lets|letting) go\b": "discard",
+    r"\bunless told\b": "by default",
+    r"\bstands? for\b": "is, or means",
+    r"\bcut short\b": "truncated",
+    r"\b(?:passes|passed) over\b": "skip",
+    r"\bforetold\b": "predictable",
+    r"\bheld-out\b": "test, or validation",
+    r"\bmean of means\b": "average",
+    r"\brulers?\b": "metric",
+}
+FIELDS = {"help", "description"}
+CALLS = re.compile(r"Error$|^warn$|^warning$|^field$|^fail$")
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Yield the sentences of a paragraph without what is code."""
+    plain = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
+    yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+", plain)
+
+
+def faults(text: str) -> Iterator[str]:
+    """Yield what is wrong with a paragraph."""
+    for pattern, better in TELL_TALES.items():
+        for found in re.findall(pattern, text, re.IGNORECASE):
+            yield f"{found!r}: write {better}"
+    for sentence in sentences(text):
+        count = len(re.findall(r"[A-Za-z][\w'-]*", sentence))
+        if count > WORDS:
+            yield f"{count} words in a sentence, at most {WORDS}: {sentence[:60]!r} ..."
+
+
+def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of each paragraph, list item and table cell, without code blocks and headings."""
+    start, lines = 1, []
+    fenced = False
+    for number, line in enumerate([*markdown.splitlines(), ""], 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        begins = re.match(r"\s*(?:[-*>]|\d+\.)\s", line)
+        ends = fenced or not line.strip() or begins or line.lstrip().startswith(("|", "#", "```", "<!--", "--8<--", ":::", "!["))
+        if ends and lines:
+            yield start, " ".join(lines)
+            lines = []
+        if fenced or line.lstrip().startswith(("```", "#", "<!--", "--8<--", ":::", "![")) or line.startswith("    "):
+            continue
+        if line.startswith("|"):
+            yield from ((number, cell.strip()) for cell in line.strip("|").split("|"))
+        elif line.strip():
+            start = start if lines else number
+            lines.append(re.sub(r"^\s*(?:[-*>]|\d+\.)\s+", "", line).strip())
+
+
+def strings(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of the messages of exceptions and warnings, and of help texts."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            given = [*node.args, *(each.value for each in node.keywords)] if CALLS.search(name) else []
+            yield from ((part.lineno, _text(part)) for value in given for part in ast.walk(value) if _is_text(part))
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) if isinstance(value, ast.Constant) else "X" for value in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
+def main(paths: list[Path]) -> int:
+    """Print every fault in the files, and return how many there are."""
+    count = 0
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        found = strings(text) if path.suffix == ".py" else paragraphs(text)
+        seen = {(line, fault) for line, part in found for fault in faults(part)}
+        for line, fault in sorted(seen):
+            print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}: {fault}")
+        count += len(seen)
+    return count
+
+
+if __name__ == "__main__":
+    given = [Path(name) for name in sys.argv[1:]]
+    everything = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    everything += [*sorted((ROOT / "bl_trainer").rglob("*.j2")), *sorted((ROOT / "bl_trainer").rglob("*.py"))]
+    sys.exit(1 if main(given or everything) else 0)
