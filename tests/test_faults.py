@@ -279,7 +279,7 @@ def test_a_run_resumed_in_a_later_epoch_sees_the_same_examples(step, tokenizer, 
     again = build(BLTrainer, tokenizer, data, tmp_path, **options)
     again_from = str(tmp_path / "out" / f"checkpoint-{step}")
     if FORGETS and step > 3:
-        with pytest.raises(CheckpointError, match=r"would go on with the examples of the first\. Run `pip install"):
+        with pytest.raises(CheckpointError, match=r"would continue with the examples of the first\. Run `pip install"):
             again.train(resume_from_checkpoint=again_from)
         return
     again.train(resume_from_checkpoint=again_from)
@@ -435,7 +435,7 @@ def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys
     path = tmp_path / "out" / "checkpoint-2" / "bl_trainer.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "save_only_model": True}))
-    with pytest.raises(RecipeError, match="was saved with `save_only_model: true`, without what is needed to go on"):
+    with pytest.raises(RecipeError, match="was saved with `save_only_model: true`, without what resuming needs"):
         resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
     path.unlink()  # as TRL's own trainer leaves it
     path.with_name(MANIFEST_FILE).unlink()

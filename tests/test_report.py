@@ -57,6 +57,7 @@ def made(**changes):
         "schema": SCHEMA,
         "versions": {"bl_trainer": "0"},
         "model": "a model",
+        "date": "2026-01-31",
         "data": "some data",
         "recipe": RecipeFacts("nll", None, 1e-5, False),
         "total": total(),

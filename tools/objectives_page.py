@@ -63,19 +63,18 @@ The weight on the NLL gradient against the probability p of the target. Where an
 values of what it looks at.
 
 **Which one?** [Choosing an objective](../guide/worked-example.md): diagnose, then sweep. The first four are the paper's;
-[`anneal`](../results/anneal.md) is ours, with a study of its own; those after it are here so that they can be compared on the
-same rulers; whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study), which is
-behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
-[a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
+[`anneal`](../results/anneal.md) is ours, with a study of its own. Those after it are here so that they can be compared by the
+same metrics. Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is
+behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on [a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
 [Composing objectives](../guide/composing.md).
 
-**Reading the loss.** Some costs fall also while targets become less probable (-sg(p) log p is 0 at p = 0), or while the model
-becomes merely surer (where a weight is its entropy), and a schedule or a threshold changes what the loss means. So
+**Reading the loss.** Some costs also fall while targets become less probable: -sg(p) log p is 0 at p = 0. Others fall while the model
+merely becomes surer, where a weight is its entropy. A schedule or a threshold changes what the loss means. So
 `metric_for_best_model` defaults to `eval_nll` under every objective but `nll`, and `eval_loss` is refused.
 `nll`, `target_prob` and accuracy are reported for every objective.
 
-**What they share.** The sum of costs is divided by all target tokens. Papers that weigh a token by the rest of its batch
-(TALR's tau, MiLe's mean weight, DEFT's mean p) have a fixed number here, without which the gradient would depend on how a
+**What they share.** The sum of costs is divided by all target tokens. Some papers weigh a token by the rest of its batch
+(TALR's tau, MiLe's mean weight, DEFT's mean p). Here that is a fixed number, so that the gradient does not depend on how a
 batch is cut into micro-batches. All are finite, with their gradients, from log p = -50 to 0.
 
 ## What they cost

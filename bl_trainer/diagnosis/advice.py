@@ -8,6 +8,7 @@ import yaml
 
 from ..measurement.histogram import TINY
 from .continuum import CUTS, record_of
+from .decision import decide
 from .report import Advice, Learnability, Report
 from .warnings import warnings
 
@@ -23,11 +24,11 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
 
-# From these shares of the content's tokens on, what is improbable and can be foretold is too much to forgo, and what can't be
-# too much to learn: both lie in the gaps between the miniature's cells of different winners (docs/continuum.md)
+# From these shares of the content's tokens on, what is improbable and predictable is too much to forgo, and the rest is too much
+# to learn: both lie in the gaps between the miniature's cells of different winners (docs/results/continuum.md)
 LEARNABLE, NOISE = 0.2, 0.1
 
-DOUBTFUL = 0.1  # of what can be foretold, from which a verdict of noise was wrong on one of the miniature's models
+DOUBTFUL = 0.1  # of what is predictable, from which a verdict of noise was wrong on one of the miniature's models
 
 RISING = LEARNABLE / 10  # growth of the former over the probe's second half, from which it is not done
 
@@ -39,7 +40,7 @@ SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the b
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
     "both": "knowledge that the model lacks, and noise. nll learns both; on small synthetic tasks anneal learnt the one and "
-    "discarded most of the other; so did power 0.5, but it did not learn everywhere (docs/anneal.md)",
+    "discarded most of the other; so did power 0.5, but it did not learn everywhere (docs/results/anneal.md)",
     "noise": "mostly noise to this model. Prior-leaning objectives discard that, and forgo little that they could not learn",
     "little": "too little of either for objectives to differ much",
 }
@@ -48,8 +49,8 @@ VERDICTS = {
 def judge(probe: Learnability) -> tuple[str, str]:
     """Return what the probe says of a data set's improbable targets, and, if it can't tell, why.
 
-    `knowledge`: the foretold share reaches `LEARNABLE`; `noise`: the rest reaches `NOISE`; `both`, and `little` of either.
-    `undecided` where an interval crosses its cut, or the foretold share may still rise across it. Improbable targets without a
+    `knowledge`: the predictable share reaches `LEARNABLE`; `noise`: the rest reaches `NOISE`; `both`, and `little` of either.
+    `undecided` where an interval crosses its cut, or the predictable share may still rise across it. Improbable targets without a
     control may be either.
     """
     found, lost = probe.found, probe.without_control
@@ -63,7 +64,7 @@ def judge(probe: Learnability) -> tuple[str, str]:
     if low < LEARNABLE and abs(found.gain) < MOVED:
         return "undecided", "training has hardly moved the model: give more `--probe_steps`, or a higher `--learning_rate`"
     if low < LEARNABLE and is_rising and found.low >= LEARNABLE:
-        return "undecided", "the foretold share was still rising: give more `--probe_steps`"
+        return "undecided", "the predictable share was still rising: give more `--probe_steps`"
     if low < LEARNABLE < high or (low_noise < NOISE < high_noise and not is_rising):
         either = ", since targets without a control may be either" if lost else ""
         return "undecided", f"an interval crosses its cut{either}: measure more tokens by `--max_tokens`, or sweep"
@@ -76,7 +77,11 @@ def judge(probe: Learnability) -> tuple[str, str]:
 def recommend(report: Report) -> Advice:
     """Say what to sweep and why, and what to beware of."""
     regions = _regions(report)
+    probe = report.learnability
+    headline, confidence = decide(report, is_doubtful=probe is not None and _is_doubtful(probe))
     return Advice(
+        headline=headline,
+        confidence=confidence,
         arms=_arms(report, regions),
         learning_rate=[float(f"{report.recipe.learning_rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
         seed=[0, 1, 2],
@@ -104,7 +109,7 @@ def _is_open(report: Report, regions: list[str]) -> bool:
 
 
 def _is_doubtful(probe: Learnability) -> bool:
-    """Whether so much can be foretold that a verdict of noise may be wrong."""
+    """Whether so much is predictable that a verdict of noise may be wrong."""
     return probe.verdict == "noise" and probe.found.learnable >= DOUBTFUL
 
 
@@ -115,7 +120,7 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
     if _is_open(report, regions) or (probe and (probe.verdict == "both" or _is_doubtful(probe))):
-        arms.append({"objective": "anneal"})  # docs/anneal.md
+        arms.append({"objective": "anneal"})  # docs/results/anneal.md
     if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": max(report.percentiles[str(SWEPT_PERCENTILE)], TINY)})
     if recipe.threshold is not None:  # which an arm would inherit
@@ -143,7 +148,7 @@ def _reasons(report: Report, regions: list[str]) -> list[str]:
     if _is_open(report, regions):
         reasons.append(
             "anneal is among them: on small synthetic tasks no fixed objective was near the best everywhere, greedy and by "
-            "samples; it was, or nearly so (docs/anneal.md)."
+            "samples; it was, or nearly so (docs/results/anneal.md)."
         )
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "
@@ -164,12 +169,14 @@ def _learnability_reason(probe: Learnability) -> str:
     found, interval, lost = probe.found, probe.found.learnable_interval, probe.without_control
     shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
     said = VERDICTS.get(probe.verdict, f"undecided, since {probe.why}")
+    if probe.verdict == "little" and found.learnable >= DOUBTFUL:
+        said = "less knowledge than the cut, but enough for objectives to differ. Keep nll in the sweep"
     if _is_doubtful(probe):
         said += ". But on one of three small models nll learnt so much, and neg_p did not: keep nll in the sweep"
     left_out = f" {lost:,} improbable targets are left out: no place serves them as a control." if lost else ""
     return (
         f"Of the content {found.low:.3f} is improbable (p < {probe.below:g}). After {probe.steps} steps on other "
-        f"examples {found.learnable:.3f}{shown} can be foretold, {found.noise:.3f} can't: {said}.{left_out}"
+        f"examples {found.learnable:.3f}{shown} are predictable, {found.noise:.3f} are not: {said}.{left_out}"
     )
 
 

@@ -14,7 +14,7 @@ ALT_TEXTS = {
     "continuum": "Mean p on the continuum from model-weak to model-strong, with the paper's base models",
     "histogram": "Share of target tokens by their probability p",
     "gradient": "Share of the gradient from each tenth of p, for each objective",
-    "reliability": "How often the most probable token is the target, by its probability; larger dots stand for more tokens",
+    "reliability": "How often the most probable token is the target, by its probability; larger dots hold more tokens",
     "positions": "Mean p by position: from the start, along, and from the end of a response",
     "examples": "How many examples have which mean p",
     "moved": "Where the probability of target tokens moved: p under the base model against p after tuning",

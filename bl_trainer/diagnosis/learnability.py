@@ -1,8 +1,8 @@
 """The learnability probe: are the improbable target tokens of a data set knowledge that the model lacks, or noise?
 
 A LoRA adapter is trained by NLL for a few steps on one half of the data, and both models are asked about the improbable
-targets of the other half. A target that has gained more in log p where it stands than the same token has elsewhere is
-foretold by its context, as knowledge is and noise isn't.
+targets of the other half. A target that has gained more in log p at its place than the same token has elsewhere is
+predictable from its context, as knowledge is and noise isn't.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ class Probe:
 
     Found are means over the second half's content, `VALUES`: `learnable`, the mean of s on improbable targets, 0 on others;
     `low`, the share of improbable targets; `noise`, the share of those with a control, less `learnable`; `gain`, the mean rise
-    of log p, in nats. `learnable` is the share of targets that are improbable and foretold, if training foretells those for
+    of log p, in nats. `learnable` is the share of targets that are improbable and predictable, if training predicts those for
     sure and knows nothing of the rest.
 
     `first`: tokenised examples to train on. `batches`: of the second half, as diagnosis collates them; this process's. `most`:

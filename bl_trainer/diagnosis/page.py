@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def write_report(report: Report, folder: str | None) -> None:
         "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n",
         "examples.json": to_json(report.reader) + "\n",
         "sweep.yaml": sweep_yaml(report),
-        "report.html": page(report),
+        "report.html": page(report, target),
     }
     for name, text in texts.items():
         write_text(target / name, text)
@@ -57,12 +58,13 @@ def _rows_csv(rows: list[Any]) -> str:
     return text.getvalue()
 
 
-def page(report: Report) -> str:
-    """Return the HTML page of a report."""
+def page(report: Report, folder: Path) -> str:
+    """Return the HTML page of a report, with commands for the files in `folder`."""
     home = Path(__file__).parent
     return fill(
         home / "page.html.j2",
-        title=f"{report.model}: {placement_text(report.placement)}",
+        title=f"{report.model} on {report.data}: {placement_text(report.placement)}",
+        next=_next(report, folder),
         report=report,
         placement=placement_text(report.placement),
         sample=sample_text(report) if report.sampled else "",
@@ -83,9 +85,21 @@ def page(report: Report) -> str:
     )
 
 
+def _next(report: Report, folder: Path) -> dict[str, str]:
+    """Return what to do next, and the command for it."""
+    sweep = shlex.quote(str(folder / "sweep.yaml"))
+    lines = {"Compare the objectives, each at its best learning rate:": f"bl-trainer sweep --config recipe.yaml --sweep {sweep}"}
+    if report.learnability is None:
+        probe = shlex.quote(f"{folder}-probe")
+        lines["Estimate how much of the improbable part is noise:"] = (
+            f"accelerate launch -m bl_trainer diagnose --config recipe.yaml --probe_steps 80 --report {probe}"
+        )
+    return lines
+
+
 def _halves(probe: Learnability) -> Table:
     parts = {f"after {probe.steps // 2} steps": probe.half_way, f"after {probe.steps} steps": probe.found}
-    header = ["share of the content", "improbable", "foretold", "not foretold", "mean rise of log p"]
+    header = ["share of the content", "improbable", "predictable", "the rest", "mean rise of log p"]
     rows = [
         [name, f"{part.low:.4f}", interval_text(part.learnable, part.learnable_interval),
          interval_text(part.noise, part.noise_interval), f"{part.gain:+.3f}"]

@@ -207,8 +207,10 @@ class Compare:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to sweep and why, and what to beware of."""
+    """What to try first and how sure that is, what to sweep and why, and what to beware of."""
 
+    headline: str = ""
+    confidence: str = ""
     arms: list[dict[str, Any]] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     seed: list[int] = field(default_factory=list)
@@ -226,6 +228,7 @@ class Report:
     """
 
     schema: int
+    date: str  # of the measurement, ISO 8601
     versions: dict[str, str]
     model: str
     data: str | list[str]

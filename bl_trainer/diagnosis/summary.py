@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
@@ -76,6 +77,7 @@ def summarise(measurement: Measurement, recipe: Recipe, percentiles: list[float]
     ranks = sorted({*map(float, range(1, 100)), *percentiles})
     report = Report(
         schema=SCHEMA,
+        date=datetime.now(timezone.utc).date().isoformat(),
         versions={name: version(name) for name in ("bl_trainer", "trl", "transformers", "datasets", "torch")},
         model=str(recipe.model.model_name_or_path),
         data=recipe.script.dataset_name or [entry.path for entry in recipe.mixture.datasets],

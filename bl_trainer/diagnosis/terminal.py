@@ -23,7 +23,8 @@ def terminal_summary(report: Report, folder: str | None) -> str:
     lines = [*_measured(report), f"Placement: {placement_text(report.placement)}", *_groups(report), *_compared(report)]
     lines += [f"  {clipped(reason, 400)}" for reason in advice.reasons[: 3 if report.learnability else 2]]
     lines += [f"  ! {clipped(warning)}" for warning in advice.warnings[:6]]
-    lines.append("Try: " + "; ".join(arm_name(arm) for arm in advice.arms))
+    lines.append(f"Advice: {advice.headline}")
+    lines.append("Sweep: " + "; ".join(arm_name(arm) for arm in advice.arms))
     lines.append(f"Report: {target / 'report.html'}   sweep file: {target / 'sweep.yaml'}")
     return "\n".join(lines[:25])
 

@@ -70,18 +70,18 @@ class EvaluateArguments:
     )
     output: str | None = field(default=None, metadata={"help": "Folder for the results."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of these tasks and models that are there."})
-    limit: float | None = field(default=None, metadata={"help": "Only the first so many items of a task; below 1 a share."})
+    limit: float | None = field(default=None, metadata={"help": "Only the first N items of each task; below 1 a share."})
     num_fewshot: int | None = field(default=None, metadata={"help": "Examples in the prompt, if not the task's own number."})
     samples: int = field(
         default=1,
         metadata={"help": "Answers to each item, whose mean counts (Avg@k), sampled if above 1. The paper: 16."},
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Of sampling; unless told, 1 with several samples as in the paper, else 0 (greedy)."}
+        default=None, metadata={"help": "Of sampling; by default 1 with several samples, as in the paper, else 0 (greedy)."}
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to generate, if not the task's own number."})
     apply_chat_template: bool | None = field(
-        default=None, metadata={"help": "Whether to put prompts into the chat template; unless told, if the tokenizer has one."}
+        default=None, metadata={"help": "Whether to put prompts into the chat template; by default, if the tokenizer has one."}
     )
     backend: str = field(default="hf", metadata={"help": f"What generates: {', '.join(BACKENDS)}."})
     batch_size: str = field(default="8", metadata={"help": "Items at a time on each device, or auto."})

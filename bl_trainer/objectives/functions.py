@@ -75,7 +75,7 @@ def power(logp: Tensor, alpha: float) -> Tensor:
     """f(p) = (1 - p^alpha) / alpha, weight on the NLL gradient p^alpha.
 
     Between the two and beyond: alpha -> 0 is `nll`, 1 is `neg_p`, 10 the paper's -p^10, and a negative alpha is more
-    prior-averse than `nll`. There p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f goes on linearly
+    prior-averse than `nll`. There p^alpha has no bound, so beyond p^alpha = e^80, near the end of float32, f continues linearly
     in log p.
 
     Source: https://arxiv.org/abs/2510.00526, Eq. 3.
@@ -124,11 +124,10 @@ def annealed_alpha(progress: float, start: float, end: float) -> float:
 def anneal(logp: Tensor, entropy: Tensor, progress: float, start: float = 0.5, end: float = 5.0) -> Tensor:
     """f(p) = (1 - p^a) / a, weight on the NLL gradient p^a, with a = sg(e^-H) (start + (end - start) max(0, 2 progress - 1)).
 
-    `power`, with an alpha for each token, the smaller the less the model is decided (H is the entropy of its next-token
-    distribution in nats), and so the nearer to `nll`, which learns what it lacks. Where it is sure, of the target or of
-    something else, alpha is `start` in the first half of training, and rises in the second, linearly to `end`: targets that
-    it has had the chance to learn and still finds improbable are let go. docs/negative-results.md says how it was found,
-    docs/anneal.md what it does.
+    `power` with an alpha for each token. H is the entropy of its next-token distribution in nats. The less decided the model,
+    the smaller alpha, and the nearer to `nll`, which learns what is missing. Where the model is sure, of the target or of
+    something else, alpha is `start` in the first half of training and rises to `end` in the second. That discards targets that
+    it has had the chance to learn and still finds improbable. docs/results/anneal.md is the study.
 
     `logp`: float tensor of any shape. `entropy`: the same shape. `progress`: of training, from 0 to 1. Returns the shape
     and dtype of `logp`. Raises RecipeError unless start >= 0 and end >= 0.

@@ -20,7 +20,7 @@ def dft(logp: Tensor, min_weight: float = 0.0) -> Tensor:
     """f(p) = -sg(max(p, min_weight)) log p, weight on the NLL gradient max(p, min_weight).
 
     Dynamic Fine-Tuning. Use it where the model knows the task; without min_weight its gradient is that of `neg_p`, with it
-    improbable tokens go on learning.
+    improbable tokens keep learning.
 
     Source: https://arxiv.org/abs/2508.05629; min_weight, 0.1 there, is from the authors' code.
     """
@@ -119,8 +119,8 @@ def eaft(logp: Tensor, entropy: Tensor, alpha: float = 1.0) -> Tensor:
 
     Entropy-adaptive fine-tuning: where the model is sure (of the target, or of something else) nothing is trained. alpha =
     0 is `nll`. In the paper H is the entropy of the 20 most probable tokens, renormalised, which is at most ln 20; here it
-    is that of the whole distribution, which the head gives anyway, cut off at ln 20. With m the mass of those 20 and h(m)
-    the entropy of a coin of that bias, they differ by at most h(m) + (1 - m) max(ln 20, ln(vocabulary - 20)). Its code, and
+    is that of the whole distribution, which the head gives anyway, cut off at ln 20. They differ by at
+    most h(m) + (1 - m) max(ln 20, ln(vocabulary - 20)). m is the mass of those 20, h(m) the entropy of a coin of that bias. Its code, and
     LLaMA-Factory, divide by 3.0 in place of ln 20 = 2.996, axolotl by nothing, which is three times the gradient; we follow
     the paper.
 
@@ -171,7 +171,7 @@ def asft(logp: Tensor, ref_logp: Tensor, kl_weight: float = 0.1) -> Tensor:
     """f(p) = -sg(p) log p + kl_weight (e^r - r - 1), r = log(p_ref / p), weight on the NLL gradient p + kl_weight (e^r - 1).
 
     Anchored SFT: `dft`, held near the reference model. Negative weights pull tokens back that have become more probable
-    than under the reference. Beyond r = 10 the anchor goes on linearly in log p. The paper's code and LLaMA-Factory add
+    than under the reference. Beyond r = 10 the anchor continues linearly in log p. The paper's code and LLaMA-Factory add
     KL(ref || model) over the whole vocabulary, its recipe for verl KL(model || ref); SkyRL and NeMo-RL the expression
     above, at the target alone. We follow these, since it needs one number per token of the reference, which a column of the
     data set can hold. Target tokens are not drawn from the model, so it is a penalty and not an estimate of the KL. SkyRL's

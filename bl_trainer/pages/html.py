@@ -41,10 +41,18 @@ def fill(template: Path, **values: Any) -> str:
 @cache
 def _environment(folder: Path) -> Environment:
     loader = FileSystemLoader([folder, HOME])
-    return Environment(
+    environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["code"] = _code
+    return environment
+
+
+def _code(text: str) -> Markup:
+    """Return a sentence with what stands between backticks as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def script_json(value: Any) -> Markup:

@@ -95,7 +95,7 @@ def open_part(folder: Path, settings: dict[str, Any], options: PrepareArguments)
         has_begun = any(folder.glob("*.parquet"))  # what failed before its first file has nothing to lose
         if other and has_begun and not options.overwrite:
             raise RecipeError(
-                f"{folder} is left from a preparation with other options that was interrupted ({', '.join(other)}). Go on "
+                f"{folder} is left from a preparation with other options that was interrupted ({', '.join(other)}). Resume "
                 "with these, or write `--overwrite` to begin anew."
             )
         shutil.rmtree(folder)

@@ -25,10 +25,10 @@ class PrepareArguments:
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Leave out training rows of more tokens; the paper's length for the data set unless told."},
+        metadata={"help": "Leave out training rows of more tokens; by default the paper's length for the data set."},
     )
     keep_long: bool = field(default=False, metadata={"help": "Only count rows of more tokens, and keep them."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many rows of each split that is read."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first N rows of each split."})
     seed: int | None = field(default=None, metadata={"help": f"Of figfont, the label noise, and instruction's choice; {SEED}."})
     label_noise: float | None = field(default=None, metadata={"help": "Share of openbookqa's training labels to be wrong."})
     source: str | None = field(

@@ -39,7 +39,7 @@ def writing(path: str) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
-            "command goes on from the last one."
+            "command resumes from the last one."
         ) from error
 
 

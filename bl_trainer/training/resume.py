@@ -135,7 +135,7 @@ def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Thresho
     """Return the threshold to resume with: a percentile's value is what it was at the start."""
     if record.get("save_only_model"):
         raise CheckpointError(
-            f"{checkpoint} was saved with `save_only_model: true`, without what is needed to go on: the optimizer's state and "
+            f"{checkpoint} was saved with `save_only_model: true`, without what resuming needs: the optimizer's state and "
             "the random numbers. Start a new run from it as `model_name_or_path`."
         )
     if asked.resolved:
@@ -144,7 +144,7 @@ def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Thresho
     if isinstance(value, float) and value > 0:
         return replace(asked, above=value)
     raise CheckpointError(
-        f"{checkpoint} doesn't record the probability that `above_percentile: {asked.above_percentile}` stands for, "
+        f"{checkpoint} doesn't record the probability that `above_percentile: {asked.above_percentile}` means, "
         "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
     )
 
@@ -225,7 +225,7 @@ def refuse_lost_epoch(checkpoint: str) -> None:
     if Version(installed["transformers"]) < Version("5"):
         raise CheckpointError(
             f"{checkpoint} is {epoch:.4g} epochs into its run, and accelerate {installed['accelerate']} with transformers "
-            f"{installed['transformers']} would go on with the examples of the first. Run `pip install 'accelerate>=1.15'`."
+            f"{installed['transformers']} would continue with the examples of the first. Run `pip install 'accelerate>=1.15'`."
         )
 
 
