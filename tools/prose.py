@@ -27,7 +27,6 @@ TELL_TALES = {
     r"\bmean of means\b": "average",
     r"\brulers?\b": "metric",
 }
-FIELDS = {"help", "description"}
 CALLS = re.compile(r"Error$|^warn$|^warning$|^field$|^fail$")
 
 
@@ -69,6 +68,17 @@ def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
             lines.append(re.sub(r"^\s*(?:[-*>]|\d+\.)\s+", "", line).strip())
 
 
+def template_texts(template: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of each element of a Jinja2 template, without scripts."""
+    script = False
+    for number, line in enumerate(template.splitlines(), 1):
+        script = ("<script" in line or script) and "</script" not in line
+        if not script:
+            plain = re.sub(r"{{.*?}}", "X", re.sub(r"{[%#].*?[%#]}", "", line))
+            for part in re.split(r"</?(?:p|h\d|li|ul|section|header|div|t[dhr]|nav)\b[^>]*>", plain):
+                yield number, re.sub(r"<[^>]*>", "", part)
+
+
 def strings(source: str) -> Iterator[tuple[int, str]]:
     """Yield line number and text of the messages of exceptions and warnings, and of help texts."""
     for node in ast.walk(ast.parse(source)):
@@ -88,12 +98,15 @@ def _text(node: ast.AST) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
+READERS = {".py": strings, ".j2": template_texts, ".md": paragraphs}
+
+
 def main(paths: list[Path]) -> int:
     """Print every fault in the files, and return how many there are."""
     count = 0
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        found = strings(text) if path.suffix == ".py" else paragraphs(text)
+        found = READERS[path.suffix](text)
         seen = {(line, fault) for line, part in found for fault in faults(part)}
         for line, fault in sorted(seen):
             print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}: {fault}")
