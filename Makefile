@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 ADAPTERS := .venv-adapters
+DOCS := .venv-docs
 STACKS := llamafactory axolotl swift verl unsloth
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 SHARED := --numprocesses $(CORES) --dist worksteal
@@ -14,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -92,14 +93,24 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[test,data,qlora,deepspeed,evaluation,sweep,postgresql]"
 	$(NEWEST)/bin/python -m pytest $(SHARED)
 
+$(DOCS)/installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt zensical mkdocstrings-python
+	touch $@
+
+# The site, in site/; strict, and without a network
+docs: $(DOCS)/installed
+	$(DOCS)/bin/zensical build --clean --strict
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/prose.py
 
-# Runs every cell of the README's table, and writes it
+# Runs every cell of the table in docs/reference/compatibility.md, and writes it
 compatibility: $(VENV)/tests
-	UPDATE_README=1 $(BIN)/python -m pytest tests/test_compatibility.py
+	UPDATE_DOCS=1 $(BIN)/python -m pytest tests/test_compatibility.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
@@ -120,8 +131,9 @@ gpu-check:
 figures: $(VENV)/installed
 	$(BIN)/python tools/plot_weights.py
 	$(BIN)/python tools/objectives_page.py
+	$(BIN)/python tools/reference_pages.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS)
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site
 
 comma := ,

@@ -1,4 +1,4 @@
-"""docs/any_trainer.md is true: its snippets run, and its tables name what there is."""
+"""docs/guide/any_trainer.md is true: its snippets run, and its tables name what there is."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from bl_trainer import LossMetrics, as_loss
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_llama
 
-PAGE = (Path(__file__).parents[1] / "docs" / "any_trainer.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "guide" / "any_trainer.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""Each objective in each way of training that TRL has, against the full logits of plain transformers; the README's table."""
+"""Each objective in each way of training that TRL has, against the full logits of plain transformers; the table of the docs."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from ways import (
     weights,
 )
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "compatibility.md"
 MARKERS = "<!-- compatibility -->\n", "<!-- end of compatibility -->"
 BAND = {"above": 0.02, "below": 0.3}
 
@@ -42,7 +42,7 @@ def composed(logp, alpha):
     return (1 - (alpha * logp).exp()) / alpha - (0.1 + lacking) * logp
 
 
-# Heading in the README; what the recipe says; f in plain torch
+# Heading in the docs; what the recipe says; f in plain torch
 FAMILIES = {
     "pointwise": ("`neg_p`", {"objective": "neg_p"}, lambda logp, **_: 1 - logp.exp()),
     "tokens": ("threshold, `tokens`", {"objective": "nll", "threshold": BAND}, lambda logp, **_: -logp),
@@ -65,7 +65,7 @@ FAMILIES = {
 }
 IN_BFLOAT16 = "within 0.02: the logits that it is compared with are rounded to 8 bits"
 UNCOUNTED = "`SFTTrainer`'s gradient depends on how the batch is cut"
-# Row of the README, and what there is to say about it
+# Row of the docs, and what there is to say about it
 ROWS = {
     "full": ("full fine-tuning, untied head", ""),
     "tied_head": ("tied head", ""),
@@ -122,7 +122,7 @@ TOLERANCE = {"mixture_of_experts": 1e-4, "bf16": 0.02, "qlora_trained_head": 0.0
 # By the scale of the noise
 PARTLY_FLOAT32 = {"neftune": 1e-5}
 OUTCOMES = {}
-ALL_CELLS = bool(os.environ.get("UPDATE_README"))  # `make compatibility`
+ALL_CELLS = bool(os.environ.get("UPDATE_DOCS"))  # `make compatibility`
 
 
 @pytest.fixture
@@ -408,14 +408,14 @@ def test_every_way_has_a_row():
     assert ROWS.keys() == {*WAYS, *BEYOND_TRL, *REFUSED, "evaluation", "compute_metrics", "vision_language_packed"}
 
 
-def test_table_in_the_readme():
+def test_table_in_the_docs():
     if OUTCOMES.keys() != {(way, family) for way in ROWS for family in FAMILIES}:
         return  # a part of the cells was selected
-    found, text = render(), README.read_text()
+    found, text = render(), PAGE.read_text()
     before, rest = text.split(MARKERS[0])
     written, after = rest.split(MARKERS[1])
     if ALL_CELLS:
         assert "✗" not in found, found
-        README.write_text(before + MARKERS[0] + found + MARKERS[1] + after)
+        PAGE.write_text(before + MARKERS[0] + found + MARKERS[1] + after)
     else:
         assert written == found, f"The cells found another table; `make compatibility` writes it:\n{found}"

@@ -22,7 +22,7 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from conftest import fake_checkpoint, make_llama, write_recipe
 from test_processes import free_port
-from test_readme import README, table
+from test_docs import PAGES, table
 from test_trainer import build
 
 TESTS = Path(__file__).parent
@@ -144,8 +144,11 @@ ENVIRONMENT = {
 }
 
 
-def test_every_config_is_in_the_readme_with_how_it_was_tried():
-    rows = {Path(row[0].strip("`")).stem: row for row in table("config")}
+PAGE = "docs/guide/multi-gpu.md"
+
+
+def test_every_config_is_in_the_docs_with_how_it_was_tried():
+    rows = {Path(row[0].strip("`")).stem: row for row in table("config", PAGE)}
     assert list(rows) == list(TRIED) == list(ENVIRONMENT)
     assert set(rows) == {path.stem for path in CONFIGS.glob("*.yaml")}
     for name, row in rows.items():
@@ -155,9 +158,9 @@ def test_every_config_is_in_the_readme_with_how_it_was_tried():
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_line_in_the_readme_starts_its_config(name, launched):
+def test_line_in_the_docs_starts_its_config(name, launched):
     start = f"accelerate launch --config_file configs/accelerate/{name}"
-    (line,) = (line for line in README.splitlines() if line.startswith(start) and "configs/paper" not in line)
+    (line,) = (line for line in PAGES[PAGE].splitlines() if line.startswith(start) and "configs/paper" not in line)
     args, environment = launched(line)
     known = {key: value for key, value in environment.items() if key in ENVIRONMENT[name]}
     assert known == ENVIRONMENT[name]

@@ -1,4 +1,4 @@
-"""The README is true: its tables, snippets and file map, and the recipes in `configs/`."""
+"""README and docs are true: tables, snippets, links and file map, and the recipes in `configs/`."""
 
 import json
 import math
@@ -32,17 +32,20 @@ from bl_trainer.training.trainer import BLTrainer
 from ways import train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
+README = PAGES["README.md"]
 P = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, *pages):
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)]
 
 
-def table(header):
-    """The rows of the table whose first header cell is `header`, as lists of cells."""
-    lines = README[README.index(f"| {header} |") :].splitlines()
+def table(header, page):
+    """The rows of a page's table whose first header cell is `header`, as lists of cells."""
+    text = PAGES[page]
+    lines = text[text.index(f"| {header} |") :].splitlines()
     rows = []
     for line in lines[2:]:
         if not line.startswith("|"):
@@ -55,8 +58,9 @@ def evaluate(formula, **values):
     return eval(formula.replace("^", "**").replace("·", "*"), {"log": torch.log, "__builtins__": {}}, {"p": P, **values})
 
 
-def test_table_of_objectives():
-    rows = table("objective")
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/objectives.md"])
+def test_table_of_objectives(page):
+    rows = table("objective", page)
     assert [re.match(r"`(\w+)`", row[0])[1] for row in rows] == [name for name in OBJECTIVES if name not in PUBLISHED]
     for cells in rows:
         name = re.match(r"`(\w+)`", cells[0])[1]
@@ -86,7 +90,7 @@ PAPER = {
 
 def test_map_of_the_papers_spellings():
     seen = set()
-    for spellings, recipe in table("`objective_trans`"):
+    for spellings, recipe in table("`objective_trans`", "docs/guide/objectives.md"):
         recipe = yaml.safe_load(recipe.strip("`"))
         objective, threshold = Objective.parse(recipe["objective"]), Threshold.parse(recipe["threshold"])
         assert threshold.normalize == "kept"
@@ -106,11 +110,12 @@ def test_map_of_the_papers_spellings():
 
 def test_yaml_snippets():
     known = Parser(DATACLASSES).known
-    for block in (block for block in blocks("yaml") if not block.startswith("arms:")):
+    guides = [f"docs/guide/{name}.md" for name in ("training", "objectives", "composing", "thresholds", "your-own-objective")]
+    for block in blocks("yaml", "README.md", *guides):
         for line in block.splitlines():
             ((key, value),) = yaml.safe_load(line).items()
             assert key in known, line
-            if key == "objective" and "my_package" not in line:
+            if key == "objective" and "my_" not in line:
                 Objective.parse(value)
             if key == "threshold":
                 Threshold.parse(value)
@@ -118,7 +123,9 @@ def test_yaml_snippets():
 
 def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
     monkeypatch.chdir(tmp_path)
-    example, power, gated, weights = blocks("python")
+    (example,) = blocks("python", "README.md")
+    power, gated = blocks("python", "docs/guide/your-own-objective.md")
+    (weights,) = blocks("python", "docs/guide/objectives.md")
     namespace = {"torch": torch}
     exec(power + gated, namespace)
     logp = P.log()
@@ -137,36 +144,39 @@ def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
 
 
 def test_tables_of_names():
-    assert [row[0].strip("`") for row in table("statistic")] == list(STATISTICS)
-    named = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table("metric"))))
+    assert [row[0].strip("`") for row in table("statistic", "docs/guide/your-own-objective.md")] == list(STATISTICS)
+    named = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in table("metric", "docs/reference/metrics.md"))))
     assert named == {*METRICS, "loss", "eval_perplexity"}
 
 
 def test_table_of_diagnose_options():
-    assert [row[0].strip("`-") for row in table("option")] == [f.name for f in fields(DiagnoseArguments)]
+    assert [row[0].strip("`-") for row in table("option", "docs/guide/diagnose.md")] == [f.name for f in fields(DiagnoseArguments)]
 
 
 def test_table_of_evaluate_options():
-    assert [row[0].strip("`-") for row in table("option of `evaluate`")] == [f.name for f in fields(EvaluateArguments)]
+    assert [row[0].strip("`-") for row in table("option of `evaluate`", "docs/guide/evaluate.md")] == [f.name for f in fields(EvaluateArguments)]
 
 
 def test_tables_of_data():
-    assert [row[0].strip("`-") for row in table("option of `prepare-data`")] == [f.name for f in fields(PrepareArguments)[1:]]
-    assert [row[0].strip("`") for row in table("name")] == list(SETS)
-    for name, what, *_ in table("name"):
+    page = "docs/paper/data.md"
+    options = [row[0].strip("`-") for row in table("option of `prepare-data`", page)]
+    assert options == [f.name for f in fields(PrepareArguments)[1:]]
+    assert [row[0].strip("`") for row in table("name", page)] == list(SETS)
+    for name, what, *_ in table("name", page):
         assert all(part.hub in what for part in SETS[name.strip("`")].parts)
 
 
 def test_tables_of_sweeps():
-    assert [row[0].strip("`-") for row in table("option of `sweep`")] == [f.name for f in fields(SweepArguments)]
-    keys = [key for row in table("key of a sweep file") for key in re.findall(r"`(\w+)`", row[0])]
+    page = "docs/guide/sweep.md"
+    assert [row[0].strip("`-") for row in table("option of `sweep`", page)] == [f.name for f in fields(SweepArguments)]
+    keys = [key for row in table("key of a sweep file", page) for key in re.findall(r"`(\w+)`", row[0])]
     assert sorted(keys) == sorted(OWN_KEYS)
-    (rulers,) = [row[1] for row in table("key of a sweep file") if row[0] == "`rank_by`"]
+    (rulers,) = [row[1] for row in table("key of a sweep file", page) if row[0] == "`rank_by`"]
     assert set(RULERS) <= set(re.findall(r"`(\w+)`", rulers))
 
 
 def test_sweep_file_is_read(tmp_path):
-    (given,) = [block for block in blocks("yaml") if block.startswith("arms:")]
+    (given,) = [block for block in blocks("yaml", "docs/guide/sweep.md") if block.startswith("arms:")]
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "sweep.yaml").write_text(given.replace("data/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
@@ -178,7 +188,8 @@ def test_sweep_file_is_read(tmp_path):
 
 def test_recipe_keys_in_the_text_exist():
     known = {*Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
-    for key in re.findall(r"`(\w+): ", README):
+    guides = [text for page, text in PAGES.items() if page == "README.md" or page.startswith(("docs/guide/", "docs/reference/ref"))]
+    for key in re.findall(r"`(\w+): ", "".join(text for text in guides if "adapters" not in text[:200])):
         assert key in known | {"normalize", "objective", *OWN_KEYS}, key
 
 
@@ -189,21 +200,24 @@ def test_recipes_in_configs(path, tmp_path, monkeypatch):
 
 
 def test_file_map_and_commands():
-    files = README[README.index("## Files") : README.index("## Development")]
+    files = PAGES["docs/developing/architecture.md"]
     paths = re.findall(r"^([\w/.]+)  +\S", files, re.MULTILINE)
     assert {"bl_trainer/training/", "scripts/", "studies/", "tools/", "tests/"} <= set(paths)
     for path in paths:
         assert (ROOT / path).exists(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"make ([\w-]+)", README):
-        assert target in targets, target
+    for page, text in PAGES.items():
+        for target in re.findall(r"`make ([\w-]+)|^make ([\w-]+)", text, re.MULTILINE):
+            assert (target[0] or target[1]) in targets, (page, target)
 
 
 def test_figures_are_the_measured_ones():
-    tables = list((ROOT / "benchmarks").glob("*.md"))
+    included = re.findall(r"^--8<-- \"(.*)\"$", "\n".join(PAGES.values()), re.MULTILINE)
+    for path in included:
+        assert (ROOT / path).exists(), path
+    tables = [path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("*.md")]
     assert tables
-    for path in tables:
-        assert path.read_text().strip() in README, path.name
+    assert set(tables) <= set(included)
 
 
 def test_figure_is_the_scripts(tmp_path):
@@ -216,8 +230,8 @@ def test_page_of_objectives(tmp_path, checkpoint):
     script = runpy.run_path(str(ROOT / "tools" / "objectives_page.py"))
     script["main"](str(tmp_path))
     for name in ("objectives.md", "objectives.svg"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "docs" / name).read_bytes(), f"{name}: run `make figures`"
-    page = (ROOT / "docs" / "objectives.md").read_text()
+        assert (tmp_path / name).read_bytes() == (DOCS / "reference" / name).read_bytes(), f"{name}: run `make figures`"
+    page = (DOCS / "reference" / "objectives.md").read_text()
     specs = [yaml.safe_load(block)["objective"] for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     assert [spec if isinstance(spec, str) else spec["name"] for spec in specs] == list(OBJECTIVES)
     for spec in specs:
@@ -225,11 +239,11 @@ def test_page_of_objectives(tmp_path, checkpoint):
         Objective.parse({**spec, **required} if isinstance(spec, dict) else spec)
     for name in PUBLISHED:
         assert re.search(rf"### {name}\n.*?Source: https://arxiv.org/abs/\d{{4}}\.\d{{5}}", page, re.DOTALL), name
-        assert f"`{name}`" in README
+        assert f"`{name}`" in PAGES["docs/guide/objectives.md"]
 
 
 def test_column_of_a_reference_is_made_as_the_page_says(tmp_path, checkpoint, tokenizer, monkeypatch):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "objectives.md").read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "reference" / "objectives.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-data").mkdir()
     row = {
@@ -249,7 +263,7 @@ def test_column_of_a_reference_is_made_as_the_page_says(tmp_path, checkpoint, to
 
 
 def test_the_worked_example_is_read(tmp_path):
-    text = (ROOT / "docs" / "choosing-an-objective.md").read_text()
+    text = (DOCS / "guide" / "worked-example.md").read_text()
     (sweep,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "sweep.yaml").write_text(sweep.replace("continuum/mid-fact-30/test.jsonl", str(tmp_path / "test.jsonl")))
@@ -260,7 +274,46 @@ def test_the_worked_example_is_read(tmp_path):
         assert (ROOT / script).exists()
 
 
-def test_links_within_the_project():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / link).exists(), (page.name, link)
+def anchors(text):
+    """The anchors of a page's headings, as the site makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_within_the_project(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", PAGES[page]):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text()), (target, anchor)
+
+
+def test_every_page_is_on_the_site():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = [page for part in site["nav"] for page in ([part] if isinstance(part, str) else [*part.values()][0])]
+    assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")
+
+
+def test_readme_fits_a_screen():
+    assert len(README.splitlines()) <= 150
+
+
+def test_reference_of_commands(tmp_path):
+    runpy.run_path(str(ROOT / "tools" / "reference_pages.py"))["main"](str(tmp_path))
+    assert (tmp_path / "cli.md").read_text() == PAGES["docs/reference/cli.md"], "run `make figures`"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("This goes on.", "write resume, or continue"), (" ".join(["word"] * 29) + ".", "29 words in a sentence")],
+)
+def test_prose_check_finds(text, fault, tmp_path, capsys):
+    prose = runpy.run_path(str(ROOT / "tools" / "prose.py"))
+    sources = {"a.md": text, "a.py": f"raise ValueError({text!r})", "a.j2": f"<p>{text}</p>"}
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+        assert prose["main"]([tmp_path / name]) == 1
+        assert fault in capsys.readouterr().out
+    (tmp_path / "b.md").write_text(f"Training stops.\n\n```\n{text}\n```\n\nWrite `{text}`.")
+    assert prose["main"]([tmp_path / "b.md"]) == 0
