@@ -150,11 +150,15 @@ def test_tables_of_names():
 
 
 def test_table_of_diagnose_options():
-    assert [row[0].strip("`-") for row in table("option", "docs/guide/diagnose.md")] == [f.name for f in fields(DiagnoseArguments)]
+    assert [row[0].strip("`-") for row in table("option", "docs/guide/diagnose.md")] == [
+        f.name for f in fields(DiagnoseArguments)
+    ]
 
 
 def test_table_of_evaluate_options():
-    assert [row[0].strip("`-") for row in table("option of `evaluate`", "docs/guide/evaluate.md")] == [f.name for f in fields(EvaluateArguments)]
+    assert [row[0].strip("`-") for row in table("option of `evaluate`", "docs/guide/evaluate.md")] == [
+        f.name for f in fields(EvaluateArguments)
+    ]
 
 
 def test_tables_of_data():
@@ -188,7 +192,9 @@ def test_sweep_file_is_read(tmp_path):
 
 def test_recipe_keys_in_the_text_exist():
     known = {*Parser(DATACLASSES).known, *TrainingArguments.__dataclass_fields__}
-    guides = [text for page, text in PAGES.items() if page == "README.md" or page.startswith(("docs/guide/", "docs/reference/ref"))]
+    guides = [
+        text for page, text in PAGES.items() if page == "README.md" or page.startswith(("docs/guide/", "docs/reference/ref"))
+    ]
     for key in re.findall(r"`(\w+): ", "".join(text for text in guides if "adapters" not in text[:200])):
         assert key in known | {"normalize", "objective", *OWN_KEYS}, key
 

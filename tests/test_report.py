@@ -3,12 +3,14 @@
 import errno
 import os
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 
 from bl_trainer.diagnosis import warnings
 from bl_trainer.diagnosis.advice import recommend, sweep_yaml
 from bl_trainer.diagnosis.continuum import place
+from bl_trainer.diagnosis.decision import BY_PLACEMENT, BY_PROBE, OPEN, UNDECIDED
 from bl_trainer.diagnosis.page import page, write_report
 from bl_trainer.diagnosis.report import (
     SCHEMA,
@@ -123,7 +125,7 @@ OPEN = {
     *(f"compare.{part}.{name}" for part in ("train", "probe") for name in ("intervals", "calibration")),
 }  # fmt: skip
 CONTRACT = {
-    "": "schema versions.* model data percentiles.* percentile_error histogram groups_cut has_prompts sampled streamed",
+    "": "schema date versions.* model data percentiles.* percentile_error histogram groups_cut has_prompts sampled streamed",
     "recipe": "objective threshold learning_rate chooses_by_loss",
     "total": f"examples tokens {VALUES} prob_interval",
     "placement": "region decided possible cuts distance_to_cuts distance_to_anchors.* anchors.*",
@@ -136,7 +138,7 @@ CONTRACT = {
     "learnability": f"steps learning_rate below without_control trained.rows trained.tokens {FORETOLD} verdict why "
     + " ".join(f"half_way.{name}" for name in FORETOLD.split()),
     "objectives[]": "objective threshold buckets kinds.* effective_tokens scale gradient_weight kept",
-    "recommendation": "arms learning_rate seed reasons warnings",
+    "recommendation": "headline confidence arms learning_rate seed reasons warnings",
     "compare": "checkpoint probe.data probe.split",
     "compare.train": COMPARED,
     "compare.probe": COMPARED,
@@ -278,15 +280,38 @@ def test_advice(changes, arms, reason):
     assert (advice.learning_rate, advice.seed) == ([3.3e-6, 1e-5, 3e-5], [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("mean", "interval", "verdict", "learnable", "headline", "confidence"),
+    [
+        (0.8, (0.79, 0.81), None, 0, "Try `neg_p` first, with `nll` as the control.", BY_PLACEMENT),
+        (0.1, (0.05, 0.15), None, 0, "Keep `nll`, and try `power 0.5` against it.", BY_PLACEMENT),
+        (0.5, (0.45, 0.55), None, 0, OPEN, BY_PLACEMENT),
+        (0.3, (0.2, 0.4), None, 0, OPEN, UNDECIDED),
+        (0.8, (0.79, 0.81), "knowledge", 0.3, "Keep `nll`, and try `power 0.5` against it.", BY_PROBE),
+        (0.8, (0.79, 0.81), "both", 0.3, "Try `anneal` and `power 0.5`, with `nll` as the control.", BY_PROBE),
+        (0.1, (0.05, 0.15), "noise", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
+        (0.1, (0.05, 0.15), "noise", 0.15, OPEN, BY_PROBE),
+        (0.8, (0.79, 0.81), "little", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
+        (0.3, (0.2, 0.4), "undecided", 0.15, OPEN, UNDECIDED),
+    ],
+)
+def test_decision(mean, interval, verdict, learnable, headline, confidence):
+    probe = full().learnability
+    judged = verdict and replace(probe, verdict=verdict, found=replace(probe.found, learnable=learnable))
+    advice = recommend(made(placement=place(mean, interval), learnability=judged))
+    assert (advice.headline, advice.confidence) == (headline, confidence)
+
+
 def test_readers_take_every_report():
     hostile = "<script>alert(1)</script>"
     report = replace(full(), model=hostile, groups={hostile: total()})
-    text = page(report)
+    text = page(report, Path("out"))
     assert hostile not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3  # title, heading and group
     headings = [part.split("</h2>")[0] for part in text.split("<h2>")[1:]]
-    assert headings[::2] == [
-        "Knowledge or noise", "Against the base model", "Probabilities", "Position and kind", "From example to example",
+    assert [heading for heading in headings if "<" not in heading and ":" not in heading] == [
+        "Look at these first", "Next", "Knowledge or noise", "Against the base model", "Read the examples", "Probabilities",
+        "Where the gradient comes from", "Position and kind", "Calibration", "From example to example",
     ]  # fmt: skip
     assert "against a checkpoint on probe: mean p 0.500 -> 0.500" in terminal_summary(report, "out")
     assert "improbable tokens: knowledge" in sweep_yaml(report)

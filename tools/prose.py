@@ -31,13 +31,13 @@ CALLS = re.compile(r"Error$|^warn$|^warning$|^field$|^fail$")
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a paragraph without what is code."""
-    plain = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
-    yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+", plain)
+    """Yield the sentences of a paragraph."""
+    yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+", text)
 
 
 def faults(text: str) -> Iterator[str]:
-    """Yield what is wrong with a paragraph."""
+    """Yield what is wrong with a paragraph, but for what is code in it."""
+    text = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
     for pattern, better in TELL_TALES.items():
         for found in re.findall(pattern, text, re.IGNORECASE):
             yield f"{found!r}: write {better}"
@@ -55,7 +55,9 @@ def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
         if line.lstrip().startswith("```"):
             fenced = not fenced
         begins = re.match(r"\s*(?:[-*>]|\d+\.)\s", line)
-        ends = fenced or not line.strip() or begins or line.lstrip().startswith(("|", "#", "```", "<!--", "--8<--", ":::", "!["))
+        ends = (
+            fenced or not line.strip() or begins or line.lstrip().startswith(("|", "#", "```", "<!--", "--8<--", ":::", "!["))
+        )
         if ends and lines:
             yield start, " ".join(lines)
             lines = []

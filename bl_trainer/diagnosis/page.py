@@ -88,7 +88,9 @@ def page(report: Report, folder: Path) -> str:
 def _next(report: Report, folder: Path) -> dict[str, str]:
     """Return what to do next, and the command for it."""
     sweep = shlex.quote(str(folder / "sweep.yaml"))
-    lines = {"Compare the objectives, each at its best learning rate:": f"bl-trainer sweep --config recipe.yaml --sweep {sweep}"}
+    lines = {
+        "Compare the objectives, each at its best learning rate:": f"bl-trainer sweep --config recipe.yaml --sweep {sweep}"
+    }
     if report.learnability is None:
         probe = shlex.quote(f"{folder}-probe")
         lines["Estimate how much of the improbable part is noise:"] = (
