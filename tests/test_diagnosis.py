@@ -735,7 +735,7 @@ def test_page_of_ten_thousand_examples_is_small(tokenizer, checkpoint, tmp_path)
         per_device_train_batch_size=100,
     )
     assert report.total.examples == 10_000
-    assert len(page(report).encode()) < 5e6
+    assert len(page(report, tmp_path).encode()) < 5e6
     assert len(report.groups) == 101
     assert len(terminal_summary(report, "out").splitlines()) <= 25
 

@@ -297,7 +297,7 @@ def test_links_within_the_project(page):
 
 def test_every_page_is_on_the_site():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    listed = [page for part in site["nav"] for page in ([part] if isinstance(part, str) else [*part.values()][0])]
+    listed = [page for part in site["nav"] for page in ([part] if isinstance(part, str) else next(iter(part.values())))]
     assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")
 
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from conftest import fake_checkpoint, make_llama, write_recipe
-from test_processes import free_port
 from test_docs import PAGES, table
+from test_processes import free_port
 from test_trainer import build
 
 TESTS = Path(__file__).parent

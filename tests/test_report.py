@@ -10,7 +10,8 @@ import pytest
 from bl_trainer.diagnosis import warnings
 from bl_trainer.diagnosis.advice import recommend, sweep_yaml
 from bl_trainer.diagnosis.continuum import place
-from bl_trainer.diagnosis.decision import BY_PLACEMENT, BY_PROBE, OPEN, UNDECIDED
+from bl_trainer.diagnosis.decision import BY_PLACEMENT, BY_PROBE, UNDECIDED
+from bl_trainer.diagnosis.decision import OPEN as NO_CHOICE
 from bl_trainer.diagnosis.page import page, write_report
 from bl_trainer.diagnosis.report import (
     SCHEMA,
@@ -285,14 +286,14 @@ def test_advice(changes, arms, reason):
     [
         (0.8, (0.79, 0.81), None, 0, "Try `neg_p` first, with `nll` as the control.", BY_PLACEMENT),
         (0.1, (0.05, 0.15), None, 0, "Keep `nll`, and try `power 0.5` against it.", BY_PLACEMENT),
-        (0.5, (0.45, 0.55), None, 0, OPEN, BY_PLACEMENT),
-        (0.3, (0.2, 0.4), None, 0, OPEN, UNDECIDED),
+        (0.5, (0.45, 0.55), None, 0, NO_CHOICE, BY_PLACEMENT),
+        (0.3, (0.2, 0.4), None, 0, NO_CHOICE, UNDECIDED),
         (0.8, (0.79, 0.81), "knowledge", 0.3, "Keep `nll`, and try `power 0.5` against it.", BY_PROBE),
         (0.8, (0.79, 0.81), "both", 0.3, "Try `anneal` and `power 0.5`, with `nll` as the control.", BY_PROBE),
         (0.1, (0.05, 0.15), "noise", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
-        (0.1, (0.05, 0.15), "noise", 0.15, OPEN, BY_PROBE),
+        (0.1, (0.05, 0.15), "noise", 0.15, NO_CHOICE, BY_PROBE),
         (0.8, (0.79, 0.81), "little", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
-        (0.3, (0.2, 0.4), "undecided", 0.15, OPEN, UNDECIDED),
+        (0.3, (0.2, 0.4), "undecided", 0.15, NO_CHOICE, UNDECIDED),
     ],
 )
 def test_decision(mean, interval, verdict, learnable, headline, confidence):
@@ -315,7 +316,7 @@ def test_readers_take_every_report():
     ]  # fmt: skip
     assert "against a checkpoint on probe: mean p 0.500 -> 0.500" in terminal_summary(report, "out")
     assert "improbable tokens: knowledge" in sweep_yaml(report)
-    assert "<h2>Knowledge or noise" not in page(made())
+    assert "<h2>Knowledge or noise" not in page(made(), Path("out"))
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):

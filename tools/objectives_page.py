@@ -1,4 +1,4 @@
-"""Write docs/reference/objectives.md and docs/reference/objectives.svg, of all built-in objectives: `python tools/objectives_page.py [docs/reference]`.
+"""Write objectives.md and objectives.svg, of all built-in objectives: `python tools/objectives_page.py [docs/reference]`.
 
 The page is made of the registry: formulas, texts and sources are the docstrings, parameters and statistics the signatures.
 """
@@ -63,13 +63,13 @@ The weight on the NLL gradient against the probability p of the target. Where an
 values of what it looks at.
 
 **Which one?** [Choosing an objective](../guide/worked-example.md): diagnose, then sweep. The first four are the paper's;
-[`anneal`](../results/anneal.md) is ours, with a study of its own. Those after it are here so that they can be compared by the
-same metrics. Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is
-behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on [a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
+[`anneal`](../results/anneal.md) is ours, with a study of its own. Those after it are here to be compared by the same metrics.
+Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
+[a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
 [Composing objectives](../guide/composing.md).
 
-**Reading the loss.** Some costs also fall while targets become less probable: -sg(p) log p is 0 at p = 0. Others fall while the model
-merely becomes surer, where a weight is its entropy. A schedule or a threshold changes what the loss means. So
+**Reading the loss.** Some costs also fall while targets become less probable: -sg(p) log p is 0 at p = 0. Others fall while the
+model merely becomes surer, where a weight is its entropy. A schedule or a threshold changes what the loss means. So
 `metric_for_best_model` defaults to `eval_nll` under every objective but `nll`, and `eval_loss` is refused.
 `nll`, `target_prob` and accuracy are reported for every objective.
 

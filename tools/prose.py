@@ -1,7 +1,7 @@
 """Find wording that readers must read twice: `python tools/prose.py [FILE ...]`, by default all that a person reads.
 
-It looks at README.md, docs/, the pages' templates, and in bl_trainer/ at help texts and the messages of exceptions and warnings.
-It prints file, line and a better wording, and exits with 1 if it finds anything.
+It looks at README.md, docs/, the pages' templates, and in bl_trainer/ at help texts and messages of exceptions and warnings. It
+prints file, line and a better wording, and exits with 1 if it finds anything.
 """
 
 import ast

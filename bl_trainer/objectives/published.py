@@ -120,9 +120,9 @@ def eaft(logp: Tensor, entropy: Tensor, alpha: float = 1.0) -> Tensor:
     Entropy-adaptive fine-tuning: where the model is sure (of the target, or of something else) nothing is trained. alpha =
     0 is `nll`. In the paper H is the entropy of the 20 most probable tokens, renormalised, which is at most ln 20; here it
     is that of the whole distribution, which the head gives anyway, cut off at ln 20. They differ by at
-    most h(m) + (1 - m) max(ln 20, ln(vocabulary - 20)). m is the mass of those 20, h(m) the entropy of a coin of that bias. Its code, and
-    LLaMA-Factory, divide by 3.0 in place of ln 20 = 2.996, axolotl by nothing, which is three times the gradient; we follow
-    the paper.
+    most h(m) + (1 - m) max(ln 20, ln(vocabulary - 20)). m is the mass of those 20, h(m) the entropy of a coin of that bias.
+    Its code, and LLaMA-Factory, divide by 3.0 in place of ln 20 = 2.996. axolotl divides by nothing, which is three times the
+    gradient. We follow the paper.
 
     Source: https://arxiv.org/abs/2601.02151 and its code.
     """
