@@ -64,7 +64,8 @@ values of what it looks at.
 
 **Which one?** [Choosing an objective](../guide/worked-example.md): diagnose, then sweep. The first four are the paper's;
 [`anneal`](../results/anneal.md) is ours, with a study of its own. Those after it are here to be compared by the same metrics.
-Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
+Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is
+behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
 [a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
 [Composing objectives](../guide/composing.md).
 

@@ -24,8 +24,8 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
     "strong": [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 10}}],
 }
 
-# From these shares of the content's tokens on, what is improbable and predictable is too much to forgo, and the rest too much to
-# learn: both lie in the gaps between the miniature's cells of different winners (docs/results/continuum.md)
+# From these shares of the content's tokens on, what is improbable and predictable is too much to forgo, and the rest too
+# much to learn: both lie in the gaps between the miniature's cells of different winners (docs/results/continuum.md)
 LEARNABLE, NOISE = 0.2, 0.1
 
 DOUBTFUL = 0.1  # of what is predictable, from which a verdict of noise was wrong on one of the miniature's models
