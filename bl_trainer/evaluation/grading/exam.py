@@ -66,6 +66,13 @@ DENIED = (
     r"(?i:\b(?:the|is|are|be|was|as|to|that|it|it['\u2019]s|think|believe|say|have|been|an?|correct|right|best|answer|option|choice"
     r"|letter|both|either|\w{1,20}ly)\b|[\s:=*_`'\"$(\[{>-]){0,14}"
 )
+# What a clause says before "D it is" or "D is correct" that makes it no statement: "not sure that", "I doubt", "maybe"
+UNSURE = (
+    rf"(?i:\b(?:(?:{NOT}|far from|less)(?: [\w%]{{1,20}}){{0,3}} (?:sure|certain|convinced|confident|clear|true|case)"
+    r"|(?:false|wrong|incorrect|untrue) that|unsure|uncertain|unclear|perhaps|maybe|possibly"
+    r"|(?<!\bno )(?<!\bout )(?<!\ba )(?<!\bany )(?<!not )(?<!n['\u2019]t )doubt(?:s|ed|ful)?)\b)"
+    r"(?:(?!\b(?i:but|so|yet|still)\b)[^.,;:!?\n]){0,60}?"
+)
 DOUBT = re.compile(
     rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation"
     r"|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
@@ -119,6 +126,7 @@ class Exam:
         more = rf"(?:(?:, ?{either}){{0,8}},? ?(?i:or|nor|and|&) {either})?"
         which = r"(?i:\b(?:options?|choices?|answers?)\s)?[\s(*]{0,4}"
         said = re.sub(rf"{which}\b{either}{more}(?:{self.wrong})", " ", said)
+        said = re.sub(rf"{UNSURE}\b{either}{more}(?:{self.right})", " ", said)
         return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{more}", " ", said)
 
     def without_list(self, said: str) -> str:
