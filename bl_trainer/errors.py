@@ -18,7 +18,7 @@ class MeasurementError(BLError):
 
 
 class LossError(BLError):
-    """A loss or gradient that is NaN or infinite; the message names the step."""
+    """A loss that cannot be computed, or is NaN or infinite, or whose gradient is; then the message names the step."""
 
 
 class DependencyError(BLError, ImportError):

@@ -22,9 +22,10 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import CheckpointError, LossError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.training.checkpoints import MANIFEST_FILE, why_broken
+from bl_trainer.training.checkpoints import MANIFEST_FILE, RECORD_FILE, why_broken
 from bl_trainer.training.metrics_log import Curve, MetricsLog
-from bl_trainer.training.resume import planned_resume, refuse_lost_epoch
+from bl_trainer.training.record import RunRecord
+from bl_trainer.training.resume import planned_resume, refuse_lost_epoch, take_up
 from conftest import make_llama, write_recipe
 from forking import SERVER
 from test_processes import SCRIPT, TESTS, launch, launcher
@@ -413,6 +414,20 @@ def resumed(folder, checkpoint, data_folder, **changes):
     return Recipe.read(["--config", str(recipe)])
 
 
+def test_a_save_that_is_killed_leaves_no_record_of_an_earlier_one(tmp_path):
+    """The record tells a complete model; beside an earlier run's, old and new weights could stand side by side."""
+    (tmp_path / RECORD_FILE).touch()
+    trainer = SimpleNamespace(args=SimpleNamespace(should_save=True))
+
+    def save():
+        with RunRecord.last_in(trainer, tmp_path):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert not (tmp_path / RECORD_FILE).exists()
+
+
 def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys):
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj"], "save_only_model": False}
     main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data_folder, max_steps=2, save_steps=1, **lora))])
@@ -498,7 +513,7 @@ def test_other_numbers_of_processes_and_later_epochs_of_streams_are_said(tokeniz
     record = json.loads((path / "bl_trainer.json").read_text())
     (path / "bl_trainer.json").write_text(json.dumps({**record, "processes": 2}))
     again = build(Ordered, tokenizer, stream, tmp_path, **options)
-    again._take_up(str(path), planned_resume(again.args, str(path), 1))
+    take_up(again, planned_resume(again.args, str(path), 1))
     assert any("is of 2 processes, and now there are 1" in line for line in said)
     assert any("from a stream the examples may come in another order" in line for line in said) or FORGETS
 

@@ -141,6 +141,7 @@ def _code_lines(path: Path) -> set[int]:
 
 
 def _lengths(kind: type) -> dict[str, int]:
+    """Return the lines of code of each function or class."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         code = _code_lines(path)
@@ -158,4 +159,20 @@ def test_functions_are_short() -> None:
 
 
 def test_classes_are_no_larger_than_a_reader_can_hold() -> None:
-    assert {name: length for name, length in _lengths(ast.ClassDef).items() if length > LARGEST} == {}
+    """With their docstrings."""
+    classes = [(module, node) for module, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    lengths = {f"{module}.{node.name}": (node.end_lineno or 0) - node.lineno + 1 for module, node in classes}
+    assert {name: length for name, length in lengths.items() if length >= LARGEST} == {}
+
+
+@pytest.mark.parametrize("room", ["objectives", "losses", "tokens", "measurement", "training"])
+def test_what_a_user_can_put_right_is_an_error_of_ours(room: str) -> None:
+    """A plain ValueError would be reported as a fault of the program."""
+    raised = [
+        f"{module}:{node.lineno}"
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if _room(module) == room and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if isinstance(node.exc.func, ast.Name) and node.exc.func.id in ("Exception", "ValueError")
+    ]
+    assert raised == []

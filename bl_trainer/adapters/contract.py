@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError, RecipeError
+from ..head.targets import IGNORED
 from ..losses.pricing import SPLIT_BATCH
 
 
@@ -68,7 +69,7 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")
-    tokens, is_target = batch.get("input_ids"), labels != -100
+    tokens, is_target = batch.get("input_ids"), labels != IGNORED
     if tokens is not None and _shifted(tokens, labels, is_target):
         raise LossError("Cannot train the objective: `labels` are shifted already. Let the data collator leave them unshifted.")
     begins = torch.zeros_like(is_target)
@@ -78,7 +79,7 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         begins |= positions == 0
     if examples is not None and examples.shape == labels.shape:
         begins[:, 1:] |= examples[:, 1:] != examples[:, :-1]
-    batch["labels"] = labels.masked_fill(begins, -100)
+    batch["labels"] = labels.masked_fill(begins, IGNORED)
     return batch
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError
+from ..head.targets import IGNORED
 from ..losses import per_token
 from ..losses.pricing import Pricing
 from ..objectives import Objective, Threshold
@@ -48,4 +49,4 @@ def following(tokens: Tensor, mask: Any) -> Tensor:
     first, is_target = mask.offsets()[:-1], mask.values().bool()
     if is_target[first].any():
         raise LossError("Cannot count targets: `loss_mask` has a row's first token, which nothing predicts. Set it to 0 there.")
-    return torch.where(is_target, tokens.values(), -100).roll(-1)
+    return torch.where(is_target, tokens.values(), IGNORED).roll(-1)

@@ -29,6 +29,7 @@ from ..measurement.means import Means
 from ..recipe.recipe import Recipe
 from ..tokens.annotation import token_batch
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
+from ..training.checkpoints import take_average
 from ..training.config import BLConfig
 from ..training.trainer import BLTrainer
 from .advice import judge
@@ -195,7 +196,7 @@ class Probe:
         found: list[Means] = []
 
         def measure() -> None:
-            self.trainer.average_weights()
+            take_average(self.trainer.optimizer)
             found.append(self._measure(base, low, places, before))
 
         class HalfWay(TrainerCallback):

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor import Shard as Rows
 
+from ..errors import RecipeError
+
 # Config attributes by which model families multiply their logits
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
@@ -74,19 +76,19 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "Head":
-        """Return the head of a transformers causal language model. Raises ValueError if it isn't a matrix of floats."""
+        """Return the head of a transformers causal language model. Raises RecipeError if it isn't a matrix of floats."""
         module, config = model.get_output_embeddings(), model.config.get_text_config()
         leaves = [getattr(module, name, None) for name in ("weight", "bias")]
         shard = _shard_of(leaves[0]) if (getattr(model, "_tp_size", None) or 1) > 1 else None
         weight, bias = (whole(leaf) if shard is None else _own(leaf) for leaf in leaves)
         if bias is None and getattr(getattr(module, "original_module", None), "bias", None) is not None:
-            raise ValueError(
+            raise RecipeError(
                 f"Cannot train tokens of the LM head of {type(model).__name__}: PEFT leaves out the head's bias. Remove the "
                 "head's tokens from `trainable_token_indices`."
             )
         if weight is None or weight.ndim != 2 or not weight.is_floating_point() or weight.itemsize < 2:
             kind = "no weight" if weight is None else f"a weight of {weight.dtype} and shape {tuple(weight.shape)}"
-            raise ValueError(
+            raise RecipeError(
                 f"The LM head, {type(module).__name__}, has {kind}, which gives no probabilities. Leave the head out of "
                 "quantization (`llm_int8_skip_modules: [lm_head]`), and out of FSDP1's units of their own."
             )

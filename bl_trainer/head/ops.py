@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import MeasurementError
 from ..objectives.pricing import Price
 from .blocks import Blocks, RowBlocks
 from .gradients import Gradients
@@ -77,11 +78,11 @@ class TokenDivergences:
 def compare(hidden: Tensor, head: Head, base_hidden: Tensor, base_head: Head) -> TokenDivergences:
     """Compare two models' next-token distributions after `hidden` and `base_hidden`, both (N, hidden size).
 
-    Holds two blocks of logits, and some of the rows a few times. Raises ValueError if the vocabularies differ in size.
+    Holds two blocks of logits, and some of the rows a few times. Raises MeasurementError if the vocabularies differ in size.
     """
     sizes = base_head.vocabulary, head.vocabulary
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise MeasurementError(
             f"The base model has a vocabulary of {sizes[0]} tokens, the compared one of {sizes[1]}: their distributions can't "
             "be compared. Compare checkpoints of the same model."
         )

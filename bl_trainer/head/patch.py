@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._util.transformers import balancing_loss_of
 from .._util.trl import maybe_gather_lm_head_ctx
+from ..errors import RecipeError
 from .lm_head import Head
 from .ops import backbone
 from .targets import Targets
@@ -27,7 +28,7 @@ def add_scoring(model: Any) -> None:
     `hidden`: (N, hidden size), `target`: (N,) the labels that are not -100, in reading order, each with the hidden state that
     predicts it; places: length - 1, or length where `shift_labels` are given, which are labels of the places themselves. With
     `output_router_logits=True` the load-balancing loss of a mixture of experts is computed beside it. Everything runs inside
-    the model's forward, so that sharded and autocast models work as in training. Raises ValueError on labels outside of the
+    the model's forward, so that sharded and autocast models work as in training. Raises RecipeError on labels outside of the
     vocabulary, and as `Head.of`.
     """
     original = model.forward.__func__
@@ -50,7 +51,7 @@ def add_scoring(model: Any) -> None:
             chosen, ids = targets.take(hidden[:, : targets.labels.shape[1]].to(place)), targets.ids
             is_wrong = (ids < 0) | (ids >= head.vocabulary)
             if is_wrong.any():
-                raise ValueError(
+                raise RecipeError(
                     f"A label is {ids[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
                     " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
                 )

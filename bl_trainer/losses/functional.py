@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LossError
 from ..head.lm_head import Head, whole
 from ..head.logits import objective_of_logits
 from ..head.ops import objective_head
 from ..objectives.objective import Objective
-from ..objectives.pricing import masked_cost
+from ..objectives.pricing import LOSS_WEIGHT, masked_cost
 from ..objectives.threshold import Threshold, trains
 from .inputs import at_targets, check_bounds, check_labels, check_states, logits_of, read_targets, targets_of
 from .metrics import LossMetrics
@@ -92,7 +93,8 @@ def as_loss(
             `no_grad`, in evaluation.
 
     Raises:
-        ValueError: On a wrong objective or threshold, or a percentile that is not measured. The function raises it on missing
+        RecipeError: On a wrong objective or threshold.
+        LossError: On a percentile that is not measured, or progress that is not given. The function raises it on missing
             logits, labels of another length or type, ids outside of the vocabulary, and per-token tensors that are missing.
     """
     return ObjectiveOfLogits(Pricing.read(objective, threshold, progress), micro_batches)
@@ -137,7 +139,7 @@ def fused_objective(
         columns: `ref_logp`, `is_special`, `objective_weight`, of the shape of `labels`.
 
     Raises:
-        ValueError: As `as_loss` and its function.
+        RecipeError, LossError: As `as_loss` and its function.
     """
     pricing = Pricing.read(objective, threshold, progress)
     check_states(hidden, lm_head_weight)
@@ -183,11 +185,12 @@ def per_token(
         Tensor of the shape of `logp`, in float32 or wider.
 
     Raises:
-        ValueError: As `as_loss`; on `normalize: kept`; on log-probabilities above 0, such as losses given by mistake.
+        RecipeError, LossError: As `as_loss`; on `normalize: kept`; on log-probabilities above 0, such as losses given by
+            mistake.
     """
     pricing = Pricing.read(objective, threshold, progress)
     if pricing.threshold.normalize == "kept":
-        raise ValueError(
+        raise LossError(
             "Cannot use `normalize: kept` with `per_token`: it divides nothing. Remove it, and divide by what you like."
         )
     ids, is_target = read_targets(labels, logp, pricing.objective)
@@ -195,14 +198,14 @@ def per_token(
     statistics = {name: value.to(logp.device) for name, value in statistics.items()}
     wide = logp.to(torch.promote_types(logp.dtype, torch.float32))
     if (wide.detach()[is_target] > 1e-3).any():
-        raise ValueError(
+        raise LossError(
             f"Cannot price tokens: log p is {wide.detach()[is_target].max().item():.3g}, above 0. Give log-probabilities."
         )
     wide = wide - wide.detach().clamp(min=0)  # what kernels round to above 0 has the cost of p = 1, and its gradient
     given = {"label": ids, **statistics, **pricing.now()}
     asked: dict[str, Any] = {name: given[name] for name in pricing.objective.statistics}
     kept = is_target & trains(pricing.threshold, wide, asked.get("is_special"))
-    cost, weight = masked_cost(pricing.objective, kept, wide, statistics.get("objective_weight"), **asked)
+    cost, weight = masked_cost(pricing.objective, kept, wide, statistics.get(LOSS_WEIGHT), **asked)
     if metrics is not None:
         found = {"entropy": statistics.get("entropy"), "mean_token_accuracy": statistics.get("is_top1")}
         found |= {"nll": -wide, "target_prob": wide.exp(), "kept_fraction": kept, "gradient_weight": weight, "objective": cost}

@@ -1,4 +1,4 @@
-"""What losses report: exact means over target tokens."""
+"""What losses report: exact means over target tokens, summed on the device and fetched once."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,6 +8,54 @@ from torch import Tensor
 from ..head.ops import TokenCosts
 from ..objectives.pricing import METRICS
 
+MEANS = (*METRICS, "objective")
+
+
+class TokenSums:
+    """Sums over target tokens, by name and by mode (`train`, `eval`), on the tokens' device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, mode: str, values: Mapping[str, Tensor], counted: Tensor) -> None:
+        """Add the tokens that are `counted`, bool; `values`: of its shape, or () for what all have in common.
+
+        A value that one micro-batch lacks has no sum. Sums are in float64, on MPS in float32.
+        """
+        wide = torch.float32 if counted.device.type == "mps" else torch.float64
+        with torch.no_grad():
+            found = {name: torch.where(counted, each, each.new_zeros(())).sum(dtype=wide) for name, each in values.items()}
+            found["tokens"] = counted.sum(dtype=wide)
+            before = self._sums.get(mode)
+            if before is not None:
+                found = {name: total + found[name] for name, total in before.items() if name in found}
+            self._sums[mode] = found
+
+    def clear(self, mode: str) -> None:
+        """Forget the sums of `mode`."""
+        self._sums.pop(mode, None)
+
+    def pop(self, mode: str, reduce: Callable[[Tensor], Tensor] | None = None, **others: Tensor | int) -> dict[str, float]:
+        """Return the sums of `mode` and of `others` by name, and the number of `tokens`; forget them. One synchronisation.
+
+        Empty without a micro-batch. `reduce` sums a tensor over processes, all of which call this then.
+        """
+        sums = self._sums.pop(mode, None)
+        if sums is None:
+            return {}
+        wide = sums["tokens"]
+        sums = {**sums, **{name: torch.as_tensor(each).to(wide) for name, each in others.items()}}
+        total = torch.stack([*sums.values()])
+        return dict(zip(sums, (total if reduce is None else reduce(total)).tolist(), strict=True))
+
+
+def mean_of(total: float, tokens: float) -> float:
+    """Return a mean over target tokens, NaN if there is none."""
+    return total / tokens if tokens else torch.nan
+
 
 class LossMetrics:
     """Sum what losses report over target tokens, on their device, and hand out exact means.
@@ -16,23 +64,18 @@ class LossMetrics:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._sums = TokenSums()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add target tokens. `values`: per token, (N,) each, `nll` and what else is known of `METRICS` and `objective`."""
-        mode = "train" if torch.is_grad_enabled() else "eval"
-        with torch.no_grad():
-            wide = torch.float32 if values["nll"].device.type == "mps" else torch.float64
-            found = {name: each.sum(dtype=wide) for name, each in values.items()}
-            found["tokens"] = found["nll"].new_full((), values["nll"].numel())
-            before = self._sums.get(mode, dict.fromkeys(found, found["nll"].new_zeros(())))
-            self._sums[mode] = {name: before[name] + each for name, each in found.items() if name in before}
+        everywhere = torch.ones_like(values["nll"], dtype=torch.bool)
+        self._sums.add("train" if torch.is_grad_enabled() else "eval", values, everywhere)
 
     def add_costs(self, costs: TokenCosts) -> None:
         """Add the target tokens that a loss head has priced."""
         scores = costs.scores
         values = (-scores.logp, scores.logp.exp(), costs.kept, costs.weight, scores.entropy, costs.is_top1, costs.cost)
-        self.add(dict(zip((*METRICS, "objective"), values, strict=True)))
+        self.add(dict(zip(MEANS, values, strict=True)))
 
     def pop(self, mode: str = "train", reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the means over target tokens since the last call, and forget them.
@@ -44,10 +87,6 @@ class LossMetrics:
             mode: `train` or `eval`.
             reduce: Sums a tensor over processes, such as `accelerator.reduce`. Then call this on every process.
         """
-        sums = self._sums.pop(mode, None)
-        if sums is None:
-            return {}
-        total = torch.stack([*sums.values()])
-        found = dict(zip(sums, (total if reduce is None else reduce(total)).tolist(), strict=True))
-        tokens = found.pop("tokens")
-        return {name: value / tokens if tokens else torch.nan for name, value in found.items()}
+        sums = self._sums.pop(mode, reduce)
+        tokens = sums.pop("tokens", 0)
+        return {name: mean_of(total, tokens) for name, total in sums.items()}

@@ -113,13 +113,13 @@ class TokenCollator(DataCollatorForLanguageModeling):
 
 
 def collator_of(trainer: Any) -> Any:
-    """Return a trainer's collator, made to carry our columns. Raises ValueError where it would lose `ref_logprobs`."""
+    """Return a trainer's collator, made to carry our columns. Raises RecipeError where it would lose `ref_logprobs`."""
     collator = trainer.data_collator
     if type(collator) is DataCollatorForLanguageModeling:
         collator = TokenCollator(**vars(collator))
     carries = isinstance(collator, TokenCollator) and not trainer.is_shared_out("cp", "sp")
     if trainer.reference == "column" and not carries:
-        raise ValueError(
+        raise RecipeError(
             f"The column `{REFERENCE}` goes with text, and with whole sequences on each device: not with images, nor "
             "with context parallelism. Train an adapter without it: its base model is the reference then."
         )

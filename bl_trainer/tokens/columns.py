@@ -16,8 +16,11 @@ from torch import Tensor
 
 from .._util.text import is_number
 from ..errors import RecipeError
+from ..objectives.pricing import LOSS_WEIGHT
 from .labels import columns_of, plain
 from .names import FILLS, REFERENCE, ROW, TEMPLATE, WEIGHT
+
+STATISTICS = {WEIGHT: LOSS_WEIGHT, REFERENCE: "ref_logp"}  # of a column: what it is to objectives and their prices
 
 
 def check_weights(dataset: Any, name: str) -> Any:
@@ -65,8 +68,10 @@ def _check_weight(value: Any, row: int, name: str, has_tokens: bool) -> None:
             )
 
 
-def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = None) -> None:
-    """Raise RecipeError if a data set's weights are wrong, or it can't tell what `special_tokens` needs to know.
+def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = None) -> Any:
+    """Return the data set, its columns of tokens checked; a stream's weights are checked as it is read.
+
+    Raises RecipeError if its weights are wrong, or it can't tell what `special_tokens` needs to know.
 
     `marks`: whether the objective has `special_tokens`. `obstacle`: what would leave the columns out, if anything.
     """
@@ -83,13 +88,12 @@ def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = N
             f"`{WEIGHT if weighs else 'special_tokens'}` needs to follow tokens through the collator and the loss, which it "
             f"can't here: {obstacle}. Remove {'the column' if weighs else 'it'}."
         )
-    if weighs:
-        check_weights(dataset, name)
     if marks and "input_ids" in present and TEMPLATE not in present:
         raise RecipeError(
             f"`special_tokens` needs to know which tokens the chat template made, and the {name} set can't tell: it holds "
             "token ids already (`input_ids`). Give messages, prompts and completions, or texts."
         )
+    return check_weights(dataset, name) if weighs else dataset
 
 
 def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -103,7 +107,7 @@ def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, A
 
 
 class TokenColumns:
-    """`objective_weight` and `is_special` of a batch's tokens, where the data or the objective have them.
+    """What a batch says of its tokens besides their labels, as statistics: `STATISTICS` and `is_special`.
 
     Takes the columns out of `inputs`. `special_ids`: (number,) ids of the tokens that are special wherever they stand, None if
     the objective has no `special_tokens`.
@@ -114,10 +118,9 @@ class TokenColumns:
         self.special_ids = special_ids
 
     def at(self, labels: Tensor, align: Callable[[Tensor, float], Tensor]) -> dict[str, Tensor]:
-        """Return both at tokens with these `labels`; `align(column, fill)` takes a column's values there."""
+        """Return those that there are, at tokens with these `labels`; `align(column, fill)` takes a column's values there."""
         aligned = {key: align(value, FILLS[key]) for key, value in self.columns.items()}
-        names = {WEIGHT: WEIGHT, REFERENCE: "ref_logp"}
-        found = {names[key]: value for key, value in aligned.items() if key in names}
+        found = {STATISTICS[key]: value for key, value in aligned.items() if key in STATISTICS}
         if self.special_ids is not None:
             special = torch.isin(labels, self.special_ids.to(labels.device))
             found["is_special"] = special | (aligned[TEMPLATE] == 1) if TEMPLATE in aligned else special

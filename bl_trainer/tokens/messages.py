@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from ..errors import RecipeError
+from .names import WEIGHT
 
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
 SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
@@ -64,7 +65,7 @@ def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
         return None
     return (
         f"has a message with `{key}: {short(message[key])}`, which has no effect. Remove the key; to weight a row use the "
-        "column `objective_weight`, to train answers alone `assistant_only_loss: true`"
+        f"column `{WEIGHT}`, to train answers alone `assistant_only_loss: true`"
     )
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTTrainer, pack_dataset
 
 from .._util.cached import Cached
-from .columns import check_columns, check_weights, for_each_token, number_rows
+from .columns import check_columns, for_each_token, number_rows
 from .labels import columns_of, refuse_without_target
 from .names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from .reference import check_reference, has_target, truncated
@@ -80,7 +80,7 @@ def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
     Raises RecipeError on columns that are wrong.
     """
     dataset, args, present = rows.dataset, rows.args, columns_of(rows.dataset)
-    check_columns(dataset, rows.name, wanted.marks)
+    dataset = check_columns(dataset, rows.name, wanted.marks)
     refers = wanted.refers and REFERENCE in present
     if REFERENCE in present and not refers:
         dataset = dataset.remove_columns(REFERENCE)  # which nothing would cut along with the tokens
@@ -88,8 +88,6 @@ def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
     columns = [key for key, holds in asked.items() if holds]
     if not columns:
         return tokenize(trainer, replace(rows, dataset=dataset))
-    if WEIGHT in columns:
-        dataset = check_weights(dataset, rows.name)
     if columns != [WEIGHT] and ROW not in present:
         dataset = number_rows(dataset)
     rows, length = replace(rows, dataset=dataset), args.max_length

@@ -1,4 +1,4 @@
-""""""
+"""Which tokens of a row its chat template made, and which example each token of a packed row belongs to."""
 
 import json
 from collections.abc import Iterator

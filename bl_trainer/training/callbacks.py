@@ -1,4 +1,4 @@
-"""What ends a run before its last step: SIGTERM, and a loss that is not finite."""
+"""What a run does as it begins, and what ends it before its last step: SIGTERM, and a loss that is not finite."""
 
 import signal
 from collections.abc import Iterator
@@ -18,16 +18,20 @@ class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint and stops at the end of the step, or evaluation, in which any process got SIGTERM.
 
     In place of transformers' callback of `enable_jit_checkpoint`, which saves in the middle of a step, so that a resumed run
-    draws other random numbers, and lets each process choose its own step.
+    draws other random numbers, and lets each process choose its own step. Does nothing without `enable_jit_checkpoint`.
     """
 
-    def __init__(self, accelerator: Any):
+    def __init__(self, accelerator: Any, args: Any):
         self.accelerator, self.received, self.stopped = accelerator, False, False
+        self.enabled = getattr(args, "enable_jit_checkpoint", False)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM for a request; what it meant before holds again afterwards."""
         self.received = self.stopped = False
+        if not self.enabled:
+            yield
+            return
         previous = signal.signal(signal.SIGTERM, self._receive)
         try:
             yield
@@ -36,9 +40,10 @@ class StopOnSigterm(TrainerCallback):
 
     def take_over(self, trainer: Any, previous: Any) -> None:
         """Take the place of transformers' callback, which has replaced the `previous` handler of SIGTERM."""
-        trainer.remove_callback(jit_checkpoint_callback)
-        signal.signal(signal.SIGTERM, previous)
-        trainer.add_callback(self)
+        if self.enabled:
+            trainer.remove_callback(jit_checkpoint_callback)
+            signal.signal(signal.SIGTERM, previous)
+            trainer.add_callback(self)
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True
@@ -96,12 +101,19 @@ def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, p
 
 
 class BeginTraining(TrainerCallback):
-    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place."""
+    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place.
+
+    `steps`: that this process has made in this call of `train`.
+    """
 
     def __init__(self, trainer: Any):
-        self.trainer = trainer
+        self.trainer, self.steps = trainer, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = 0  # again: `auto_find_batch_size` begins anew after a failed step
         self.trainer.begin_counting()
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1

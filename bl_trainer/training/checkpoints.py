@@ -1,4 +1,4 @@
-"""Checkpoints: which are whole, of which recipe they are, and what is recorded in them."""
+"""Checkpoints: how they are saved, which are complete, and what is recorded in them."""
 
 import errno
 import json
@@ -56,6 +56,16 @@ def saving(checkpoint: Path, accelerator: Any, saves: bool) -> Iterator[None]:
         yield
         if saves and checkpoint.exists():
             write_manifest(checkpoint)
+
+
+def take_average(optimizer: Any) -> None:
+    """Let the model have the averaged weights of a schedule-free optimizer, which are its result.
+
+    The next training step returns to the point that it trains at. Other optimizers do nothing.
+    """
+    average = getattr(optimizer, "eval", None)
+    if callable(average):
+        average()
 
 
 def write_manifest(checkpoint: Path) -> None:

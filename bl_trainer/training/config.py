@@ -37,7 +37,7 @@ class BLConfig(SFTConfig):
             NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
 
     Raises:
-        `ValueError`: on a wrong objective or threshold, and on settings under which something else than the objective
+        `RecipeError`: on a wrong objective or threshold, and on settings under which something else than the objective
             would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
 
     > [!NOTE]
@@ -129,7 +129,7 @@ class BLConfig(SFTConfig):
             self.metric_for_best_model = "eval_nll"
         metric = self.metric_for_best_model or ""
         if metric.endswith("loss") and not is_ruler:
-            raise ValueError(
+            raise RecipeError(
                 f"Cannot choose by `metric_for_best_model: {metric}`: only the loss of `objective: nll` without `threshold` "
                 "tells the better model. Write `metric_for_best_model: eval_nll`, or remove the key."
             )

@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
+from ..errors import RecipeError
 from ..head.lm_head import Head
 from ..head.ops import TokenCosts, objective_head, score
 from ..head.targets import Targets, shifted
 from ..objectives.objective import Objective
-from ..objectives.pricing import Price, masked_cost, price
+from ..objectives.pricing import LOSS_WEIGHT, Price, masked_cost, mean_cost, price
 from ..objectives.threshold import Threshold, trains
 from ..tokens.columns import TokenColumns
-from ..tokens.labels import columns_of
+from ..tokens.labels import columns_of, refuse_misaligned
 from ..tokens.names import REFERENCE, WEIGHT
 from ..tokens.reference import base_of
 
@@ -67,8 +69,18 @@ class ObjectiveLoss:
     adapted: Any = None
 
     def __call__(self, model: Any, inputs: dict[str, Any], progress: float) -> TokenLoss:
-        """Return the cost of each token. Takes the columns out of `inputs`, a collated batch; `progress`: 0 to 1."""
+        """Return the cost of each token. Takes the columns out of `inputs`, a collated batch; `progress`: 0 to 1.
+
+        Raises RecipeError on a batch without a label for each token, or without the reference that the objective asks for.
+        """
+        refuse_misaligned(inputs)
+        if "ref_logp" in self.objective.statistics and self.adapted is None and REFERENCE not in inputs:
+            raise RecipeError(f"Cannot evaluate: the data set has no column `{REFERENCE}`, as the training set has. Add it.")
         return self.head(self, model, inputs, TokenColumns(inputs, self.special_ids), progress)
+
+    def scheduled_at(self, progress: float) -> dict[str, float]:
+        """Return what the objective's schedules have come to, as it is logged: `objective_alpha`."""
+        return {f"objective_{name}": value for name, value in self.objective.scheduled_at(progress).items()}
 
 
 class OwnHead:
@@ -139,7 +151,7 @@ class TRLHead:
             "is_special": lambda: known["is_special"],
         }
         statistics = {name: available[name]() for name in loss.objective.statistics}
-        cost, weight = masked_cost(loss.objective, kept, logp, known.get(WEIGHT), **statistics)
+        cost, weight = masked_cost(loss.objective, kept, logp, known.get(LOSS_WEIGHT), **statistics)
         return TokenLoss(
             cost, logp, weight, kept, outputs.entropy, outputs.is_top1, is_target, getattr(outputs, "aux_loss", None)
         )
@@ -162,33 +174,38 @@ def _targets_of(logp: Tensor, inputs: dict[str, Any]) -> tuple[Targets, int]:
 
 
 def mean_over_batch(trainer: Any, tokens: TokenLoss, num_items: Tensor | int | None) -> Tensor:
-    """Return the loss to minimise, as `SFTTrainer.compute_loss` forms it: the sum of costs by the global batch's targets.
+    """Return the loss to minimise, as `SFTTrainer.compute_loss` forms it: `mean_cost`, times the processes that average it.
 
     `num_items`: target tokens of all micro-batches and processes of the step, over which the trainer sums gradients; without,
-    as in evaluation, the micro-batch's own count. `normalize: kept` divides by the micro-batch's kept tokens instead.
+    as in evaluation, the micro-batch's own count.
     """
-    counts = num_items is not None
-    steps = trainer.current_gradient_accumulation_steps if counts else 1
-    total = tokens.cost.sum()
+    adds = num_items is not None
+    steps = trainer.current_gradient_accumulation_steps if adds else 1
+    kept, sharers = tokens.kept.sum(), 1
     if trainer.threshold.normalize == "kept":
-        loss = total / _whole_count(trainer.accelerator, tokens.kept) / steps
-    else:
-        loss = total / torch.as_tensor(num_items if counts else tokens.is_target.sum()).clamp(min=1)
-        if counts and trainer.args.average_tokens_across_devices:
-            loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+        kept, sharers = _over_sequences(trainer.accelerator, kept)
+    elif adds and trainer.args.average_tokens_across_devices:
+        sharers = trainer.accelerator.num_processes // trainer.get_tp_size()
+    targets = num_items if num_items is not None else tokens.is_target.sum()
+    loss = mean_cost(tokens.cost, kept, trainer.threshold, targets, steps) * sharers
     if not trainer.aux_loss_enabled or tokens.aux_loss is None:
         return loss
     return loss + trainer.router_aux_loss_coef * tokens.aux_loss / steps
 
 
-def _whole_count(accelerator: Any, kept: Tensor) -> Tensor:
-    """Count the micro-batch's kept tokens, at least one, and divide by the processes that its sequences are cut up over."""
-    parallelism, count = accelerator.parallelism_config, kept.sum()
+def _over_sequences(accelerator: Any, count: Tensor) -> tuple[Tensor, int]:
+    """Return a count over the processes that a micro-batch's sequences are cut up over, and how many these are."""
+    parallelism = accelerator.parallelism_config
     if parallelism is None or not parallelism.cp_enabled:
-        return count.clamp(min=1)
+        return count, 1
     mesh = accelerator.torch_device_mesh["cp"]
     torch.distributed.all_reduce(count, group=mesh.get_group())
-    return count.clamp(min=1) / mesh.size()
+    return count, mesh.size()
+
+
+def progress_of(state: TrainerState, before: int = 0) -> float:
+    """Return the share of training that is done, 0 to 1; or was done so many steps `before`."""
+    return max(state.global_step - before, 0) / state.max_steps if state.max_steps > 0 else 0.0
 
 
 def tell_of_loss(trainer: Any) -> None:
@@ -210,7 +227,7 @@ def explains_lost_images(max_length: int | None) -> Iterator[None]:
     except ValueError as error:
         if max_length is None or "Image features and image tokens do not match" not in str(error):
             raise
-        raise ValueError(
+        raise RecipeError(
             f"Cannot compute the loss: `max_length: {max_length}` truncates the tokens of an image. Raise it, or write "
             "`max_length: null`."
         ) from error

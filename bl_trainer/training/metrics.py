@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
+from ..losses.metrics import MEANS, TokenSums, mean_of
 from ..objectives.pricing import METRICS
 from ..objectives.threshold import Threshold
 from .loss import TokenLoss
@@ -14,43 +16,41 @@ class TokenMetrics:
     """
     Sum what a run reports over target tokens, on the device, and hand out the means over all processes.
 
-    `num_tokens` is the number of tokens that training has read, of all processes, as of the last `pop`.
+    `num_tokens` is the number of tokens that training has read, of all processes, as of the last `pop`. `has_met_targets`:
+    whether this call of `train` has met a target, as of then.
     """
 
     def __init__(self, accelerator: Any, sharers: int = 1):
         """`sharers`: processes that read the same tokens, by tensor parallelism."""
         self.accelerator, self.sharers = accelerator, sharers
         self.num_tokens = self._before = 0
+        self.has_met_targets = False
         self._read: Tensor | int = 0
-        self._sums: dict[str, Tensor | None] = {"train": None, "eval": None}
+        self._sums = TokenSums()
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing waits to be fetched."""
-        return not any(sums is not None for sums in self._sums.values())
+        return not self._sums
 
     def begin(self) -> None:
         """Begin a call of `train`."""
-        self._before = self.num_tokens
+        self._before, self.has_met_targets = self.num_tokens, False
 
     def restart(self) -> None:
         """Forget what this call of `train` has counted: `auto_find_batch_size` starts again after a failed step."""
-        self._sums["train"], self._read, self.num_tokens = None, 0, self._before
+        self.clear("train")
+        self._read, self.num_tokens = 0, self._before
 
     def clear(self, mode: str) -> None:
         """Forget the sums of `mode`."""
-        self._sums[mode] = None
+        self._sums.clear(mode)
 
     def add(self, mode: str, loss: TokenLoss, counted: Tensor) -> None:
         """Add a micro-batch. `counted`: bool, the shape of `loss.is_target`, which of the targets count."""
-        with torch.no_grad():
-            wide = torch.float32 if counted.device.type == "mps" else torch.float64
-            per_token = (-loss.logp, loss.logp.exp(), loss.kept, loss.weight, loss.entropy, loss.is_top1, loss.cost)
-            num_tokens = counted.sum(dtype=wide)
-            aux = torch.zeros_like(num_tokens) if loss.aux_loss is None else num_tokens * loss.aux_loss
-            means = (torch.where(counted, x, x.new_zeros(())).sum(dtype=wide) for x in per_token)
-            sums, total = torch.stack([num_tokens, aux, *means]), self._sums[mode]
-            self._sums[mode] = sums if total is None else total + sums
+        values = (-loss.logp, loss.logp.exp(), loss.kept, loss.weight, loss.entropy, loss.is_top1, loss.cost)
+        aux_loss = loss.cost.new_zeros(()) if loss.aux_loss is None else loss.aux_loss
+        self._sums.add(mode, {"aux_loss": aux_loss, **dict(zip(MEANS, values, strict=True))}, counted)
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Count the tokens that a micro-batch of the training set holds, padding apart."""
@@ -59,21 +59,20 @@ class TokenMetrics:
         elif "position_ids" in inputs:  # padding-free
             self._read = self._read + inputs["position_ids"].size(1)
         else:
-            raise ValueError("Cannot count tokens: the batch has neither `attention_mask` nor `position_ids`. Add one of them.")
+            raise RecipeError("Cannot count tokens: the batch has neither `attention_mask` nor `position_ids`. Add one.")
 
     def pop(self, mode: str) -> dict[str, float]:
         """Return the means over all processes' tokens since the last call: `METRICS`, `objective` (f) and `aux_loss`.
 
         Empty if there was no micro-batch, NaN if none had a target. The one synchronisation per log; call it on every process.
         """
-        sums, self._sums[mode] = self._sums[mode], None
-        if sums is None:
+        sums = self._sums.pop(mode, self.accelerator.reduce, read=self._read)
+        if not sums:
             return {}
-        read, self._read = torch.as_tensor(self._read, dtype=sums.dtype, device=sums.device), 0
-        read_tokens, num_tokens, *rest = self.accelerator.reduce(torch.cat([read[None], sums]), reduction="sum").tolist()
-        self.num_tokens += int(read_tokens) // self.sharers
-        means = [x / num_tokens if num_tokens else float("nan") for x in rest]
-        return dict(zip(("aux_loss", *METRICS, "objective"), means, strict=True))
+        tokens, read, self._read = sums.pop("tokens"), sums.pop("read"), 0
+        self.num_tokens += int(read) // self.sharers
+        self.has_met_targets |= mode == "train" and tokens > 0
+        return {name: mean_of(total, tokens) for name, total in sums.items()}
 
 
 def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficient: float) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """What a run leaves behind of itself: what its checkpoints and its model card record."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +60,16 @@ class RunRecord:
         """Write the record into `folder`, which is made if it isn't there."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD_FILE, json.dumps(vars(self), indent=2, default=str) + "\n")
+
+    @classmethod
+    @contextmanager
+    def last_in(cls, trainer: Any, folder: Path) -> Iterator[None]:
+        """Let `trainer` save a model in `folder`, and then its record: the model of a save that was killed has none."""
+        if trainer.args.should_save:
+            (folder / RECORD_FILE).unlink(missing_ok=True)
+        yield
+        if trainer.args.should_save:
+            cls.of(trainer).write(folder)
 
     def append_to_card(self, path: Path) -> None:
         """Append the objective, the threshold and the versions to the model card at `path`."""

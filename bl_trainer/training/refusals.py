@@ -13,34 +13,34 @@ from transformers.utils import is_liger_kernel_available
 from .._util.peft import ModulesToSaveWrapper, check_target_module_exists
 from .._util.process import is_parallel
 from .._util.transformers import balancing_loss_of
-from ..errors import RecipeError
+from ..errors import DependencyError, RecipeError
 
 
 def refuse_bypass(args: Any) -> None:
-    """Raise ValueError if `args`, or the environment, would train something else than is said."""
+    """Raise RecipeError if `args`, or the environment, would train something else than is said."""
     loss_head = getattr(args, "loss_head", "auto")
     if loss_head not in ("auto", "trl"):
-        raise ValueError(f"`loss_head: {loss_head}` is unknown. Write `auto` or `trl`.")
+        raise RecipeError(f"`loss_head: {loss_head}` is unknown. Write `auto` or `trl`.")
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":
         same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""
-        raise ValueError(f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}.")
+        raise RecipeError(f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}.")
     if args.label_smoothing_factor:
-        raise ValueError(
+        raise RecipeError(
             f"`label_smoothing_factor: {args.label_smoothing_factor}` would replace the objective by label-smoothed NLL. "
             "Remove it."
         )
     if getattr(args, "eval_packing", None) and not (args.packing or args.packing_strategy == "wrapped"):
-        raise ValueError(
+        raise RecipeError(
             "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
             "it, or write `packing: true`."
         )
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ValueError("Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`.")
+        raise DependencyError("Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`.")
     liger = args.liger_kernel_config or {}
     for key in ("fused_linear_cross_entropy", "cross_entropy"):
         if liger.get(key):
-            raise ValueError(
+            raise RecipeError(
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
@@ -48,21 +48,21 @@ def refuse_bypass(args: Any) -> None:
 
 
 def refuse_launcher(args: TrainingArguments) -> None:
-    """Raise ValueError if `args`, or the launcher, would share the model or its sequences out as the objective can't be."""
+    """Raise RecipeError if `args`, or the launcher, would share the model or its sequences out as the objective can't be."""
     if _fsdp_version(args) == 1:
-        raise ValueError(
+        raise RecipeError(
             "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
             "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
         )
     cp_size, size, backend = _sequence_parallelism(args)
     if size > 1 and backend == "deepspeed":
-        raise ValueError(
+        raise RecipeError(
             f"DeepSpeed sequence parallelism (sp_size = {size}) trains the model's own negative log-likelihood instead of "
             "the objective. Set `sp_size` to 1; for long sequences use context parallelism (`cp_size`)."
         )
     padding = getattr(args, "pad_to_multiple_of", None) or 1
     if cp_size > 1 and padding % (2 * cp_size):
-        raise ValueError(
+        raise RecipeError(
             f"Context parallelism (cp_size = {cp_size}) cuts sequences into {2 * cp_size} pieces of one length. Write "
             f"`pad_to_multiple_of: {2 * cp_size}` in the recipe."
         )
@@ -94,37 +94,37 @@ def _fsdp_version(args: TrainingArguments) -> int | None:
 
 
 def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
-    """Raise ValueError if `peft_config` puts an adapter on `lm_head`, which the fused head would pass by."""
+    """Raise RecipeError if `peft_config` puts an adapter on `lm_head`, which the fused head would pass by."""
     targets = getattr(peft_config, "target_modules", None) or []
     parameters = getattr(peft_config, "target_parameters", None) or []
     spelt = [] if isinstance(targets, str) else [name for name in targets if name.split(".")[-1] == "lm_head"]
     adapted = targets and any(check_target_module_exists(peft_config, key) for key in ("lm_head", *spelt))
     if adapted or any("lm_head" in name for name in parameters):
-        raise ValueError(
+        raise RecipeError(
             "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
             "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."
         )
 
 
 def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArguments | None) -> None:
-    """Raise ValueError if `peft_config` puts virtual tokens where `args` would share them, or lose them."""
+    """Raise RecipeError if `peft_config` puts virtual tokens where `args` would share them, or lose them."""
     if not getattr(peft_config, "is_prompt_learning", False):
         return
     packs = getattr(args, "packing", False) and getattr(args, "packing_strategy", "bfd") != "wrapped"
     if packs or getattr(args, "padding_free", False):
-        raise ValueError(
+        raise RecipeError(
             "Prompt-learning PEFT knows one example per row: with `packing` or `padding_free` an example would see those "
             "before it, and the virtual tokens only of the first. Remove both, or take LoRA."
         )
     if isinstance(peft_config, PrefixTuningConfig) and getattr(args, "gradient_checkpointing", True):
-        raise ValueError(
+        raise RecipeError(
             "Prefix tuning doesn't go with gradient checkpointing, under which transformers drops the prefix. Write "
             "`gradient_checkpointing: false`."
         )
 
 
 def refuse_no_causal_lm(model: Any, args: TrainingArguments | None) -> Any:
-    """Raise ValueError if `model`, or what its path's configuration says, doesn't predict next tokens.
+    """Raise RecipeError if `model`, or what its path's configuration says, doesn't predict next tokens.
 
     Returns the model, of a path one without weights, or None where its class is not one of transformers.
     """
@@ -139,9 +139,9 @@ def refuse_no_causal_lm(model: Any, args: TrainingArguments | None) -> Any:
         base = model.get_base_model() if is_peft_model(model) else model
         config, name = base.config, type(base).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"Cannot train {name}: it is an encoder-decoder. Choose a causal language model.")
+        raise RecipeError(f"Cannot train {name}: it is an encoder-decoder. Choose a causal language model.")
     if base is not None and base.get_output_embeddings() is None:
-        raise ValueError(f"Cannot train {name}: it has no LM head. Choose a causal language model.")
+        raise RecipeError(f"Cannot train {name}: it has no LM head. Choose a causal language model.")
     return base
 
 
@@ -152,14 +152,14 @@ def _skeleton(kind: Any, config: Any) -> Any:
 
 
 def refuse_copied_tied_head(base: Any, chat_template_path: str | None) -> None:
-    """Raise ValueError if PEFT trains tokens in a copy of a tied LM head, which it can neither run nor load again."""
+    """Raise RecipeError if PEFT trains tokens in a copy of a tied LM head, which it can neither run nor load again."""
     head = base.get_output_embeddings()
     if isinstance(getattr(head, "original_module", None), ModulesToSaveWrapper):
         cause, advice = "`trainable_token_indices` and `modules_to_save` both", "Remove one of them"
         if chat_template_path:
             cause = f"`chat_template_path: {chat_template_path}` adds tokens, for which TRL and PEFT both"
             advice = "Write a template file (.jinja) whose tokens the model has, or train without `use_peft`"
-        raise ValueError(
+        raise RecipeError(
             f"Cannot train an adapter of {type(base).__name__}: {cause} wrap its tied LM head, which PEFT can't run or load. "
             f"{advice}."
         )
@@ -177,3 +177,22 @@ def has_balancing_loss(base: Any, args: Any) -> bool:
             f"{args.router_aux_loss_coef}`."
         )
     return False
+
+
+def refuse_lost_adapter(model: Any, has_adapter: bool) -> None:
+    """Raise RecipeError if `model_init` returned a model without the adapter that the trainer's first model has."""
+    if has_adapter and not is_peft_model(model):
+        raise RecipeError(
+            "Cannot train the model that `model_init` returns: the trainer's model has an adapter, this one has none. "
+            "Return `get_peft_model(model, peft_config)`."
+        )
+
+
+def refuse_searched(args: Any, before: Any) -> None:
+    """Raise RecipeError if a hyperparameter search has changed in `args` what the trainer was built for; `before`: a copy."""
+    if any(getattr(args, key, None) != getattr(before, key, None) for key in ("objective", "threshold")):
+        raise RecipeError(
+            "Cannot search over `objective` or `threshold` with `hyperparameter_search`: they are set when the trainer is "
+            "built. Remove them from `hp_space`, and compare objectives by `bl-trainer sweep`."
+        )
+    refuse_bypass(args)

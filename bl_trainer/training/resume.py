@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ class ResumePlan:
     threshold: Threshold = field(default_factory=Threshold)
     skipped: dict[Path, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def state(self) -> TrainerState:
+        """The state that the checkpoint holds, a new one if it holds none."""
+        path = (self.checkpoint or Path()) / STATE_FILE
+        return TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
+
+    def is_finished(self, args: TrainingArguments) -> bool:
+        """Whether the checkpoint has all steps of a run with `args`, unless it is to be made longer or shorter."""
+        steps = args.max_steps
+        if steps <= 0:
+            is_same = read_record(str(self.checkpoint)).get("num_train_epochs") == args.num_train_epochs
+            steps = self.state.max_steps if is_same else 0
+        return 0 < steps <= self.state.global_step
 
     def say_skipped(self) -> None:
         """Warn on stderr of checkpoints that are skipped."""
@@ -201,17 +216,6 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
         )
 
 
-def refuse_other_head(checkpoint: str, loss_head: str) -> None:
-    """Raise CheckpointError if `checkpoint` records another loss head than `loss_head`: gradients are rounded differently."""
-    recorded = read_record(checkpoint).get("loss_head", loss_head)
-    if recorded != loss_head:
-        advice = "Add" if recorded == "trl" else "Remove"
-        raise CheckpointError(
-            f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
-            f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
-        )
-
-
 def refuse_lost_epoch(checkpoint: str) -> None:
     """Raise CheckpointError if the installed libraries would go on from within a later epoch with the first one's examples.
 
@@ -244,23 +248,14 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
         )
 
 
-def state_of(checkpoint: str) -> TrainerState:
-    """Return the state that `checkpoint` holds, a new one if it holds none."""
-    path = Path(checkpoint) / STATE_FILE
-    return TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
+def take_up(trainer: Any, plan: ResumePlan) -> None:
+    """Let `trainer` go by the plan's threshold; print where it resumes, and warn of what differs from an uninterrupted run.
 
-
-def steps_of(args: TrainingArguments, checkpoint: str, state: TrainerState) -> int:
-    """Return how many steps the run has that `checkpoint` is of, or 0 if it is to be made longer or shorter."""
-    if args.max_steps > 0:
-        return args.max_steps
-    is_same = read_record(checkpoint).get("num_train_epochs") == args.num_train_epochs
-    return state.max_steps if is_same else 0
-
-
-def tell_of_resuming(trainer: Any, checkpoint: str, state: TrainerState) -> None:
-    """Print where `trainer` resumes, and warn of what differs from an uninterrupted run."""
-    threshold = trainer.threshold
+    Raises CheckpointError if the checkpoint records another loss head: heads round gradients differently.
+    """
+    checkpoint, state = plan.checkpoint, plan.state
+    _refuse_other_head(checkpoint, trainer.loss_head)
+    trainer.threshold = threshold = plan.threshold
     if threshold.above_percentile is not None:
         trainer.accelerator.print(
             f"The threshold is p >= {spell_probability(threshold.above, 6)}: percentile {threshold.above_percentile:g}, as "
@@ -276,3 +271,13 @@ def tell_of_resuming(trainer: Any, checkpoint: str, state: TrainerState) -> None
             "than in an uninterrupted run."
         )
     trainer.accelerator.print(f"Going on from {checkpoint}, after step {state.global_step}.")
+
+
+def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
+    recorded = read_record(str(checkpoint)).get("loss_head", loss_head)
+    if recorded != loss_head:
+        advice = "Add" if recorded == "trl" else "Remove"
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
+            f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
+        )

@@ -11,6 +11,7 @@ from packaging.version import Version
 from transformers import TrainingArguments
 
 from .._util.trl import DataCollatorForLanguageModeling
+from ..errors import DependencyError, RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
@@ -40,13 +41,13 @@ class Setup:
 
     @classmethod
     def check(cls, arguments: Mapping[str, Any]) -> "Setup":
-        """Check `SFTTrainer`'s arguments, by name. Raises ValueError before the model loads."""
+        """Check `SFTTrainer`'s arguments, by name. Raises BLError before the model loads."""
         _refuse_missing_triton()
         args = arguments.get("args")
         if isinstance(args, TrainingArguments):
-            refuse_bypass(args)
+            refuse_bypass(args)  # a `BLConfig` has been since it was made, but its attributes can be set
         if arguments.get("compute_loss_func") is not None:
-            raise ValueError(
+            raise RecipeError(
                 "`compute_loss_func` would replace the objective. Leave it out, and write your loss as an objective: "
                 '`BLConfig(objective="my_package.losses:my_objective")`.'
             )
@@ -63,7 +64,7 @@ class Setup:
 
 def _refuse_missing_triton() -> None:
     if Version(version("trl")) < Version("1.16") and find_spec("triton") is None:
-        raise ValueError(
+        raise DependencyError(
             f"TRL {version('trl')} computes the loss with Triton, which is not installed here. Run `pip install "
             "'trl>=1.16,<2'`, which also computes it without."
         )

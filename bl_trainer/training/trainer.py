@@ -1,9 +1,8 @@
 """`BLConfig` and `BLTrainer`: TRL's `SFTConfig` and `SFTTrainer` with f(p) in place of -log p."""
 
-import math
+import copy
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
@@ -28,13 +26,13 @@ from trl import SFTConfig, SFTTrainer
 from .._util.transformers import EvalLoopOutput, TrainOutput
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
-from ..tokens.labels import refuse_misaligned, warn_of_untrained
-from ..tokens.names import EXAMPLE_LENGTHS, REFERENCE, ROW
+from ..tokens.labels import warn_of_untrained
+from ..tokens.names import EXAMPLE_LENGTHS, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
 from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .card import TAG
-from .checkpoints import has_model, saving
+from .checkpoints import has_model, saving, take_average
 from .config import threshold_of
 from .guards import (
     leaves_no_empty_folder,
@@ -47,11 +45,11 @@ from .guards import (
     warn_of_idle,
     warn_of_repeats,
 )
-from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, tell_of_loss
+from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, progress_of, tell_of_loss
 from .metrics import TokenMetrics, evaluated, own_targets
 from .record import PAPER, RunRecord
-from .refusals import refuse_bypass
-from .resume import ResumePlan, planned_resume, refuse_other_head, state_of, steps_of, tell_of_resuming
+from .refusals import refuse_lost_adapter, refuse_searched
+from .resume import ResumePlan, planned_resume, take_up
 from .scoring import ScoringTrainer
 
 logger = get_logger(__name__)
@@ -62,28 +60,22 @@ class BLTrainer(ScoringTrainer):
     [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens in place of the mean of -log p, p being the
     probability that the model gives the target token (Li et al., https://arxiv.org/abs/2510.00526).
 
-    What trains differs in `compute_loss` alone, which divides and adds up as TRL's does. log p comes from `objective_head`.
-    Where that can't serve, which `train` says, and under `loss_head: trl`, it comes from TRL's head: then
-    `objective="nll"` trains weights that are bit-identical to [`~trl.SFTTrainer`]'s, where that counts target tokens rightly:
-    for a model with `accepts_loss_kwargs = False` its gradient depends on how a batch is cut, and this one's doesn't.
-
-    Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`.
+    Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`. Training differs in
+    `compute_loss` alone. Under `loss_head: trl` an `objective` of `"nll"` trains [`~trl.SFTTrainer`]'s weights bit for bit,
+    but for models with `accepts_loss_kwargs = False`: with TRL their gradient depends on how a batch is cut.
     `recipe`, a mapping fit for JSON that you may set, is recorded in every checkpoint with the objective and the versions.
-    `compute_loss_func` is refused (`ValueError`), and so are a PEFT adapter on the LM head, prompt-learning PEFT on packed or
-    flattened examples, and a model whose own log-probabilities the head doesn't compute (see [`verify_head`]).
 
     It reports, in training and evaluation, means over all target tokens since the last log or of the whole evaluation set:
     `nll` (nats), `target_prob` (p), `kept_fraction` (share of tokens within the threshold), `gradient_weight` (-f'(p) p, the
-    weight on the NLL gradient; 1 under NLL, 0 for a dropped token), TRL's `entropy` and `mean_token_accuracy`, and in
-    evaluation `perplexity` and `loss`, the mean of f. What the objective's schedules have come to is reported beside them, as
-    `objective_alpha`; evaluation goes by the values of the moment.
+    weight on the NLL gradient; 1 under NLL, 0 for a dropped token), TRL's `entropy` and `mean_token_accuracy`; in evaluation
+    `perplexity` and `loss`, the mean of f; beside them what schedules have come to, as `objective_alpha`.
 
     A column `objective_weight` of a data set, a number >= 0 for each example, multiplies the costs of its tokens; the sum is
-    divided by all target tokens as without it. Wrong weights, and data that can't tell what `special_tokens` needs to know, are
-    a `ValueError` before the model loads; in a stream when the row is read.
+    divided by all target tokens as without it. Common chat layouts train as `messages` do.
 
-    Conversations in ShareGPT's layout, as JSON text, or in a column of another name train as `messages` do. A row without a
-    training text, or of which the chat template leaves out a message, is a `ValueError` that names the row.
+    Raises `BLError`, a `ValueError`, before the model loads: on arguments that would train something else than the objective,
+    and on rows that can't train, with their numbers (those of a stream when they are read). And before the first step: on a
+    model whose own log-probabilities the loss head doesn't compute (see [`verify_head`]).
     """
 
     _tag_names = [*SFTTrainer._tag_names, TAG]
@@ -92,8 +84,6 @@ class BLTrainer(ScoringTrainer):
 
     recipe: dict[str, Any] | None = None
     is_left = False  # whether a finished run was found that is left as it is
-    _has_met_targets = False
-    _first_step = 0  # of this process; a resumed run begins later
 
     @leaves_no_empty_folder
     def __init__(
@@ -125,16 +115,11 @@ class BLTrainer(ScoringTrainer):
         marks = self.parsed_objective.special_tokens is not None
         self._special_ids = content_free_ids(self) if marks else None
         self.stops_on_nan = getattr(self.args, "stop_on_nan", False)
-        self._sigterm = StopOnSigterm(self.accelerator)
-        self._add_callbacks(on_sigterm)
         self.token_metrics = TokenMetrics(self.accelerator, self.get_tp_size())
-
-    def _add_callbacks(self, on_sigterm: Any) -> None:
-        self.add_callback(BeginTraining(self))
-        if self.stops_on_nan:
-            self.add_callback(RefuseNonfinite())
-        if getattr(self.args, "enable_jit_checkpoint", False):
-            self._sigterm.take_over(self, on_sigterm)
+        self._begin, self._sigterm = BeginTraining(self), StopOnSigterm(self.accelerator, self.args)
+        for callback in (self._begin, *([RefuseNonfinite()] if self.stops_on_nan else [])):
+            self.add_callback(callback)
+        self._sigterm.take_over(self, on_sigterm)
 
     @property
     def was_terminated(self) -> bool:
@@ -144,28 +129,19 @@ class BLTrainer(ScoringTrainer):
     @property
     def has_begun(self) -> bool:
         """Whether a training step has been made in this process."""
-        return self.state.global_step > self._first_step
+        return self._begin.steps > 0
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
-        if self._has_adapter and not is_peft_model(model):
-            raise ValueError(
-                "Cannot train the model that `model_init` returns: the trainer's model has an adapter, this one has none. "
-                "Return `get_peft_model(model, peft_config)`."
-            )
+        refuse_lost_adapter(model, self._has_adapter)
         refuse_frozen(model)
         self.add_heads(model)
         return model
 
     def _hp_search_setup(self, trial):
-        given = [getattr(self.args, key, None) for key in ("objective", "threshold")]
+        before = copy.copy(self.args)
         super()._hp_search_setup(trial)
-        if [getattr(self.args, key, None) for key in ("objective", "threshold")] != given:
-            raise ValueError(
-                "Cannot search over `objective` or `threshold` with `hyperparameter_search`: they are set when the trainer is "
-                "built. Remove them from `hp_space`, and compare objectives by `bl-trainer sweep`."
-            )
-        refuse_bypass(self.args)
+        refuse_searched(self.args, before)
 
     def wanted(self, args, name):
         numbers = getattr(args, "stop_on_nan", False) and name == "train"
@@ -196,15 +172,12 @@ class BLTrainer(ScoringTrainer):
         return ObjectiveLoss(self.parsed_objective, self.threshold, head, self._special_ids, adapted)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        refuse_misaligned(inputs)
         example_lengths, rows = (inputs.pop(name, None) for name in (EXAMPLE_LENGTHS, ROW))
-        if self.reference == "column" and REFERENCE not in inputs:
-            raise ValueError(f"This data set has no column `{REFERENCE}`, as the training set has. Add it.")
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         with explains_lost_images(self.args.max_length):
-            tokens = self.objective_loss(model, inputs, self._progress())
+            tokens = self.objective_loss(model, inputs, progress_of(self.state))
         loss = mean_over_batch(self, tokens, num_items_in_batch)
         if self.model.training:
             self.token_metrics.add("train", tokens, tokens.is_target)
@@ -218,16 +191,6 @@ class BLTrainer(ScoringTrainer):
             return loss
         with torch.no_grad():  # no loss head makes the logits
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
-
-    def _progress(self, done: int | None = None) -> float:
-        """Return the share of training that is done after `done` steps, now unless told."""
-        done = self.state.global_step if done is None else done
-        return done / self.state.max_steps if self.state.max_steps > 0 else 0.0
-
-    def _scheduled(self, done: int) -> dict[str, float]:
-        """Return what the objective's schedules have come to after `done` steps, as it is logged."""
-        found = self.parsed_objective.scheduled_at(self._progress(done))
-        return {f"objective_{name}": value for name, value in found.items()}
 
     def _pop_means(self, mode: str) -> dict[str, float]:
         """Return the means since the last call, and let TRL log its own other metrics."""
@@ -243,9 +206,8 @@ class BLTrainer(ScoringTrainer):
         if "loss" in logs or "train_loss" in logs:
             means = self._pop_means("train")
             logs.update({name: means[name] for name in METRICS if name in means})
-            self._has_met_targets |= math.isfinite(means.get("kept_fraction", math.nan))
             warn_of_idle(means, self.threshold, logs.get("grad_norm"))
-            logs.update(self._scheduled(max(self.state.global_step - 1, 0)))  # by which the last step was made
+            logs.update(self.objective_loss.scheduled_at(progress_of(self.state, before=1)))  # by which the last step was made
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -267,7 +229,8 @@ class BLTrainer(ScoringTrainer):
         if means and output.metrics is not None:
             warn_of_idle(means, self.threshold)
             coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
-            means = evaluated(means, self.threshold, coefficient) | self._scheduled(self.state.global_step)
+            means = evaluated(means, self.threshold, coefficient)
+            means |= self.objective_loss.scheduled_at(progress_of(self.state))
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -280,25 +243,22 @@ class BLTrainer(ScoringTrainer):
     ) -> TrainOutput:
         self.is_left = False
         self.token_metrics.begin()
-        if trial is not None:  # whose model is another, and its percentile too
-            self.threshold = threshold_of(self.args)
-        self._first_step, self._has_met_targets = 0, False
-        if trial is None:  # else `call_model_init` makes another
+        if trial is None:
             refuse_frozen(self.model)
+        else:  # `call_model_init` makes another model, which has another percentile
+            self.threshold = threshold_of(self.args)
         refuse_dropped_sets(self)
-        listens = getattr(self.args, "enable_jit_checkpoint", False)
-        with self._sigterm.listening() if listens else nullcontext():
+        with self._sigterm.listening():
             plan = planned_resume(self.args, resume_from_checkpoint, self.accelerator.num_processes)
-            checkpoint = str(plan.checkpoint) if plan.checkpoint else None
-            if checkpoint:
-                refuse_other_head(checkpoint, self.loss_head)
-                state = self._take_up(checkpoint, plan)
-                if 0 < steps_of(self.args, checkpoint, state) <= state.global_step:
-                    return self._finish(checkpoint, state)
+            if plan.checkpoint is not None:
+                take_up(self, plan)
+                if plan.is_finished(self.args):
+                    return self._load_finished(plan)
             tell_of_loss(self)
+            checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-            self.average_weights()
-            refuse_unlearnt(self.has_begun, self._has_met_targets)
+            take_average(self.optimizer)
+            refuse_unlearnt(self.has_begun, self.token_metrics.has_met_targets)
             return output
 
     def begin_counting(self) -> None:
@@ -306,43 +266,27 @@ class BLTrainer(ScoringTrainer):
         self.token_metrics.restart()
         self._metrics["train"].clear()
 
-    def average_weights(self) -> None:
-        """Let the model have the averaged weights of a schedule-free optimizer, which are its result.
-
-        The next training step returns to the point that it trains at.
-        """
-        average = getattr(self.optimizer, "eval", None)
-        if callable(average):
-            average()
-
     def _load_best_model(self) -> None:
-        self.average_weights()  # or saving would average the best model's with the last step's
+        take_average(self.optimizer)  # or saving would average the best model's with the last step's
         super()._load_best_model()
 
-    def _take_up(self, checkpoint: str, plan: ResumePlan) -> TrainerState:
-        """Return the state to resume from, and take over its threshold; says what differs from an uninterrupted run."""
-        self.threshold, state = plan.threshold, state_of(checkpoint)
-        self._first_step = state.global_step
-        tell_of_resuming(self, checkpoint, state)
-        return state
-
-    def _finish(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        """Take up a run that has all its steps; transformers would train one more. What it has saved is left as it is."""
-        logger.warning(f"{checkpoint} is at step {state.global_step} of {state.max_steps}: nothing is left to train.")
-        self.state = state
+    def _load_finished(self, plan: ResumePlan) -> TrainOutput:
+        """Load a run that has all its steps; transformers would train one more. What it has saved is left as it is."""
+        self.state = plan.state
+        done, steps = self.state.global_step, self.state.max_steps
+        logger.warning(f"{plan.checkpoint} is at step {done} of {steps}: nothing is left to train.")
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # whose model can't be loaded without training
         self.is_left = sharded or has_model(Path(str(self.args.output_dir)))
         if not sharded:
-            self._load_from_checkpoint(checkpoint)
-            if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_from_checkpoint(str(plan.checkpoint))
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
                 self._load_best_model()
-        return TrainOutput(state.global_step, 0.0, {})
+        return TrainOutput(done, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.average_weights()
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            RunRecord.of(self).write(Path(output_dir or str(self.args.output_dir)))
+        take_average(self.optimizer)
+        with RunRecord.last_in(self, Path(output_dir or str(self.args.output_dir))):
+            super().save_model(output_dir, _internal_call)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
