@@ -17,11 +17,8 @@ from bl_trainer.adapters.contract import refuse_settings, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
 from conftest import make_double, make_llama, make_mixtral
-from test_core import ALONE
-from test_core import run as run_alone
 from ways import Ordered, relative_difference, train
 
-STACKS = ("transformers", "llamafactory", "axolotl", "swift", "verl", "unsloth")
 ROOT = Path(__file__).parents[1]
 PADDED = {"learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
 
@@ -358,9 +355,3 @@ def test_verl_finds_the_loss_installed(monkeypatch):
     sys.modules["verl.workers.utils"].losses = losses
     verl.install("neg_p")
     assert isinstance(losses.sft_loss, verl.SFTLoss)
-
-
-def test_adapters_need_no_stack_until_they_are_used():
-    modules = ", ".join(f"bl_trainer.adapters.{name}" for name in STACKS)
-    done = run_alone(f"{ALONE}import {modules}\nprint('worked')")
-    assert done.stdout == "worked\n", done.stderr
