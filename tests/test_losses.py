@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+import sharing
 from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
 from bl_trainer.head import blocks as module
 from bl_trainer.head.logits import objective_of_logits
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_double
+from forking import SERVER
 from test_head import BACKENDS
 from ways import Gradients, Ordered, build, relative_difference
 
@@ -319,6 +321,15 @@ def test_a_sharded_head_is_gathered(tmp_path):
             assert torch.equal(share.grad.full_tensor(), gradient)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_gathered(tmp_path):
+    processes = [SERVER.Process(target=sharing.compare, args=(tmp_path, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_evaluation_divides_by_kept_tokens_alone():

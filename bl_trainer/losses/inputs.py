@@ -6,10 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from ..head.targets import IGNORED, Targets, shifted
 from ..objectives.objective import Objective
+
+
+def gathered(value: Any) -> Any:
+    """Return a value, and all of a tensor that several processes share, such as logits under tensor parallelism.
+
+    Every process then computes the same loss. Its gradient is cut as the tensor was.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def targets_of(labels: Tensor) -> Targets:
@@ -26,7 +35,7 @@ def at_targets(targets: Targets, columns: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return a model's logits. Raises ValueError where there are none."""
+    """Return a model's logits, gathered. Raises ValueError where there are none."""
     logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None and isinstance(outputs, Tensor):
         raise ValueError(
@@ -45,7 +54,7 @@ def logits_of(outputs: Any) -> Tensor:
             f"Cannot compute the loss: {what}. Switch off the kernel that leaves them out, or use `fused_objective`. "
             "Liger's fused cross-entropy and chunked losses make none; Unsloth makes them with `UNSLOTH_RETURN_LOGITS=1`."
         )
-    return logits
+    return gathered(logits)
 
 
 def check_states(hidden: Any, weight: Any) -> None:
