@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import sharing
 from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
@@ -385,6 +386,10 @@ REFUSED = {
         lambda: as_loss("nll")(outputs(), LABELS, torch.tensor([[40], [40]])),
         r"has shape \(2, 1\). DataParallel splits a batch .* `torchrun`",
     ),
+    "number below 0": (lambda: as_loss("nll")(outputs(), LABELS, -3), "the number of items is -3. Give the number of targets"),
+    "no number": (lambda: as_loss("nll")(outputs(), LABELS, "7"), "the number of items is '7'"),
+    "encoder-decoder": (lambda: as_loss("nll")(Seq2SeqLMOutput(**outputs()), LABELS), "predicts each label at its own place"),
+    "masked": (lambda: as_loss("nll")(MaskedLMOutput(**outputs()), LABELS), "predicts each label at its own place"),
     "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
     "no weight": (
         lambda: fused_objective(torch.zeros(2, 4), torch.nn.Linear(4, 5), LABELS[0, :2], "nll"),

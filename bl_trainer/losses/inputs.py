@@ -12,6 +12,9 @@ from torch.nn.functional import pad
 from ..head.targets import IGNORED, Targets, shifted
 from ..objectives.objective import Objective
 
+# Outputs, of transformers, whose logits at t predict the label at t
+ALIGNED = ("MaskedLMOutput", "Seq2SeqLMOutput", "Seq2SeqMoEOutput", "TokenClassifierOutput")
+
 
 def gathered(value: Any) -> Any:
     """Return a value, and all of a tensor that several processes share, such as logits under tensor parallelism.
@@ -46,6 +49,11 @@ def logits_of(outputs: Any) -> Tensor:
         raise ValueError(
             f"Cannot compute the loss: the model's output is a {type(outputs).__name__}, without names. Call the model with "
             "`return_dict=True`."
+        )
+    if type(outputs).__name__ in ALIGNED:
+        raise ValueError(
+            f"Cannot compute the loss: the model predicts each label at its own place ({type(outputs).__name__}). Use a causal "
+            "language model."
         )
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.numel() or not logits.is_floating_point():
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None

@@ -100,6 +100,10 @@ class Pricing:
                     "`micro_batches`, or write `normalize: tokens`."
                 )
             return total / costs.kept.sum().clamp(min=1) / (_number_of(micro_batches) if counts else 1)
+        if counts and not isinstance(num_items, Tensor) and not (isinstance(num_items, Real) and float(num_items) >= 0):
+            raise ValueError(
+                f"Cannot compute the loss: the number of items is {num_items!r}. Give the number of targets, or None."
+            )
         items = torch.as_tensor(num_items if counts else len(costs.cost), device=total.device)
         if items.numel() != 1:
             raise ValueError(f"Cannot compute the loss: the number of items has shape {tuple(items.shape)}. {SPLIT_BATCH}")
