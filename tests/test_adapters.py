@@ -17,11 +17,8 @@ from bl_trainer.adapters.contract import refuse_settings, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
 from conftest import make_double, make_llama, make_mixtral
-from test_core import ALONE
-from test_core import run as run_alone
 from ways import Ordered, relative_difference, train
 
-STACKS = ("transformers", "llamafactory", "axolotl", "swift", "verl", "unsloth")
 ROOT = Path(__file__).parents[1]
 PADDED = {"learning_rate": 0.0, "per_device_train_batch_size": 8, "max_steps": 2, "max_length": None}
 
@@ -100,6 +97,21 @@ def test_evaluation_reports_what_bltrainer_does(tokenizer, tmp_path):
     logs = trainer.evaluate()
     assert {"eval_loss", "eval_nll", "eval_target_prob"} <= trainer.state.log_history[-1].keys()
     assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(1 - logs["eval_loss"])
+
+
+def test_evaluation_leaves_out_what_nothing_predicts_and_what_predict_has_seen(tokenizer, tmp_path):
+    tokens = [5, 6, 7, 8, 9, 10, 11, 12]
+    packed = Dataset.from_list([{"input_ids": tokens, "position_ids": [0, 1, 2, 0, 1, 2, 3, 4], "labels": tokens}])
+    trainer, _ = build(tokenizer, tmp_path, remove_unused_columns=False)
+    trainer.data_collator = lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    attach(trainer, "neg_p")
+    trainer.predict(trainer.train_dataset.select([0]))
+    found = trainer.evaluate(packed)
+    with torch.no_grad():
+        logits = trainer.model(torch.tensor([tokens]), position_ids=torch.tensor([packed[0]["position_ids"]])).logits
+    p = logits[0, :-1].softmax(-1)[torch.arange(7), torch.tensor(tokens[1:])][[0, 1, 3, 4, 5, 6]]
+    assert found["eval_loss"] == pytest.approx(1 - p.mean().item())
+    assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(p.mean().item())
 
 
 class Dividing(Trainer):
@@ -218,6 +230,11 @@ def test_no_example_has_its_first_token_as_target(column, begins):
     assert labels[labels != -100].equal(TOKENS[labels != -100])
 
 
+def test_the_trainer_counts_the_labels_that_the_loss_sees():
+    batch = {"input_ids": TOKENS, "labels": TOKENS.clone(), "shift_labels": TOKENS.clone()}
+    assert "shift_labels" not in with_targets(batch)
+
+
 def test_repeated_tokens_are_not_taken_for_shifted_labels():
     same = torch.full((2, 4), 7)
     assert with_targets({"input_ids": same, "labels": same})["labels"][:, 1:].equal(same[:, 1:])
@@ -263,8 +280,8 @@ def swift_trainer(**template):
     template = {"sequence_parallel_size": 1, "task_type": "causal_lm", **template}
     accelerator = SimpleNamespace(num_processes=2)
     return SimpleNamespace(
-        template=SimpleNamespace(**template), get_batch_samples=None, compute_loss=None, log=None, accelerator=accelerator,
-        model=SimpleNamespace(training=True), model_accepts_loss_kwargs=True,
+        template=SimpleNamespace(**template), get_batch_samples=None, compute_loss=None, log=None, evaluation_loop=None,
+        prediction_step=None, accelerator=accelerator, model=SimpleNamespace(training=True), model_accepts_loss_kwargs=True,
     )  # fmt: skip
 
 
@@ -358,9 +375,3 @@ def test_verl_finds_the_loss_installed(monkeypatch):
     sys.modules["verl.workers.utils"].losses = losses
     verl.install("neg_p")
     assert isinstance(losses.sft_loss, verl.SFTLoss)
-
-
-def test_adapters_need_no_stack_until_they_are_used():
-    modules = ", ".join(f"bl_trainer.adapters.{name}" for name in STACKS)
-    done = run_alone(f"{ALONE}import {modules}\nprint('worked')")
-    assert done.stdout == "worked\n", done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import core_alone
 from bl_trainer import DependencyError
 from bl_trainer._util import requirements
 
@@ -33,31 +34,6 @@ class Known(PathFinder):
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Known]
 """
 
-USES = """
-import torch
-import bl_trainer
-import bl_trainer.head, bl_trainer.losses, bl_trainer.objectives
-from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
-
-torch.manual_seed(0)
-hidden, weight = torch.randn(2, 5, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
-labels = torch.randint(9, (2, 5))
-metrics = LossMetrics()
-options = {"objective": {"name": "power", "alpha": 2}, "threshold": 0.01}
-fused = fused_objective(hidden, weight, labels, **options, metrics=metrics)
-logits = hidden @ weight.T
-found = as_loss(**options)({"logits": logits}, labels)
-logp = logits.log_softmax(-1)[:, :-1].gather(2, labels[:, 1:, None])[..., 0]
-each = per_token(logp, labels[:, 1:], Objective.parse(options["objective"]), Threshold(0.01)).mean()
-(slope,) = torch.autograd.grad(fused, weight)
-for loss in (found, each):
-    torch.testing.assert_close(loss, fused)
-    torch.testing.assert_close(torch.autograd.grad(loss, weight, retain_graph=True), (slope,))
-assert Objective.parse("neg_p").weight(torch.tensor([-0.5])) > 0
-assert metrics.pop()["nll"] > 0
-print("worked")
-"""
-
 
 def run(code, **environment):
     return subprocess.run(
@@ -66,30 +42,24 @@ def run(code, **environment):
     )  # fmt: skip
 
 
-def test_core_needs_torch_alone():
-    done = run(ALONE + USES)
-    assert done.stdout == "worked\n", done.stderr
+NO_METADATA = """
+import importlib.metadata
 
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 
-NAMES = """
-import bl_trainer
-
-for name in ("BLTrainer", "BLConfig", "Recipe", "diagnose"):
-    try:
-        getattr(bl_trainer, name)
-    except bl_trainer.DependencyError as error:
-        assert isinstance(error, (ImportError, ValueError))
-        print(error)
+importlib.metadata.version = importlib.metadata.requires = missing
 """
+USE = f"import runpy\nrunpy.run_path({str(Path(core_alone.__file__))!r}, run_name='__main__')\n"
 
 
-def test_what_needs_trl_says_what_is_missing():
-    hide = "import importlib.metadata\nimportlib.metadata.version = importlib.metadata.requires = lambda name: missing(name)\n"
-    define = "def missing(name):\n    raise importlib.metadata.PackageNotFoundError(name)\n"
-    done = run(ALONE + hide + define + NAMES)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4, done.stderr
-    assert lines[0].startswith("Cannot use BLTrainer: it needs accelerate (not installed), datasets (not installed), peft")
+def test_core_and_adapters_need_torch_alone_and_the_rest_says_what_is_missing():
+    missing = ", ".join(f"{name} (not installed)" for name in requirements.STACK)
+    starts = [f"Cannot use {name}: it needs {missing}. Run `pip install 'accelerate' " for name in core_alone.NEED_TRL]
+    done = run(ALONE + NO_METADATA + USE)
+    first, *others = done.stdout.splitlines() or [""]
+    assert first == "worked", done.stderr
+    assert [line[: len(start)] for line, start in zip(others, starts, strict=True)] == starts
 
 
 def package(folder, name, version):
@@ -103,11 +73,10 @@ def package(folder, name, version):
 
 def test_core_works_beside_an_old_trl(tmp_path):
     package(tmp_path, "trl", "0.24.0")
-    done = run(USES + NAMES, PYTHONPATH=os.pathsep.join([str(tmp_path), str(PACKAGE)]))
-    first, *others = done.stdout.splitlines()
+    done = run(USE, PYTHONPATH=os.pathsep.join([str(tmp_path), str(PACKAGE)]))
+    first, *others = done.stdout.splitlines() or [""]
     assert first == "worked", done.stderr
-    assert len(others) == 4
-    for line, name in zip(others, ("BLTrainer", "BLConfig", "Recipe", "diagnose"), strict=True):
+    for line, name in zip(others, core_alone.NEED_TRL, strict=True):
         assert line == (
             f"Cannot use {name}: it needs trl<2,>=1.15 (0.24.0 is installed). Run `pip install 'trl<2,>=1.15'`; objectives and "
             "`as_loss` work without them."

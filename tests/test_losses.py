@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
+import sharing
 from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
 from bl_trainer.head import blocks as module
 from bl_trainer.head.logits import objective_of_logits
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_double
+from forking import SERVER
 from test_head import BACKENDS
 from ways import Gradients, Ordered, build, relative_difference
 
@@ -321,6 +324,15 @@ def test_a_sharded_head_is_gathered(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_sharded_tensors_are_gathered(tmp_path):
+    processes = [SERVER.Process(target=sharing.compare, args=(tmp_path, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def test_evaluation_divides_by_kept_tokens_alone():
     hidden, weight, bias, labels = make()
     logits = logits_of(hidden, weight, bias)
@@ -374,6 +386,10 @@ REFUSED = {
         lambda: as_loss("nll")(outputs(), LABELS, torch.tensor([[40], [40]])),
         r"has shape \(2, 1\). DataParallel splits a batch .* `torchrun`",
     ),
+    "number below 0": (lambda: as_loss("nll")(outputs(), LABELS, -3), "the number of items is -3. Give the number of targets"),
+    "no number": (lambda: as_loss("nll")(outputs(), LABELS, "7"), "the number of items is '7'"),
+    "encoder-decoder": (lambda: as_loss("nll")(Seq2SeqLMOutput(**outputs()), LABELS), "predicts each label at its own place"),
+    "masked": (lambda: as_loss("nll")(MaskedLMOutput(**outputs()), LABELS), "predicts each label at its own place"),
     "states": (lambda: fused_objective(torch.zeros(2, 3), torch.zeros(5, 4), LABELS[0, :2], "nll"), "do not fit a weight"),
     "no weight": (
         lambda: fused_objective(torch.zeros(2, 4), torch.nn.Linear(4, 5), LABELS[0, :2], "nll"),

@@ -32,12 +32,13 @@ def refuse_split_rows(trainer: Any) -> None:
 
 
 def watch(trainer: Any, loss: Any) -> None:
-    """Make `trainer` keep to `loss`: its batches, its own loss, and its log.
+    """Make `trainer` keep to `loss`: its batches, its own loss, its evaluation, and its log.
 
     Labels are checked and corrected by `with_targets` before the trainer counts them. A loss that the trainer computes without
     calling `loss` is a LossError before its gradient is taken. The log gets `loss.metrics`.
     """
     collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
+    loop, predict = trainer.evaluation_loop, trainer.prediction_step
 
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
@@ -50,6 +51,13 @@ def watch(trainer: Any, loss: Any) -> None:
             raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
         return found
 
+    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        loss.forget("eval")  # what `predict` has left, which no log takes
+        return loop(*args, **kwargs)
+
+    def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return predict(model, with_targets(inputs) if "labels" in inputs else inputs, *args, **kwargs)
+
     def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for key in [key for key in logs if key == "loss" or (key.endswith("_loss") and key != "train_loss")][:1]:
             mode, prefix = "train" if key == "loss" else "eval", key.removesuffix("loss")
@@ -57,6 +65,7 @@ def watch(trainer: Any, loss: Any) -> None:
         log(logs, *args, **kwargs)
 
     trainer.get_batch_samples, trainer.compute_loss, trainer.log = get_batch_samples, compute_loss, logged
+    trainer.evaluation_loop, trainer.prediction_step = evaluation_loop, prediction_step
     trainer.loss_is_scaled_for_ga = True
 
 
@@ -70,7 +79,8 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")
     tokens, is_target = batch.get("input_ids"), labels != IGNORED
-    if tokens is not None and _shifted(tokens, labels, is_target):
+    batch.pop("shift_labels", None)  # transformers would count these
+    if tokens is not None and tokens.shape == labels.shape and _shifted(tokens, labels, is_target):
         raise LossError("Cannot train the objective: `labels` are shifted already. Let the data collator leave them unshifted.")
     begins = torch.zeros_like(is_target)
     begins[:, 0] = True

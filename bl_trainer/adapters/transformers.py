@@ -45,6 +45,10 @@ class TrainerLoss:
         found = self.loss.metrics(mode, self.trainer.accelerator.reduce)
         return {name: value for name, value in found.items() if name in METRICS}
 
+    def forget(self, mode: str) -> None:
+        """Drop what was measured since the last log."""
+        self.loss.metrics(mode)
+
     def _progress(self) -> float:
         state = self.trainer.state
         return state.global_step / state.max_steps if state.max_steps > 0 else 0.0

@@ -21,7 +21,7 @@ from ..head.ops import objective_head
 from ..objectives.objective import Objective
 from ..objectives.pricing import LOSS_WEIGHT, masked_cost
 from ..objectives.threshold import Threshold, trains
-from .inputs import at_targets, check_bounds, check_labels, check_states, logits_of, read_targets, targets_of
+from .inputs import at_targets, check_bounds, check_labels, check_states, gathered, logits_of, read_targets, targets_of
 from .metrics import LossMetrics
 from .pricing import COLUMNS, GIVEN, Pricing
 
@@ -48,7 +48,8 @@ class ObjectiveOfLogits:
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **columns: Tensor
     ) -> Tensor:
         """Return the loss of a micro-batch, a scalar; see `as_loss`."""
-        logits = logits_of(outputs)
+        logits, labels = logits_of(outputs), gathered(labels)
+        columns = {name: gathered(column) for name, column in columns.items()}
         check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
         self.pricing.check_given(columns, COLUMNS, labels.shape, ("num_items_in_batch",))
         targets = targets_of(labels.to(logits.device))
@@ -142,6 +143,8 @@ def fused_objective(
         RecipeError, LossError: As `as_loss` and its function.
     """
     pricing = Pricing.read(objective, threshold, progress)
+    hidden, labels = gathered(hidden), gathered(labels)
+    columns = {name: gathered(column) for name, column in columns.items()}
     check_states(hidden, lm_head_weight)
     check_bounds(scale, softcap)
     check_labels(labels, hidden.shape[:-1], len(lm_head_weight), "hidden states")
@@ -193,6 +196,8 @@ def per_token(
         raise LossError(
             "Cannot use `normalize: kept` with `per_token`: it divides nothing. Remove it, and divide by what you like."
         )
+    logp, labels = gathered(logp), gathered(labels)
+    statistics = {name: gathered(value) for name, value in statistics.items()}
     ids, is_target = read_targets(labels, logp, pricing.objective)
     pricing.check_given(statistics, GIVEN, logp.shape)
     statistics = {name: value.to(logp.device) for name, value in statistics.items()}

@@ -6,11 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from ..errors import LossError
 from ..head.targets import IGNORED, Targets, shifted
 from ..objectives.objective import Objective
+
+# Outputs, of transformers, whose logits at t predict the label at t
+ALIGNED = ("MaskedLMOutput", "Seq2SeqLMOutput", "Seq2SeqMoEOutput", "TokenClassifierOutput")
+
+
+def gathered(value: Any) -> Any:
+    """Return a value, and all of a tensor that several processes share, such as logits under tensor parallelism.
+
+    Every process then computes the same loss. Its gradient is cut as the tensor was.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def targets_of(labels: Tensor) -> Targets:
@@ -27,7 +39,7 @@ def at_targets(targets: Targets, columns: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return a model's logits. Raises LossError where there are none."""
+    """Return a model's logits, gathered. Raises LossError where there are none."""
     logits: Any = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None and isinstance(outputs, Tensor):
         raise LossError(
@@ -39,6 +51,11 @@ def logits_of(outputs: Any) -> Tensor:
             f"Cannot compute the loss: the model's output is a {type(outputs).__name__}, without names. Call the model with "
             "`return_dict=True`."
         )
+    if type(outputs).__name__ in ALIGNED:
+        raise LossError(
+            f"Cannot compute the loss: the model predicts each label at its own place ({type(outputs).__name__}). Use a causal "
+            "language model."
+        )
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.numel() or not logits.is_floating_point():
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
         what = "the model's output has no logits" if shape is None else f"the logits are {logits.dtype} of shape {shape}"
@@ -46,7 +63,7 @@ def logits_of(outputs: Any) -> Tensor:
             f"Cannot compute the loss: {what}. Switch off the kernel that leaves them out, or use `fused_objective`. "
             "Liger's fused cross-entropy and chunked losses make none; Unsloth makes them with `UNSLOTH_RETURN_LOGITS=1`."
         )
-    return logits
+    return gathered(logits)
 
 
 def check_states(hidden: Any, weight: Any) -> None:

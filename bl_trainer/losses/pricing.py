@@ -92,6 +92,11 @@ class Pricing:
 
     def mean(self, costs: TokenCosts, num_items: Any, micro_batches: Any) -> Tensor:
         """Return the loss to minimise; see `as_loss`."""
+        is_count = isinstance(num_items, Tensor) or (isinstance(num_items, Real) and float(num_items) >= 0)
+        if num_items is not None and not is_count:
+            raise LossError(
+                f"Cannot compute the loss: the number of items is {num_items!r}. Give the number of targets, or None."
+            )
         targets = torch.as_tensor(len(costs.cost) if num_items is None else num_items)
         if targets.numel() != 1:
             raise LossError(f"Cannot compute the loss: the number of items has shape {tuple(targets.shape)}. {SPLIT_BATCH}")

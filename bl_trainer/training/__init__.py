@@ -1,6 +1,9 @@
 """`BLTrainer` and `BLConfig`."""
 
-from .config import BLConfig
-from .trainer import BLTrainer
+from .._util.requirements import needs_stack
+
+with needs_stack("bl_trainer.training"):
+    from .config import BLConfig
+    from .trainer import BLTrainer
 
 __all__ = ["BLConfig", "BLTrainer"]
