@@ -29,16 +29,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from trl.trainer.utils import add_fused_lm_head
 
 from bl_trainer import BLTrainer, Objective, Threshold
+from bl_trainer._util.trl import DataCollatorForLanguageModeling
 from bl_trainer.errors import CheckpointError
 from bl_trainer.head.ops import objective_head, score
 from bl_trainer.head.patch import add_scoring
-from bl_trainer.head.verification import HEADS, verify_head
+from bl_trainer.head.verification import HEADS, verify_head, verify_separation
 from bl_trainer.objectives.pricing import price
 from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.refusals import refuse_no_causal_lm
 from conftest import make_llama, make_mixtral, sizes
 from families import UNBUILT, families, tiny_model
-from ways import build, make_phi, make_recurrent_gemma, make_tied, relative_difference, weights
+from ways import build, make_mixture, make_phi, make_recurrent_gemma, make_tied, relative_difference, weights
 
 IDS = torch.tensor([[31, 12, 44, 25, 9, 38, 17], [52, 28, 14, 40, 33, 21, 10]])
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
@@ -101,6 +102,26 @@ def sees_later_tokens(model):
     return gradient[:, half:].abs().max().item() > 1e-6 * gradient.abs().max().item()
 
 
+def mixes_examples(model):
+    """Whether an example's logits in a row of two are others than alone; also where the model can't compute such rows."""
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([{"input_ids": row} for row in IDS.tolist()])
+    with torch.no_grad():
+        alone = model(**INPUTS).logits[1]
+        try:
+            packed = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits[0]
+        except (IndexError, ValueError):
+            return True
+    return not ((packed[-len(alone) :] - alone).abs().max() <= BOUND * alone.abs().max()).item()
+
+
+def mixing(model):
+    try:
+        verify_separation(model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def refusal(model, kind):
     try:
         refuse_no_causal_lm(model, None)
@@ -123,6 +144,9 @@ def test_every_causal_family_is_right_or_refused(family):
         else:
             assert error > BOUND or (leaks and "earlier positions see later tokens" in said), (kind, error, said)
             assert said.startswith(f"Cannot train {type(model).__name__}"), said
+    said = mixing(model)
+    assert leaks or mixes_examples(model) is (said is not None), said
+    assert said is None or said.startswith(f"Cannot train {type(model).__name__} on packed rows: "), said
 
 
 def test_unbuilt_families_are_few():
@@ -325,6 +349,22 @@ def test_a_model_that_sees_later_tokens_is_refused(head, dtype, tokenizer):
         verify_head(with_heads(make(LooksAhead, tokenizer, dtype)), head)
     with pytest.raises(ValueError, match="Cannot train LooksAheadInEvaluation"):
         verify_head(with_heads(make(LooksAheadInEvaluation, tokenizer, dtype)), head, trains=False)
+
+
+@pytest.mark.parametrize("options", [{"padding_free": True}, {"packing": True, "max_length": 64}], ids=str)
+def test_a_model_in_which_packed_examples_see_each_other_is_refused(options, tokenizer, text_data, tmp_path):
+    """gpt-oss makes its masks without positions."""
+    model = make_mixture("GptOss", tokenizer)
+    with pytest.raises(ValueError, match="Cannot train GptOssForCausalLM on packed rows: an example would see those before it"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model=model, **options)
+    build(BLTrainer, tokenizer, text_data, tmp_path, model=model, packing=True, packing_strategy="wrapped", max_length=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_rows_in_narrow_types(dtype, tokenizer):
+    verify_separation(with_heads(make_mixtral(tokenizer).to(dtype)))
+    with pytest.raises(ValueError, match="an example would see those before it in its row"):
+        verify_separation(with_heads(make_mixture("GptOss", tokenizer).to(dtype)))
 
 
 def make_paligemma():

@@ -19,7 +19,7 @@ __all__ = [
 
 # Names -> what breaks without them
 NAMES = {
-    "DataCollatorForLanguageModeling": "batches with our columns",
+    "DataCollatorForLanguageModeling": "batches with our columns, and packed rows",
     "DatasetConfig": "the check of what an entry of `datasets` may hold",
     "add_fused_lm_head": "the loss under `loss_head: trl`",
     "maybe_gather_lm_head_ctx": "the loss under ZeRO-3, which shards the LM head",
@@ -41,4 +41,5 @@ ATTRIBUTES = {
     "completion_only_loss": "the targets of `diagnose --probe`, whose data may be laid out otherwise than the training set's",
     "_is_vision_dataset": "the refusals to diagnose images, and to train on text what sees later tokens",
     "_signature_columns": "columns of tokens",
+    "padding_free": "the refusal of models in which packed examples see each other",
 }

@@ -195,8 +195,3 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     if grad is None:
         return None
     return torch.mul(grad, scale, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
-
-
-def backbone(model: Any) -> Any:
-    """Return what makes the last hidden states; `base_model` is the model itself where its prefix names no module (Llama 4)."""
-    return getattr(model, "model", model) if model.base_model is model else model.base_model

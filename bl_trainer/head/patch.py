@@ -10,7 +10,6 @@ from .._util.transformers import balancing_loss_of
 from .._util.trl import maybe_gather_lm_head_ctx
 from ..errors import RecipeError
 from .lm_head import Head
-from .ops import backbone
 from .targets import Targets
 
 
@@ -39,7 +38,7 @@ def add_scoring(model: Any) -> None:
             return original(self, *args, **kwargs)
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         kwargs["use_cache"] = False
-        outputs = backbone(self)(*args, **kwargs)
+        outputs = _body_outputs(self, original, args, kwargs)
         hidden = outputs.last_hidden_state if labels is None else outputs.last_hidden_state[:, -labels.shape[1] :]
         aux_loss = _aux_loss(self, outputs, kwargs) if kwargs.get("output_router_logits") else None
         module = self.get_output_embeddings()
@@ -58,6 +57,26 @@ def add_scoring(model: Any) -> None:
             return Scored(use(chosen, head, ids), targets.mask, aux_loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _body_outputs(model: Any, original: Any, args: Any, kwargs: Any) -> Any:
+    """Return the outputs of what makes the last hidden states, for a forward's inputs."""
+    body = _body(model)
+    if body is not model:
+        return body(*args, **kwargs)
+    # Its forward embeds images, then calls a language model with a head of its own (Llama 4)
+    kept: list[Any] = []
+    hook = _body(model.get_decoder()).register_forward_hook(lambda module, args, outputs: kept.append(outputs))
+    try:
+        original(model, *args, logits_to_keep=1, **kwargs)
+    finally:
+        hook.remove()
+    return kept[-1]
+
+
+def _body(model: Any) -> Any:
+    """Return the module under the LM head, `model` itself if there is none; some prefixes name no module (Llama 4)."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 def _aux_loss(model: Any, outputs: Any, inputs: dict[str, Any]) -> Tensor | None:

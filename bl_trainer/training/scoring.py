@@ -13,7 +13,7 @@ from .._util.accelerate import has_prepared
 from .._util.transformers import is_deepspeed_zero3_enabled
 from .._util.trl import add_fused_lm_head
 from ..head.patch import add_scoring
-from ..head.verification import verify_head
+from ..head.verification import verify_head, verify_separation
 from ..measurement.forward import Lockstep, Observed
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
@@ -99,11 +99,14 @@ class ScoringTrainer(SFTTrainer):
         return {self.loss_head} | (set() if self.threshold.resolved else {"own"})
 
     def verify(self, model: Any) -> None:
-        """Verify the heads in use against the logits of `model`. Raises ValueError as `verify_head`."""
+        """Verify the heads in use, and packed rows. Raises ValueError as `verify_head` and `verify_separation`."""
         self._is_verified = True
         for kind in sorted(self.heads_in_use()):
             with self.accelerator.autocast():
                 verify_head(model, kind, trains=not self._is_sharded(), text=not self.sees_images)
+        if self.padding_free:
+            with self.accelerator.autocast():
+                verify_separation(model)
 
     def verify_whole(self) -> None:
         """Verify the heads of a model that is in place already, as a sharded one isn't before training."""
