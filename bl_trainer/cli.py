@@ -53,6 +53,7 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
+    refuse_wrong_keys(argv)
     import torch
 
     from .recipe.recipe import Recipe
@@ -89,6 +90,17 @@ def train(argv: list[str]) -> None:
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)
+
+
+def refuse_wrong_keys(argv: list[str]) -> None:
+    """End with the mistakes of a recipe that its keys and values alone show, before torch loads."""
+    from .recipe.reading import read_keys
+
+    if not {"-h", "--help"} & {*argv}:
+        try:
+            read_keys(argv)
+        except BLError as error:
+            fail(error)
 
 
 def arguments_of(recipe: Any) -> Any:
@@ -264,8 +276,9 @@ def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: b
 
 def _located(error: Exception, recipe: Any) -> str:
     """Return the message of an error, with the line of the recipe's local files that it is about, if there is one."""
-    if recipe is None:
-        return sentence(error)
-    from .tokens.layouts import RowError
+    if recipe is not None:
+        from .tokens.layouts import RowError
 
-    return recipe.located(error) if isinstance(error, RowError) else sentence(error)
+        if isinstance(error, RowError):
+            return recipe.located(error)
+    return str(error) if isinstance(error, RecipeError) else sentence(error)  # several mistakes have a line each
