@@ -22,6 +22,7 @@ VERBS = {
     "sweep": "Compare objectives and learning rates on the same metrics.",
     "evaluate": "Score checkpoints on tasks, and compare them item by item.",
     "prepare-data": "Prepare a data set of the paper.",
+    "convert": "Rewrite a recipe of an older TRL, or of another trainer.",
 }
 
 HELP = f"""usage: bl-trainer VERB [OPTION ...]
@@ -42,6 +43,7 @@ Examples:
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
   bl-trainer prepare-data figfont --output data/figfont
+  bl-trainer convert old.yaml --output recipe.yaml
 
 On several devices:
   accelerate launch -m bl_trainer train --config recipe.yaml
@@ -220,6 +222,23 @@ def prepare_data(argv: list[str]) -> None:
         fail(error)
 
 
+def convert(argv: list[str]) -> None:
+    """Rewrite a recipe: `OLD.yaml --output NEW.yaml`.
+
+    A mistake ends in one sentence on stderr and exit code 2, with nothing written.
+    """
+    from .recipe.convert import ConvertArguments
+    from .recipe.convert import convert as run
+
+    try:
+        said, changed = run(ConvertArguments.read(argv))
+    except BLError as error:
+        fail(error)
+    print(said)
+    for what in changed:
+        print(f"warning: this changes training: {what}.", file=sys.stderr)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -238,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bl-trainer {__version__}")
         return
     verbs = {"diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
+    verbs["convert"] = convert
     if not argv or argv[0] not in verbs:
         wrong = f"unknown verb {argv[0]!r}.{nearest(argv[0], verbs)}" if argv else "no verb."
         write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"

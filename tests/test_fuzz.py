@@ -137,8 +137,8 @@ def test_a_recipe_is_trained_as_written_or_refused_in_one_sentence(write, capsys
         assert code == 2
         (line,) = (line for line in said.splitlines() if line.startswith("error: "))
         assert "Traceback" not in said
-        for line in mistakes(said[said.index(line) :]):
-            assert any(re.search(rf"\b{key}\b", line) for key in changes), line
+        for mistake in mistakes(said[said.index(line) :]):
+            assert any(re.search(rf"\b{key}\b", mistake) for key in changes), mistake
         assert not list(out.glob("*.safetensors"))
         return
     record = json.loads((out / "bl_trainer.json").read_text())
