@@ -22,6 +22,7 @@ VERBS = {
     "sweep": "Compare objectives and learning rates on the same metrics.",
     "evaluate": "Score checkpoints on tasks, and compare them item by item.",
     "prepare-data": "Prepare a data set of the paper.",
+    "convert": "Rewrite a recipe of an older TRL, or of another trainer.",
 }
 
 HELP = f"""usage: bl-trainer VERB [OPTION ...]
@@ -42,6 +43,7 @@ Examples:
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
   bl-trainer prepare-data figfont --output data/figfont
+  bl-trainer convert old.yaml --output recipe.yaml
 
 On several devices:
   accelerate launch -m bl_trainer train --config recipe.yaml
@@ -53,6 +55,7 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
+    refuse_wrong_keys(argv)
     import torch
 
     from .recipe.recipe import Recipe
@@ -89,6 +92,17 @@ def train(argv: list[str]) -> None:
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)
+
+
+def refuse_wrong_keys(argv: list[str]) -> None:
+    """End with the mistakes of a recipe that its keys and values alone show, before torch loads."""
+    from .recipe.reading import read_keys
+
+    if not {"-h", "--help"} & {*argv}:
+        try:
+            read_keys(argv)
+        except BLError as error:
+            fail(error)
 
 
 def arguments_of(recipe: Any) -> Any:
@@ -208,6 +222,23 @@ def prepare_data(argv: list[str]) -> None:
         fail(error)
 
 
+def convert(argv: list[str]) -> None:
+    """Rewrite a recipe: `OLD.yaml --output NEW.yaml`.
+
+    A mistake ends in one sentence on stderr and exit code 2, with nothing written.
+    """
+    from .recipe.convert import ConvertArguments
+    from .recipe.convert import convert as run
+
+    try:
+        said, changed = run(ConvertArguments.read(argv))
+    except BLError as error:
+        fail(error)
+    print(said)
+    for what in changed:
+        print(f"warning: this changes training: {what}.", file=sys.stderr)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -226,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bl-trainer {__version__}")
         return
     verbs = {"diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
+    verbs["convert"] = convert
     if not argv or argv[0] not in verbs:
         wrong = f"unknown verb {argv[0]!r}.{nearest(argv[0], verbs)}" if argv else "no verb."
         write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"
@@ -264,8 +296,9 @@ def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: b
 
 def _located(error: Exception, recipe: Any) -> str:
     """Return the message of an error, with the line of the recipe's local files that it is about, if there is one."""
-    if recipe is None:
-        return sentence(error)
-    from .tokens.layouts import RowError
+    if recipe is not None:
+        from .tokens.layouts import RowError
 
-    return recipe.located(error) if isinstance(error, RowError) else sentence(error)
+        if isinstance(error, RowError):
+            return recipe.located(error)
+    return str(error) if isinstance(error, RecipeError) else sentence(error)  # several mistakes have a line each

@@ -12,8 +12,8 @@ import pytest
 
 import bl_trainer
 from bl_trainer.cli import VERBS, main
+from bl_trainer.recipe import DATACLASSES
 from bl_trainer.recipe.help import USAGE
-from bl_trainer.recipe.keys import DATACLASSES
 from conftest import write_recipe
 from preparing import write_source
 

@@ -22,7 +22,7 @@ from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.objectives.published import PUBLISHED
 from bl_trainer.prepare import PrepareArguments
 from bl_trainer.prepare.sources import SETS
-from bl_trainer.recipe.keys import DATACLASSES
+from bl_trainer.recipe import DATACLASSES
 from bl_trainer.recipe.parser import Parser
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep.plan import OWN_KEYS, Plan
@@ -201,7 +201,7 @@ def test_recipe_keys_in_the_text_exist():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_in_configs(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("bl_trainer.recipe.model_checks.is_bnb_available", lambda: True)
+    monkeypatch.setattr("bl_trainer.recipe.rules.find_spec", lambda name: True)
     Recipe.read(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--use_cpu"])
 
 

@@ -116,7 +116,7 @@ def test_an_import_path_in_a_checkpoint_is_not_imported(checkpoint, data_folder,
     path = tmp_path / "out" / "checkpoint-1" / "bl_trainer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "objective": {"name": "evil:f"}}))
     with pytest.raises(RecipeError, match="was trained with objective"):
-        Recipe.read(["--config", str(recipe)]).checkpoint()
+        Recipe.read(["--config", str(recipe)]).plan_resume()
     assert not (tmp_path / "ran").exists()
 
 

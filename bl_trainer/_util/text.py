@@ -4,16 +4,25 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import RecipeError
+
+SECRETS = ("hub_token", "push_to_hub_token")  # keys whose values are neither shown nor recorded
 
 
 def nearest(name: Any, allowed: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing."""
     match = difflib.get_close_matches(str(name), list(allowed), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def listed(faults: Sequence[str], where: str) -> str:
+    """Return several mistakes in `where` as a list, a line each; a single one as it is."""
+    if len(faults) == 1:
+        return faults[0]
+    return "\n".join([f"There are {len(faults)} mistakes in {where}:", *(f"  - {fault}" for fault in faults)])
 
 
 def is_number(value: Any) -> bool:
@@ -54,3 +63,11 @@ def sentence(error: BaseException) -> str:
     is_of_datasets = any(kind.__name__ == "DatasetsError" for kind in type(error).__mro__)  # by name: importing it is slow
     cause = f": {error.__cause__}" if is_of_datasets and error.__cause__ else ""
     return " ".join(f"{error}{cause}".split()) or type(error).__name__
+
+
+def without_secrets(given: dict[str, Any]) -> dict[str, Any]:
+    """Return recipe keys with the values of `env` and of tokens left out."""
+    hidden: dict[str, Any] = {key: "<redacted>" for key in SECRETS if key in given}
+    if "env" in given:
+        hidden["env"] = dict.fromkeys(given["env"], "<redacted>")
+    return {**given, **hidden}

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as TRACKERS
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
@@ -24,7 +23,6 @@ __all__ = [
     "ATTRIBUTES",
     "METHODS",
     "NAMES",
-    "TRACKERS",
     "Conv1D",
     "EvalLoopOutput",
     "TrainOutput",
@@ -38,7 +36,6 @@ BALANCED = {"gate_logits", "num_experts", "top_k", "attention_mask"}  # paramete
 
 # Names -> what breaks without them
 NAMES = {
-    "TRACKERS": "the check of `report_to`",
     "Conv1D": "the names of GPT-2's linear layers in an error about `lora_target_modules`",
     "EvalLoopOutput": "metrics of an evaluation",
     "TrainOutput": "a run that has all its steps",

@@ -3,7 +3,6 @@
 tests/test_foreign.py says what each is for.
 """
 
-from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
@@ -12,7 +11,6 @@ __all__ = [
     "METHODS",
     "NAMES",
     "DataCollatorForLanguageModeling",
-    "DatasetConfig",
     "add_fused_lm_head",
     "maybe_gather_lm_head_ctx",
 ]
@@ -20,7 +18,6 @@ __all__ = [
 # Names -> what breaks without them
 NAMES = {
     "DataCollatorForLanguageModeling": "batches with our columns, and packed rows",
-    "DatasetConfig": "the check of what an entry of `datasets` may hold",
     "add_fused_lm_head": "the loss under `loss_head: trl`",
     "maybe_gather_lm_head_ctx": "the loss under ZeRO-3, which shards the LM head",
 }

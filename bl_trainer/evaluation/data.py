@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import find_fault, format_of, open_binary
+from ..recipe.datasets import find_fault, open_binary
 from ..recipe.local_files import is_empty
+from ..recipe.paths import format_of
 from .completion import COLUMNS, Completion
 from .generation import Generation
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import find_fault, format_of, is_path
+from ..recipe.datasets import find_fault
 from ..recipe.local_files import unreadable_name
 from ..recipe.parser import Parser
+from ..recipe.paths import format_of, is_path
 from .task_files import task_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -106,8 +107,7 @@ class EvaluateArguments:
         """Read the command line. Raises RecipeError."""
         classes: Any = [cls]
         parser = Parser(classes, prog="bl-trainer evaluate", allow_abbrev=False)
-        parser.kind = "option"
-        parser.check({}, argv)
+        parser.check(argv)
         return parser.parse({}, argv)[0]
 
     def check(self) -> None:

@@ -8,7 +8,8 @@ import yaml
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import format_of, local_files
+from ..recipe.local_files import local_files
+from ..recipe.paths import format_of
 
 OWN = Path(__file__).parent / "tasks"
 

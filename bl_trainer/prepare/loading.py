@@ -11,8 +11,9 @@ from trl import ScriptArguments
 
 from .._util.text import sentence
 from ..errors import RecipeError
-from ..recipe.datasets import LOCAL_FORMATS, find_fault, load_dataset, local_files
+from ..recipe.datasets import find_fault, load_dataset, local_files
 from ..recipe.local_files import is_empty
+from ..recipe.paths import LOCAL_FORMATS
 from .sources import FIGFONT, SETS, Example, Figlets, Part, Row
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from .._util.text import nearest
 from ..errors import RecipeError
-from ..recipe.local_files import is_path
 from ..recipe.parser import Parser
+from ..recipe.paths import is_path
 from .sources import SETS
 
 SEED = 42  # the paper's
@@ -42,7 +42,6 @@ class PrepareArguments:
         """Read the command line: a name, then options. Raises RecipeError."""
         classes: Any = [cls]
         parser = Parser(classes, prog="bl-trainer prepare-data", allow_abbrev=False)
-        parser.kind = "option"
         names = ", ".join(SETS)
         if {"-h", "--help"} & set(argv):
             parser.description = f"Prepare a data set of the paper, one of: {names}."
@@ -52,7 +51,7 @@ class PrepareArguments:
         name, *argv = argv
         if name not in SETS:
             raise RecipeError(f"Unknown data set {name!r}.{nearest(name, SETS)} Names: {names}.")
-        parser.check({}, argv)
+        parser.check(argv)
         options = parser.parse({}, argv)[0]
         options.name = name
         options.check()

@@ -11,7 +11,8 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from ..errors import RecipeError
 from ..tokens.layouts import align, arrange
 from ..tokens.names import REFERENCE, WEIGHT
-from .local_files import COMPRESSED, LOCAL_FORMATS, find_fault, format_of, is_path, is_shifted, local_files, open_binary
+from .local_files import find_fault, is_shifted, local_files, open_binary
+from .paths import COMPRESSED, LOCAL_FORMATS, format_of, missing
 
 OPTIONAL = (WEIGHT, REFERENCE)  # columns that the splits of a data set may have each for itself
 
@@ -27,9 +28,8 @@ def load_dataset(script: ScriptArguments) -> Any:
         raise ValueError(fault)
     if path.is_file():
         return _load_file(path, script.dataset_train_split, script.dataset_streaming)
-    if is_path(name) and not path.exists():
-        start = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise FileNotFoundError(f"there is no such file or folder{start}")
+    if fault := missing(name):
+        raise FileNotFoundError(fault)
     source = _folder(path) if path.is_dir() else {"path": name}
     try:
         splits = datasets.load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)

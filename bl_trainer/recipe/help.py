@@ -5,13 +5,9 @@ import shutil
 import textwrap
 from argparse import Action
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
-
-from ..training.config import BLConfig
-from .keys import DATACLASSES
+from .fields import fields_of, recipe_fields
 
 # What must be given stands outside of brackets
 USAGE = {
@@ -19,6 +15,7 @@ USAGE = {
     "diagnose": "{--config RECIPE | --model NAME --data FILE} --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
     "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
     "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
+    "convert": "RECIPE --output FILE",
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
 }
 
@@ -71,14 +68,12 @@ def verb_help(program: str, actions: list[Action], kinds: dict[str, set[Any]], d
 
 def _rank(key: str) -> int:
     """Return where a key stands within its group: TRL's and ours before those of any training by transformers."""
-    own = {field.name for field in fields(TrainingArguments)}
-    trainers = {field.name for field in fields(BLConfig)}
-    return 2 if key in own else 1 if key in trainers else 0
+    return 2 if key in fields_of("TrainingArguments") else 1 if key in fields_of("BLConfig") else 0
 
 
 def _group(key: str) -> str:
     """Return the title of the group that an option of a recipe's verb stands in."""
-    if not any(key == field.name for each in DATACLASSES for field in fields(each)):
+    if key not in recipe_fields():
         return "Options"
     return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, key))
 

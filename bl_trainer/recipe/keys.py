@@ -1,23 +1,31 @@
 """Recipe keys as data."""
 
 import math
-from dataclasses import fields
-from typing import Any
 
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-)
+from .fields import fields_of
 
-from ..training.config import BLConfig
+# Keys of older recipes: the fields of TRL 0.8 to 1.15's and transformers 4.30 to 5.3's dataclasses that are gone, and those of
+# the alignment handbook and open-r1. Read only for keys that the installed versions lack.
 
-# Keys of older recipes and what to write instead: the fields of TRL 0.8 to 1.15's and transformers 4.30 to 5.3's
-# dataclasses that are gone, and those of the alignment handbook. Read only for keys that the installed versions lack.
+# Keys with a new name and the same meaning, which a recipe may still give
+RENAMED = {
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "use_liger": "use_liger_kernel",
+    "text_column": "dataset_text_field",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "xpu_backend": "ddp_backend",
+}
+
+# Keys that are gone, and what to write instead; None where the key no longer has an effect
 REPLACED = {
-    "max_seq_length": "max_length: {value}",
-    "torch_dtype": "dtype: {value}",
-    "use_liger": "use_liger_kernel: {value}",
     "dataset_batch_size": None,
     "num_of_sequences": None,
     "chars_per_token": None,
@@ -28,17 +36,12 @@ REPLACED = {
     "dataset_mixture": "datasets: [{{path: ..., split: train, fraction: ...}}], and test_split_size",
     "dataset_splits": "dataset_train_split and dataset_test_split",
     "dataset_configs": "dataset_config: ...",
-    "text_column": "dataset_text_field: {value}",
-    "preprocessing_num_workers": "dataset_num_proc: {value}",
     "chat_template": "chat_template_path: template.jinja",
     "tokenizer_name_or_path": "chat_template_path: {value}, if it was for the chat template",
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
-    "evaluation_strategy": "eval_strategy: {value}",
-    "warmup_ratio": "warmup_steps: {value}  (a value below 1 is a share of all steps)",
     "overwrite_output_dir": None,
     "group_by_length": "train_sampling_strategy: group_by_length",
     "adafactor": "optim: adafactor",
-    "no_cuda": "use_cpu: {value}",
     "use_mps_device": None,
     "use_ipex": None,
     "jit_mode_eval": None,
@@ -52,11 +55,7 @@ REPLACED = {
     "logging_dir": "report_to: tensorboard, with the folder in the environment variable TENSORBOARD_LOGGING_DIR",
     "include_inputs_for_metrics": "include_for_metrics: [inputs]",
     "include_tokens_per_second": "include_num_input_tokens_seen: true",
-    "per_gpu_train_batch_size": "per_device_train_batch_size: {value}",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size: {value}",
-    "push_to_hub_model_id": "hub_model_id: {value}",
     "push_to_hub_organization": "hub_model_id: {value}/MODEL",
-    "push_to_hub_token": "hub_token: ...",
     "fp16_backend": None,
     "half_precision_backend": None,
     "fp16_opt_level": None,
@@ -66,7 +65,6 @@ REPLACED = {
     "dispatch_batches": "accelerator_config: {{dispatch_batches: {value}}}",
     "split_batches": "accelerator_config: {{split_batches: {value}}}",
     "torchdynamo": "torch_compile_backend: {value}",
-    "xpu_backend": "ddp_backend: {value}",
 }
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
@@ -75,7 +73,7 @@ NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "
 # it off, is taken for a decision.
 NEEDS = {
     **dict.fromkeys(
-        (f.name for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora")),
+        (name for name in fields_of("ModelConfig") if name.startswith("lora_") or name in ("use_rslora", "use_dora")),
         ("use_peft", "use_peft: true"),
     ),
     **dict.fromkeys(
@@ -116,4 +114,27 @@ WRITTEN = ("checkpoint-*", "*.safetensors", "*.bin", "*.json", "*.jinja", "READM
 
 ROWS_RENDERED = 32  # that are rendered before the model loads
 
-DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
+# Trackers of `report_to` -> their packages: the module, and its name for pip
+TRACKERS = {
+    "azure_ml": ("azureml", "azureml-sdk"),
+    "clearml": ("clearml", "clearml"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "dagshub": ("dagshub", "dagshub"),
+    "dvclive": ("dvclive", "dvclive"),
+    "flyte": ("flytekit", "flytekit"),
+    "kubeflow": ("kubeflow", "kubeflow"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "swanlab": ("swanlab", "swanlab"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+}
+
+# Keys that need a package when they are true: the module, its name for pip, and what the key is for
+PACKAGES = {
+    "load_in_4bit": ("bitsandbytes", "bitsandbytes"),
+    "load_in_8bit": ("bitsandbytes", "bitsandbytes"),
+    "use_liger_kernel": ("liger_kernel", "liger-kernel"),
+}

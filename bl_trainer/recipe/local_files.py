@@ -20,22 +20,11 @@ import pyarrow.parquet as pq
 from ..errors import RecipeError
 from ..tokens.layouts import are_chats
 from ..tokens.messages import CONTENTS, SPEAKERS, fault_of, short
+from .paths import COMPRESSED, format_of
 
 BOM = codecs.BOM_UTF8  # the libraries read over it
-LOCAL_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what may stand behind these
 ZSTANDARD = b"\x28\xb5\x2f\xfd"
 MAGIC = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how such a file begins
-
-
-def is_path(name: str) -> bool:
-    """Whether `name` can only be a local path, not a Hub id `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or format_of(Path(name)) is not None
-
-
-def format_of(path: Path) -> str | None:
-    """Return the format of a file by its name, compressed or not; None if it is none of ours."""
-    return LOCAL_FORMATS.get(Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix)
 
 
 def open_binary(path: Path) -> BinaryIO:

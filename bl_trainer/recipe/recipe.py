@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig, set_s
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.data_utils import is_conversational
 
-from .._util.text import sentence
+from .._util.text import sentence, without_secrets
 from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
@@ -28,11 +28,12 @@ from ..training.config import BLConfig
 from ..training.resume import Given, ResumePlan, plan_resume, say
 from .checks import RULES, TRAINING_RULES, check
 from .datasets import load_dataset, load_mixture
-from .keys import DATACLASSES, ROWS_RENDERED
+from .keys import ROWS_RENDERED
 from .local_files import find_fault, local_files, unreadable_name
 from .model_checks import model_is_known, model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
-from .parser import Parser, load_yaml, without_secrets
+from .parser import DATACLASSES, Parser
+from .reading import read_keys
 
 
 @dataclass
@@ -56,28 +57,21 @@ class Recipe:
 
         `options`: a dataclass of what the verb takes on the command line besides recipe keys.
         """
-        argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        own = {f.name for f in fields(options)} if options else set()
         parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl-trainer {verb}", allow_abbrev=False)
-        config: dict[str, Any] = {}
-        if "--config" in argv:
-            index = argv.index("--config")
-            config = load_yaml(argv[index + 1 : index + 2])
-            argv = argv[:index] + argv[index + 2 :]
-        if not config and not parser.is_given("model_name_or_path", argv) and not {"-h", "--help"} & set(argv):
-            instead = ", or `--model M --data D.jsonl`" if {"model", "data"} <= own else ""
-            raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`{instead}.")
-        for key in sorted(own & config.keys()):
-            raise RecipeError(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
-        parser.check(config, argv)
-        given = dict(config)
-        os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
-        script, training, model, mixture, *rest = parser.parse(config, argv)
+        if {"-h", "--help"} & {*argv}:
+            parser.parse_args(["--help"])
+        keys = read_keys(argv, verb, [each.name for each in fields(options)] if options else ())
+        given = dict(keys.config)
+        os.environ.update({key: str(value) for key, value in keys.config.pop("env", {}).items()})
+        script, training, model, mixture, *rest = parser.parse(keys.config, keys.argv)
         recipe = cls(script, training, model, mixture, *rest)
         for part in (script, training, model, mixture):
-            given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, argv)}
+            given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, keys.argv)}
         recipe.given = without_secrets(given)
         check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
+        if keys.renamed:
+            names = ", ".join(f"`{old}` is now `{new}`" for old, new in keys.renamed.items())
+            say([f"The recipe has keys of older versions, which were read by their new names: {names}."])
         return recipe
 
     @property
@@ -125,12 +119,11 @@ class Recipe:
         except RecipeError:
             raise
         except Exception as error:  # the libraries raise many kinds for a broken file
-            source = self.script.dataset_name or [entry.path for entry in self.mixture.datasets]
+            paths = ", ".join(entry.path for entry in self.mixture.datasets)
+            source = f"`datasets` ({paths})" if paths else f"`dataset_name: {self.script.dataset_name}`"
             why = "a file is empty" if isinstance(error, StopIteration) else sentence(error)
             fault = find_fault(self.local_files()) or self.data_fault() or unreadable_name(self.local_files())
-            raise RecipeError(
-                f"Can't load the data set: {fault}" if fault else f"Can't load the data set {source}: {why}"
-            ) from error
+            raise RecipeError(f"Can't load the data set: {fault}" if fault else f"Cannot load {source}: {why}") from error
 
     def data_fault(self) -> str | None:
         """Return which line of the recipe's local files TRL can't make a training text of, and why; None if there is none."""
@@ -221,11 +214,6 @@ class Recipe:
             problem = error
         refuse_disagreement(plan, problem)
         return plan
-
-    def checkpoint(self) -> str | None:
-        """Return the checkpoint that `plan_resume` finds, or None for a new run."""
-        found = self.plan_resume().checkpoint
-        return None if found is None else str(found)
 
     def _own_plan(self) -> ResumePlan:
         training = self.training

@@ -14,7 +14,8 @@ from ..evaluation import EvaluateArguments
 from ..evaluation.task_files import metrics_of
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from ..recipe.datasets import is_path, local_files
+from ..recipe.local_files import local_files
+from ..recipe.paths import is_path
 from ..recipe.recipe import Recipe
 from .design import Design, Setting, describe, evaluate_argv
 from .rulers import LOGGED, RULERS

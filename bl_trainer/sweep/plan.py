@@ -16,9 +16,9 @@ from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
-from ..recipe.keys import DATACLASSES
 from ..recipe.local_files import local_files
-from ..recipe.parser import kinds_of, load_yaml
+from ..recipe.parser import DATACLASSES, kinds_of
+from ..recipe.reading import load_yaml
 from ..recipe.recipe import Recipe
 from ..training.config import BLConfig
 from .checks import check

@@ -7,12 +7,11 @@ from typing import Any
 
 from trl import SFTConfig
 
+from .._util.text import SECRETS
 from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from .refusals import refuse_bypass
-
-SECRETS = ("hub_token", "push_to_hub_token")
 
 LOWER_IS_BETTER = ("nll", "perplexity")
 

@@ -1,0 +1,115 @@
+"""`bl-trainer convert`: the recipe of an older TRL, or of another trainer, as one of ours."""
+
+import argparse
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .._util.text import listed
+from ..errors import RecipeError
+from .dialects import Dialect, Draft
+from .help import verb_help
+from .keys import NEEDS
+from .other_trainers import dialect_of
+from .reading import faults_of, load_yaml
+
+WIDTH = 120
+
+
+@dataclass
+class ConvertArguments:
+    """Options of the convert verb: the recipe to read, and the file to write."""
+
+    recipe: Path
+    output: Path
+
+    @classmethod
+    def read(cls, argv: list[str]) -> "ConvertArguments":
+        """Read `OLD.yaml --output NEW.yaml`. Raises RecipeError."""
+        parser = _Parser(prog="bl-trainer convert", allow_abbrev=False, description="Rewrite another recipe as one of ours.")
+        parser.add_argument("recipe", nargs="?", help=argparse.SUPPRESS)
+        parser.add_argument("-o", "--output", help="The recipe to write, which must not be there yet; -o for short.")
+        given = parser.parse_args(argv)
+        if not given.recipe or not given.output:
+            missing = "`--output`" if given.recipe else "The recipe"
+            raise RecipeError(f"{missing} is missing. Write `bl-trainer convert OLD.yaml --output NEW.yaml`.")
+        return cls(Path(given.recipe), Path(given.output))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise RecipeError(f"{message[:1].upper()}{message[1:]}. Write `bl-trainer convert OLD.yaml --output NEW.yaml`.")
+
+    def format_help(self) -> str:
+        options = [action for action in self._actions if action.option_strings]
+        return verb_help(self.prog, options, {"output": {str}}, self.description)
+
+
+def convert(options: ConvertArguments) -> tuple[str, list[str]]:
+    """Write the recipe, and its chat template beside it; returns what was done, and what now trains otherwise.
+
+    Raises RecipeError where a file would be overwritten, and on a recipe that can't be trained as it was meant.
+    """
+    draft = Draft(load_yaml([str(options.recipe)]), options.output)
+    dialect = dialect_of(draft.old)
+    try:
+        dialect.translate(draft)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"Cannot convert {options.recipe}: a key has a value that {dialect.name} does not take.") from error
+    _drop_idle(draft)
+    if faults := faults_of(draft.new):
+        raise RecipeError(f"Cannot convert {options.recipe}: {listed(faults, 'its new keys')}")
+    texts = {**draft.files, options.output: render(draft, dialect, options.recipe.name)}
+    _write(texts)
+    done = f"{len(draft.notes)} keys converted, {len(draft.dropped)} dropped"
+    return f"Wrote {' and '.join(map(str, reversed(texts)))} from a recipe of {dialect.name}: {done}.", draft.changed
+
+
+def _drop_idle(draft: Draft) -> None:
+    """Drop keys that do nothing without another, which ours refuses."""
+    for key in sorted(draft.new.keys() & NEEDS.keys()):
+        other, _ = NEEDS[key]
+        packs = key == "packing_strategy" and draft.new.get("eval_packing")
+        if other not in draft.new and not packs:
+            del draft.new[key]
+            draft.drop(key, f"it does nothing without `{other}`")
+
+
+def _write(texts: dict[Path, str]) -> None:
+    """Write files that are not there yet. Raises RecipeError."""
+    for path in texts:
+        if path.exists():
+            raise RecipeError(f"Cannot write {path}: it is there already. Choose another `--output`.")
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise RecipeError(f"Cannot write {error.filename}: {error.strerror}. Choose another `--output`.") from error
+
+
+def render(draft: Draft, dialect: Dialect, source: str) -> str:
+    """Return the text of the new recipe, with what was changed and dropped as comments."""
+    lines = [f"# From the {dialect.name} recipe {source}, by `bl-trainer convert`."]
+    if draft.changed:
+        lines += ["#", "# CHANGES TRAINING: bl_trainer has no counterpart of these."]
+        lines += [line for each in draft.changed for line in _comment(each)]
+    if draft.dropped:
+        lines += ["#", "# Dropped, without effect on training:"]
+        lines += [line for each in draft.dropped for line in _comment(each)]
+    for key, value in draft.new.items():
+        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=WIDTH).rstrip("\n")
+        note = " ".join(draft.notes.get(key, "").split())
+        lines += ["", f"# {note}"] if note and "\n" in text else []
+        lines.append(f"{text}  # {note}" if note and "\n" not in text else text)
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent="#   - ", subsequent_indent="#     ")

@@ -1,0 +1,253 @@
+"""What other trainers' recipes call the keys of ours: of older TRL and the alignment handbook, axolotl, and LLaMA-Factory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .fields import recipe_fields
+from .keys import RENAMED, REPLACED
+
+
+@dataclass
+class Draft:
+    """
+    A recipe that is being converted.
+
+    `old`: the keys as they were; `new`: ours, each with a comment in `notes` if it changed. `dropped`: what has no effect.
+    `changed`: what changes training and has no counterpart. `files`: the texts to write beside, such as the chat template.
+    """
+
+    old: dict[str, Any]
+    output: Path
+    new: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    files: dict[Path, str] = field(default_factory=dict)
+
+    def put(self, key: str, value: Any, note: str = "") -> None:
+        """Give a key its value, with a comment; a mapping joins what the key has."""
+        both = isinstance(value, dict) and isinstance(self.new.get(key), dict)
+        self.new[key] = {**self.new[key], **value} if both else value
+        if note:
+            self.notes[key] = "; ".join(filter(None, [self.notes.get(key), note]))
+
+    def drop(self, key: str, why: str) -> None:
+        self.dropped.append(f"`{key}`: {why}")
+
+    def lose(self, key: str, why: str) -> None:
+        self.changed.append(f"`{key}`: {why}")
+
+
+Handler = Callable[[Draft, Any], None]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """
+    The keys of a trainer's recipes, where they are not ours.
+
+    `renamed`: key -> ours of the same meaning. `values`: (our key, a value) -> ours. `flags`: a key that is true or false ->
+    our key with the value that true means. `idle`: key -> why it has no effect on training. `handlers`: key -> what takes
+    it. `defaults`: values that its trainer has where a recipe is silent, and ours are others.
+    """
+
+    name: str
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[tuple[str, Any], Any] = field(default_factory=dict)
+    flags: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
+    handlers: Mapping[str, Handler] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def translate(self, draft: Draft) -> None:
+        """Give `draft.new` what `draft.old` says."""
+        empty = [key for key, value in draft.old.items() if value is None]
+        for key, value in draft.old.items():
+            if key not in empty:
+                self._take(draft, key, value)
+        if empty:
+            draft.dropped.append(f"without a value: {', '.join(empty)}")
+        for key, value in self.defaults.items():
+            if key not in draft.new and (key[:5] != "lora_" or draft.new.get("use_peft")):
+                draft.put(key, value, f"{self.name}'s default")
+
+    def _take(self, draft: Draft, key: str, value: Any) -> None:
+        if key in self.handlers:
+            self.handlers[key](draft, value)
+        elif key in self.flags:
+            ours, meant = self.flags[key]
+            if value:
+                draft.put(ours, meant, f"was `{key}`")
+            else:
+                draft.drop(key, "it is false, which is the default")
+        elif key in self.renamed:
+            self._put(draft, self.renamed[key], value, f"was `{key}`")
+        elif key in self.idle:
+            draft.drop(key, self.idle[key])
+        elif key in recipe_fields() or key == "env":
+            self._put(draft, key, value, "")
+        else:
+            draft.lose(key, "bl_trainer has no such key")
+
+    def _put(self, draft: Draft, key: str, value: Any, note: str) -> None:
+        ours = self.values.get((key, value), value) if isinstance(value, str) else value
+        draft.put(key, ours, "; ".join(filter(None, [note, f"was {value}" if ours != value else ""])))
+
+
+def nested(key: str, part: str) -> Handler:
+    """Return what puts a value into a mapping: `split_batches` into `accelerator_config`."""
+    return lambda draft, value: draft.put(key, {part: value}, f"has `{part}` from a key of its own")
+
+
+def to_environment(variable: str) -> Handler:
+    """Return what puts a value into the environment."""
+    return lambda draft, value: draft.put("env", {variable: str(value)}, "for the tracker")
+
+
+def _losing(key: str, why: str) -> Handler:
+    return lambda draft, value: draft.lose(key, why)
+
+
+# Older TRL and transformers, the alignment handbook, open-r1
+
+
+def _chat_template(draft: Draft, value: Any) -> None:
+    if "{" not in str(value):
+        draft.lose("chat_template", f"the template {value!r} is named, not given; the model's own is used")
+        return
+    path = draft.output.with_suffix(".jinja")
+    draft.files[path] = str(value)
+    draft.put("chat_template_path", str(path), "the text of `chat_template`")
+
+
+def _mixture(draft: Draft, value: Any) -> None:
+    """Take `dataset_mixture` of the alignment handbook and open-r1: every data set, or the share `weight` of its rows."""
+    entries = []
+    for each in value["datasets"]:
+        entry = {"path": each["id"], "name": each.get("config"), "split": each.get("split", "train")}
+        entry["columns"] = each.get("columns")
+        _share(draft, entry, each.get("weight"))
+        entries.append({key: part for key, part in entry.items() if part is not None})
+    draft.put("datasets", entries, "was `dataset_mixture`")
+    if value.get("test_split_size") is not None:
+        draft.put("test_split_size", value["test_split_size"], "was part of `dataset_mixture`")
+    if value.get("seed") is not None and draft.old.get("packing"):
+        draft.put("shuffle_dataset", True, "`dataset_mixture` shuffled by its own `seed` before packing")
+    elif value.get("seed") is not None:
+        draft.drop("dataset_mixture.seed", "training shuffles by `seed`")
+
+
+def _share(draft: Draft, entry: dict[str, Any], weight: Any) -> None:
+    """Take the share of a data set's rows as a slice of its split."""
+    if weight in (None, 1):
+        return
+    percent = round(100 * float(weight))
+    if abs(100 * float(weight) - percent) < 1e-6 and 0 < percent < 100:
+        entry["split"] += f"[:{percent}%]"
+        draft.lose("weight", f"{weight} of {entry['split'].partition('[')[0]} are its first rows, which were drawn at random")
+    else:
+        draft.lose("weight", f"{weight} of {entry['path']} is no whole percentage; all its rows are taken")
+
+
+def _mixer(draft: Draft, value: Any) -> None:
+    """Take `dataset_mixer`, a share for each data set, with `dataset_splits` and `dataset_configs`."""
+    splits = draft.old.get("dataset_splits") or ["train", "test"]
+    configs = draft.old.get("dataset_configs") or [None] * len(value)
+    training = [split for split in splits if "train" in split] or splits[:1]
+    tests = [split for split in splits if split not in training]
+    if len(value) == 1 and len(training) == 1 and [*value.values()] == [1]:
+        draft.put("dataset_name", next(iter(value)), "was `dataset_mixer`")
+        _splits(draft, splits)
+        _configs(draft, [each for each in configs if each])
+        return
+    entries = []
+    for (path, weight), config in zip(value.items(), configs, strict=True):
+        for split in training:
+            entry = {"path": path, "split": split, **({"name": config} if config else {})}
+            _share(draft, entry, weight)
+            entries.append(entry)
+    draft.put("datasets", entries, "was `dataset_mixer`")
+    if tests:
+        draft.lose("dataset_splits", f"{', '.join(tests)} of a mixture is not read; write `test_split_size` to evaluate")
+
+
+def _splits(draft: Draft, value: Any) -> None:
+    for split in value:
+        key = "dataset_train_split" if "train" in split else "dataset_test_split"
+        if key == "dataset_train_split" or draft.old.get("eval_strategy", draft.old.get("evaluation_strategy", "no")) != "no":
+            draft.put(key, split, "was in `dataset_splits`")
+
+
+def _configs(draft: Draft, value: Any) -> None:
+    if len(value) == 1:
+        draft.put("dataset_config", value[0], "was `dataset_configs`")
+    elif value:
+        draft.lose("dataset_configs", "there are several; write `datasets`, an entry for each")
+
+
+def _unless_mixed(take: Handler) -> Handler:
+    return lambda draft, value: None if "dataset_mixer" in draft.old else take(draft, value)
+
+
+def _warmup(draft: Draft, value: Any) -> None:
+    if 0 <= float(value) < 1:
+        draft.put("warmup_steps", value, "was `warmup_ratio`; below 1 it is a share of all steps")
+    else:
+        draft.lose("warmup_ratio", f"{value} is not below 1")
+
+
+_GONE = {key: "it no longer has an effect" for key, line in REPLACED.items() if line is None}
+_TRL: dict[str, Handler] = {
+    "chat_template": _chat_template,
+    "dataset_mixture": _mixture,
+    "dataset_mixer": _mixer,
+    "dataset_splits": _unless_mixed(_splits),
+    "dataset_configs": _unless_mixed(_configs),
+    "warmup_ratio": _warmup,
+    "response_template": _losing("response_template", "write `assistant_only_loss: true`, or prompt-completion data"),
+    "instruction_template": _losing("instruction_template", "write `assistant_only_loss: true`, or prompt-completion data"),
+    "system_prompt": _losing("system_prompt", "write it into the chat template or the data"),
+    "sharded_ddp": _losing("sharded_ddp", "write `fsdp: full_shard`"),
+    "torchdynamo": lambda draft, value: draft.put("torch_compile_backend", value, "was `torchdynamo`"),
+    "tokenizer_name_or_path": _losing("tokenizer_name_or_path", "the model's own tokenizer is used"),
+    "push_to_hub_organization": _losing("push_to_hub_organization", "write `hub_model_id: ORGANIZATION/MODEL`"),
+    "logging_dir": to_environment("TENSORBOARD_LOGGING_DIR"),
+    "wandb_project": to_environment("WANDB_PROJECT"),
+    "wandb_entity": to_environment("WANDB_ENTITY"),
+    "wandb_run_group": to_environment("WANDB_RUN_GROUP"),
+    "gradient_checkpointing_use_reentrant": nested("gradient_checkpointing_kwargs", "use_reentrant"),
+    "fsdp_min_num_params": nested("fsdp_config", "min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": nested("fsdp_config", "transformer_layer_cls_to_wrap"),
+    "dispatch_batches": nested("accelerator_config", "dispatch_batches"),
+    "split_batches": nested("accelerator_config", "split_batches"),
+}
+_FLAGS: dict[str, tuple[str, Any]] = {
+    "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),
+    "group_by_length": ("train_sampling_strategy", "group_by_length"),
+    "adafactor": ("optim", "adafactor"),
+    "include_inputs_for_metrics": ("include_for_metrics", ["inputs"]),
+    "include_tokens_per_second": ("include_num_input_tokens_seen", True),
+}
+_OPEN_R1 = {
+    "benchmarks": "write them into a sweep, or run `bl-trainer evaluate`",
+    "callbacks": "bl_trainer has its own",
+    "overwrite_hub_revision": "the Hub keeps all revisions",
+    "push_to_hub_revision": "write `push_to_hub: true` and `hub_revision`",
+}
+
+
+def _absent(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table without the keys that the installed versions have, and obey."""
+    return {key: value for key, value in table.items() if key not in recipe_fields()}
+
+
+TRL = Dialect(
+    "TRL",
+    renamed=_absent(RENAMED | {"hub_model_revision": "hub_revision"}),
+    values={("packing_strategy", "ffd"): "bfd", ("packing_strategy", "bfd-requeue"): "bfd_split"},
+    flags=_absent(_FLAGS),
+    idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}),
+    handlers=_absent(_TRL),
+)

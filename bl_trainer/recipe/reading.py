@@ -1,0 +1,297 @@
+"""A recipe as its file and the command line give it: every wrong key and value is found before any library is loaded."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .._util.text import listed, nearest, sentence, without_secrets
+from ..errors import RecipeError
+from .fields import Field, fields_of, objective_parameters, recipe_fields
+from .keys import NAMES, RENAMED, REPLACED
+from .rules import KEY_RULES, PLACE_RULES, TRAINING_RULES
+
+OWN_READERS = ("objective", "threshold", "resume_from_checkpoint")  # keys whose values are checked where they are read
+OF_OBJECTIVES = ("floor", "mix", "special_tokens")  # of any objective's mapping
+TRUTHS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
+
+
+@dataclass
+class Keys:
+    """
+    The keys of a recipe.
+
+    `config`: those of the file, and `argv`: the command line, both with today's names. `values`: of both, the command line
+    winning, without those at fault. `given`: the names of all. `renamed`: old names -> today's.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    argv: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    given: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.given
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of a key, or its default."""
+        return self.values.get(key, recipe_fields()[key].default)
+
+
+def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> Keys:
+    """Read `--config recipe.yaml --any_key value ...`. Raises RecipeError, which lists every mistake.
+
+    `own`: options of the verb, which are no recipe keys.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    keys, own = Keys(), {*own}
+    where = "the recipe"
+    if "--config" in argv:
+        index = argv.index("--config")
+        where = "".join(argv[index + 1 : index + 2])
+        keys.config = load_yaml(argv[index + 1 : index + 2])
+        argv = argv[:index] + argv[index + 2 :]
+    if not keys.config and not any(arg.split("=", 1)[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
+        instead = ", or `--model M --data D.jsonl`" if {"model", "data"} <= own else ""
+        raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`{instead}.")
+    _read_file(keys, own, verb)
+    is_old = any(key in REPLACED for key in keys.config)
+    _read_command_line(keys, argv, own, verb)
+    for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
+        keys.faults += rule(keys)
+    if keys.faults:
+        hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
+        several = len(keys.faults) > 1
+        raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
+    return keys
+
+
+def faults_of(config: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the keys of a file, wherever it is to be used."""
+    keys = Keys(dict(config))
+    _read_file(keys, set(), "train")
+    return keys.faults + [fault for rule in KEY_RULES for fault in rule(keys)]
+
+
+def _read_file(keys: Keys, own: set[str], verb: str) -> None:
+    for key in list(keys.config):
+        if key in own:
+            keys.faults.append(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
+        elif key == "datasets":
+            keys.faults += _faults_of_entries(keys.config[key] or [])
+            _take(keys, key, keys.config[key])
+        elif key == "env":
+            keys.given.add(key)
+        elif key in recipe_fields():
+            keys.config[key] = _take(keys, key, keys.config[key])
+        elif _is_renamed(key, keys.config[key]):
+            new = RENAMED[key]
+            if new in keys.config:
+                keys.faults.append(f"`{key}` is the old name of `{new}`, and the recipe gives both. Remove `{key}`.")
+                continue
+            keys.renamed[key] = new
+            keys.config[new] = _take(keys, new, keys.config.pop(key))
+        else:
+            keys.faults.append(unknown(str(key), keys.config[key], f"bl-trainer {verb}", own=own))
+
+
+def _is_renamed(key: Any, value: Any) -> bool:
+    """Whether a key has a new name for the same thing: `warmup_ratio: 1` is not one step."""
+    return key in RENAMED and not (key == "warmup_ratio" and not _is_share(value))
+
+
+def _is_share(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < 1
+    except (TypeError, ValueError):
+        return False
+
+
+def _read_command_line(keys: Keys, argv: list[str], own: set[str], verb: str) -> None:
+    """Take the options of `argv`, and write it to `keys.argv` with today's names."""
+    for option, words in _options(argv):
+        name = option[2:].replace("-", "_")
+        if _is_renamed(name, words[0] if words else None) and name not in recipe_fields():
+            keys.renamed[name] = name = RENAMED[name]
+            option = f"--{name}"
+        keys.argv += [option, *words] if option else words
+        switched_off = name.removeprefix("no_") if name not in recipe_fields() else name
+        if not option:
+            keys.faults += [
+                f"Cannot use the argument {word!r}: it belongs to no option. Write `--KEY VALUE`." for word in words
+            ]
+        elif name in recipe_fields():
+            _take_words(keys, name, words)
+        elif switched_off in recipe_fields() and recipe_fields()[switched_off].default is True and not words:
+            _take(keys, switched_off, False)
+        elif name not in own:
+            keys.faults.append(unknown(name, " ".join(words), f"bl-trainer {verb}", own=own))
+
+
+def _options(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Return each option of a command line with its words; words before the first option under an empty name."""
+    found: list[tuple[str, list[str]]] = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if arg.startswith("--"):
+            found.append((name, [value] if equals else []))
+        elif found:
+            found[-1][1].append(arg)
+        else:
+            found.append(("", [arg]))
+    return found
+
+
+def _take_words(keys: Keys, key: str, words: list[str]) -> None:
+    """Take a key of the command line."""
+    field = recipe_fields()[key]
+    takes_list = list in field.kinds and str not in field.kinds
+    if not words and bool not in field.kinds:
+        keys.faults.append(f"`--{key}` needs a value. Write `--{key} VALUE`.")
+        keys.given.add(key)
+        return
+    extra = [] if takes_list else words[1:]
+    keys.faults += [f"Cannot use the argument {word!r}: `--{key}` takes one value." for word in extra]
+    value: Any = words if takes_list else words[0] if words else True
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")) and {dict, list} & field.kinds:
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            if key not in OWN_READERS:
+                keys.faults.append(f"`{key}` is not valid JSON ({error}): {value}.")
+            keys.given.add(key)
+            return
+    if isinstance(value, str) and value.lower() in ("none", "null") and str not in field.kinds:
+        value = None
+    _take(keys, key, value)
+
+
+def _take(keys: Keys, key: str, value: Any) -> Any:
+    """Take a key with its value as it is to be used; note what is wrong with it."""
+    keys.given.add(key)
+    keys.values.pop(key, None)
+    try:
+        value = _checked(recipe_fields()[key], value)
+        keys.values[key] = _number(recipe_fields()[key], value)
+    except RecipeError as error:
+        keys.faults.append(str(error))
+    return value
+
+
+def _checked(field: Field, value: Any) -> Any:
+    """Return a value as it is to be used; raises RecipeError if it isn't what the key takes."""
+    key, kinds = field.name, field.kinds | {type(field.default)} | ({bool} if bool in field.kinds else set())
+    if key in OWN_READERS:
+        return value
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else without_secrets({key: value})[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"`{key}: {shown}` must be a finite number.")
+    if isinstance(value, float) and float not in kinds and int in kinds and value % 1 == 0:
+        value = int(value)
+    if not isinstance(value, (bool, str, list, dict, type(None))) and kinds <= {str, type(None)}:
+        value = str(value)
+    # argparse and the libraries read texts as these
+    takes: dict[type, set[Any]] = {int: {int, float}, str: {str, bool, int, float, list, dict}}
+    if Any not in kinds and not takes.get(type(value), {type(value)}) & kinds:
+        wanted = " or ".join(NAMES[kind] for kind in NAMES if kind in kinds)
+        how = f"Write {wanted}" if wanted else "A recipe can't give it; see whether `accelerate launch` can"
+        raise RecipeError(f"`{key}: {shown}` is of the wrong type. {how}.")
+    if isinstance(value, str) and list in kinds and str not in kinds and key != "lora_target_modules":
+        value = [value]
+    if isinstance(value, str) and dict in kinds and str not in kinds:
+        raise RecipeError(f"`{key}: {shown}` is of the wrong type. Write a mapping.")
+    if field.choices and value not in field.choices:
+        near = nearest(value, map(str, field.choices))
+        raise RecipeError(f"`{key}: {shown}` is not allowed.{near} Allowed: {', '.join(map(str, field.choices))}.")
+    return value
+
+
+def _number(field: Field, value: Any) -> Any:
+    """Return the number or truth value that a text stands for where the key takes no text. Raises RecipeError."""
+    if not isinstance(value, str) or str in field.kinds or not {bool, int, float} & field.kinds:
+        return value
+    for kind in (int, float):
+        if kind in field.kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if bool in field.kinds and value.lower() in TRUTHS:
+        return TRUTHS[value.lower()]
+    wanted = " or ".join(NAMES[kind] for kind in NAMES if kind in field.kinds)
+    raise RecipeError(f"`{field.name}: {value}` is of the wrong type. Write {wanted}.")
+
+
+def unknown(key: str, value: Any, program: str, own: Iterable[str] = (), kind: str = "recipe key") -> str:
+    """Return what to say of a key that there is not, of the options `own` or, besides, of a recipe."""
+    is_recipe = kind == "recipe key"
+    if is_recipe and (key in REPLACED or key in RENAMED):
+        line = REPLACED.get(key, f"{RENAMED.get(key)}: ...")
+        value = str(value).lower() if isinstance(value, bool) else value
+        what = f"Write `{line.format(value=value)}` instead." if line else "Remove it: it no longer has an effect."
+        return f"`{key}` is not a {kind} any more. {what}"
+    if is_recipe and key in {*OF_OBJECTIVES, *objective_parameters()}:
+        return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
+    near = nearest(key, [*(recipe_fields() if is_recipe else ()), *own])
+    for name in own if is_recipe else ():
+        near = near.replace(repr(name), f"`--{name}`")  # an option of the verb, on the command line alone
+    return f"Unknown {kind} {key!r}.{near} See `{program} --help` for all {kind.split()[-1]}s."
+
+
+def _faults_of_entries(entries: Any) -> list[str]:
+    """Return what is wrong with the entries of `datasets`."""
+    if not isinstance(entries, list):
+        return [f"`datasets` must be a list of mappings with `path`, got {entries!r}."]
+    allowed = [*fields_of("DatasetConfig")]
+    faults = []
+    for entry in entries:
+        if not isinstance(entry, dict) or "path" not in entry:
+            faults.append(f"Each of `datasets` must be a mapping with `path`, got {entry!r}.")
+            continue
+        faults += [
+            f"Unknown key {key!r} in `datasets`.{nearest(key, allowed)} Allowed: {', '.join(allowed)}."
+            for key in entry
+            if key not in allowed
+        ]
+    return faults
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, except that a key given twice is an error; plain YAML takes the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise RecipeError(f"The file gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(paths: list[str], what: str = "recipe") -> dict[str, Any]:
+    """Return the mapping of a YAML file. Raises RecipeError on a file that is none, or has a key twice."""
+    if not paths:
+        raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
+    path = Path(paths[0])
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
+        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
+        raise RecipeError(f"Can't read the {what} {path}: line {line}: {error.problem}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Can't read the {what} {path}: {sentence(error)}") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"The {what} {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
+    if not isinstance(config.get("env", {}), dict):
+        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
+    for key in config:
+        if str(key).endswith("_strategy") and config[key] is False:
+            config[key] = "no"  # what YAML makes of an unquoted no
+    return config

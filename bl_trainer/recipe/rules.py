@@ -1,0 +1,184 @@
+"""The rules of a recipe that its keys alone decide, one function each: it takes the keys and yields what is wrong with them.
+
+They need neither torch nor TRL. `checks` has those that ask the libraries.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._util.text import nearest
+from .keys import NEEDS, PACKAGES, RANGES, TRACKERS
+from .paths import is_path, missing
+
+if TYPE_CHECKING:
+    from .reading import Keys
+
+Rule = Callable[["Keys"], Iterator[str]]
+
+
+def keys_do_something(keys: "Keys") -> Iterator[str]:
+    for key in sorted(keys.given & NEEDS.keys()):
+        other, line = NEEDS[key]
+        if other not in keys and not (key == "packing_strategy" and keys["eval_packing"]):
+            yield f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`."
+    if "ignore_bias_buffers" in keys:
+        yield "`ignore_bias_buffers` does nothing in SFT. Remove it."
+
+
+def keyword_arguments_are_mappings_without_tokens(keys: "Keys") -> Iterator[str]:
+    for key in ("model_init_kwargs", "dataset_kwargs"):
+        value = keys[key]
+        if value is not None and not isinstance(value, dict):
+            yield f"`{key}` must be a mapping, got {value!r}."
+        elif {"token", "use_auth_token"} & set(value or {}):
+            yield f"A token in `{key}` would be logged. Put it in the environment variable HF_TOKEN instead."
+
+
+def packing_has_a_length(keys: "Keys") -> Iterator[str]:
+    if keys["packing"] and keys["max_length"] is None:
+        yield "`packing: true` needs `max_length`, the length of a packed row; the recipe says null."
+
+
+def numbers_are_in_range(keys: "Keys") -> Iterator[str]:
+    for key, (least, greatest) in RANGES.items():
+        value = keys[key]
+        if value is not None and not least <= value <= greatest:
+            bounds = f"at least {least}" if greatest == math.inf else f"from {least} to {greatest}"
+            yield f"`{key}: {value}` must be {bounds}."
+
+
+def something_trains(keys: "Keys") -> Iterator[str]:
+    steps, epochs = keys["max_steps"], keys["num_train_epochs"]
+    if steps == 0:
+        yield "`max_steps: 0` trains nothing. Write a number above 0, or -1 to train by `num_train_epochs`."
+    if steps < 0 and epochs <= 0:
+        yield f"`num_train_epochs: {epochs:g}` trains nothing. Write a number above 0."
+    if keys["learning_rate"] == 0:
+        yield "`learning_rate: 0` trains nothing. Write a number above 0."
+    for key, idle in (("lora_alpha", 0), ("lora_dropout", 1)):
+        if keys["use_peft"] and keys[key] == idle:
+            yield f"`{key}: {idle}` trains nothing: the adapter's part is 0. Write another number."
+
+
+def intervals_are_positive(keys: "Keys") -> Iterator[str]:
+    for kind in ("save", "logging", "eval"):
+        steps = keys[f"{kind}_steps"]
+        if keys[f"{kind}_strategy"] == "steps" and steps is not None and steps <= 0:
+            yield f"`{kind}_steps: {steps:g}` must be above 0; to switch it off write `{kind}_strategy: no`."
+
+
+def checkpoints_hold_what_resuming_needs(keys: "Keys") -> Iterator[str]:
+    if keys["save_only_model"] and str(keys["resume_from_checkpoint"]).lower() == "true":
+        yield (
+            "`save_only_model: true` leaves out of the checkpoints what `resume_from_checkpoint: true` needs to go on: the "
+            "optimizer's state and the random numbers. Remove one of them."
+        )
+
+
+def first_evaluation_has_a_set(keys: "Keys") -> Iterator[str]:
+    if keys["eval_on_start"] and keys["eval_strategy"] == "no":
+        yield "`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`."
+
+
+def data_has_one_source(keys: "Keys") -> Iterator[str]:
+    if {"datasets", "dataset_name"} & (keys.given - keys.values.keys()):
+        return  # one has a mistake of its own
+    if bool(keys["datasets"]) == bool(keys["dataset_name"]):
+        both = "names both `dataset_name` and `datasets`" if keys["dataset_name"] else "names no data set"
+        yield f"The recipe {both}. Write one of `dataset_name: ...` and `datasets: [{{path: ...}}]`."
+
+
+def streams_are_used_as_such(keys: "Keys") -> Iterator[str]:
+    if not (keys["dataset_streaming"] or keys["streaming"]):
+        return
+    if keys["max_steps"] < 0:
+        key = "streaming" if keys["streaming"] else "dataset_streaming"
+        yield f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps."
+    if keys["dataloader_drop_last"]:
+        yield "`dataloader_drop_last` has no effect on a streamed data set. Remove it."
+    if keys["streaming"] and keys["test_split_size"] is not None:
+        yield "`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`."
+
+
+def model_is_there(keys: "Keys") -> Iterator[str]:
+    name = keys["model_name_or_path"]
+    if not name:
+        yield "The recipe names no model. Write `model_name_or_path: ...`, a folder or a Hub id."
+    elif is_path(name) and not Path(name).is_dir():
+        yield f"`model_name_or_path: {name}` is not a folder."
+    elif (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+        base = json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        yield (
+            f"`model_name_or_path: {name}` is an adapter of {base}. Write `model_name_or_path: {base}` to train a new one, "
+            "`resume_from_checkpoint` besides to go on with a checkpoint, or merge the adapter first."
+        )
+
+
+def model_keys_are_given_once(keys: "Keys") -> Iterator[str]:
+    own = keys["model_init_kwargs"]
+    for key, top in (("dtype", "dtype"), ("revision", "model_revision"), ("attn_implementation", "attn_implementation")):
+        if top in keys and isinstance(own, dict) and key in own:
+            yield f"`{top}` and `{key}` in `model_init_kwargs` say the same thing. Keep one of them."
+
+
+def files_are_there(keys: "Keys") -> Iterator[str]:
+    if fault := missing(keys["dataset_name"] or ""):
+        yield f"Cannot load `dataset_name: {keys['dataset_name']}`: {fault}."
+    for entry in keys["datasets"] or ():
+        if isinstance(entry, dict) and (fault := missing(str(entry.get("path", "")))):
+            yield f"Cannot load `path: {entry['path']}` in `datasets`: {fault}."
+    template = Path(keys["chat_template_path"] or ".")
+    if template.suffix in (".jinja", ".j2") and not template.is_file():
+        yield f"`chat_template_path: {template}` can't be read: No such file or directory."
+
+
+def quantised_models_train_adapters(keys: "Keys") -> Iterator[str]:
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if keys[key] and not keys["use_peft"]:
+            yield f"`{key}`: such a model can't be trained as it is. Write `use_peft: true` for QLoRA."
+
+
+def packages_are_installed(keys: "Keys") -> Iterator[str]:
+    for key, (module, package) in PACKAGES.items():
+        if keys[key] and find_spec(module) is None:
+            yield f"Cannot use `{key}: true`: {package} is not installed. Run `pip install {package}`, or remove `{key}`."
+
+
+def trackers_are_installed(keys: "Keys") -> Iterator[str]:
+    asked: Any = keys["report_to"] or []
+    for name in asked if isinstance(asked, list) else [asked]:
+        if name in ("all", "none"):
+            continue
+        what = f"Cannot report to `report_to: {name}`"
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            yield f"{what}: it is unknown.{near} Write one of {', '.join(TRACKERS)}, or set `report_to: none`."
+        elif find_spec(TRACKERS[name][0]) is None:
+            package = TRACKERS[name][1]
+            yield f"{what}: {package} is not installed. Run `pip install {package}`, or set `report_to: none`."
+
+
+# Of any recipe, wherever it is to be used
+KEY_RULES: tuple[Rule, ...] = (
+    model_keys_are_given_once,
+    streams_are_used_as_such,
+    keys_do_something,
+    keyword_arguments_are_mappings_without_tokens,
+    packing_has_a_length,
+    numbers_are_in_range,
+    something_trains,
+    intervals_are_positive,
+    checkpoints_hold_what_resuming_needs,
+    first_evaluation_has_a_set,
+    quantised_models_train_adapters,
+)
+
+# Of a recipe that is to be used here and now
+PLACE_RULES: tuple[Rule, ...] = (model_is_there, data_has_one_source, files_are_there, packages_are_installed)
+
+# For a run that trains, besides
+TRAINING_RULES: tuple[Rule, ...] = (trackers_are_installed,)

@@ -1,0 +1,245 @@
+"""`bl-trainer convert`: public recipes, and what becomes of each key."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
+from bl_trainer.recipe import Recipe
+from bl_trainer.recipe.convert import ConvertArguments, convert
+from bl_trainer.recipe.fields import recipe_fields
+from bl_trainer.recipe.keys import RENAMED, REPLACED
+from bl_trainer.recipe.other_trainers import AXOLOTL, LLAMA_FACTORY, TRL
+
+OLD = Path(__file__).parents[1] / "examples/recipes/old"
+NAMES = sorted(path.stem for path in OLD.glob("*.yaml"))
+PUBLIC = [name for name in NAMES if not name.startswith(("axolotl", "llamafactory"))]
+# What a machine without a GPU, the Hub and the packages that the recipes name can't do
+HERE = {
+    "use_cpu": True, "bf16": False, "dtype": "float32", "attn_implementation": "sdpa", "report_to": "none",
+    "push_to_hub": False,
+    "load_in_4bit": False, "load_in_8bit": False, "use_liger_kernel": False, "dataset_num_proc": None, "eos_token": None,
+    "max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_length": 64,
+    "log_level": "warning",
+}  # fmt: skip
+
+
+@pytest.fixture
+def rewrite(tmp_path):
+    """Convert a recipe, given as a file or as keys, and return what the new one says."""
+
+    def rewrite(old, *, name="new.yaml"):
+        if isinstance(old, dict):
+            (tmp_path / "old.yaml").write_text(yaml.safe_dump(old, sort_keys=False))
+            old = tmp_path / "old.yaml"
+        said, changed = convert(ConvertArguments.read([str(old), "-o", str(tmp_path / name)]))
+        assert str(tmp_path / name) in said
+        return yaml.safe_load((tmp_path / name).read_text()), changed
+
+    return rewrite
+
+
+def stand_in(new, folder, checkpoint):
+    """Put a tiny model and data in the places of a recipe's own, each of the columns that it reads."""
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]
+    is_text = new.get("dataset_name") == "stanfordnlp/imdb"
+    row = {"text": "abba"} if is_text else {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(60)))
+    new = {**new, "model_name_or_path": str(checkpoint), "output_dir": str(folder / "out")}
+    new.pop("model_revision", None)
+    for entry in new.get("datasets", []):
+        split = entry["split"].partition("[")[0]
+        entry.pop("name", None)
+        entry.update(path="json", data_files={split: str(folder / "rows.jsonl")})
+    if new.get("dataset_name"):
+        (folder / "data").mkdir()
+        for key, split in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
+            (folder / "data" / f"{new.get(key, split)}.jsonl").write_text((folder / "rows.jsonl").read_text())
+        new["dataset_name"] = str(folder / "data")
+        new.pop("dataset_config", None)
+    if "test_split_size" in new:
+        new["test_split_size"] = 4
+    return {**new, **{key: value for key, value in HERE.items() if key in new or value not in (None, False)}}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_recipe_trains_at_its_first_launch(name, rewrite, checkpoint, tmp_path):
+    new, _ = rewrite(OLD / f"{name}.yaml")
+    (tmp_path / "stand_in.yaml").write_text(yaml.safe_dump(stand_in(new, tmp_path, checkpoint), sort_keys=False))
+    main(["train", "--config", str(tmp_path / "stand_in.yaml")])
+    assert (tmp_path / "out/model.safetensors").exists() or (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+EXPECTED = {
+    "zephyr-7b-full": {"dtype": "bfloat16", "max_length": 2048, "warmup_steps": 0.1, "test_split_size": 1000},
+    "zephyr-7b-qlora": {"use_peft": True, "load_in_4bit": True, "lora_r": 16, "learning_rate": 2e-4},
+    "smollm2-1.7b": {"dataset_config": "all", "eval_strategy": "epoch", "save_strategy": "no"},
+    "smollm3-3b": {"packing_strategy": "bfd", "shuffle_dataset": True, "assistant_only_loss": True, "eos_token": "<|im_end|>"},
+    "open-r1-demo": {"dataset_config": "all", "use_liger_kernel": True, "max_length": 32768, "warmup_steps": 0.05},
+    "olympiccoder-7b": {"use_liger_kernel": True, "save_steps": 0.2, "dataset_config": "solutions_decontaminated"},
+    "trl-example": {"learning_rate": 1e-4, "report_to": "none"},
+    "axolotl-lora-1b": {
+        "model_name_or_path": "NousResearch/Llama-3.2-1B", "use_peft": True, "max_length": 2048, "packing": True,
+        "per_device_train_batch_size": 2, "optim": "adamw_8bit", "test_split_size": 0.1, "eval_strategy": "steps",
+        "eval_steps": 0.25, "save_strategy": "epoch", "attn_implementation": "flash_attention_2",
+        "pad_token": "<|end_of_text|>",
+    },
+    "axolotl-instruct-8b": {"assistant_only_loss": True, "load_in_8bit": True, "lora_target_modules": "all-linear"},
+    "llamafactory-lora": {
+        "use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": "all-linear",
+        "max_length": 2048, "dataset_num_proc": 16,
+    },
+}  # fmt: skip
+# Keys that change training and have no counterpart -> said aloud
+LOUD = {
+    "smollm3-3b": ["`weight`: 0.5 of smoltalk_smollm3_smol_magpie_ultra_no_think"],
+    "axolotl-lora-1b": ["`loss_watchdog_threshold`", "`datasets`: teknium/GPT4-LLM-Cleaned is of type alpaca"],
+    "axolotl-instruct-8b": ["`chat_template`"],
+    "llamafactory-lora": ["`dataset`: its names", "`template`", "`train_on_prompt`"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_a_public_recipe_is_taken_or_spoken_of(name, rewrite, tmp_path):
+    old = yaml.safe_load((OLD / f"{name}.yaml").read_text())
+    new, changed = rewrite(OLD / f"{name}.yaml")
+    assert new.items() >= EXPECTED[name].items()
+    text = (tmp_path / "new.yaml").read_text()
+    for key in old:
+        assert key in new or key in text, key
+    for start in LOUD.get(name, []):
+        assert any(each.startswith(start) for each in changed), start
+        assert start[:40] in " ".join(text.split())
+    if "chat_template" in old and name in PUBLIC:
+        assert Path(new["chat_template_path"]).read_text() == old["chat_template"]
+
+
+def test_data_sets_of_a_mixture(rewrite):
+    new, changed = rewrite(OLD / "smollm3-3b.yaml")
+    assert len(new["datasets"]) == 25
+    assert new["datasets"][0] == {
+        "path": "HuggingFaceTB/smoltalk2", "name": "SFT", "columns": ["messages", "chat_template_kwargs"],
+        "split": "smoltalk_smollm3_everyday_conversations_no_think",
+    }  # fmt: skip
+    assert new["datasets"][-2]["split"] == "OpenThoughts3_1.2M_think[:2%]"
+    assert sum("`weight`" in each for each in changed) == 5
+
+
+OLDER = [
+    ({"dataset_mixer": {"a/b": 1.0}, "dataset_splits": ["train_sft", "test_sft"], "evaluation_strategy": "epoch"},
+     {"dataset_name": "a/b", "dataset_train_split": "train_sft", "dataset_test_split": "test_sft", "eval_strategy": "epoch"}),
+    ({"dataset_mixer": {"a/b": 1.0, "c/d": 0.5}, "dataset_splits": ["train"], "dataset_configs": ["x", "y"]},
+     {"datasets": [{"path": "a/b", "split": "train", "name": "x"}, {"path": "c/d", "split": "train[:50%]", "name": "y"}]}),
+    ({"use_flash_attention_2": True, "group_by_length": True, "adafactor": True},
+     {"attn_implementation": "flash_attention_2", "train_sampling_strategy": "group_by_length", "optim": "adafactor"}),
+    ({"gradient_checkpointing_use_reentrant": False, "gradient_checkpointing_kwargs": {"a": 1}},
+     {"gradient_checkpointing_kwargs": {"use_reentrant": False, "a": 1}}),
+    ({"split_batches": True, "dispatch_batches": False},
+     {"accelerator_config": {"split_batches": True, "dispatch_batches": False}}),
+    ({"wandb_project": "mine", "hub_model_revision": "v1"}, {"env": {"WANDB_PROJECT": "mine"}, "hub_revision": "v1"}),
+    ({"packing": True, "packing_strategy": "ffd"}, {"packing": True, "packing_strategy": "bfd"}),
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "completion"}], "train_on_inputs": True, "evals_per_epoch": 1},
+     {"datasets": [{"path": "d"}], "completion_only_loss": False, "eval_strategy": "epoch"}),
+    ({"base_model": "m", "datasets": [], "wandb_project": "p", "bf16": "full", "val_set_size": 0, "saves_per_epoch": 0.1},
+     {"env": {"WANDB_PROJECT": "p"}, "bf16": True}),
+    ({"stage": "sft", "finetuning_type": "full", "dataset": "a", "val_size": 0.1, "flash_attn": "fa2", "quantization_bit": 4,
+      "use_peft": True, "enable_liger_kernel": True, "cutoff_len": 99},
+     {"datasets": [{"path": "a", "split": "train"}], "test_split_size": 0.1, "attn_implementation": "flash_attention_2",
+      "load_in_4bit": True, "use_liger_kernel": True, "max_length": 99, "learning_rate": 5e-5}),
+    ({"stage": "sft", "finetuning_type": "lora", "lora_target": "q_proj, v_proj", "lora_alpha": 4, "neat_packing": True},
+     {"lora_target_modules": ["q_proj", "v_proj"], "lora_alpha": 4, "packing": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "expected"), OLDER, ids=[",".join(old) for old, _ in OLDER])
+def test_keys_have_their_counterparts(old, expected, rewrite):
+    new, _ = rewrite(old)
+    assert new.items() >= {key: value for key, value in expected.items() if key not in old or key in new}.items()
+
+
+LOST = {
+    "response_template": "x", "system_prompt": "be", "tokenizer_name_or_path": "a/b", "chat_template": "chatml",
+    "sharded_ddp": "simple", "push_to_hub_organization": "me", "nosuch": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_what_has_no_counterpart_is_loud(key, rewrite, capsys, tmp_path):
+    _, changed = rewrite({"model_name_or_path": "m", key: LOST[key]})
+    assert [each.partition(":")[0] for each in changed] == [f"`{key}`"]
+    assert "CHANGES TRAINING" in (tmp_path / "new.yaml").read_text()
+    main(["convert", str(tmp_path / "old.yaml"), "--output", str(tmp_path / "again.yaml")])
+    said = capsys.readouterr()
+    assert said.out.startswith(f"Wrote {tmp_path / 'again.yaml'} from a recipe of TRL: ")
+    assert f"warning: this changes training: `{key}`" in said.err
+
+
+def test_every_replaced_key_of_older_versions_is_converted():
+    """None is left to the sentence for keys that nobody knows."""
+    known = {*TRL.renamed, *TRL.flags, *TRL.idle, *TRL.handlers, *recipe_fields()}
+    assert {*REPLACED, *RENAMED} <= known
+    for dialect in (AXOLOTL, LLAMA_FACTORY, TRL):
+        ours = [*dialect.renamed.values(), *(key for key, _ in dialect.flags.values()), *(key for key, _ in dialect.values)]
+        assert {*ours, *dialect.defaults} <= recipe_fields().keys()
+
+
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ({"stage": "dpo"}, "Cannot convert `stage: dpo`: bl_trainer trains supervised objectives alone."),
+        ({"finetuning_type": "freeze"}, "Cannot convert `finetuning_type: freeze`"),
+        ({"base_model": "m", "rl": "dpo"}, "Cannot convert `rl: dpo`"),
+        ({"base_model": "m", "adapter": "llama-adapter"}, "Cannot convert `adapter: llama-adapter`"),
+        ({"dataset_mixture": ["a"]}, "a key has a value that TRL does not take."),
+        ({"max_seq_length": 0, "packing": 2}, "There are 2 mistakes in its new keys:"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_converted_is_refused(old, message, rewrite, tmp_path, capsys):
+    with pytest.raises(RecipeError) as caught:
+        rewrite(old)
+    assert message in str(caught.value)
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(tmp_path / "old.yaml"), "-o", str(tmp_path / "new.yaml")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.parametrize("present", ["new.yaml", "new.jinja"])
+def test_nothing_is_overwritten(present, rewrite, tmp_path):
+    (tmp_path / present).write_text("mine")
+    with pytest.raises(RecipeError, match=rf"Cannot write .*{present}: it is there already"):
+        rewrite(OLD / "smollm2-1.7b.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == [present]
+    assert (tmp_path / present).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "The recipe is missing. Write `bl-trainer convert OLD.yaml --output NEW.yaml`."),
+        (["a.yaml"], "`--output` is missing."),
+        (["a.yaml", "-o", "b.yaml"], "Can't read the recipe a.yaml"),
+        (["a.yaml", "--outputt", "b.yaml"], "Unrecognized arguments: --outputt b.yaml."),
+        ([str(OLD / "trl-example.yaml"), "-o", "/proc/none/new.yaml"], "Cannot write "),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", *argv])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_converted_recipe_is_read_as_it_says(rewrite, checkpoint, tmp_path):
+    new, _ = rewrite(OLD / "zephyr-7b-qlora.yaml")
+    (tmp_path / "stand_in.yaml").write_text(yaml.safe_dump(stand_in(new, tmp_path, checkpoint)))
+    recipe = Recipe.read(["--config", str(tmp_path / "stand_in.yaml")])
+    assert recipe.training.lr_scheduler_type == "cosine"
+    assert recipe.peft_config.r == 16
