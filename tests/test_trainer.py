@@ -13,6 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.errors import RecipeError
 from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.training.checkpoints import RECORD_FILE
 from conftest import gap_near, make_double, make_llama, make_mixtral
@@ -159,6 +160,16 @@ def uses_everything(logp, entropy, log_sum_sq_probs, is_top1, label, progress):
 
 def pushes_entropy(logp, entropy):
     return -torch.expm1(logp) - 0.1 * entropy
+
+
+def test_config_records_a_function_by_its_import_path(tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    args = BLConfig(objective=uses_everything, **options)
+    assert args.objective == args.to_dict()["objective"] == f"{__name__}:uses_everything"
+    assert args.parsed_objective.function is uses_everything
+    assert BLConfig(objective=Objective("nll"), **options).objective == {"name": "nll"}
+    with pytest.raises(RecipeError, match="it is a lambda, so it cannot be imported"):
+        BLConfig(objective=lambda logp: -logp, **options)
 
 
 def reference_tokens(model, tokenizer, texts, prompts=None):

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from ..errors import RecipeError
 from ..objectives.objective import Objective
+from ..objectives.spec import named
 from ..objectives.threshold import Threshold
 from .refusals import refuse_bypass
 
@@ -25,7 +26,7 @@ class BLConfig(SFTConfig):
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
             The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
-            a function of your own by its import path, `"my_package.losses:my_objective"`; composed with schedules, `floor`,
+            a function of your own, `my_losses.gated` or its import path `"my_losses:gated"`, which is what is kept; composed with schedules, `floor`,
             `mix` and `special_tokens` as [`Objective`] says.
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
@@ -115,11 +116,12 @@ class BLConfig(SFTConfig):
 
     def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:
         """Keep the key fit for JSON, and what it was parsed to."""
-        if isinstance(getattr(self, key), (Objective, Threshold)):
+        if isinstance(getattr(self, key), Threshold):
             setattr(self, key, parsed.to_dict())
         self._known()[key] = copy.deepcopy(getattr(self, key)), parsed
 
     def __post_init__(self) -> None:
+        self.objective = named(self.objective)
         objective, threshold = self.parsed_objective, self.parsed_threshold
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)
