@@ -54,8 +54,9 @@ class Objective:
     def parse(cls, spec: "str | Mapping[str, Any] | Objective | Callable[..., Tensor]") -> "Objective":
         """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
 
-        A function may stand in place of a name: it is recorded by its import path. A mapping may also have `floor: 0.1`, `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`,
-        `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
+        A function may stand in place of a name: it is recorded by its import path. A mapping may also have `floor: 0.1`,
+        `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`, `special_tokens: nll` (any objective), and
+        `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
 
         Raises RecipeError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
         that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.

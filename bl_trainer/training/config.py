@@ -15,6 +15,11 @@ from .refusals import refuse_bypass
 
 SECRETS = ("hub_token", "push_to_hub_token")
 
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 LOWER_IS_BETTER = ("nll", "perplexity")
 
 
@@ -26,8 +31,8 @@ class BLConfig(SFTConfig):
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
             The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
-            a function of your own, `my_losses.gated` or its import path `"my_losses:gated"`, which is what is kept; composed with schedules, `floor`,
-            `mix` and `special_tokens` as [`Objective`] says.
+            a function of your own, `my_losses.gated`, kept as its import path `"my_losses:gated"`; composed with schedules,
+            `floor`, `mix` and `special_tokens` as [`Objective`] says.
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
@@ -122,6 +127,9 @@ class BLConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.objective = named(self.objective)
+        for old, new in RENAMED.items():  # TRL's defaults go by the old names, of which transformers warns
+            if getattr(self, new, None) is None and hasattr(self, new):
+                setattr(self, new, getattr(self, old))
         objective, threshold = self.parsed_objective, self.parsed_threshold
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)

@@ -359,4 +359,4 @@ class BLTrainer(ScoringTrainer):
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            RunRecord.of(self).append_to_card(Path(str(self.args.output_dir)) / "README.md")
+            RunRecord.of(self).write_card(self, model_name, dataset_name)
