@@ -263,8 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
+    from ._util.logs import quieten
     from ._util.requirements import needs_stack
 
+    quieten()
     try:
         with needs_stack(f"bl-trainer {argv[0]}"):
             verbs[argv[0]](argv[1:])

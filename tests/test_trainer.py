@@ -49,11 +49,15 @@ def test_trains_as_trl_does(ours, theirs, way, tokenizer, tmp_path, request):
         ]
 
 
-def test_says_which_head(tokenizer, text_data, tmp_path, capsys):
+def test_says_what_trains_in_one_line(tokenizer, text_data, tmp_path, capsys):
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
-    assert "Loss head: bl_trainer's own.\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("Training:")]
+    tokens = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in text_data)
+    what = "Training: objective nll, no threshold, loss head bl_trainer's own"
+    assert lines == [f"{what}; 32 rows of {tokens:,} tokens, 1 steps on 1 cpu process."]
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, loss_head="trl").train()
-    assert "Loss head: TRL's, since `loss_head: trl` asks for it.\n" in capsys.readouterr().out
+    assert "loss head TRL's, since `loss_head: trl` asks for it; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["cp", "sp", "tp", None])

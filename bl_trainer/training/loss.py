@@ -16,8 +16,7 @@ from ..objectives.objective import Objective
 from ..objectives.pricing import Price, masked_cost, price
 from ..objectives.threshold import Threshold, trains
 from ..tokens.columns import TokenColumns
-from ..tokens.labels import columns_of
-from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.names import WEIGHT
 from ..tokens.reference import base_of
 
 
@@ -189,17 +188,6 @@ def _whole_count(accelerator: Any, kept: Tensor) -> Tensor:
     mesh = accelerator.torch_device_mesh["cp"]
     torch.distributed.all_reduce(count, group=mesh.get_group())
     return count.clamp(min=1) / mesh.size()
-
-
-def tell_of_loss(trainer: Any) -> None:
-    """Print where a trainer's log p, reference and weights come from."""
-    whose = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
-    trainer.accelerator.print(f"Loss head: {whose}.")
-    if trainer.reference is not None:
-        what = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
-        trainer.accelerator.print(f"Reference: {what}.")
-    if trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset):
-        trainer.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
 
 
 @contextmanager

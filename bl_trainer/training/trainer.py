@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .._util.transformers import EvalLoopOutput, TrainOutput
+from .._util.transformers import EvalLoopOutput, TrainOutput, tracked_as
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
 from ..tokens.labels import refuse_misaligned, warn_of_untrained
@@ -47,8 +47,9 @@ from .guards import (
     warn_of_idle,
     warn_of_repeats,
 )
-from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, tell_of_loss
+from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch
 from .metrics import TokenMetrics, evaluated, own_targets
+from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_bypass
 from .resume import ResumePlan, planned_resume, refuse_other_head, state_of, steps_of, tell_of_resuming
@@ -246,7 +247,8 @@ class BLTrainer(ScoringTrainer):
             self._has_met_targets |= math.isfinite(means.get("kept_fraction", math.nan))
             warn_of_idle(means, self.threshold, logs.get("grad_norm"))
             logs.update(self._scheduled(max(self.state.global_step - 1, 0)))  # by which the last step was made
-        super().log(logs, start_time)
+        with tracked_as(group):
+            super().log(logs, start_time)
 
     def evaluation_loop(
         self,
@@ -295,7 +297,6 @@ class BLTrainer(ScoringTrainer):
                 state = self._take_up(checkpoint, plan)
                 if 0 < steps_of(self.args, checkpoint, state) <= state.global_step:
                     return self._finish(checkpoint, state)
-            tell_of_loss(self)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             self.average_weights()
             refuse_unlearnt(self.has_begun, self._has_met_targets)
