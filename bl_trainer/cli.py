@@ -21,6 +21,7 @@ VERBS = {
     "train": "Fine-tune a model on a recipe, with any objective.",
     "sweep": "Compare objectives and learning rates on the same metrics.",
     "evaluate": "Score checkpoints on tasks, and compare them item by item.",
+    "merge": "Merge an adapter into its base model.",
     "prepare-data": "Prepare a data set of the paper.",
     "convert": "Rewrite a recipe of an older TRL, or of another trainer.",
 }
@@ -42,6 +43,7 @@ Examples:
   bl-trainer train --config recipe.yaml --objective neg_p --learning_rate 1e-5
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
+  bl-trainer merge out/model --output out/model-merged
   bl-trainer prepare-data figfont --output data/figfont
   bl-trainer convert old.yaml --output recipe.yaml
 
@@ -60,6 +62,7 @@ def train(argv: list[str]) -> None:
 
     from .recipe.recipe import Recipe
     from .training.metrics_log import MetricsLog
+    from .training.next_steps import next_steps
     from .training.trainer import BLTrainer
 
     recipe: Any = None
@@ -89,6 +92,7 @@ def train(argv: list[str]) -> None:
             trainer.accelerator.print(f"{recipe.training.output_dir} is left as it is.")
         else:
             _save(trainer, recipe)
+            trainer.accelerator.print("\n".join(next_steps(trainer, argv)))
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)
@@ -206,6 +210,32 @@ def evaluate(argv: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def merge(argv: list[str]) -> None:
+    """Merge an adapter into its base: `RUN --output DIR`, and the options of `MergeArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, with nothing written.
+    """
+    from .recipe.parser import Parser
+    from .training.merge import MergeArguments
+    from .training.merge import merge as run
+
+    classes: Any = [MergeArguments]
+    try:
+        parser = Parser(classes, prog="bl-trainer merge", allow_abbrev=False)
+        parser.kind = "option"
+        if {"-h", "--help"} & set(argv):
+            parser.parse_args(["--help"])
+        if not argv or argv[0].startswith("-"):
+            raise RecipeError("No run is named. Write `bl-trainer merge RUN --output DIR`.")
+        parser.check({}, argv[1:])
+        options = parser.parse({}, argv[1:])[0]
+        options.run = argv[0]
+        run(options)
+    except Exception as error:
+        fail(error)
+    print(f"Merged model saved to {options.output}. The Python lines of its README.md generate with it.")
+
+
 def prepare_data(argv: list[str]) -> None:
     """Prepare a data set of the paper: `NAME --output DIR`, and the options of `PrepareArguments`.
 
@@ -256,8 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "--version":
         print(f"bl-trainer {__version__}")
         return
-    verbs = {"diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
-    verbs["convert"] = convert
+    verbs = {verb: globals()[verb.replace("-", "_")] for verb in VERBS}
     if not argv or argv[0] not in verbs:
         wrong = f"unknown verb {argv[0]!r}.{nearest(argv[0], verbs)}" if argv else "no verb."
         write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"
@@ -265,8 +294,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
+    from ._util.logs import quieten
     from ._util.requirements import needs_stack
 
+    quieten()
     try:
         with needs_stack(f"bl-trainer {argv[0]}"):
             verbs[argv[0]](argv[1:])

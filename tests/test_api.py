@@ -21,6 +21,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.prepare import PrepareArguments
 from bl_trainer.sweep.verb import SweepArguments
+from bl_trainer.training.merge import MergeArguments
 from conftest import write_recipe
 
 FILE = Path(__file__).with_name("api.json")
@@ -54,6 +55,7 @@ def api():
     options = {
         "diagnose": DiagnoseArguments,
         "evaluate": EvaluateArguments,
+        "merge": MergeArguments,
         "prepare-data": PrepareArguments,
         "sweep": SweepArguments,
     }

@@ -13,6 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
+from bl_trainer.errors import RecipeError
 from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.training.checkpoints import RECORD_FILE
 from conftest import gap_near, make_double, make_llama, make_mixtral
@@ -48,11 +49,15 @@ def test_trains_as_trl_does(ours, theirs, way, tokenizer, tmp_path, request):
         ]
 
 
-def test_says_which_head(tokenizer, text_data, tmp_path, capsys):
+def test_says_what_trains_in_one_line(tokenizer, text_data, tmp_path, capsys):
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1).train()
-    assert "Loss head: bl_trainer's own.\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("Training:")]
+    tokens = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in text_data)
+    what = "Training: objective nll, no threshold, loss head bl_trainer's own"
+    assert lines == [f"{what}; 32 rows of {tokens:,} tokens, 1 steps on 1 cpu process."]
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, loss_head="trl").train()
-    assert "Loss head: TRL's, since `loss_head: trl` asks for it.\n" in capsys.readouterr().out
+    assert "loss head TRL's, since `loss_head: trl` asks for it; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["cp", "sp", "tp", None])
@@ -159,6 +164,16 @@ def uses_everything(logp, entropy, log_sum_sq_probs, is_top1, label, progress):
 
 def pushes_entropy(logp, entropy):
     return -torch.expm1(logp) - 0.1 * entropy
+
+
+def test_config_records_a_function_by_its_import_path(tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    args = BLConfig(objective=uses_everything, **options)
+    assert args.objective == args.to_dict()["objective"] == f"{__name__}:uses_everything"
+    assert args.parsed_objective.function is uses_everything
+    assert BLConfig(objective=Objective("nll"), **options).objective == {"name": "nll"}
+    with pytest.raises(RecipeError, match="it is a lambda, so it cannot be imported"):
+        BLConfig(objective=lambda logp: -logp, **options)
 
 
 def reference_tokens(model, tokenizer, texts, prompts=None):

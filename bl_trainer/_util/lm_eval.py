@@ -3,15 +3,21 @@
 tests/test_foreign.py says what each is for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
+from lm_eval import evaluator
 from lm_eval.tasks._yaml_loader import load_yaml
 
-__all__ = ["ATTRIBUTES", "NAMES", "load_yaml", "share_out"]
+__all__ = ["ATTRIBUTES", "NAMES", "evaluator", "load_yaml", "share_out", "without_git"]
 
 # Names -> what breaks without them
-NAMES = {"load_yaml": "tasks whose data `--data` gives, and the refusal of a broken task file"}
+NAMES = {
+    "load_yaml": "tasks whose data `--data` gives, and the refusal of a broken task file",
+    "evaluator": "an evaluation outside of a git repository, without git's complaint",
+}
 
 # Attributes of an `HFLM` -> what then breaks
 ATTRIBUTES = {
@@ -24,3 +30,14 @@ def share_out(lm: Any, accelerator: Accelerator) -> None:
     """Let an `HFLM` around a loaded model answer its share of the questions, as the harness does to one that it loads."""
     if accelerator.num_processes > 1:
         lm.accelerator, lm._rank, lm._world_size = accelerator, accelerator.process_index, accelerator.num_processes
+
+
+@contextmanager
+def without_git() -> Iterator[None]:
+    """Let the harness not ask git for the commit of the working folder, which it would note and we don't read."""
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked

@@ -1,7 +1,8 @@
-"""Warnings of one process that are said once."""
+"""Warnings of one process that are said once, and others' messages that a user can do nothing about."""
 
 import functools
 import logging
+import warnings
 
 from .process import is_first
 
@@ -11,3 +12,13 @@ def warn_once(message: str) -> None:
     """Warn with a message, once and from the first process alone; also before accelerate knows of processes."""
     if is_first():
         logging.getLogger("bl_trainer").warning(message)
+
+
+def quieten() -> None:
+    """Keep back two messages that another package causes, and that no setting of a user's ends.
+
+    transformers deprecates a name that PEFT and TRL still read. bitsandbytes looks for a kernel of CPUs whenever it is
+    imported, also by runs without a quantised model.
+    """
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -5,10 +5,11 @@ tests/test_foreign.py says what each is for.
 
 import inspect
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
@@ -28,14 +29,17 @@ __all__ = [
     "TrainOutput",
     "balancing_loss_of",
     "has_length",
+    "integration_utils",
     "is_deepspeed_zero3_enabled",
     "jit_checkpoint_callback",
+    "tracked_as",
 ]
 
 BALANCED = {"gate_logits", "num_experts", "top_k", "attention_mask"}  # parameters of a load-balancing loss
 
 # Names -> what breaks without them
 NAMES = {
+    "integration_utils": "the group `objective` in trackers",
     "Conv1D": "the names of GPT-2's linear layers in an error about `lora_target_modules`",
     "EvalLoopOutput": "metrics of an evaluation",
     "TrainOutput": "a run that has all its steps",
@@ -82,3 +86,20 @@ def balancing_loss_of(model: Any) -> Callable[..., Any] | None:
             "`router_aux_loss_coef: 0`."
         )
     return own
+
+
+@contextmanager
+def tracked_as(rename: Callable[[str], str | None]) -> Iterator[None]:
+    """Let trackers log each metric under the name that `rename` gives its key; where that is None under their own."""
+    rewrite = integration_utils.rewrite_logs
+
+    def rewritten(logs: dict[str, Any]) -> dict[str, Any]:
+        renamed = {key: name for key in logs if (name := rename(key))}
+        others = {key: value for key, value in logs.items() if key not in renamed}
+        return rewrite(others) | {name: logs[key] for key, name in renamed.items()}
+
+    integration_utils.rewrite_logs = rewritten
+    try:
+        yield
+    finally:
+        integration_utils.rewrite_logs = rewrite

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .._util.lm_eval import load_yaml, share_out
+from .._util.lm_eval import load_yaml, share_out, without_git
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
 from ..prepare.format import Format
@@ -204,7 +204,7 @@ def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, b
     for task in own:
         task.prepare(lm, options, chat)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    with torch.inference_mode():
+    with torch.inference_mode(), without_git():
         found = lm_eval.simple_evaluate(
             lm,
             tasks=loaded.specs,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import refuse_probabilities, takes_arrays
 from .composition import Schedule, chosen, floored, value_at
 from .contract import STATISTICS, check_contract, check_parameters
 from .functions import anneal, annealed_alpha
@@ -50,11 +51,12 @@ class Objective:
     special_tokens: "Objective | None" = None
 
     @classmethod
-    def parse(cls, spec: "str | Mapping[str, Any] | Objective") -> "Objective":
+    def parse(cls, spec: "str | Mapping[str, Any] | Objective | Callable[..., Tensor]") -> "Objective":
         """Read `"neg_p"`, `"my_package.losses:my_objective"` or `{"name": "power", "alpha": 10}`, also as JSON text.
 
-        A mapping may also have `floor: 0.1`, `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`,
-        `special_tokens: nll` (any objective), and `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
+        A function may stand in place of a name: it is recorded by its import path. A mapping may also have `floor: 0.1`,
+        `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`, `special_tokens: nll` (any objective), and
+        `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
 
         Raises RecipeError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
         that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
@@ -75,11 +77,13 @@ class Objective:
         name, parameters, composition = read_spec(spec)
         return cls(name, parameters, **read_composition(composition, cls.read))
 
+    @takes_arrays
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
         """Return f, elementwise, composed as it is.
 
-        `logp`: float tensor of any shape; `statistics`: at least those that `self.statistics` names, of which `is_special`
-        may be missing: no token is special then.
+        `logp`: float tensor, or NumPy array, of any shape; `statistics`: at least those that `self.statistics` names, of which
+        `is_special` may be missing: no token is special then. Returns a tensor, or a NumPy array if `logp` is one. Raises
+        LossError on a NumPy array of probabilities.
         """
         progress = statistics.get("progress")
 
@@ -146,13 +150,22 @@ class Objective:
             named = {**part.parameters, "floor": part.floor, **dict(zip(part._mixed, weights, strict=True))}
             yield from ((prefix + key, value) for key, value in named.items())
 
+    @takes_arrays
     def gradient_weight(self, logp: Tensor, **statistics: Any) -> Tensor:
-        """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient."""
+        """Return -f'(p) p, the weight that f puts on the gradient of -log p; same shape as `logp`, without gradient.
+
+        Takes and returns tensors or NumPy arrays. Raises LossError if `logp` is above 0, as probabilities are.
+        """
+        refuse_probabilities(logp)
         everywhere = torch.ones_like(logp, dtype=torch.bool)
         return masked_cost(self, everywhere, logp.detach(), **statistics)[1]
 
+    @takes_arrays
     def weight(self, logp: Tensor, **statistics: Any) -> Tensor:
-        """Return W_f(p) = -f'(p) p (1 - p), the pull of a token on its own logit (paper, Lemma 3.1); same shape as `logp`."""
+        """Return W_f(p) = -f'(p) p (1 - p), the pull of a token on its own logit (paper, Lemma 3.1); same shape as `logp`.
+
+        Takes and returns tensors or NumPy arrays. Raises LossError if `logp` is above 0, as probabilities are.
+        """
         return self.gradient_weight(logp, **statistics) * -torch.expm1(logp.detach())
 
     @cached_property

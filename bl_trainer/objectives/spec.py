@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 def read_spec(spec: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return the name of an objective, its own parameters, and its composition as it is spelled. Raises RecipeError."""
-    spec = from_json("objective", spec, '{"name": "power", "alpha": 10}')
-    if callable(spec):
-        raise RecipeError(
-            f"`objective` must be a name, got {spec!r}. Give a function by its import path, `module:function`, in "
-            "a notebook `__main__:function`, so that checkpoints can record it."
-        )
+    spec = named(from_json("objective", spec, '{"name": "power", "alpha": 10}'))
     given = spec if isinstance(spec, Mapping) else {"name": spec}
     name = given.get("name")
     if not isinstance(name, str) or not name:
@@ -44,6 +40,45 @@ def read_spec(spec: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
         )
     parameters = {key: _setting(key, value) for key, value in given.items() if key not in ("name", *KEYS)}
     return name, parameters, {key: given[key] for key in KEYS if key in given}
+
+
+def named(spec: Any) -> Any:
+    """Return the spec of an objective with import paths in place of functions, fit for a recipe and a checkpoint.
+
+    A function may stand wherever a name may: as the spec itself, as `name`, and in `mix` and `special_tokens`. An `Objective`
+    and a `Schedule` become their mappings. Raises RecipeError on a function that an import path doesn't lead to.
+    """
+    if hasattr(spec, "to_dict"):
+        return spec.to_dict()
+    if isinstance(spec, Mapping):
+        return {named(key): named(value) for key, value in spec.items()}
+    if isinstance(spec, (list, tuple)):
+        return [named(each) for each in spec]
+    return _path_of(spec) if callable(spec) else spec
+
+
+def _path_of(function: Callable[..., Any]) -> str:
+    """Return the name in `OBJECTIVES`, or the import path, of a function. Raises RecipeError if it has none."""
+    for name, own in OBJECTIVES.items():
+        if function is own:
+            return name
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if name.endswith("<lambda>") or "<locals>" in name:
+        what = "a lambda" if name.endswith("<lambda>") else "defined within another function"
+        raise RecipeError(
+            f"Cannot record the objective {name.rpartition('.')[2]!r} in a checkpoint: it is {what}, so it cannot be imported. "
+            "Define it with `def` at the top level of a module."
+        )
+    try:
+        found = attrgetter(name)(sys.modules[str(module)])
+    except (AttributeError, KeyError):
+        found = None
+    if found is not function or module == "builtins":
+        raise RecipeError(
+            f"Cannot record the objective {function!r} in a checkpoint: no import path leads to it. Give a function from the "
+            'top level of a module. Its parameters go beside it: `{"name": my_losses.gated, "gamma": 2}`.'
+        )
+    return f"{module}:{name}"
 
 
 def read_composition(spec: Mapping[str, Any], parse: "Callable[[Any], Objective]") -> dict[str, Any]:

@@ -15,6 +15,7 @@ USAGE = {
     "diagnose": "{--config RECIPE | --model NAME --data FILE} --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
     "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
     "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
+    "merge": "RUN --output FOLDER [--OPTION VALUE ...]",
     "convert": "RECIPE --output FILE",
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
 }

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from .._util.tensors import local
 from .._util.transformers import jit_checkpoint_callback
 from ..errors import LossError
+from .start import say_start
 
 
 class StopOnSigterm(TrainerCallback):
@@ -101,7 +102,7 @@ def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, p
 
 
 class BeginTraining(TrainerCallback):
-    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place.
+    """Begins to count, verifies the loss head, measures a percentile threshold and says what trains: the model is in place.
 
     `steps`: that this process has made in this call of `train`.
     """
@@ -114,6 +115,7 @@ class BeginTraining(TrainerCallback):
         self.trainer.begin_counting()
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
+        say_start(self.trainer, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1

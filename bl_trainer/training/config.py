@@ -10,8 +10,14 @@ from trl import SFTConfig
 from .._util.text import SECRETS
 from ..errors import RecipeError
 from ..objectives.objective import Objective
+from ..objectives.spec import named
 from ..objectives.threshold import Threshold
 from .refusals import refuse_bypass
+
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 LOWER_IS_BETTER = ("nll", "perplexity")
 
@@ -24,8 +30,8 @@ class BLConfig(SFTConfig):
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
             The objective f(p) to minimise: `"nll"`, `"neg_p"`, `"log_one_minus_p"`, `{"name": "power", "alpha": 10}`, or
-            a function of your own by its import path, `"my_package.losses:my_objective"`; composed with schedules, `floor`,
-            `mix` and `special_tokens` as [`Objective`] says.
+            a function of your own, `my_losses.gated`, kept as its import path `"my_losses:gated"`; composed with schedules,
+            `floor`, `mix` and `special_tokens` as [`Objective`] says.
         threshold (`float` or `dict[str, Any]`, *optional*):
             Train only on target tokens of which the current model's probability is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
@@ -114,11 +120,15 @@ class BLConfig(SFTConfig):
 
     def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:
         """Keep the key fit for JSON, and what it was parsed to."""
-        if isinstance(getattr(self, key), (Objective, Threshold)):
+        if isinstance(getattr(self, key), Threshold):
             setattr(self, key, parsed.to_dict())
         self._known()[key] = copy.deepcopy(getattr(self, key)), parsed
 
     def __post_init__(self) -> None:
+        self.objective = named(self.objective)
+        for old, new in RENAMED.items():  # TRL's defaults go by the old names, of which transformers warns
+            if getattr(self, new, None) is None and hasattr(self, new):
+                setattr(self, new, getattr(self, old))
         objective, threshold = self.parsed_objective, self.parsed_threshold
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)

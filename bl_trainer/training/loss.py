@@ -18,8 +18,8 @@ from ..objectives.objective import Objective
 from ..objectives.pricing import LOSS_WEIGHT, Price, masked_cost, mean_cost, price
 from ..objectives.threshold import Threshold, trains
 from ..tokens.columns import TokenColumns
-from ..tokens.labels import columns_of, refuse_misaligned
-from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.labels import refuse_misaligned
+from ..tokens.names import REFERENCE
 from ..tokens.reference import base_of
 
 
@@ -206,17 +206,6 @@ def _over_sequences(accelerator: Any, count: Tensor) -> tuple[Tensor, int]:
 def progress_of(state: TrainerState, before: int = 0) -> float:
     """Return the share of training that is done, 0 to 1; or was done so many steps `before`."""
     return max(state.global_step - before, 0) / state.max_steps if state.max_steps > 0 else 0.0
-
-
-def tell_of_loss(trainer: Any) -> None:
-    """Print where a trainer's log p, reference and weights come from."""
-    whose = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
-    trainer.accelerator.print(f"Loss head: {whose}.")
-    if trainer.reference is not None:
-        what = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
-        trainer.accelerator.print(f"Reference: {what}.")
-    if trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset):
-        trainer.accelerator.print(f"Weights of examples: the column `{WEIGHT}`.")
 
 
 @contextmanager

@@ -1,14 +1,23 @@
-"""A run's metrics.jsonl: written as it goes on, and read by who watches it."""
+"""A run's metrics: in metrics.jsonl, written as it goes on and read by who watches it, and their names in trackers."""
 
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 FILE = "metrics.jsonl"
+
+GROUPED = re.compile(r"((?:eval|test)_(?:.+_)?)?(?:(nll|perplexity|target_prob|kept_fraction|gradient_weight)|objective_(.+))")
+
+
+def group(key: str) -> str | None:
+    """Return the name of one of our metrics in a tracker, `objective/nll` or `objective/eval_nll`; None for others'."""
+    match = GROUPED.fullmatch(key)
+    return match and f"objective/{match[1] or ''}{match[2] or match[3]}"
 
 
 class MetricsLog(TrainerCallback):

@@ -1,4 +1,4 @@
-"""What a run leaves behind of itself: what its checkpoints and its model card record."""
+"""What a run leaves behind of itself: what its checkpoints and its model card record, and the commands that use it."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
+
 from .._util.files import write_text
-from .card import add_objective
+from .card import before_and_after, write_card
 from .checkpoints import RECORD_FILE
 
 PACKAGES = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
@@ -31,7 +33,11 @@ PAPER = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was trained with, as every checkpoint and the model card record it; `recipe` is fit for JSON."""
+    """What a run was trained with, as every checkpoint and the model card record it; `recipe` is fit for JSON.
+
+    `quantization`: bitsandbytes' configuration of the base model, None if it was not quantised. `metrics`: of evaluations,
+    before training and afterwards.
+    """
 
     objective: dict[str, Any]
     threshold: dict[str, Any]
@@ -41,6 +47,10 @@ class RunRecord:
     save_only_model: bool
     num_train_epochs: float
     versions: dict[str, str]
+    base_model: str | None
+    is_adapter: bool
+    quantization: dict[str, Any] | None
+    metrics: dict[str, Any]
 
     @classmethod
     def of(cls, trainer: Any) -> "RunRecord":
@@ -54,6 +64,10 @@ class RunRecord:
             save_only_model=trainer.args.save_only_model,
             num_train_epochs=trainer.args.num_train_epochs,
             versions={package: version(package) for package in PACKAGES},
+            base_model=getattr(trainer.model.config, "name_or_path", None) or None,
+            is_adapter=is_peft_model(trainer.model),
+            quantization=_quantization(trainer.model.config),
+            metrics=before_and_after(trainer.state.log_history, _best_step(trainer)),
         )
 
     def write(self, folder: Path) -> None:
@@ -71,6 +85,19 @@ class RunRecord:
         if trainer.args.should_save:
             cls.of(trainer).write(folder)
 
-    def append_to_card(self, path: Path) -> None:
-        """Append the objective, the threshold and the versions to the model card at `path`."""
-        add_objective(path, vars(self))
+    def write_card(self, trainer: Any, name: str | None, data: str | None) -> None:
+        """Write the model card of a `BLTrainer`'s `output_dir` over TRL's; `name`: the model's, `data`: on the Hub."""
+        folder = Path(str(trainer.args.output_dir))
+        where = trainer.hub_model_id or str(folder)
+        chats = bool(getattr(trainer.processing_class, "chat_template", None))
+        write_card(folder / "README.md", vars(self), name or Path(where).name, where, chats, data)
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    return found if isinstance(found, dict) or found is None else found.to_dict()
+
+
+def _best_step(trainer: Any) -> int | None:
+    """Return the step of the weights that the trainer has loaded at the end, None if these are the last step's."""
+    return trainer.state.best_global_step if trainer.args.load_best_model_at_end else None

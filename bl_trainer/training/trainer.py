@@ -23,7 +23,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from .._util.transformers import EvalLoopOutput, TrainOutput
+from .._util.transformers import EvalLoopOutput, TrainOutput, tracked_as
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
 from ..tokens.labels import warn_of_untrained
@@ -45,8 +45,9 @@ from .guards import (
     warn_of_idle,
     warn_of_repeats,
 )
-from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, progress_of, tell_of_loss
+from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, progress_of
 from .metrics import TokenMetrics, evaluated, own_targets
+from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_lost_adapter, refuse_searched
 from .resume import ResumePlan, planned_resume, take_up
@@ -208,7 +209,8 @@ class BLTrainer(ScoringTrainer):
             logs.update({name: means[name] for name in METRICS if name in means})
             warn_of_idle(means, self.threshold, logs.get("grad_norm"))
             logs.update(self.objective_loss.scheduled_at(progress_of(self.state, before=1)))  # by which the last step was made
-        super().log(logs, start_time)
+        with tracked_as(group):
+            super().log(logs, start_time)
 
     def evaluation_loop(
         self,
@@ -254,7 +256,6 @@ class BLTrainer(ScoringTrainer):
                 take_up(self, plan)
                 if plan.is_finished(self.args):
                     return self._load_finished(plan)
-            tell_of_loss(self)
             checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             take_average(self.optimizer)
@@ -303,4 +304,4 @@ class BLTrainer(ScoringTrainer):
     ) -> None:
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            RunRecord.of(self).append_to_card(Path(str(self.args.output_dir)) / "README.md")
+            RunRecord.of(self).write_card(self, model_name, dataset_name)

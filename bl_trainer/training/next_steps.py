@@ -1,0 +1,47 @@
+"""What a user can do with a trained model: the commands that a run ends with."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+CHECKPOINTS = "checkpoint-*"
+
+
+def next_steps(trainer: Any, argv: list[str]) -> list[str]:
+    """Return a line for each thing to do with the model that `trainer` has saved, with the command that does it.
+
+    `argv`: the train verb's; the comparison with the base reads the same recipe.
+    """
+    folder = str(trainer.args.output_dir)
+    recipe = trainer.recipe or {}
+    base = str(recipe.get("model_name_or_path"))
+    steps = {
+        "Generate": f"run the Python lines of {Path(folder) / 'README.md'}",
+        "Evaluate": _command("evaluate", "--model", base, folder, *_tasks(recipe), "--output", f"{folder}-evaluation"),
+        "Compare": _command("diagnose", *argv, "--compare", folder, "--report", f"{folder}-compared"),
+    }
+    if (Path(folder) / "adapter_config.json").is_file():
+        steps["Merge"] = _command("merge", folder, "--output", f"{folder}-merged")
+    if not trainer.args.push_to_hub:
+        steps["Push"] = shlex.join(["hf", "upload", Path(folder).resolve().name, folder, "--exclude", CHECKPOINTS])
+    return [f"  {what + ':':<10}{how}" for what, how in steps.items()]
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["bl-trainer", *words])
+
+
+def _tasks(recipe: dict[str, Any]) -> list[str]:
+    """Return the task of `evaluate` that compares answers with the recipe's own test set; without one, a task of the Hub."""
+    name, split = str(recipe.get("dataset_name")), recipe.get("dataset_test_split", "test")
+    file = Path(name) / f"{split}.jsonl"
+    if file.is_file() and _first_row(file).keys() & {"messages", "completion"}:
+        return ["--tasks", "completion", "--data", f"completion={file}"]
+    return ["--tasks", "gsm8k"]
+
+
+def _first_row(file: Path) -> dict[str, Any]:
+    with file.open(encoding="utf-8") as lines:
+        row = json.loads(next(lines, "{}"))
+    return row if isinstance(row, dict) else {}

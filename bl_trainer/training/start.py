@@ -1,0 +1,70 @@
+"""What a run says of itself before its first step: one line, and where its loss is another number than `nll`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute
+from datasets import Dataset
+
+from ..objectives.composition import spell
+from ..objectives.threshold import Threshold, spell_probability
+from ..tokens.labels import columns_of, plain
+from ..tokens.names import REFERENCE, WEIGHT
+
+COUNTED = 200_000  # rows at most whose tokens are counted, which takes a moment
+
+
+def say_start(trainer: Any, steps: int) -> None:
+    """Print what a trainer trains, in one line, then what its loss depends on besides. `steps`: of the whole run."""
+    for line in _lines(trainer, steps):
+        trainer.accelerator.print(line)
+
+
+def _lines(trainer: Any, steps: int) -> Iterator[str]:
+    head = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
+    what = f"objective {spell(trainer.parsed_objective.to_dict())}, {_spelled(trainer.threshold)}, loss head {head}"
+    accelerator = trainer.accelerator
+    many = accelerator.num_processes
+    devices = f"{many} {accelerator.device.type} {'process' if many == 1 else 'processes'}"
+    yield f"Training: {what}; {_size(trainer.train_dataset)}, {steps:,} steps on {devices}."
+    if trainer.reference is not None:
+        source = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
+        yield f"Reference: {source}."
+    weighs = trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset)
+    if weighs:
+        yield f"Weights of examples: the column `{WEIGHT}`."
+    reasons = _differences(trainer, weighs)
+    if reasons:
+        yield f"`loss` is not `nll` here: {'; '.join(reasons)}."
+
+
+def _differences(trainer: Any, weighs: bool) -> list[str]:
+    """Return why the logged loss of `objective: nll` is another number than `nll`; of other objectives nobody expects it."""
+    if trainer.parsed_objective.to_dict() != {"name": "nll"}:
+        return []
+    reasons = {
+        "it is averaged over the steps since the last log, `nll` over their tokens": trainer.args.logging_steps != 1,
+        "it has the auxiliary loss of the experts": trainer.aux_loss_enabled and trainer.router_aux_loss_coef,
+        "the threshold drops tokens from it": not trainer.threshold.keeps_all,
+        f"`{WEIGHT}` multiplies its tokens": weighs,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _spelled(threshold: Threshold) -> str:
+    bounds = [f"p >= {spell_probability(threshold.above)}"] if threshold.above else []
+    bounds += [f"p <= {spell_probability(threshold.below)}"] if threshold.below < 1 else []
+    return f"threshold {' and '.join(bounds)}" if bounds else "no threshold"
+
+
+def _size(dataset: Any) -> str:
+    """Return a data set's rows, and its tokens where they are counted at once; of a stream nobody knows them."""
+    rows = plain(dataset)
+    if not isinstance(rows, Dataset):
+        return "streamed rows"
+    size = f"{len(rows):,} rows"
+    if "input_ids" not in rows.column_names or len(rows) > COUNTED:
+        return size
+    parts = rows.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
+    tokens = sum(pyarrow.compute.sum(pyarrow.compute.list_value_length(part["input_ids"])).as_py() for part in parts)
+    return f"{size} of {tokens:,} tokens"

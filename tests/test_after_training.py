@@ -1,0 +1,177 @@
+"""After training: the last lines are commands that work, the card is true, and the merged model answers alike."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
+
+from bl_trainer import BLTrainer
+from bl_trainer.cli import main
+from bl_trainer.training.card import before_and_after, is_ours, write_card
+from bl_trainer.training.checkpoints import RECORD_FILE
+from bl_trainer.training.metrics_log import group
+from bl_trainer.training.next_steps import CHECKPOINTS
+from conftest import make_mixtral, write_recipe
+from ways import build, train
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 0.02}
+
+
+def answer_of(card, capsys):
+    """Run the Python lines of a card and return what they print."""
+    (code,) = re.findall(r"```python\n(.*?)```", Path(card).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) == 4, "three lines, and an empty one"
+    capsys.readouterr()
+    exec(code, {})
+    return capsys.readouterr().out
+
+
+def last_lines(said):
+    """Return what a run's last lines say to do, by its name."""
+    return dict(re.findall(r"^  (\w+): +(.*)$", said[said.index("Model saved to") :], re.M))
+
+
+def test_the_last_lines_of_a_run_work(checkpoint, tmp_path, monkeypatch, capsys, recwarn):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": [{"role": "user", "content": "hello"}], "completion": [{"role": "assistant", "content": letters}]}
+        for letters in ("abc", "abd")
+    ]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    recipe = write_recipe(tmp_path, checkpoint, "data", output_dir="out", max_steps=2, **LORA, **evaluates)
+    argv = ["--config", recipe.name, "--objective", '{"name": "power", "alpha": 0.5}', "--threshold", "0.001"]
+    main(["train", *argv])
+    steps = last_lines(capsys.readouterr().out)
+    assert not [str(each.message) for each in recwarn if "checkpointing` is deprecated" in str(each.message)]
+    assert list(steps) == ["Generate", "Evaluate", "Compare", "Merge", "Push"]
+    for name in ("Merge", "Evaluate", "Compare"):
+        program, *command = shlex.split(steps[name])
+        assert program == "bl-trainer"
+        main(command)
+    said = capsys.readouterr()
+    assert "git" not in said.err
+    assert "Difference from" in said.out
+    assert (tmp_path / "out-compared/report.html").is_file()
+    assert steps["Generate"] == "run the Python lines of out/README.md"
+    assert answer_of("out/README.md", capsys) == answer_of("out-merged/README.md", capsys) != "\n"
+    *_, folder, option, pattern = shlex.split(steps["Push"])
+    assert (folder, option) == ("out", "--exclude")
+    files = ["model.safetensors", "checkpoint-2/optimizer.pt"]
+    assert list(filter_repo_objects(files, ignore_patterns=[pattern])) == files[:1]
+    assert pattern == CHECKPOINTS
+
+    card = ModelCard.load("out/README.md")
+    assert (card.data.model_name, card.data.library_name, card.data.get("licence")) == ("out", "peft", None)
+    assert is_ours(Path("out/README.md"))
+    assert "None" not in card.text
+    first = f'This model is a LoRA adapter on `{checkpoint}`, trained on `data` with the objective `power` ({{"alpha": 0.5}}).'
+    assert first in card.text
+    evaluated = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    nll = [entry["eval_nll"] for entry in evaluated if "eval_nll" in entry]
+    assert f"| `eval_nll` | {nll[0]:.4g} | {nll[-1]:.4g} |" in card.text
+    merged = json.loads(Path("out-merged", RECORD_FILE).read_text())
+    assert merged["merged"] == {"adapter": "out", "base": str(checkpoint)}
+    assert merged["objective"] == {"name": "power", "alpha": 0.5}
+    assert (
+        f"a fine-tuned version of `{checkpoint}`, an adapter merged into it, trained on"
+        in Path("out-merged/README.md").read_text()
+    )
+
+
+def test_a_full_fine_tune_has_nothing_to_merge(checkpoint, data_folder, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, checkpoint, data_folder, max_steps=1)
+    main(["train", "--config", str(recipe)])
+    steps = last_lines(capsys.readouterr().out)
+    assert "Merge" not in steps
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "out"), "--output", str(tmp_path / "merged")])
+    assert f"Use {tmp_path / 'out'} as it is." in capsys.readouterr().err
+    assert ModelCard.load(tmp_path / "out/README.md").data.library_name == "transformers"
+
+
+def test_card_of_names_on_the_hub(tmp_path):
+    record = {
+        "objective": {"name": "neg_p"}, "threshold": {}, "versions": {}, "is_adapter": False, "base_model": "org/base",
+        "recipe": {"datasets": [{"path": "org/a"}, {"path": "org/b"}]}, "metrics": {},
+    }  # fmt: skip
+    write_card(tmp_path / "README.md", record, "mine", "me/mine", chats=False)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "org/base"
+    assert "a fine-tuned version of [org/base](https://huggingface.co/org/base), trained on `org/a, org/b`" in card.text
+    assert 'model="me/mine"' in card.text
+    assert 'generator("What' in card.text
+    assert "## Evaluation" not in card.text
+    write_card(tmp_path / "README.md", record, "mine", "me/mine", chats=False, data="org/data")
+    assert "trained on [org/data](https://huggingface.co/datasets/org/data)" in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_metrics_before_and_after():
+    history = [
+        {"step": 0, "eval_nll": 3.0, "eval_loss": 1.0}, {"step": 1, "nll": 2.5}, {"step": 2, "eval_nll": 1.0},
+        {"step": 4, "eval_nll": 2.0, "eval_math_target_prob": 0.5},
+    ]  # fmt: skip
+    assert before_and_after(history) == {"eval_nll": (3.0, 2.0), "eval_math_target_prob": (None, 0.5)}
+    assert before_and_after(history, best=2)["eval_nll"] == (3.0, 1.0)
+    assert before_and_after([]) == {}
+
+
+# While it trains
+
+
+class Tracker(TrainerCallback):
+    """A tracker, which names metrics as transformers' own do."""
+
+    def __init__(self):
+        self.logged = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged |= integration_utils.rewrite_logs(logs)
+
+
+def test_trackers_group_our_metrics(tokenizer, text_data, tmp_path):
+    tracker = Tracker()
+    options = {"max_steps": 2, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, objective="anneal", eval_data=text_data, **options)
+    trainer.add_callback(tracker)
+    trainer.train()
+    ours = {key for key in tracker.logged if key.startswith("objective/")}
+    names = ("nll", "target_prob", "kept_fraction", "gradient_weight", "alpha")
+    assert ours == {"objective/eval_perplexity", *(f"objective/{kind}{name}" for kind in ("", "eval_") for name in names)}
+    assert {"train/loss", "eval/loss", "train/entropy", "train/grad_norm"} <= tracker.logged.keys()
+    assert {"nll", "eval_nll", "objective_alpha"} <= {key for entry in trainer.state.log_history for key in entry}
+    assert group("eval_math_nll") == "objective/eval_math_nll"
+    assert integration_utils.rewrite_logs({"nll": 1}) == {"train/nll": 1}, "other trainers' trackers are as before"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"logging_steps": 1}, None),
+        ({"logging_steps": 2}, "it is averaged over the steps since the last log, `nll` over their tokens"),
+        ({"logging_steps": 1, "threshold": 0.01}, "the threshold drops tokens from it"),
+        ({"logging_steps": 1, "objective": "neg_p", "threshold": 0.01}, None),
+    ],
+    ids=str,
+)
+def test_loss_is_nll_or_the_log_says_why_not(options, reason, tokenizer, text_data, tmp_path, capsys):
+    trainer = train(BLTrainer, tokenizer, text_data, tmp_path, max_steps=2, **options)
+    said = re.findall(r"^`loss` is not `nll` here: (.*)\.$", capsys.readouterr().out, re.M)
+    assert said == ([reason] if reason else [])
+    if reason is None and "objective" not in options:
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert [entry["loss"] for entry in logged] == pytest.approx([entry["nll"] for entry in logged], rel=1e-5)
+
+
+def test_experts_add_their_own_loss(tokenizer, text_data, tmp_path, capsys):
+    train(BLTrainer, tokenizer, text_data, tmp_path, model=make_mixtral(tokenizer), max_steps=1, logging_steps=1)
+    assert "`loss` is not `nll` here: it has the auxiliary loss of the experts." in capsys.readouterr().out
