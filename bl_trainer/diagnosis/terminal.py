@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from .advice import sweep_cost
 from .report import Compared, Report
 from .wording import (
     KIND_NAMES,
@@ -23,7 +24,7 @@ def terminal_summary(report: Report, folder: str | None) -> str:
     lines = [*_measured(report), f"Placement: {placement_text(report.placement)}", *_groups(report), *_compared(report)]
     lines += [f"  {clipped(reason, 400)}" for reason in advice.reasons[: 3 if report.learnability else 2]]
     lines += [f"  ! {clipped(warning)}" for warning in advice.warnings[:6]]
-    lines.append("Try: " + "; ".join(arm_name(arm) for arm in advice.arms))
+    lines.append("Try: " + "; ".join(arm_name(arm) for arm in advice.arms) + f" ({sweep_cost(report)})")
     lines.append(f"Report: {target / 'report.html'}   sweep file: {target / 'sweep.yaml'}")
     return "\n".join(lines[:25])
 
