@@ -15,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -61,6 +61,10 @@ quickstart: $(VENV)/weights
 # The paper's claim on four tasks and a model of 0.1M parameters, in continuum/
 continuum: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python studies/continuum.py --jobs $(CORES)
+
+# What the short preset of a sweep costs beside the full grid, and what each finds, in presets/
+sweep-presets: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python studies/sweep_presets.py --jobs $(CORES)
 
 # How near `anneal` comes to the best fixed objective on those tasks, in anneal/; FULL=--full for all designs and other lengths
 anneal-study: $(VENV)/installed

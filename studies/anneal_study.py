@@ -26,7 +26,7 @@ from bl_trainer.pages.figures import render
 from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.leaderboard import Leaderboard, compare
-from continuum import NEG_P, NLL, RULERS, begin, boards_of, call, means, quiet, read_plan, row_of, sweep, values_of
+from continuum import NEG_P, NLL, RULERS, Scored, begin, boards_of, call, means, quiet, read_plan, row_of, sweep, values_of
 from miniature import CELLS, CORRUPTIONS, STEPS, Miniature, cell_folder, prepare
 
 FIXED: list[dict[str, Any]] = [
@@ -74,12 +74,12 @@ class Regret:
 
 def scores(board: Leaderboard, arms: list[int]) -> dict[int, float]:
     """Return the ruler by seed."""
-    return {board.arms[i]["setting"]["seed"]: board.arms[i]["rulers"][board.plan.rank_by] for i in arms}
+    return {board.arms[i].setting["seed"]: board.arms[i].rulers[board.plan.rank_by] for i in arms}
 
 
 def arms_at(board: Leaderboard, arm: dict[str, Any], rate: float) -> list[int]:
     """Return the arms of an objective at a learning rate, one for each seed."""
-    settings = {i: result["setting"] for i, result in board.arms.items()}
+    settings = {i: result.setting for i, result in board.arms.items()}
     return [i for i, one in settings.items() if board.plan.group_of(one) == arm and one["learning_rate"] == rate]
 
 
@@ -99,7 +99,7 @@ def regret(board: Leaderboard, arm: dict[str, Any], rate: float | None = None) -
     found = compare(ruler, board.arms, lambda i: values_of(board.arms[i], ruler), best, arms)
     ours = scores(board, arms)
     by_seed = {seed: value - ours[seed] for seed, value in scores(board, best).items()}
-    return Regret(found.mean, found.interval, by_seed, board.arms[arms[0]]["setting"]["learning_rate"])
+    return Regret(found.mean, found.interval, by_seed, board.arms[arms[0]].setting["learning_rate"])
 
 
 def regret_apart(board: Leaderboard, arm: dict[str, Any]) -> Regret:
@@ -215,7 +215,7 @@ def draw(cells: list[Cell], figure: Figure, theme: Any) -> None:
 
 def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     """Return anneal.md."""
-    examples = len(studies[STEPS][0].boards["greedy"].arms[0]["items"]["greedy"])
+    examples = len(studies[STEPS][0].boards["greedy"].arms[0].items["greedy"])
     count = sum(len(cell.boards["greedy"].arms) for cells in studies.values() for cell in cells)
     seed = options.pretraining_seed
     command = f"python studies/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")
@@ -245,12 +245,12 @@ def run_cell(
     steps: int,
     seeds: int,
     groups: dict[str, list[dict[str, Any]]],
-    run: Callable[..., dict[int, dict[str, Any]]],
+    run: Callable[..., dict[int, Scored]],
     base: dict[str, float],
 ) -> Cell:
     """Run what is left of a cell's arms, each group of objectives as a sweep of its own, and return them all."""
     home = cell_folder(folder, cell, corruption)
-    results: list[dict[str, Any]] = []
+    results: list[Scored] = []
     for name, arms in groups.items():
         name = f"{name}-{steps}"
         rest = {"learning_rate": LEARNING_RATES, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))}
@@ -258,7 +258,7 @@ def run_cell(
         plan = read_plan(home, name, {"arms": arms, **rest})
         results += run(plan, folder / "sweeps" / home.name / name, cell, corruption).values()  # outside of the data
     for result in results:
-        result["setting"].pop("max_steps", None)  # the same for all, and no part of an objective's name
+        result.setting.pop("max_steps", None)  # the same for all, and no part of an objective's name
     return Cell(cell, corruption, boards_of(plan, dict(enumerate(results))), base, LEARNING_RATES)
 
 

@@ -8,13 +8,12 @@ there, and the same command goes on.
 import argparse
 import gc
 import itertools
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from bl_trainer.pages.figures import render
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep.leaderboard import Leaderboard, Row, compare, rank
-from bl_trainer.sweep.outcome import RESULT_SCHEMA, arm_folder, read_result
+from bl_trainer.sweep.outcome import Result, arm_folder, finished
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.study import Study
 from miniature import CELLS, CORRUPTIONS, Miniature, cell_folder, prepare
@@ -94,41 +93,52 @@ def read_plan(home: Path, name: str, sweep: dict[str, Any]) -> Plan:
     return replace(Plan.read(Recipe.read(["--config", str(home / "recipe.yaml")]), str(path), home / name), rank_by="greedy")
 
 
-def sweep(plan: Plan, folder: Path, cell: str, corruption: float, pool: Executor, jobs: int) -> dict[int, dict[str, Any]]:
+@dataclass(frozen=True)
+class Scored(Result):
+    """A run's result, with `items`: name -> value of each held-out example."""
+
+    items: dict[str, Any] = field(default_factory=dict)
+
+
+def sweep(plan: Plan, folder: Path, cell: str, corruption: float, pool: Executor, jobs: int) -> dict[int, Scored]:
     """Run what is left in `folder` of a cell's arms, and return all their results."""
     begun = time.monotonic()
 
     def run_arm(index: int, setting: dict[str, Any], trial: Any, job: int) -> float:
         place = arm_folder(folder, index)
-        result = read_result(place)
+        result = Scored.read(place)
         if result is None:
-            items = pool.submit(call, "arm", cell, corruption, **setting).result()
+            items = pool.submit(call, "arm", cell, corruption, **setting, **length_of(plan, setting)).result()
+            counts = {"examples": len(items["targets"]), "tokens": sum(items["targets"])}
+            result = Scored(index, setting, means(items), **counts, items=items)
             place.mkdir(parents=True, exist_ok=True)
-            result = {"schema": RESULT_SCHEMA, "setting": setting, "rulers": means(items), "base": {}, "loss": None}
-            result |= {"examples": len(items["targets"]), "tokens": sum(items["targets"]), "items": items}
-            part = place / "result.part"
-            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            part.replace(place / "result.json")
-        return result["rulers"][plan.rank_by]
+            result.write(place)
+        return result.rulers[plan.rank_by]
 
     Study(plan, folder).run(run_arm, jobs, False)
     print(f"{folder.parent.name}/{folder.name}: {plan.count} arms, {time.monotonic() - begun:.0f} s", flush=True)
-    return {index: read_result(arm_folder(folder, index)) or {} for index in range(plan.count)}
+    return finished(plan.count, folder, Scored)
 
 
-def boards_of(plan: Plan, arms: dict[int, dict[str, Any]]) -> dict[str, Leaderboard]:
+def length_of(plan: Plan, setting: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that cut a run to a short sweep's budget."""
+    cut = plan.recipe_of(setting) if plan.is_staged else {}
+    return {key: cut[key] for key in ("max_steps", "warmup_steps") if key in cut and key not in setting}
+
+
+def boards_of(plan: Plan, arms: dict[int, Scored]) -> dict[str, Leaderboard]:
     """Return the leaderboard of results by arm, by each ruler."""
     return {name: board_by(name, plan, arms) for name in RULERS}
 
 
-def board_by(ruler: str, plan: Plan, arms: dict[int, dict[str, Any]]) -> Leaderboard:
+def board_by(ruler: str, plan: Plan, arms: dict[int, Scored]) -> Leaderboard:
     """Return the leaderboard of results by arm, for another ruler."""
     return rank(replace(plan, rank_by=ruler), arms, lambda i: values_of(arms[i], ruler), {})
 
 
-def values_of(result: dict[str, Any], ruler: str) -> dict[str, tuple[float, float]]:
+def values_of(result: Scored, ruler: str) -> dict[str, tuple[float, float]]:
     """Return weight and weighted value by held-out example, or by `cluster` of such."""
-    items, key = result["items"], PER_TOKEN.get(ruler)
+    items, key = result.items, PER_TOKEN.get(ruler)
     values = items[key or ruler]
     weights = [1.0] * len(values) if key is None else items["targets"]
     sums: dict[str, tuple[float, float]] = {}

@@ -61,9 +61,9 @@ def measure(model, report):
     (report / "report.json").write_text(json.dumps({"compare": {"train": part}, "versions": {"bl_trainer": "0"}}))
 
 
-def sweep(folder, storage):
+def sweep(folder, storage, start):
     from bl_trainer.recipe.recipe import Recipe
-    from bl_trainer.sweep import study
+    from bl_trainer.sweep import process, study
     from bl_trainer.sweep.arm import Arm, Runner
     from bl_trainer.sweep.leaderboard import judge
     from bl_trainer.sweep.page import write_leaderboard
@@ -83,7 +83,7 @@ def sweep(folder, storage):
     plan = Plan.read(recipe, str(folder / "sweep.yaml"), own)
     own.mkdir(exist_ok=True)
     kept = study.Study(plan, own, storage)
-    runner = Runner(plan, own, None, None, 2, lambda index, what: None)
+    runner = Runner(plan, own, None, None, 2, start=getattr(process, start))
 
     def run(index, setting, trial, job):
         with (own / "begun").open("a") as file:
@@ -95,12 +95,23 @@ def sweep(folder, storage):
     write_leaderboard(judge(plan, own, failures(kept)), own, "accelerate launch")
 
 
-def forked(log, folder, storage=None):
-    """Sweep in a process that was forked, with its output in a file."""
+def verb(log, argv):
+    """Run the sweep verb in a process that was forked, with its output in a file."""
+    from bl_trainer.cli import main
+
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sweep(folder, storage)
+    sys.stdout.reconfigure(line_buffering=True)
+    main(["sweep", *argv])
+
+
+def forked(log, folder, storage=None, start="Guarded"):
+    """Sweep in a process that was forked, with its output in a file; `start`: how it starts its arms."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sweep(folder, storage, start)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ from bl_trainer.evaluation.task_files import metrics_of
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard
 from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
+from bl_trainer.sweep.budget import shortened, shortened_to
+from bl_trainer.sweep.cost import Spent, time_text
 from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.figures import alpha_curves
 from bl_trainer.sweep.leaderboard import rank
-from bl_trainer.sweep.outcome import read_held_out
+from bl_trainer.sweep.outcome import Result, read_held_out
 from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value
@@ -73,11 +75,11 @@ def test_grid_is_every_arm_at_every_rate_and_seed(make):
 
 
 def test_rates_and_seeds_are_swept_unless_told_otherwise(make):
-    plan = make({"arms": [{"objective": "nll"}]}, learning_rate=3e-3)
+    plan = make({"preset": "full", "arms": [{"objective": "nll"}]}, learning_rate=3e-3)
     assert plan.grid["learning_rate"] == [1e-3, 3e-3, 9e-3]
     assert plan.seeds == [0, 1, 2]
     assert any("the sweep file gives none" in note for note in plan.notes)
-    plan = make({"arms": [{"objective": "nll"}], "learning_rate": [1e-3], "seed": [5]})
+    plan = make({"preset": "full", "arms": [{"objective": "nll"}], "learning_rate": [1e-3], "seed": [5]})
     assert plan.count == 1
     assert any("compares unlike things" in note for note in plan.notes)
     assert any("Fewer than three seeds" in note for note in plan.notes)
@@ -121,6 +123,15 @@ MISTAKES = {
     "pruner: {name: MedianPruner, steps: 3}": "`pruner: MedianPruner` with {'steps': 3}: .*unexpected keyword",
     "pruner: MedianPruner": "`pruner` judges by evaluations during training. Write `rank_by` as one of nll",
     "seed: [0, 0]": r"`seed: \[0, 0\]` must be a list of different whole numbers",
+    "preset: shrot": "`preset: shrot` is not a preset. Did you mean 'short'",
+    "{preset: full, budget: {share: 0.5}}": "`budget` cuts the runs of `preset: short`. Remove it",
+    "{preset: short, trials: 9}": "`preset: short` runs a grid, not a search. Remove trials, or write `preset: full`",
+    "{preset: short, seed: [3]}": "`preset: short` needs a seed to choose by and others to judge by",
+    "budget: 100": "`budget: 100` must have one of share, steps, tokens",
+    "budget: {share: 0.5, steps: 3}": "`budget: .*` must have one of share, steps, tokens",
+    "budget: {share: 2}": "the share must be above 0 and at most 1",
+    "budget: {steps: 0.5}": "the number of steps must be whole and above 0",
+    "budget: {tokens: many}": "the number of tokens must be whole and above 0",
     "- nll": "The sweep file .* must be a YAML mapping of keys to values, got list",
 }
 
@@ -145,6 +156,139 @@ def test_metrics_of_tasks_are_known_by_their_files(make, tmp_path):
     own.write_text("metric_list: [\n")
     with pytest.raises(RecipeError, match=r"Cannot read the task file .*own\.yaml: line 2: "):
         make({**GRID, "evaluate": {"tasks": [str(own)]}, "rank_by": f"{own}/f1"})
+
+
+# Presets
+
+
+def test_runs_are_short_unless_the_file_spells_them_out(make):
+    short = {key: GRID[key] for key in ("arms", "learning_rate")}
+    plan = make(short, max_steps=100, warmup_steps=10)
+    assert (plan.preset, plan.seeds, plan.budget, plan.count) == ("short", [0, 1, 2, 3], {"share": 0.25}, 4 + 2 * 3)
+    recipe = plan.recipe_of(plan.points()[0])
+    assert (recipe["max_steps"], recipe["warmup_steps"]) == (25, 3)
+    for spelt in (GRID, {**short, "preset": "full"}):
+        plan = make(spelt, max_steps=100)
+        assert (plan.preset, plan.recipe_of({})["max_steps"]) == ("full", 100)
+    three = make({**short, "arms": [*GRID["arms"], {"objective": {"name": "power", "alpha": 2}}]})
+    assert (three.groups, three.count) == (3, 6 + 2 * 3)
+    assert make({**short, "arms": [{"objective": "nll"}]}).count == 2 + 1 * 3
+    with pytest.raises(RecipeError, match=r"Cannot cut runs to 5 steps: `warmup_steps` counts steps of a run whose length"):
+        make({**short, "budget": {"steps": 5}}, warmup_steps=10)
+
+
+WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 40, "min_lr_ratio": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share", "keys"),
+    [
+        ({}, 0.25, {"num_train_epochs": 0.75}),
+        ({"num_train_epochs": 2, "max_steps": -1, "warmup_steps": 0.1}, 0.5, {"num_train_epochs": 1.0}),
+        ({"max_steps": 10, "warmup_steps": 3}, 0.25, {"max_steps": 3, "warmup_steps": 1}),
+        ({"max_steps": 400, **WSD}, 0.1, {"max_steps": 40, "lr_scheduler_kwargs": {"num_decay_steps": 4, "min_lr_ratio": 0.1}}),
+        ({"max_steps": 400}, 1, {}),
+    ],
+)
+def test_a_short_run_is_the_whole_one_on_a_smaller_scale(recipe, share, keys):
+    assert shortened(recipe, share) == keys
+
+
+def test_a_budget_of_steps_is_kept_and_never_lengthens_a_run():
+    assert shortened_to({"max_steps": 100, "warmup_steps": 20}, 10) == {"max_steps": 10, "warmup_steps": 2}
+    assert shortened_to({"max_steps": 100}, 200) == {"max_steps": 100}
+    assert shortened_to({"warmup_steps": 0.1}, 10) == {"max_steps": 10}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_best_two_objectives_go_on_with_fresh_seeds(make, tmp_path, jobs):
+    arms = [{"objective": name} for name in ("nll", "neg_p", "log_one_minus_p")]
+    plan, ran = make({"arms": arms, "learning_rate": [1e-3, 1e-2]}), {}
+
+    def run(index, setting, trial, job):
+        ran[index] = setting
+        if setting["objective"] == "nll" and setting["learning_rate"] == 1e-2:
+            raise ArmError("no luck")
+        return {"nll": 0.2, "neg_p": 0.3, "log_one_minus_p": 0.1}[setting["objective"]] + setting["learning_rate"]
+
+    study = Study(plan, tmp_path / "s")
+    study.run(run, jobs, False)
+    assert sorted(ran) == list(range(12))
+    assert [ran[i] for i in range(6)] == [{**point, "seed": 0} for point in plan.points()]
+    best = [{"objective": "neg_p", "learning_rate": 1e-2}, {"objective": "nll", "learning_rate": 1e-3}]
+    assert [ran[i] for i in range(6, 12)] == [{**each, "seed": seed} for seed in (1, 2, 3) for each in best]
+    before = dict(ran)
+    Study(plan, tmp_path / "s").run(run, jobs, False)
+    assert ran == before
+
+
+def test_finalists_are_judged_by_fresh_seeds_alone(make, tmp_path):
+    """neg_p is best at the seed that chose, nll at the others; power has stopped, with the best value of them all."""
+    power = {"name": "power", "alpha": 2}
+    arms = [{"objective": each} for each in ("nll", "neg_p", power)]
+    plan = make({"arms": arms, "learning_rate": [1e-2]})
+    found = [("nll", 0, 5), ("neg_p", 0, 9), (power, 0, 10)]
+    found += [(name, seed, hits + seed % 2) for seed in (1, 2, 3) for name, hits in (("nll", 7), ("neg_p", 4))]
+    results = {
+        i: Result(i, {"objective": o, "learning_rate": 1e-2, "seed": s}, {"accuracy": hits / 10}, seconds=1800.0, devices=1)
+        for i, (o, s, hits) in enumerate(found)
+    }
+    board = rank(plan, results, lambda index: None, {})
+    assert [(row.name, row.arms) for row in board.rows] == [("nll", [3, 5, 7]), ("neg_p", [4, 6, 8])]
+    assert board.rows[1].behind.mean == pytest.approx(0.3)
+    assert [(row.name, row.arms) for row in board.stopped] == [("power 2", [2])]
+    text = markdown(board, tmp_path, "accelerate launch")
+    assert "- power 2: accuracy 1 with learning_rate 0.01, seed 0 alone" in text
+    assert "| power 2 |" not in text
+    assert "Runs are short (share 0.25)" in text
+    assert "9 runs: 4.5 hours, 4.5 GPU-hours." in text
+    assert "stopped after the first stage: power 2" in summary(board, tmp_path)
+    early = rank(plan, {i: results[i] for i in range(3)}, lambda index: None, {})
+    assert ([row.name for row in early.rows], early.stopped) == (["power 2", "neg_p", "nll"], [])
+    assert "chance in training can't be told" in early.verdict()
+
+
+def test_a_folder_of_the_full_grid_is_not_taken_for_a_short_one(make, tmp_path):
+    given = {"arms": GRID["arms"], "learning_rate": [1e-3]}
+    Study(make({**given, "seed": [0, 1, 2]}), tmp_path / "s")  # as files of earlier versions say it, or leave it out
+    with pytest.raises(
+        RecipeError, match=r"had another seed, .* preset, another budget, .*; or write `preset: full` to resume"
+    ):
+        Study(make(given), tmp_path / "s")
+    Study(make({**given, "preset": "full"}), tmp_path / "s")
+
+
+def test_each_point_is_tried_once(make, monkeypatch):
+    tried = []
+    monkeypatch.setattr("bl_trainer.objectives.objective.check_contract", lambda objective: tried.append(objective.name))
+    make(GRID)
+    recipe, points = ["nll"], ["nll"] * 2 + ["neg_p"] * 2
+    assert sorted(tried) == sorted(recipe + points)
+
+
+def test_cost_of_finished_runs():
+    results = [Result(0, {}, {}, seconds=60.0, devices=2, trained_tokens=500), Result(1, {}, {}, trained_tokens=1500)]
+    spent = Spent.of(results)
+    assert spent == Spent(timed=1, seconds=60.0, gpu_seconds=120.0, counted=2, tokens=2000)
+    assert spent.seconds_left(5, 2) == 180
+    assert spent.scaled(60) == "60,000 tokens, 1 hours, 2 GPU-hours"
+    assert [time_text(each) for each in (80, 600, 7200)] == ["about 80 s", "about 10 min", "about 2.0 h"]
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    found = Result(3, {"seed": 1}, {"nll": 2.0}, {"nll": 3.0}, ["nll"], 1.5, 4, 5, {"torch": "2"}, 6, 7.5, 2)
+    found.write(tmp_path)
+    assert Result.read(tmp_path) == found
+    assert Result.read(tmp_path / "none") is None
+    old = {key: value for key, value in found.to_json().items() if key not in ("trained_tokens", "seconds", "devices")}
+    (tmp_path / "result.json").write_text(json.dumps(old))  # of an earlier version
+    assert Result.read(tmp_path) == replace(found, trained_tokens=None, seconds=None, devices=0)
+    for text, why in (('{"schema": 0}', "another version"), ("{", "Expecting property name"), ('{"schema": 1}', "required")):
+        (tmp_path / "result.json").write_text(text)
+        with pytest.raises(RecipeError, match=rf"Cannot read .*result\.json: .*{why}.* Remove .* to repeat the run\."):
+            Result.read(tmp_path)
+    with pytest.raises(ValueError, match="Out of range float"):
+        Result(0, {}, {"nll": math.inf}).write(tmp_path)
 
 
 # Studies
@@ -259,7 +403,9 @@ def test_a_journal_of_something_else_is_refused(journal, tmp_path):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("module", ["arm", "guard", "journal", "leaderboard", "page", "plan", "signature", "study", "verb"])
+@pytest.mark.parametrize(
+    "module", ["arm", "guard", "journal", "leaderboard", "page", "plan", "process", "signature", "study", "verb"]
+)
 def test_a_sweep_needs_no_module_of_unix(module, monkeypatch):
     for name in ("fcntl", "termios", "pwd", "grp", "resource"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -392,8 +538,8 @@ def quick(make, tmp_path):
     """Returns a function that starts a worker of a sweep whose arms are quick, after writing its files."""
     make(GRID, eval_strategy="steps")
 
-    def start(*storage, folder=tmp_path):
-        return Forked(sweeping.forked, folder, folder, *storage)
+    def start(storage=None, folder=tmp_path, start="Guarded"):
+        return Forked(sweeping.forked, folder, folder, storage, start)
 
     return start
 
@@ -408,25 +554,31 @@ def boards(folder):
 
 
 def arms_of(folder):
-    return [p for p in psutil.process_iter() if _mark(p).startswith(str(folder))]
+    return [p for p in psutil.process_iter() if _mark(p, folder).startswith(str(folder))]
 
 
-def _mark(process):
+def _mark(process, folder):
+    """The folder of the arm that a process is of: by its environment, or by the session of what was forked."""
     try:
+        session = os.getsid(process.pid)
+        for note in Path(folder).glob(f"**/{guard.NOTE}"):
+            if note.read_text().startswith(f"{session} "):
+                return str(note.parent)
         return process.environ().get(guard.MARK, "")
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return ""
 
 
-def test_killed_at_random_ten_times(quick, tmp_path):
+@pytest.mark.parametrize("start", ["Guarded", "Forked"])
+def test_killed_at_random_ten_times(start, quick, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     for name in ("recipe.yaml", "sweep.yaml"):
         shutil.copy(tmp_path / name, whole)
-    finish(quick(folder=whole))
+    finish(quick(folder=whole, start=start))
     rng, folder, kills = random.Random(0), tmp_path / "sweep", 0
     arms_killed = Counter()  # a command that is killed each of its `ATTEMPTS` times is a failure, rightly
-    worker = quick()
+    worker = quick(start=start)
     deadline = time.monotonic() + 900
     while kills < 10:
         assert time.monotonic() < deadline
@@ -435,20 +587,20 @@ def test_killed_at_random_ten_times(quick, tmp_path):
         if worker.poll() is not None:  # done before ten kills: what is left is to be killed at the start
             assert worker.returncode == 0
             kills += 1
-            worker = quick()
+            worker = quick(start=start)
             continue
         time.sleep(rng.uniform(0, 0.4))
         what = rng.choice(["sweep", "arm", "both"])
-        arms = [each for each in arms_of(folder) if arms_killed[_mark(each)] < ATTEMPTS - 1]
+        arms = [each for each in arms_of(folder) if arms_killed[_mark(each, folder)] < ATTEMPTS - 1]
         if what != "sweep" and arms:
             chosen = rng.choice([arms, [rng.choice(arms)]])
-            arms_killed.update({_mark(each) for each in chosen})
+            arms_killed.update({_mark(each, folder) for each in chosen})
             for process in chosen:
                 process.kill()
         if what != "arm":
             worker.kill()
             worker.communicate()
-            worker = quick()
+            worker = quick(start=start)
         kills += 1
     finish(worker)
     assert boards(folder) == {name: text.replace(str(whole), str(tmp_path)) for name, text in boards(whole / "sweep").items()}
@@ -457,9 +609,10 @@ def test_killed_at_random_ten_times(quick, tmp_path):
     assert not arms_of(folder)
 
 
-def test_an_arm_dies_with_its_sweep(quick, tmp_path):
-    worker = quick()
-    while not any("train" in p.cmdline() for p in arms_of(tmp_path / "sweep")):
+@pytest.mark.parametrize("start", ["Guarded", "Forked"])
+def test_an_arm_dies_with_its_sweep(start, quick, tmp_path):
+    worker = quick(start=start)
+    while not (tmp_path / "sweep" / "arms" / "000" / "model" / "steps").exists():
         assert worker.poll() is None
         time.sleep(0.01)
     worker.kill()
@@ -631,7 +784,7 @@ def board_of(make, values, tokens=(1, 2, 3), **plan):
             "calibration_error": 0.1,
             "drift": 0.0,
         }
-        arms[index] = {"setting": setting, "rulers": rulers, "base": rulers, "loss": 1.0, "tokens": 6, "examples": 3}
+        arms[index] = Result(index, setting, rulers, dict(rulers), loss=1.0, tokens=6, examples=3)
         rows[index] = {str(row): (n, hit) for row, (n, hit) in enumerate(zip(tokens, hits, strict=True))}
     return rank(made, arms, rows.get, {})
 
@@ -672,8 +825,8 @@ def test_intervals_of_shares_stay_within_their_bounds(make, tmp_path):
     ]
     board = board_of(make, settings, (9, 9, 9), seed=[0, 1, 2])
     for index, result in board.arms.items():
-        result["rulers"] |= {"drift": [0.0, 0.0, 5.0][index % 3], "task/exact_match": result["rulers"]["accuracy"]}
-        result["rulers"] |= {"task/bleu": 30 * result["rulers"]["accuracy"]}
+        found = result.rulers["accuracy"]
+        result.rulers.update({"drift": [0.0, 0.0, 5.0][index % 3], "task/exact_match": found, "task/bleu": 30 * found})
     board = rank(board.plan, board.arms, lambda index: None, {})
     for row in board.rows:
         for name in ("accuracy", "task/exact_match"):
@@ -759,18 +912,19 @@ def test_what_is_no_evidence_is_not_called_so(make, tmp_path):
 
 
 def test_rulers_are_made_of_results_or_known():
-    assert [ruler.name for ruler in rulers_in([{"rulers": {"task/acc": 0.5, "nll": 2.0}}])] == ["nll", "perplexity", "task/acc"]
+    found = rulers_in([Result(0, {}, {"task/acc": 0.5, "nll": 2.0})])
+    assert [ruler.name for ruler in found] == ["nll", "perplexity", "task/acc"]
     assert RULERS["perplexity"].of({"nll": 2.0}) == pytest.approx(math.exp(2))
     assert RULERS["perplexity"].of({"nll": 1e5}) == math.inf
     with pytest.raises(RecipeError, match="`rank_by: drift` is not among what was measured: nll"):
         RULERS["drift"].of({"nll": 2.0})
-    results = [{"rulers": {"a": 0.5, "b": 7.0, "c": 0.5}, "lower_is_better": ["c"]}]
+    results = [Result(0, {}, {"a": 0.5, "b": 7.0, "c": 0.5}, lower_is_better=["c"])]
     made = {name: ruler_named(name, results) for name in "abc"}
     assert {name: (ruler.better, ruler.bounds) for name, ruler in made.items()} == {
         "a": ("higher", (0, 1)), "b": ("higher", (-math.inf, math.inf)), "c": ("lower", (-math.inf, math.inf)),
     }  # fmt: skip
     assert (study_direction("c"), study_value("c", results[0])) == ("maximize", -0.5)
-    assert (study_direction("nll"), study_value("nll", {"rulers": {"nll": 2.0}})) == ("minimize", 2.0)
+    assert (study_direction("nll"), study_value("nll", Result(0, {}, {"nll": 2.0}))) == ("minimize", 2.0)
 
 
 def test_a_report_on_held_out_data_is_read_whole_or_not_at_all(tmp_path):
@@ -801,7 +955,7 @@ def test_runs_of_different_versions_are_told(make, tmp_path):
     board = board_of(make, [(setting, (1, 1, 1)) for setting in settings])
     assert "different versions" not in summary(board, tmp_path)
     for index, version in enumerate(("0.1", "0.2")):
-        board.arms[index]["versions"] = {"bl_trainer": version, "lm_eval": "0.4", "torch": version}
+        board.arms[index].versions.update({"bl_trainer": version, "lm_eval": "0.4", "torch": version})
     said = "Runs used different versions of bl_trainer (0.1, 0.2)."
     for text in (summary(board, tmp_path), markdown(board, tmp_path, "x"), page(board, tmp_path, "x")):
         assert said in text
@@ -812,9 +966,9 @@ def test_odd_values(make, tmp_path):
     settings = [{"objective": o, "learning_rate": 1e-2, "seed": s} for o in ("nll", "neg_p") for s in (0, 1)]
     board = board_of(make, [(each, (1, 1, i % 3)) for i, each in enumerate(settings)])
     for result in board.arms.values():
-        result["rulers"]["nll"] = 4e4 if result["setting"]["objective"] == "nll" else 1.0
-        result["rulers"]["wiki/word_perplexity"] = 10.0 if result["setting"]["objective"] == "nll" else 5000.0
-        result["lower_is_better"] = ["wiki/word_perplexity"]
+        is_nll = result.setting["objective"] == "nll"
+        result.rulers.update({"nll": 4e4 if is_nll else 1.0, "wiki/word_perplexity": 10.0 if is_nll else 5000.0})
+        result.lower_is_better.append("wiki/word_perplexity")
     again = rank(replace(board.plan, rank_by="wiki/word_perplexity"), board.arms, lambda index: None, {})
     assert [row.name for row in again.rows] == ["nll", "neg_p"]
     assert "inf" in arms_csv(again)
@@ -831,7 +985,7 @@ def test_text_from_data_is_escaped_and_odd_arms_are_named(make, tmp_path):
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "<b>\\|$x$" in markdown(board, tmp_path, "accelerate launch")
-    board.arms[1]["tokens"] = 7
+    board.arms[1] = replace(board.arms[1], tokens=7)
     assert "Their metrics can't be compared" in markdown(board, tmp_path, "accelerate launch")
 
 
@@ -932,29 +1086,19 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
     sweep["rank_by"] = "completion/exact_match"
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
 
-    def start():
-        command = [
-            sys.executable,
-            "-m",
-            "bl_trainer",
-            "sweep",
-            "--config",
-            str(recipe),
-            "--sweep",
-            str(tmp_path / "sweep.yaml"),
-        ]
-        command += ["--sweep_dir", str(tmp_path / "s"), "--launch", f"{CPU_LAUNCH} 2"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    argv = ["--config", str(recipe), "--sweep", str(tmp_path / "sweep.yaml"), "--sweep_dir", str(tmp_path / "s")]
+    argv += ["--launch", f"{CPU_LAUNCH} 2"]
 
-    worker = start()
+    worker = Forked(sweeping.verb, tmp_path, argv)
     model = tmp_path / "s" / "arms" / "000" / "model"
     while not list(model.glob("checkpoint-*")):
         assert worker.poll() is None
         time.sleep(0.01)
     worker.kill()
     worker.communicate()
-    said, _ = (worker := start()).communicate(timeout=900)
+    _, said = (worker := Forked(sweeping.verb, tmp_path, argv)).communicate(timeout=900)
     assert worker.returncode == 0, said
+    assert "Runs start as new processes" not in said
     assert "Leaderboard: " in said
     with (tmp_path / "s" / "leaderboard.csv").open() as file:
         first, second, failed = csv.DictReader(file)

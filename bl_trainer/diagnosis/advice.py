@@ -9,6 +9,7 @@ import yaml
 from ..measurement.histogram import TINY
 from .continuum import CUTS, record_of
 from .decision import decide
+from .presets import RATE_FACTORS, SEEDS, cost_text
 from .report import Advice, Learnability, Report
 from .warnings import warnings
 
@@ -83,8 +84,8 @@ def recommend(report: Report) -> Advice:
         headline=headline,
         confidence=confidence,
         arms=_arms(report, regions),
-        learning_rate=[float(f"{report.recipe.learning_rate * factor:.2g}") for factor in (1 / 3, 1, 3)],
-        seed=[0, 1, 2],
+        learning_rate=[float(f"{report.recipe.learning_rate * factor:.2g}") for factor in RATE_FACTORS],
+        seed=[*SEEDS["full"]],
         reasons=_reasons(report, regions),
         warnings=warnings(report),
     )
@@ -180,14 +181,20 @@ def _learnability_reason(probe: Learnability) -> str:
     )
 
 
+def sweep_cost(report: Report) -> str:
+    """Return what a sweep of what is advised costs, by each preset."""
+    return cost_text(len(report.recommendation.arms), len(report.recommendation.learning_rate))
+
+
 def sweep_yaml(report: Report) -> str:
-    """Return `sweep.yaml`: each arm is to run at each learning rate and seed."""
+    """Return `sweep.yaml`: short runs at each learning rate, then the best with more seeds."""
     advice, probe = report.recommendation, report.learnability
     head = [
         f"# {report.model} on {report.data}: mean p {report.total.prob:.3f}, {' or '.join(report.placement.possible)}"
         + (f"; improbable tokens: {probe.verdict}" if probe else ""),
-        "# Each of these runs at each learning rate and seed: scripts/sweep.py --config RECIPE --sweep THIS FILE",
+        "# To run it: bl-trainer sweep --config RECIPE --sweep THIS FILE",
+        f"# {sweep_cost(report)}",
     ]
-    grid = {"arms": advice.arms, "learning_rate": advice.learning_rate, "seed": advice.seed}
+    grid = {"preset": "short", "arms": advice.arms, "learning_rate": advice.learning_rate}
     lines = [" ".join(line.split()) for line in head]
     return "\n".join(lines) + "\n" + yaml.safe_dump(grid, default_flow_style=None, sort_keys=False, width=1000)

@@ -14,7 +14,7 @@ from .._util.files import write_bytes, write_text
 from ..measurement.results import Comparison
 from ..pages.figures import render
 from ..pages.html import fill, script_json, to_json
-from .advice import LEARNABLE, NOISE, SWEPT_PERCENTILE, sweep_yaml
+from .advice import LEARNABLE, NOISE, SWEPT_PERCENTILE, sweep_cost, sweep_yaml
 from .figures import ALT_TEXTS, figure, figure_size, figures
 from .report import Learnability, Report
 from .wording import KIND_NAMES, arm_name, asked_percentiles, interval_text, kinds_shown, placement_text, sample_text
@@ -69,6 +69,7 @@ def page(report: Report, folder: Path) -> str:
         placement=placement_text(report.placement),
         sample=sample_text(report) if report.sampled else "",
         arms=[arm_name(arm) for arm in report.recommendation.arms],
+        sweep_cost=sweep_cost(report),
         swept_percentile=SWEPT_PERCENTILE,
         learnable=LEARNABLE,
         noise=NOISE,

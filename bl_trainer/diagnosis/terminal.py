@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from .advice import sweep_cost
 from .report import Compared, Report
 from .wording import (
     KIND_NAMES,
@@ -24,7 +25,7 @@ def terminal_summary(report: Report, folder: str | None) -> str:
     lines += [f"  {clipped(reason, 400)}" for reason in advice.reasons[: 3 if report.learnability else 2]]
     lines += [f"  ! {clipped(warning)}" for warning in advice.warnings[:6]]
     lines.append(f"Advice: {advice.headline}")
-    lines.append("Sweep: " + "; ".join(arm_name(arm) for arm in advice.arms))
+    lines.append("Sweep: " + "; ".join(arm_name(arm) for arm in advice.arms) + f" ({sweep_cost(report)})")
     lines.append(f"Report: {target / 'report.html'}   sweep file: {target / 'sweep.yaml'}")
     return "\n".join(lines[:25])
 

@@ -1,12 +1,10 @@
 """One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
 
-import json
 import math
 import os
 import re
 import shlex
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,8 +22,9 @@ from ..errors import RecipeError
 from ..training.metrics_log import Curve
 from . import guard, study
 from .design import MODEL_KEYS, evaluate_argv
-from .outcome import RESULT_SCHEMA, arm_folder, read_held_out, read_result, task_scores, task_versions
+from .outcome import Result, arm_folder, read_held_out, task_scores, task_versions
 from .plan import Plan
+from .process import LAUNCHER, Guarded, Running, Start
 from .rulers import RULERS, show, study_value
 from .study import REASON, ArmError
 
@@ -41,8 +40,9 @@ class Runner:
     """Runs arms in `folder`/arms.
 
     `launch`: options of `accelerate launch`, or None for its configured ones, or one process on a CPU. `devices`: for each
-    job the GPUs that it may use, as CUDA_VISIBLE_DEVICES takes them; None on a CPU. `tell`: takes what is to be shown of
-    progress. `held_out`: the recipe to measure by on held-out data, but for an arm's model.
+    job the GPUs that it may use, as CUDA_VISIBLE_DEVICES takes them; None on a CPU. `tell`: takes an arm, what it does, and the
+    share of its training that is done, None if that is as before. `held_out`: the recipe to measure by on held-out data, but
+    for an arm's model. `start`: how commands are run.
     """
 
     plan: Plan
@@ -50,36 +50,30 @@ class Runner:
     launch: str | None
     devices: list[str] | None
     jobs: int
-    tell: Callable[[int, str], None]
     held_out: dict[str, Any] = field(default_factory=dict)
-    guards: set[subprocess.Popen[bytes]] = field(default_factory=set)  # each of which ends when its stdin is closed
+    start: Start = Guarded
+    tell: Callable[[int, str, float | None], None] = lambda index, what, share: None
+    running: set[Running] = field(default_factory=set)
     lock: Any = field(default_factory=threading.RLock)
 
     def __call__(self, index: int, setting: dict[str, Any], trial: optuna.Trial, job: int) -> float:
         """Run an arm, or what is left of it, and return the ruler that it is ranked by. Raises ArmError, TrialPruned."""
         arm = Arm(self, index, setting, job)
-        found = read_result(arm.folder)
+        found = Result.read(arm.folder)
         if found is None:
             found = arm.run(trial)
-        elif found["setting"] != setting:
-            raise RecipeError(f"{arm.folder} holds the results of {found['setting']}, not of {setting}. Remove the folder.")
+        elif found.setting != setting:
+            raise RecipeError(f"{arm.folder} holds the results of {found.setting}, not of {setting}. Remove the folder.")
         value = study_value(self.plan.rank_by, found)
         if not math.isfinite(value):
             raise ArmError(f"{self.plan.rank_by} is {value}")
         return value
 
-    def release(self, process: "subprocess.Popen[bytes]") -> None:
-        """Have a guard stop its arm, if that is not over."""
-        with self.lock:
-            self.guards.discard(process)
-            if process.stdin is not None:
-                process.stdin.close()
-
     def close(self) -> None:
         """Stop all arms."""
         with self.lock:
-            for process in [*self.guards]:
-                self.release(process)
+            for process in self.running:
+                process.stop()
 
 
 class Arm:
@@ -89,8 +83,10 @@ class Arm:
         self.runner, self.plan, self.index, self.setting, self.job = runner, runner.plan, index, setting, job
         self.folder = arm_folder(runner.folder, index)
         self.model = self.folder / "model"
+        self.is_whole = True  # nothing has killed a step
 
-    def run(self, trial: optuna.Trial) -> dict[str, Any]:
+    def run(self, trial: optuna.Trial) -> Result:
+        is_new, begun = not self.folder.exists(), time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = {**self.plan.recipe_of(self.setting), "output_dir": str(self.model)}
         if recipe.get("report_to") not in (None, "none", [], ["none"]):
@@ -104,11 +100,11 @@ class Arm:
         self._step("measure", [sys.executable, "-m", "bl_trainer", "diagnose", *config, *measured, *probe])
         if self.plan.evaluate:
             self._step("evaluate", evaluation(self.plan, self.model, self.folder / "tasks"))
-        result = self._result()
-        for name, value in result["rulers"].items():
+        result = self._result(time.monotonic() - begun if is_new and self.is_whole else None)
+        for name, value in result.rulers.items():
             if not math.isfinite(value):
                 raise ArmError(f"measure: {name} is {value}")
-        write_text(self.folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+        result.write(self.folder)
         return result
 
     def _held_out(self) -> dict[str, Any]:
@@ -123,7 +119,7 @@ class Arm:
         options = shlex.split(launch or "")
         if self.runner.jobs > 1 and "--main_process_port" not in options:
             options += ["--main_process_port", str(_free_port())]
-        return [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "bl_trainer", *command]
+        return [sys.executable, "-m", LAUNCHER, *options, "-m", "bl_trainer", *command]
 
     def _environment(self, step: str) -> dict[str, str]:
         threads = str(max(1, (os.cpu_count() or 1) // self.runner.jobs))
@@ -138,39 +134,37 @@ class Arm:
     def _step(self, name: str, command: list[str], trial: optuna.Trial | None = None) -> None:
         """Run a command to its end, again if something kills it. Raises ArmError, TrialPruned."""
         for attempt in range(1, ATTEMPTS + 1):
-            self.runner.tell(self.index, name)
+            self.is_whole &= attempt == 1
+            self.runner.tell(self.index, name, None if name == "train" else 1.0)
             log = self.folder / f"{name}.log"
             start = log.stat().st_size if log.exists() else 0
             guard.stop(str(self.folder.absolute()))  # of a guard, or a sweep, that was killed
             code = self._watch(name, command, log, trial)
             if code == 0:
                 return
-            with log.open(encoding="utf-8", errors="replace") as file:
-                file.seek(start)
-                said = file.read()
+            said = _said(log, start)
             reason = _reason(said)
             if reason is not None or attempt == ATTEMPTS or not (code > 128 or code < 0 or KILLED.search(said)):
                 killed = f"killed {attempt} times, perhaps for lack of memory" if attempt == ATTEMPTS else f"exit code {code}"
                 raise ArmError(f"{name}: {reason or killed} ({log})")
 
     def _watch(self, name: str, command: list[str], log: Path, trial: optuna.Trial | None) -> int:
-        """Run a command under a guard, and report how far training is meanwhile."""
+        """Run a command, and report how far training is meanwhile."""
         folder, runner = str(self.folder.absolute()), self.runner
-        with log.open("ab") as output, runner.lock:
-            process = subprocess.Popen(
-                [sys.executable, guard.__file__, folder, *command],
-                stdin=subprocess.PIPE, stdout=output, stderr=output, env=self._environment(name), start_new_session=True,
-            )  # fmt: skip
-            runner.guards.add(process)
+        with runner.lock:
+            process = runner.start(folder, command, self._environment(name), log)
+            runner.running.add(process)
         try:
             curve = Curve(self.model)
-            while process.poll() is None:
+            while (code := process.poll()) is None:
                 time.sleep(study.POLL / 4)
                 if trial is not None:
                     self._report(curve, trial)
-            return process.returncode
+            return code
         finally:
-            runner.release(process)
+            with runner.lock:
+                runner.running.discard(process)
+            process.stop()
             process.wait()
             guard.stop(folder)
 
@@ -178,7 +172,7 @@ class Arm:
         """Show how far training is, and let the pruner see the ruler."""
         logged = RULERS[self.plan.rank_by].logged if self.plan.rank_by in RULERS else None
         for line in curve.new():
-            self.runner.tell(self.index, f"step {line['step']}/{line['max_steps']}")
+            self.runner.tell(self.index, f"step {line['step']}/{line['max_steps']}", line["step"] / line["max_steps"])
             value = line.get(logged or "")
             if value is not None:
                 trial.report(value, line["step"])
@@ -186,22 +180,25 @@ class Arm:
                     trial.set_user_attr(REASON, f"pruned at step {line['step']}, {self.plan.rank_by} {show(value)}")
                     raise optuna.TrialPruned
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self, seconds: float | None) -> Result:
         """Return what the reports on the held-out data and on tasks say, of the arm and of the base model."""
         held_out, tasks = read_held_out(self.folder), task_scores(self.folder / "tasks")
-        losses = Curve(self.model).points("train_loss")
-        return {
-            "schema": RESULT_SCHEMA,
-            "index": self.index,
-            "setting": self.setting,
-            "base": held_out.base,
-            "rulers": held_out.rulers | {name: score["value"] for name, score in tasks.items()},
-            "lower_is_better": [name for name, score in tasks.items() if score["higher_is_better"] is False],
-            "loss": losses[-1][1] if losses else None,
-            "examples": held_out.examples,
-            "tokens": held_out.tokens,
-            "versions": {**task_versions(self.folder / "tasks"), **held_out.versions},
-        }
+        losses, tokens = (Curve(self.model).points(key) for key in ("train_loss", "num_tokens"))
+        devices = self.runner.devices
+        return Result(
+            index=self.index,
+            setting=self.setting,
+            rulers=held_out.rulers | {name: score["value"] for name, score in tasks.items()},
+            base=held_out.base,
+            lower_is_better=[name for name, score in tasks.items() if score["higher_is_better"] is False],
+            loss=losses[-1][1] if losses else None,
+            examples=held_out.examples,
+            tokens=held_out.tokens,
+            versions={**task_versions(self.folder / "tasks"), **held_out.versions},
+            trained_tokens=int(tokens[-1][1]) if tokens else None,
+            seconds=seconds,
+            devices=devices[self.job].count(",") + 1 if devices else 0,
+        )
 
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
@@ -215,23 +212,37 @@ def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "bl_trainer", "evaluate", "--model", str(model), "--output", str(output), *options]
 
 
-def evaluate_base(plan: Plan, folder: Path) -> None:
+def evaluate_base(plan: Plan, folder: Path, start: Start) -> None:
     """Evaluate the recipe's model in `folder`/base, once for all workers.
 
     Raises RecipeError if that fails, or if the ruler is not among what it gives.
     """
     base = folder / "base"
     base.mkdir(exist_ok=True)
-    with FileLock(base / "evaluate.lock"), (base / "evaluate.log").open("a+", encoding="utf-8") as log:
-        start = log.seek(0, os.SEEK_END)
+    log, mark = base / "evaluate.log", str(base.absolute())
+    with FileLock(base / "evaluate.lock"):
+        place = log.stat().st_size if log.exists() else 0
         command = evaluation(plan, plan.base["model_name_or_path"], base / "tasks")
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
-        log.seek(start)
+        process = start(mark, command, {**os.environ, guard.MARK: mark}, log)
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(study.POLL / 4)
+        finally:
+            process.stop()
+            process.wait()
         if code:
-            raise RecipeError(f"The base model can't be evaluated: {_reason(log.read()) or f'exit code {code}'} ({log.name})")
+            said = _said(log, place)
+            raise RecipeError(f"The base model can't be evaluated: {_reason(said) or f'exit code {code}'} ({log})")
     scores = task_scores(base / "tasks")
     if plan.rank_by not in RULERS and plan.rank_by not in scores:
         raise RecipeError(f"`rank_by: {plan.rank_by}` is not among what is measured: {', '.join([*RULERS, *scores])}.")
+
+
+def _said(log: Path, place: int) -> str:
+    """Return what a log holds from a place on."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(place)
+        return file.read()
 
 
 def _reason(said: str) -> str | None:

@@ -8,16 +8,15 @@ from typing import Any
 
 import yaml
 
-from .._util.text import nearest, sentence
+from .._util.text import nearest
 from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
 from ..evaluation.task_files import metrics_of
-from ..objectives.objective import Objective
-from ..objectives.threshold import Threshold
 from ..recipe.local_files import local_files
 from ..recipe.paths import is_path
 from ..recipe.recipe import Recipe
-from .design import Design, Setting, describe, evaluate_argv
+from .budget import check_budget
+from .design import Design, describe, evaluate_argv
 from .rulers import LOGGED, RULERS
 from .samplers import MODULES, build
 
@@ -27,6 +26,7 @@ REFUSED = ("model", "adapter", "output", "overwrite")  # options of the evaluate
 def check(design: Design, recipe: Recipe) -> None:
     """Check a design for a recipe, by every rule."""
     texts_are_texts(design)
+    short_runs_are_a_grid(design)
     rank_is_measured(design)
     optuna_has_them(design)
     pruner_sees_the_ruler(design, recipe)
@@ -46,6 +46,21 @@ def texts_are_texts(design: Design) -> None:
             raise RecipeError(f"`{key}: {value}` must be a text.")
         if key != "rank_by" and value is not None and is_path(value) and not list(local_files(value)):
             raise RecipeError(f"`{key}: {value}`: there is no such file.")
+
+
+def short_runs_are_a_grid(design: Design) -> None:
+    """`short` runs a grid within a budget, with a seed to choose by and others to judge by; only `short` has a budget."""
+    if not design.is_staged:
+        if design.budget:
+            raise RecipeError("`budget` cuts the runs of `preset: short`. Remove it, or add `preset: short`.")
+        return
+    searching = [key for key in ("trials", "sampler", "pruner") if getattr(design, key) is not None]
+    if design.ranges or searching:
+        what = ", ".join([*design.ranges, *searching])
+        raise RecipeError(f"`preset: short` runs a grid, not a search. Remove {what}, or write `preset: full`.")
+    check_budget(design.budget)
+    if len(design.seeds) < 2:
+        raise RecipeError("`preset: short` needs a seed to choose by and others to judge by. Write `seed: [0, 1, 2, 3]`.")
 
 
 def rank_is_measured(design: Design) -> None:
@@ -133,11 +148,12 @@ def arms_can_train(design: Design) -> None:
     """The train verb takes every arm's recipe, and no two of these are the same."""
     seen: set[str] = set()
     for point in design.points():
-        name = json.dumps(_plain(point), sort_keys=True)
+        training = check_arm(design.recipe_at(point)).training
+        written = {"objective": training.parsed_objective.to_dict(), "threshold": training.parsed_threshold.to_dict()}
+        name = json.dumps({**point, **written}, sort_keys=True)  # objectives written out, so that equal ones look alike
         if name in seen:
             raise RecipeError(f"Two runs are the same: {describe(point)}. Remove one of them.")
         seen.add(name)
-        check_arm(design.recipe_at(point))
 
 
 def check_arm(recipe: dict[str, Any]) -> Recipe:
@@ -149,12 +165,3 @@ def check_arm(recipe: dict[str, Any]) -> Recipe:
             return Recipe.read(["--config", str(path)])
         except RecipeError as error:
             raise RecipeError(f"In a run of the sweep: {error}") from error
-
-
-def _plain(setting: Setting) -> Setting:
-    """Return settings with objective and threshold written out, so that equal ones look alike."""
-    parsed: dict[str, Any] = {"objective": Objective, "threshold": Threshold}
-    try:
-        return {key: parsed[key].parse(value).to_dict() if key in parsed else value for key, value in setting.items()}
-    except ValueError as error:
-        raise RecipeError(f"In the run {setting}: {sentence(error)}") from error

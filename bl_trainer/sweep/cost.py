@@ -1,16 +1,20 @@
-"""What a sweep is going to run and cost, before it runs: its arms, their data, and their number of tokens."""
+"""What a sweep is going to run and cost, before it runs and while it does: its arms, tokens, hours and GPU-hours."""
 
 import json
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from ..diagnosis.presets import FINALISTS, SEEDS
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
 from .checks import check_arm
 from .design import Design, Setting, describe
+from .outcome import Result
 
 COST_ROWS = 1000  # rows that the number of tokens is estimated from
 COSTLESS = {"objective", "threshold", "learning_rate", "seed"}  # keys that an arm's number of tokens doesn't depend on
@@ -25,18 +29,81 @@ def check_data(design: Design) -> None:
             raise RecipeError(f"In the run {describe(point)}: {error}") from error
 
 
-def dry_run(design: Design) -> str:
-    """Return the arms, their number, and what they cost in tokens."""
-    lines = [*design.notes, _counted(design), *(f"  {describe(point)}" for point in design.points()), _cost(design)]
+@dataclass(frozen=True)
+class Spent:
+    """What runs have cost: `timed` of them took `seconds` and `gpu_seconds` in all, `counted` trained on `tokens` in all."""
+
+    timed: int
+    seconds: float
+    gpu_seconds: float
+    counted: int
+    tokens: int
+
+    @classmethod
+    def of(cls, results: Iterable[Result]) -> "Spent":
+        """Sum what finished runs say of their cost; one that a kill has broken off can't say how long it took."""
+        results = list(results)
+        timed = [(each.seconds, each.devices) for each in results if each.seconds is not None]
+        tokens = [each.trained_tokens for each in results if each.trained_tokens is not None]
+        seconds = sum(each for each, _ in timed)
+        return cls(len(timed), seconds, sum(each * devices for each, devices in timed), len(tokens), sum(tokens))
+
+    def seconds_left(self, runs: int, jobs: int) -> float:
+        """Return how long some more runs take, `jobs` at a time."""
+        return self.seconds / self.timed * math.ceil(runs / jobs)
+
+    def scaled(self, runs: int) -> str:
+        """Return what as many runs cost, by the average of these."""
+        parts = [f"{self.tokens / self.counted * runs:,.0f} tokens"] if self.counted else []
+        if self.timed:
+            hours, gpu_hours = (each / self.timed * runs / 3600 for each in (self.seconds, self.gpu_seconds))
+            parts += [f"{hours:.2g} hours", f"{gpu_hours:.2g} GPU-hours"]
+        return ", ".join(parts)
+
+
+def time_text(seconds: float) -> str:
+    """Return a time as readers take it in: `about 12 min`."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def settle(design: Design) -> None:
+    """Find out what share of a run a budget of tokens is. Raises RecipeError if tokens can't be counted beforehand."""
+    if "tokens" in design.budget:
+        tokens, _ = _tokens(check_arm(design.recipe_at(design.points()[0])))
+        if not tokens:
+            raise RecipeError("`budget: {tokens: ...}` can't be kept: streamed data have no length. Write `{steps: 200}`.")
+        design.share = min(1.0, design.budget["tokens"] / tokens)
+
+
+def dry_run(design: Design, results: Iterable[Result] = ()) -> str:
+    """Return the arms, their number, and what they cost in tokens, and in hours if some have finished."""
+    spent = Spent.of(results)
+    lines = [*design.notes, counted(design), *(f"  {describe(point)}" for point in design.points()), _cost(design)]
+    if spent.timed:
+        lines.append(
+            f"Expected of all {design.count} runs, by the {spent.timed} that have finished: {spent.scaled(design.count)}."
+        )
+    if design.is_staged:
+        whole = replace(design, preset="full", budget={}, share=None, seeds=list(SEEDS["full"]), notes=[])
+        lines.append(f"With `preset: full`: {whole.count} runs. {_cost(whole)}")
     return "\n".join(lines)
 
 
-def _counted(design: Design) -> str:
-    points, seeds = len(design.points()), design.seeds
+def counted(design: Design) -> str:
+    """Return how many runs of which settings and seeds there are."""
+    points, first, *others = len(design.points()), *map(str, design.seeds)
+    if design.is_staged:
+        length = ", ".join(f"{key} {value:g}" for key, value in design.budget.items())
+        return (
+            f"{design.count} runs of short length ({length}): {points} settings at seed {first}, then the best "
+            f"{min(FINALISTS, design.groups)} of {design.groups} objectives at seeds {', '.join(others)}:"
+        )
     if not design.trials:
-        return f"{design.count} runs: {points} settings at seeds {', '.join(map(str, seeds))}:"
-    then = f"; then the best of each, at seeds {', '.join(map(str, seeds[1:]))}" if seeds[1:] else ""
-    return f"{design.trials} points drawn for {points} settings in turn, at seed {seeds[0]}{then}:"
+        return f"{design.count} runs: {points} settings at seeds {', '.join([first, *others])}:"
+    then = f"; then the best of each, at seeds {', '.join(others)}" if others else ""
+    return f"{design.trials} points drawn for {points} settings in turn, at seed {first}{then}:"
 
 
 def _cost(design: Design) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 from trl import ModelConfig
 
 from ..diagnosis.continuum import objective_name
+from ..diagnosis.presets import FINALISTS, count_runs
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
+from .budget import shortened, shortened_to
 
 # What a model is loaded by, and what its target tokens are made by
 MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16", "use_cpu"}
@@ -30,6 +32,8 @@ class Design:
 
     `base`: the recipe's keys. `grid`: key -> values, `arms` being one list of mappings. `ranges`: key -> keyword arguments of
     an Optuna distribution, for `trials` points that `sampler` draws; of each arm the best point is then run with all seeds.
+    `preset`: `full` runs the grid at each seed. `short` cuts runs to `budget`, runs the grid at the first seed, and then the
+    best `FINALISTS` groups, each at its best setting, at the other seeds. `share`: what a budget of tokens comes to.
     `notes`: what the user is to know of it.
     """
 
@@ -45,6 +49,9 @@ class Design:
     evaluate: dict[str, Any] | None = None
     sampler: Any = None
     pruner: Any = None
+    preset: str = "full"
+    budget: dict[str, Any] = field(default_factory=dict)
+    share: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def points(self) -> list[Setting]:
@@ -70,11 +77,36 @@ class Design:
         return key in self.grid or any(key in arm for arm in self.arms)
 
     @property
+    def is_staged(self) -> bool:
+        """Whether a first stage chooses what a second one compares."""
+        return self.preset == "short"
+
+    @property
+    def judging_seeds(self) -> list[int]:
+        """The seeds by which the leaderboard judges."""
+        return self.seeds[1:] if self.is_staged else self.seeds
+
+    @property
     def count(self) -> int:
         """Number of arms."""
         if self.trials:
             return self.trials + len(self.points()) * (len(self.seeds) - 1)
-        return len(self.points()) * len(self.seeds)
+        return count_runs(self.preset, len(self.points()), self.groups, len(self.seeds))
+
+    @property
+    def first_stage(self) -> int:
+        """Number of arms whose settings don't depend on results: they come first."""
+        return self.trials or (len(self.points()) if self.is_staged else self.count)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, each of which differs in seed, learning rate and ranges alone."""
+        return len({json.dumps(self.group_of(point), sort_keys=True) for point in self.points()})
+
+    def finalist_at(self, index: int) -> tuple[int, int]:
+        """Return the place among the finalists of an arm of the second stage, and its seed."""
+        again, finalists = index - self.first_stage, min(FINALISTS, self.groups)
+        return again % finalists, self.seeds[1 + again // finalists]
 
     def drawn_at(self, index: int) -> tuple[int, int | None]:
         """Return the place among the points of an arm of a search, and its seed if it is to repeat the best one; else None."""
@@ -84,9 +116,17 @@ class Design:
     def recipe_of(self, setting: Setting) -> dict[str, Any]:
         """Return the recipe of an arm with these settings, which an `output_dir` makes complete.
 
-        It goes on from its last checkpoint, and keeps no more than that unless the sweep's recipe says so.
+        It goes on from its last checkpoint, and keeps no more than that unless the sweep's recipe says so. Raises RecipeError
+        if it can't be cut to the budget.
         """
-        return {"save_total_limit": 1, **self.base, **setting, "resume_from_checkpoint": True}
+        recipe = {"save_total_limit": 1, **self.base, **setting, "resume_from_checkpoint": True}
+        return {**recipe, **self._cut(recipe)}
+
+    def _cut(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Return the keys that cut a recipe to the budget; none before it is known what a budget of tokens comes to."""
+        if "steps" in self.budget:
+            return shortened_to(recipe, int(self.budget["steps"]))
+        return shortened(recipe, self.budget.get("share", self.share or 1.0))
 
     def recipe_at(self, point: Setting) -> dict[str, Any]:
         """Return the recipe of a point's first arm, the lower bounds in place of ranges."""

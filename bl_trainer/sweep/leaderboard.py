@@ -15,11 +15,11 @@ import numpy as np
 from ..evaluation.results import mixed_versions
 from .design import Setting, describe
 from .differences import Difference, by_item, difference, holm, interval_over_seeds
-from .outcome import Values, arm_folder, read_result, read_values, task_scores
+from .outcome import Result, Values, arm_folder, finished, read_values, task_scores
 from .plan import Plan
 from .rulers import RULERS, Ruler, ruler_named, rulers_in, show
 
-Arms = dict[int, dict[str, Any]]  # the finished ones' results
+Arms = dict[int, Result]  # of those that have finished
 Failed = dict[int, tuple[Setting, str]]  # those without a result: settings, reason
 
 
@@ -46,13 +46,18 @@ class Row:
 
 @dataclass
 class Leaderboard:
-    """`rows`: best first. `arms`: result and folder of each finished arm. `failed`: arm -> (settings, reason)."""
+    """`rows`: best first. `arms`: result of each finished arm. `failed`: arm -> (settings, reason).
+
+    `stopped`: rows of the groups that a first stage left out, best first. Each has one run, at the seed that chose: they are
+    compared with none.
+    """
 
     plan: Plan
     rows: list[Row]
     arms: Arms
     failed: Failed
     base: dict[str, float] | None
+    stopped: list[Row] = field(default_factory=list)
 
     @property
     def rulers(self) -> list[Ruler]:
@@ -61,7 +66,7 @@ class Leaderboard:
 
     def mixed_versions(self) -> dict[str, list[str]]:
         """Return the versions of each package of which runs used different ones, so that their metrics may differ by it."""
-        return mixed_versions(result.get("versions", {}) for result in self.arms.values())
+        return mixed_versions(result.versions for result in self.arms.values())
 
     def verdict(self) -> str:
         """Return in a sentence which group is best, and which can't be told from it."""
@@ -85,8 +90,7 @@ class Leaderboard:
 
 def judge(plan: Plan, folder: Path, failed: Failed) -> Leaderboard:
     """Return the leaderboard of the arms that have finished in `folder`."""
-    found = {index: read_result(arm_folder(folder, index)) for index in range(plan.count)}
-    arms = {index: result for index, result in found.items() if result is not None}
+    arms = finished(plan.count, folder, Result)
     board = rank(plan, arms, lambda index: read_values(arm_folder(folder, index), plan.rank_by), failed)
     if board.base is not None:
         board.base = {**board.base, **{name: each["value"] for name, each in task_scores(folder / "base" / "tasks").items()}}
@@ -100,44 +104,50 @@ def rank(plan: Plan, arms: Arms, values_of: Callable[[int], Values | None], fail
     def merit(indices: list[int]) -> tuple[float, float]:
         """What is to be highest: the ruler, and where that ties, accuracy."""
         accuracy = RULERS["accuracy"]
-        has_accuracy = accuracy.is_in(arms[indices[0]]["rulers"])
+        has_accuracy = accuracy.is_in(arms[indices[0]].rulers)
         return ruler.sign * _mean(arms, indices, ruler), _mean(arms, indices, accuracy) if has_accuracy else 0.0
 
-    rows = []
-    for settings in _grouped(plan, arms):
-        most = max(map(len, settings))  # a setting of which seeds failed doesn't stand for the group
-        rows.append(_row(plan, arms, max((each for each in settings if len(each) == most), key=merit)))
-    rows.sort(key=lambda row: merit(row.arms), reverse=True)
+    def ranked(indices: Iterable[int]) -> list[Row]:
+        rows = []
+        for settings in _grouped(plan, {index: arms[index] for index in indices}):
+            most = max(map(len, settings))  # a setting of which seeds failed doesn't stand for the group
+            rows.append(_row(plan, arms, max((each for each in settings if len(each) == most), key=merit)))
+        return sorted(rows, key=lambda row: merit(row.arms), reverse=True)
+
+    first = [index for index in arms if index < plan.first_stage or not plan.is_staged]
+    rows, finalists = ranked(first), ranked(index for index in arms if index not in first)
+    stopped = [row for row in rows if finalists and row.group not in [each.group for each in finalists]]
+    rows = finalists or rows
     for row in rows[1:]:
         row.behind = compare(plan.rank_by, arms, values_of, rows[0].arms, row.arms)
     holm([row.behind for row in rows[1:] if row.behind is not None])
-    base = None if plan.varies("model_name_or_path") else next((result["base"] for result in arms.values()), None)
-    return Leaderboard(plan, rows, arms, failed, base)
+    base = None if plan.varies("model_name_or_path") else next((result.base for result in arms.values()), None)
+    return Leaderboard(plan, rows, arms, failed, base, stopped)
 
 
 def _grouped(plan: Plan, arms: Arms) -> Iterable[list[list[int]]]:
     """Return for each group the arms of each of its settings, which differ in seed alone."""
     groups: dict[str, dict[str, list[int]]] = {}
     for index, result in sorted(arms.items()):
-        setting, tuned = result["setting"], _tuned(result)
+        setting, tuned = result.setting, _tuned(result)
         same = groups.setdefault(json.dumps(plan.group_of(tuned)), {}).setdefault(json.dumps(tuned), [])
-        if all(arms[other]["setting"] != setting for other in same):  # a point drawn twice is one arm
+        if all(arms[other].setting != setting for other in same):  # a point drawn twice is one arm
             same.append(index)
     return [list(settings.values()) for settings in groups.values()]
 
 
-def _tuned(result: dict[str, Any]) -> Setting:
+def _tuned(result: Result) -> Setting:
     """Return a run's settings but for the seed, in an order that equal ones share."""
-    return json.loads(json.dumps({key: value for key, value in result["setting"].items() if key != "seed"}, sort_keys=True))
+    return json.loads(json.dumps({key: value for key, value in result.setting.items() if key != "seed"}, sort_keys=True))
 
 
 def _row(plan: Plan, arms: Arms, indices: list[int]) -> Row:
     """Return the row of the arms of a group's best setting."""
     rulers = rulers_in([arms[indices[0]], *arms.values()])
     best = _tuned(arms[indices[0]])
-    each = {ruler.name: [ruler.of(arms[index]["rulers"]) for index in indices] for ruler in rulers}
+    each = {ruler.name: [ruler.of(arms[index].rulers) for index in indices] for ruler in rulers}
     values = {ruler.name: (float(np.mean(each[ruler.name])), _interval(ruler, each[ruler.name])) for ruler in rulers}
-    losses = [arms[index]["loss"] for index in indices if arms[index]["loss"] is not None]
+    losses = [arms[index].loss for index in indices if arms[index].loss is not None]
     loss = float(np.mean(losses)) if losses else None
     return Row(plan.group_of(best), best, indices, values, loss, None, _edges(plan, best), each)
 
@@ -160,12 +170,12 @@ def compare(
     name: str, arms: Arms, values_of: Callable[[int], Values | None], better: list[int], worse: list[int]
 ) -> Difference:
     """Return by how much the arms `better` exceed the arms `worse` in a ruler; arms of the same seed are paired."""
-    seeds = {arms[index]["setting"].get("seed"): index for index in worse}
-    pairs = [(index, seeds[seed]) for index in better if (seed := arms[index]["setting"].get("seed")) in seeds]
+    seeds = {arms[index].setting.get("seed"): index for index in worse}
+    pairs = [(index, seeds[seed]) for index in better if (seed := arms[index].setting.get("seed")) in seeds]
     ruler = ruler_named(name, arms.values())
     if not pairs:
         return Difference(ruler.sign * (_mean(arms, better, ruler) - _mean(arms, worse, ruler)), None, None, ())
-    by_seed = np.array([ruler.sign * (ruler.of(arms[a]["rulers"]) - ruler.of(arms[b]["rulers"])) for a, b in pairs])
+    by_seed = np.array([ruler.sign * (ruler.of(arms[a].rulers) - ruler.of(arms[b].rulers)) for a, b in pairs])
     over_items = by_item([(values_of(a), values_of(b)) for a, b in pairs], ruler.sign)
     samples, weights = {"seeds": by_seed}, None
     if over_items is not None:
@@ -176,4 +186,4 @@ def compare(
 
 
 def _mean(arms: Arms, indices: list[int], ruler: Ruler) -> float:
-    return float(np.mean([ruler.of(arms[index]["rulers"]) for index in indices]))
+    return float(np.mean([ruler.of(arms[index].rulers) for index in indices]))

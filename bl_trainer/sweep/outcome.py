@@ -2,10 +2,11 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .._util.files import write_text
 from .._util.text import sentence
 from ..errors import MeasurementError, RecipeError
 from ..evaluation import read_items
@@ -21,19 +22,60 @@ def arm_folder(folder: Path, index: int) -> Path:
     return folder / "arms" / f"{index:03d}"
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return a finished arm's result, or None."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        schema = result.get("schema")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder} to repeat the run.") from error
-    if schema != RESULT_SCHEMA:
-        raise RecipeError(f"{path} is of another version of bl_trainer. Remove {folder} to repeat the run.")
-    return result
+Kind = TypeVar("Kind", bound="Result")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run leaves in result.json.
+
+    `rulers`, `base`: metric -> value on the held-out data, of its model and of the one that it started from. `loss`: the last
+    training loss. `examples`, `tokens`: how many were held out. `trained_tokens`: how many it trained on. `seconds`: what all
+    its steps took, None if a kill came between; `devices`: how many GPUs it had meanwhile.
+    """
+
+    index: int
+    setting: dict[str, Any]
+    rulers: dict[str, float]
+    base: dict[str, float] = field(default_factory=dict)
+    lower_is_better: list[str] = field(default_factory=list)
+    loss: float | None = None
+    examples: int = 0
+    tokens: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    trained_tokens: int | None = None
+    seconds: float | None = None
+    devices: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what result.json holds. Raises ValueError on a value that JSON has no number for."""
+        found = {"schema": RESULT_SCHEMA, **asdict(self)}
+        json.dumps(found, allow_nan=False)
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write `folder`/result.json in one go, after which the run counts as finished."""
+        write_text(folder / "result.json", json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls: type[Kind], folder: Path) -> Kind | None:
+        """Read a finished run's result; None if there is none. Raises RecipeError if it can't be read."""
+        path = folder / "result.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.pop("schema", None) == RESULT_SCHEMA:
+                return cls(**{each.name: found[each.name] for each in fields(cls) if each.name in found})
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise RecipeError(f"Cannot read {path}: {sentence(error)}. Remove {folder} to repeat the run.") from error
+        raise RecipeError(f"Cannot read {path}: another version of bl_trainer wrote it. Remove {folder} to repeat the run.")
+
+
+def finished(count: int, folder: Path, kind: type[Kind]) -> dict[int, Kind]:
+    """Return the results, of a kind, of the finished ones of a sweep's first `count` arms."""
+    found = {index: kind.read(arm_folder(folder, index)) for index in range(count)}
+    return {index: result for index, result in found.items() if result is not None}
 
 
 @dataclass(frozen=True)

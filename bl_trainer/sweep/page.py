@@ -10,6 +10,7 @@ import yaml
 
 from .._util.files import write_text
 from ..pages.html import Picture, fill
+from .cost import Spent
 from .design import describe
 from .differences import MIN_SEEDS, Difference
 from .figures import alpha_curves, alphas_figure, curves_figure, learning_curves, pareto_figure, rulers_figure
@@ -33,13 +34,14 @@ def winner(board: Leaderboard, folder: Path) -> str:
     row, plan = board.rows[0], board.plan
     output = str(folder).removesuffix("-sweep") + "-winner"
     recipe = {**plan.base, **row.best, "output_dir": output}
-    head = f"# {describe(row.best)}: best of {len(board.rows)} by {plan.rank_by}. {board.verdict()}"
+    of = f"{len(board.rows) + len(board.stopped)} by {plan.rank_by}{', in short runs' if plan.is_staged else ''}"
+    head = f"# {describe(row.best)}: best of {of}. {board.verdict()}"
     return " ".join(head.split()) + "\n" + yaml.safe_dump(recipe, sort_keys=False)
 
 
 def arms_csv(board: Leaderboard) -> str:
     """Return a line for each arm: its settings, and its rulers or why it has none."""
-    settings = {index: result["setting"] for index, result in board.arms.items()}
+    settings = {index: result.setting for index, result in board.arms.items()}
     settings |= {index: setting for index, (setting, _) in board.failed.items()}
     keys = list(dict.fromkeys(key for setting in settings.values() for key in setting))
     text = io.StringIO()
@@ -47,9 +49,9 @@ def arms_csv(board: Leaderboard) -> str:
     lines.writerow(["arm", *keys, *(ruler.name for ruler in board.rulers), "loss", "failed"])
     for index, setting in sorted(settings.items()):
         result = board.arms.get(index)
-        values = [ruler.of(result["rulers"]) if result else None for ruler in board.rulers]
+        values = [ruler.of(result.rulers) if result else None for ruler in board.rulers]
         reason = "" if result else board.failed[index][1]
-        lines.writerow([index, *(setting.get(key) for key in keys), *values, result and result["loss"], reason])
+        lines.writerow([index, *(setting.get(key) for key in keys), *values, result and result.loss, reason])
     return text.getvalue()
 
 
@@ -70,7 +72,9 @@ def summary(board: Leaderboard, folder: Path) -> str:
     lines = [board.verdict()]
     for row in board.rows:
         lines.append(f"  {row.name}: {ruler} {_value(row, ruler)}{_behind(row)} with {_tuned(row) or 'the recipe as it is'}")
+    lines += [f"  stopped after the first stage: {each}" for each in _stopped(board)]
     lines += [f"  ! {each}" for each in (*_warnings(board), *_failed(board))]
+    lines.append(f"Cost of {len(board.arms)} runs: {_spent(board)}.")
     winner = f"   winner: {folder / 'winner.yaml'}" if board.rows else ""
     lines.append(f"Leaderboard: {folder / 'leaderboard.html'}{winner}")
     return "\n".join(lines)
@@ -121,16 +125,36 @@ def _plots(board: Leaderboard, folder: Path) -> dict[str, Picture | None]:
 
 def _lists(board: Leaderboard, folder: Path, command: str) -> dict[str, list[str]]:
     """Return title -> items of each list that has any."""
-    parts = {"Beware": _warnings(board), "Without a result": _failed(board), "Commands": _commands(board, folder, command)}
+    parts = {
+        "Stopped after the first stage": _stopped(board),
+        "Beware": _warnings(board),
+        "Without a result": _failed(board),
+        "Cost": [f"{len(board.arms)} runs: {_spent(board)}."],
+        "Commands": _commands(board, folder, command),
+    }
     return {title: items for title, items in parts.items() if items}
+
+
+def _stopped(board: Leaderboard) -> list[str]:
+    """Return a line for each group that the first stage left out."""
+    name, seed = board.plan.rank_by, board.plan.seeds[0]
+    return [
+        f"{row.name}: {name} {_value(row, name)} with {_tuned(row) or 'the recipe as it is'}, seed {seed} alone"
+        for row in board.stopped
+    ]
+
+
+def _spent(board: Leaderboard) -> str:
+    return Spent.of(board.arms.values()).scaled(len(board.arms)) or "not known"
 
 
 def _explained(board: Leaderboard) -> list[str]:
     data = next(iter(board.arms.values()), None)
     lines = [ruler.explanation for ruler in board.rulers if ruler.name in RULERS]
-    measured = f"Measured on {data['examples']:,} held-out examples, {data['tokens']:,} target tokens." if data else ""
+    measured = f"Measured on {data.examples:,} held-out examples, {data.tokens:,} target tokens." if data else ""
     return [
         f"{measured} Ranked by {board.plan.rank_by}.",
+        *_staged(board),
         "Each stands for its best setting, chosen by the mean over seeds on the same held-out data. In brackets are 95 % "
         f"intervals over seeds, or the seeds' values if there are fewer than {MIN_SEEDS}. What it is behind by is paired by "
         "seed and by held-out example, where there are several of each, and the interval counts both; p is Holm's, for all of "
@@ -139,13 +163,25 @@ def _explained(board: Leaderboard) -> list[str]:
     ]
 
 
+def _staged(board: Leaderboard) -> list[str]:
+    """Return what the rows of a short sweep are worth."""
+    if not board.plan.is_staged:
+        return []
+    length = ", ".join(f"{key} {value:g}" for key, value in board.plan.budget.items())
+    return [
+        f"Runs are short ({length}), so that what learns fast looks better than it may be at full length. The first stage ran "
+        f"each setting at seed {board.plan.seeds[0]} and chose the finalists. The table compares these at other seeds, so that "
+        "a lucky seed chooses none and counts for none. Objectives that stopped after the first stage have no place in it."
+    ]
+
+
 def _warnings(board: Leaderboard) -> list[str]:
     warnings = [*board.plan.notes]
     for row in board.rows:
         warnings += [f"{row.name}: {each}; a wider range may do better." for each in row.at_edge]
-        if len(row.arms) < len(board.plan.seeds):
-            warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.seeds)} seeds finished.")
-    if len({(result["examples"], result["tokens"]) for result in board.arms.values()}) > 1:
+        if len(row.arms) < len(board.plan.judging_seeds):
+            warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.judging_seeds)} seeds finished.")
+    if len({(result.examples, result.tokens) for result in board.arms.values()}) > 1:
         warnings.append("Runs have different numbers of held-out tokens, by their tokenizers. Their metrics can't be compared.")
     for package, versions in board.mixed_versions().items():
         warnings.append(f"Runs used different versions of {package} ({', '.join(versions)}). Their metrics may differ by it.")

@@ -13,6 +13,7 @@ import optuna
 from trl import ModelConfig
 
 from .._util.text import nearest, sentence
+from ..diagnosis.presets import RATE_FACTORS, SEEDS, SHARE
 from ..errors import RecipeError
 from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
@@ -25,7 +26,7 @@ from .checks import check
 from .design import Design, Setting, are_whole
 from .samplers import name_of
 
-OWN_KEYS = ("arms", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
+OWN_KEYS = ("arms", "preset", "budget", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
 
 # Keys that a sweep sets for each arm, or that would make its arms incomparable
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
@@ -33,7 +34,8 @@ TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "en
 # Keys whose values are numbers
 NUMBERS = {key for each in (BLConfig, ModelConfig) for key, hint in get_type_hints(each).items() if float in kinds_of(hint)}
 
-SEEDS, RATE_FACTORS = (0, 1, 2), (1 / 3, 1, 3)
+SEARCH = ("trials", "sampler", "pruner")
+LEAST_SEEDS = 3  # that judge
 
 
 @dataclass
@@ -52,13 +54,15 @@ class Plan(Design):
         given = load_yaml([path], what="sweep file")
         arms = [{key: _number(key, value) for key, value in arm.items()} for arm in _mappings(given.get("arms", [{}]))]
         _refuse_taken(recipe, given, arms)
-        plan = cls({key: value for key, value in recipe.given.items() if key not in TAKEN}, arms, {}, list(SEEDS))
+        preset = _preset(given)
+        base = {key: value for key, value in recipe.given.items() if key not in TAKEN}
+        plan = cls(base, arms, {}, list(SEEDS[preset]), preset=preset, budget={"share": SHARE} if preset == "short" else {})
         for key, value in given.items():
             if key not in OWN_KEYS:
                 _refuse_unknown(key)
                 plan._take(key, [_number(key, each) for each in value] if isinstance(value, list) else value)
         plan._fill(recipe)
-        for key in OWN_KEYS[1:]:
+        for key in OWN_KEYS[2:]:
             if key in given:
                 setattr(plan, key, given[key])
         check(plan, recipe)
@@ -95,7 +99,7 @@ class Plan(Design):
                 "Fewer than three learning rates: objectives differ in the scale of their gradient, so that one rate compares "
                 "unlike things."
             )
-        if len(self.seeds) < len(SEEDS):
+        if len(self.judging_seeds) < LEAST_SEEDS:
             self.notes.append("Fewer than three seeds: what training itself varies by is not, or badly, known.")
 
     def _doubts(self) -> Iterator[str]:
@@ -127,11 +131,25 @@ class Plan(Design):
         parts: dict[str, Any] = {
             "recipe": self.base, "arms": self.arms, **self.grid, "seed": self.seeds, **self.ranges, "trials": self.trials,
             "held_out": self.held_out, "probe": self.probe, "evaluate": self.evaluate, "sampler": self.sampler,
-            "pruner": self.pruner, "rank_by": self.rank_by if self.trials or self.pruner else None, **self.files,
-            "launch": self.launch,
+            "pruner": self.pruner, "rank_by": self.rank_by if self.trials or self.pruner or self.is_staged else None,
+            **self.files, "launch": self.launch,
         }  # fmt: skip
+        if self.is_staged:  # of which a full grid knows nothing
+            parts |= {"preset": self.preset, "budget": self.budget}
         texts = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def _preset(given: dict[str, Any]) -> str:
+    """Return the preset of a sweep file: `short`, unless it names another, or spells its runs out by seeds or a search."""
+    preset = given.get("preset")
+    if preset is None:
+        ranges = [key for key, value in given.items() if isinstance(value, dict) and "low" in value]
+        return "full" if ranges or given.keys() & {"seed", *SEARCH} else "short"
+    if str(preset) not in SEEDS:
+        near = nearest(str(preset), SEEDS)
+        raise RecipeError(f"`preset: {preset}` is not a preset.{near} Allowed: {', '.join(SEEDS)}.")
+    return str(preset)
 
 
 def _mappings(arms: Any) -> list[Setting]:

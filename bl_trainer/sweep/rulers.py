@@ -3,12 +3,21 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..errors import RecipeError
 
 SHARE = (0.0, 1.0)
-Result = Mapping[str, Any]  # what result.json holds of a run
+
+
+class Measured(Protocol):
+    """What is known of a run: metric -> value, and which of those that aren't in `RULERS` are better lower."""
+
+    @property
+    def rulers(self) -> Mapping[str, float]: ...
+
+    @property
+    def lower_is_better(self) -> Iterable[str]: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def show(value: float) -> str:
     return f"{value:.4g}"
 
 
-def ruler_named(name: str, results: Iterable[Result]) -> Ruler:
+def ruler_named(name: str, results: Iterable[Measured]) -> Ruler:
     """Return the ruler of a name.
 
     A task's metric is better as its results say. It is a share if higher is better and all its values could be shares.
@@ -90,16 +99,16 @@ def ruler_named(name: str, results: Iterable[Result]) -> Ruler:
     if name in RULERS:
         return RULERS[name]
     results = list(results)
-    if any(name in result.get("lower_is_better", []) for result in results):
+    if any(name in result.lower_is_better for result in results):
         return Ruler(name, "lower")
-    every = [result["rulers"][name] for result in results if name in result["rulers"]]
+    every = [result.rulers[name] for result in results if name in result.rulers]
     return Ruler(name, "higher", SHARE if all(0 <= value <= 1 for value in every) else (-math.inf, math.inf))
 
 
-def rulers_in(results: Iterable[Result]) -> list[Ruler]:
+def rulers_in(results: Iterable[Measured]) -> list[Ruler]:
     """Return the rulers that the first of some results gives: ours in their order, then those of tasks."""
     results = list(results)
-    measured = results[0]["rulers"] if results else {}
+    measured = results[0].rulers if results else {}
     own = [ruler for ruler in RULERS.values() if ruler.is_in(measured)]
     return own + [ruler_named(name, results) for name in measured if name not in RULERS]
 
@@ -109,10 +118,10 @@ def study_direction(name: str) -> Literal["minimize", "maximize"]:
     return "minimize" if name in RULERS and RULERS[name].sign < 0 else "maximize"
 
 
-def study_value(name: str, result: Result) -> float:
+def study_value(name: str, result: Measured) -> float:
     """Return a result's value for the study, so that `study_direction` is the better way."""
     ruler = ruler_named(name, [result])
-    value = ruler.of(result["rulers"])
+    value = ruler.of(result.rulers)
     return value if name in RULERS else ruler.sign * value
 
 

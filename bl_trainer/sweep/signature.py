@@ -39,9 +39,9 @@ def sign(plan: Plan, folder: Path, write: bool = True) -> None:
     then, now = found["parts"], plan.fingerprint()
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if changed:
+        back = "write `preset: full` to resume its grid" if "preset" in {*now} - {*then} else "go back to what it was"
         raise RecipeError(
-            f"{what} had another {', another '.join(changed)}, and its runs can't be compared with these. {instead}; or go "
-            "back to what it was."
+            f"{what} had another {', another '.join(changed)}, and its runs can't be compared with these. {instead}; or {back}."
         )
 
 

@@ -158,16 +158,15 @@ class Study:
     def _next(self) -> str:
         """Say whether there is an arm to run now, whether one may come to be, or whether all are done."""
         arms = self.by_arm()
-        known = self.plan.trials if self.plan.trials and self._is_searching(arms) else self.plan.count
+        known = self.plan.first_stage if self._is_searching(arms) else self.plan.count
         waiting = any(arms[index][-1].state == TrialState.WAITING for index in arms if index < known)
         if waiting or len(arms) < known:
             return "run"
         return "wait" if len(arms) < self.plan.count or not all(map(_is_over, arms.values())) else "done"
 
     def _is_searching(self, arms: dict[int, list[FrozenTrial]]) -> bool:
-        """Whether points are still drawn, so that the best ones aren't known."""
-        trials = self.plan.trials or 0
-        return not all(index in arms and _is_over(arms[index]) for index in range(trials))
+        """Whether the first stage isn't over, so that its best settings aren't known."""
+        return not all(index in arms and _is_over(arms[index]) for index in range(self.plan.first_stage))
 
     def _run(self, run_arm: Any, job: int, trial: optuna.Trial) -> float:
         frozen = self.study.get_trials(deepcopy=False)[trial.number]
@@ -176,7 +175,7 @@ class Study:
             trial.set_user_attr(SURPLUS, True)
             raise optuna.TrialPruned
         trial.set_user_attr(WORKER, [self.worker, socket.gethostname()])
-        if self.plan.trials and index >= self.plan.trials and self._is_searching(arms):
+        if index >= self.plan.first_stage and self._is_searching(arms):
             self._ask_again(frozen, {})
             raise _NotNow
         trial.set_user_attr(ARM, index)
@@ -194,7 +193,7 @@ class Study:
     def _setting(self, index: int, trial: optuna.Trial, arms: dict[int, list[FrozenTrial]]) -> Setting:
         """Return an arm's settings, and have the study know them."""
         plan = self.plan
-        fixed = self._fixed(index, arms) if plan.trials else plan.listed()[index]
+        fixed = self._fixed(index, arms)
         self.sampler.fixed[trial.number] = fixed
         for key in list(fixed):
             if key not in plan.ranges:
@@ -207,19 +206,47 @@ class Study:
         return fixed
 
     def _fixed(self, index: int, arms: dict[int, list[FrozenTrial]]) -> Setting:
-        """Return the settings of an arm of a search, without what is to be drawn. Raises ArmError if none can be repeated."""
+        """Return the settings of an arm, without what is to be drawn. Raises ArmError if those of the best can't be known."""
+        plan = self.plan
+        if plan.trials:
+            return self._drawn(index, arms)
+        return plan.listed()[index] if index < plan.first_stage else self._finalist(index, arms)
+
+    def _drawn(self, index: int, arms: dict[int, list[FrozenTrial]]) -> Setting:
+        """Return the same of a search."""
         plan = self.plan
         place, seed = plan.drawn_at(index)
         fixed = {**plan.points()[place], "seed": plan.seeds[0] if seed is None else seed}
         if seed is None:
             return fixed
-        drawn = [arms[i][-1] for i in range(place, plan.trials or 0, len(plan.points()))]
-        done = [each for each in drawn if each.state == TrialState.COMPLETE]
-        if not done:
+        ranked = self._ranked([arms[i][-1] for i in range(place, plan.first_stage, len(plan.points()))])
+        if not ranked:
             raise ArmError("none of the points drawn for it finished")
+        return {**{key: ranked[0][key] for key in plan.ranges}, **fixed}
+
+    def _finalist(self, index: int, arms: dict[int, list[FrozenTrial]]) -> Setting:
+        """Return the settings of an arm of the second stage: one of the best groups at its best, with a fresh seed.
+
+        What its place has begun with stays, though a run of the first stage that failed is repeated later.
+        """
+        plan = self.plan
+        place, seed = plan.finalist_at(index)
+        same = [i for i in range(plan.first_stage, plan.count) if plan.finalist_at(i)[0] == place]
+        chosen = [trial.user_attrs[SETTING] for i in same for trial in arms.get(i, []) if SETTING in trial.user_attrs]
+        if not chosen:
+            best: dict[str, Setting] = {}
+            for setting in self._ranked([arms[i][-1] for i in range(plan.first_stage)]):
+                best.setdefault(json.dumps(plan.group_of(setting), sort_keys=True), setting)
+            chosen = [*best.values()][place:]
+        if not chosen:
+            raise ArmError("too few objectives finished the first stage")
+        return {**chosen[0], "seed": seed}
+
+    def _ranked(self, trials: list[FrozenTrial]) -> list[Setting]:
+        """Return the settings of the trials that finished, the best first."""
+        done = [each for each in trials if each.state == TrialState.COMPLETE]
         way = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-        best = min(done, key=lambda each: (way * each.values[0], each.number))
-        return {**{key: best.user_attrs[SETTING][key] for key in plan.ranges}, **fixed}
+        return [each.user_attrs[SETTING] for each in sorted(done, key=lambda each: (way * each.values[0], each.number))]
 
     def _reclaim(self) -> None:
         """Ask again for what workers that are gone have left."""

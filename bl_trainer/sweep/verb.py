@@ -17,16 +17,19 @@ from ..recipe.local_files import find_fault, is_empty, local_files
 from ..recipe.recipe import Recipe
 from .arm import Runner, evaluate_base
 from .checks import check_arm
-from .cost import check_data, dry_run
+from .cost import check_data, counted, dry_run, settle
 from .design import Setting
 from .leaderboard import Failed, judge
-from .outcome import arm_folder, read_result
+from .outcome import Result, arm_folder, finished
 from .page import summary, write_leaderboard
 from .plan import Plan
+from .process import starter
 from .progress import Progress
 from .rulers import show
 from .signature import sign
 from .study import REASON, SETTING, ArmError, Study
+
+EVALUATES = ["bl_trainer.evaluation.harness"]  # what to import beforehand of runs that are evaluated
 
 
 @dataclass
@@ -60,19 +63,21 @@ def sweep(argv: list[str]) -> None:
     plan.launch = f"{options.launch or ''} {[share.count(',') + 1 for share in devices] if devices else 'cpu'}".strip()
     held_out = held_out_recipe(plan, recipe)
     check_data(plan)
+    settle(plan)
     if options.dry_run:
         if folder.is_dir():
             sign(plan, folder, write=False)
-        print(dry_run(plan) + f"\nThey go to {folder}/arms.")
+        print(dry_run(plan, finished(plan.count, folder, Result).values()) + f"\nThey go to {folder}/arms.")
         return
     _make(folder)
     study = Study(plan, folder, options.storage)
-    for note in plan.notes:
+    for note in (*plan.notes, counted(plan).rstrip(":") + "."):
         print(note)
+    start = starter(folder, devices is not None, EVALUATES if plan.evaluate else [])
     if plan.evaluate:
         print("Evaluating the base model.")
-        evaluate_base(plan, folder)  # before any arm, so that what is wrong with tasks shows now
-    _run(study, options, devices, held_out)
+        evaluate_base(plan, folder, start)  # before any arm, so that what is wrong with tasks shows now
+    _run(study, options, Runner(plan, folder, options.launch, devices, options.jobs, held_out, start))
     board = judge(plan, folder, failures(study))
     write_leaderboard(board, folder, command=shlex.join(["accelerate", "launch", *shlex.split(options.launch or "")]))
     print(summary(board, folder))
@@ -109,11 +114,11 @@ def _make(folder: Path) -> None:
         raise RecipeError(f"Cannot write to `--sweep_dir {folder}`: {error.strerror}. Choose another folder.") from error
 
 
-def _run(study: Study, options: SweepArguments, devices: list[str] | None, held_out: dict[str, Any]) -> None:
+def _run(study: Study, options: SweepArguments, runner: Runner) -> None:
     """Run what is left of a study's arms, and show how far they are."""
     folder = study.folder
-    with Progress(study.plan, folder) as progress:
-        runner = Runner(study.plan, folder, options.launch, devices, options.jobs, progress.tell, held_out)
+    with Progress(study.plan, folder, options.jobs) as progress:
+        runner.tell = progress.tell
 
         def run_arm(index: int, setting: Setting, trial: Any, job: int) -> float:
             progress.begin(index, setting)
@@ -122,8 +127,8 @@ def _run(study: Study, options: SweepArguments, devices: list[str] | None, held_
             except (ArmError, optuna.TrialPruned) as error:
                 progress.end(index, str(error) or trial.user_attrs[REASON])
                 raise
-            measured = (read_result(arm_folder(folder, index)) or {})["rulers"]
-            progress.end(index, ", ".join(f"{name} {show(value)}" for name, value in measured.items()))
+            result = Result.read(arm_folder(folder, index))
+            progress.end(index, ", ".join(f"{name} {show(each)}" for name, each in result.rulers.items()) if result else "")
             return value
 
         try:
@@ -145,7 +150,7 @@ def failures(study: Study) -> Failed:
     found = {}
     for index, trials in study.by_arm().items():
         last = trials[-1].user_attrs
-        if read_result(arm_folder(study.folder, index)) is None:
+        if Result.read(arm_folder(study.folder, index)) is None:
             gone = f"its results are gone from {arm_folder(study.folder, index)}: is the folder shared by all workers?"
             found[index] = (last.get(SETTING, {}), last.get(REASON) or gone)
     return found

@@ -27,7 +27,7 @@ def invented(plan, folder, cell, corruption, ran):
         items = {ruler: [int(rng.random() < chance) for _ in range(EXAMPLES)] for ruler in ("greedy", "sampled")}
         ran.append((cell, dict(setting), items))
         rulers = continuum.means({**items, "nll": [1.0], "prob": [1.0], "top1": [1], "targets": [9]})
-        found[i] = {"setting": setting, "rulers": rulers, "base": {}, "loss": None, "items": items}
+        found[i] = continuum.Scored(i, setting, rulers, items=items)
     return found
 
 

@@ -222,7 +222,7 @@ def test_neg_p_against_nll():
     ]  # differences that differ
     rulers = [{"greedy": sum(each) / 40} for each in values]
     arms = {
-        i: {"setting": s, "rulers": r, "base": {}, "loss": None, "items": {"greedy": v}}
+        i: continuum.Scored(i, s, r, items={"greedy": v})
         for i, (s, r, v) in enumerate(zip(settings, rulers, values, strict=True))
     }
     plan = Plan({}, [continuum.NLL, continuum.NEG_P], {"learning_rate": [1e-3]}, [0, 1], rank_by="greedy")

@@ -116,8 +116,8 @@ def test_records_are_right_however_they_are_written(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **_: answers)
     found = toy.evaluate("records", 0.0)
     assert found["greedy"] == found["sampled"] == [1, 1, 0]
-    assert continuum.values_of({"items": found}, "greedy") == {"oslo": (2, 1), "lima": (1, 1)}
-    sums = continuum.values_of({"items": found}, "nll")
+    assert continuum.values_of(continuum.Scored(0, {}, {}, items=found), "greedy") == {"oslo": (2, 1), "lima": (1, 1)}
+    sums = continuum.values_of(continuum.Scored(0, {}, {}, items=found), "nll")
     assert sums["oslo"] == (found["targets"][0] + found["targets"][2], pytest.approx(found["nll"][0] + found["nll"][2]))
 
 
@@ -194,7 +194,7 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
             items = {key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "nll", "prob", "top1", "kl")}
             items |= {"targets": [rng.randint(1, 9) for _ in range(50)], "calibration_error": [0.1]}
             ran.append((folder.name, noise, setting, items))
-            found[i] = {"setting": setting, "rulers": continuum.means(items), "base": {}, "loss": None, "items": items}
+            found[i] = continuum.Scored(i, setting, continuum.means(items), items=items)
         return found
 
     base = {"greedy": 0.0, "sampled": 0.25, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
