@@ -5,6 +5,7 @@ from .contract import STATISTICS
 from .functions import anneal, log_one_minus_p, neg_p, nll, power
 from .objective import OBJECTIVES, Objective
 from .pricing import Price, masked_cost, price
+from .temperature import Temperature, effective_temperature
 from .threshold import Threshold, trains
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "Objective",
     "Price",
     "Schedule",
+    "Temperature",
     "Threshold",
     "anneal",
+    "effective_temperature",
     "log_one_minus_p",
     "masked_cost",
     "neg_p",
