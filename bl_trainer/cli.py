@@ -222,12 +222,11 @@ def merge(argv: list[str]) -> None:
     classes: Any = [MergeArguments]
     try:
         parser = Parser(classes, prog="bl-trainer merge", allow_abbrev=False)
-        parser.kind = "option"
         if {"-h", "--help"} & set(argv):
             parser.parse_args(["--help"])
         if not argv or argv[0].startswith("-"):
             raise RecipeError("No run is named. Write `bl-trainer merge RUN --output DIR`.")
-        parser.check({}, argv[1:])
+        parser.check(argv[1:])
         options = parser.parse({}, argv[1:])[0]
         options.run = argv[0]
         run(options)

@@ -49,7 +49,8 @@ def faults(text: str) -> Iterator[str]:
 
 def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
     """Yield line number and text of each paragraph, list item and table cell, without code blocks and headings."""
-    start, lines = 1, []
+    start = 1
+    lines: list[str] = []
     fenced = False
     for number, line in enumerate([*markdown.splitlines(), ""], 1):
         if line.lstrip().startswith("```"):
@@ -87,17 +88,14 @@ def strings(source: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             given = [*node.args, *(each.value for each in node.keywords)] if CALLS.search(name) else []
-            yield from ((part.lineno, _text(part)) for value in given for part in ast.walk(value) if _is_text(part))
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+            parts = [part for value in given for part in ast.walk(value) if isinstance(part, (ast.JoinedStr, ast.Constant))]
+            yield from ((part.lineno, _text(part)) for part in parts)
 
 
 def _text(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(value) if isinstance(value, ast.Constant) else "X" for value in node.values)
-    return str(node.value) if isinstance(node, ast.Constant) else ""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 READERS = {".py": strings, ".j2": template_texts, ".md": paragraphs}

@@ -37,7 +37,7 @@ class SweepArguments:
     """Options of the sweep verb."""
 
     sweep: str | None = field(default=None, metadata={"help": "The sweep file."})
-    sweep_dir: str | None = field(default=None, metadata={"help": "Folder of the sweep; output_dir-sweep unless told."})
+    sweep_dir: str | None = field(default=None, metadata={"help": "Folder of the sweep; by default output_dir-sweep."})
     jobs: int = field(default=1, metadata={"help": "Number of runs at the same time; they share the GPUs."})
     launch: str | None = field(
         default=None, metadata={"help": "Options of `accelerate launch` for each run, in quotes, e.g. '--num_processes 2'."}
@@ -45,7 +45,7 @@ class SweepArguments:
     storage: str | None = field(
         default=None,
         metadata={
-            "help": "URL of a database for the study, that workers on several machines share; a journal file unless told."
+            "help": "URL of a database for the study, which workers on several machines share; by default a journal file."
         },
     )
     retry_failed: bool = field(default=False, metadata={"help": "Repeat the runs that failed."})
@@ -165,7 +165,7 @@ def held_out_recipe(plan: Plan, recipe: Recipe) -> dict[str, Any]:
     except Exception as error:  # the libraries raise many kinds for a broken file, and seldom name it
         files = list(local_files(name))
         fault = find_fault(files) or next((f"{file}: it has no rows" for file in files if is_empty(file)), None)
-        raise RecipeError(f"Cannot load the held-out data {name}: {fault or sentence(error)}.") from error
+        raise RecipeError(f"Cannot load the test data {name}: {fault or sentence(error)}.") from error
     if split not in loaded and plan.held_out and len(loaded) == 1:
         (split,) = loaded
     if split not in loaded:
@@ -186,7 +186,7 @@ def device_shares(jobs: int, use_cpu: bool) -> list[str] | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
     if jobs > len(names):
-        raise RecipeError(f"`--jobs {jobs}`: there are {len(names)} GPUs. Write at most so many jobs.")
+        raise RecipeError(f"`--jobs {jobs}`: there are {len(names)} GPUs. Write at most {len(names)} jobs.")
     size = len(names) // jobs
     if len(names) % jobs:
         print(f"{len(names) % jobs} of {len(names)} GPUs stay idle: they can't be shared out evenly among {jobs} jobs.")
