@@ -96,12 +96,12 @@ def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, p
 
 
 class BeginTraining(TrainerCallback):
-    """Begins to count, verifies the loss head and measures a percentile threshold, once the model is in place."""
+    """Verifies the loss head, measures a percentile threshold and begins to count, once the model is in place."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_counting()
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
+        self.trainer.begin_counting()  # after a measurement, which reads a stream too
