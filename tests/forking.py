@@ -103,7 +103,7 @@ def run_rank(log, environment, cwd, target, *args):
     target(*args)
 
 
-def _wait(started, here, limit=300):
+def _wait(started, here, limit=900):
     deadline = time.monotonic() + limit
     while any(each.poll() is None for each in started) and time.monotonic() < deadline:
         time.sleep(0.05)
