@@ -1,7 +1,4 @@
-"""Rows and settings of `test_adapters.py`, and its training on several processes: `torchrun attached.py FOLDER`."""
-
-import sys
-from pathlib import Path
+"""Rows and settings of `test_adapters.py`, and its training on several processes."""
 
 import torch
 from datasets import Dataset
@@ -59,8 +56,7 @@ def options(output, processes=1):
     }  # fmt: skip
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     data = Dataset.from_list(rows(len(tokenizer)))
     for name in ("neg_p", "anneal", "threshold"):

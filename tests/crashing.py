@@ -3,15 +3,14 @@
 import os
 import resource
 import signal
-import sys
 from pathlib import Path
 
-import torch
 from transformers import Trainer, TrainerState
 
 import bl_trainer.training.checkpoints
 from bl_trainer import BLTrainer
 from bl_trainer.cli import main
+from forking import write_to
 
 CALLS = {
     "step": (Trainer, "training_step"),
@@ -39,21 +38,6 @@ def fill_disk(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
-class Cut:
-    """Cuts a file of the last checkpoint short, or removes it, and kills the process: what a kill while writing leaves."""
-
-    def __init__(self, name, to=0.5):
-        self.name, self.to = name, to
-
-    def __call__(self, folder):
-        path = max(Path(folder).glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1])) / self.name
-        size = path.stat().st_size
-        os.truncate(path, int(self.to * size))
-        if self.to == 0:
-            path.unlink()
-        kill()
-
-
 def put_in(fault, where, number, folder):
     """Call `fault(folder)` after the call `where` for the `number`th time."""
     owner, name = CALLS[where]
@@ -71,19 +55,14 @@ def put_in(fault, where, number, folder):
 
 def run(recipe, log, fault=None, where=None, number=1):
     """Train `recipe` in this process, with stdout and stderr in the file `log`."""
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
-    sys.stdout.reconfigure(line_buffering=True)
+    write_to(log)
     if fault is not None:
         put_in(fault, where, number, Path(recipe).parent / "out")
     main(["train", "--config", str(recipe)])
 
 
-if __name__ == "__main__":  # under a launcher: the fault is that of one rank
-    name, where, number, rank = sys.argv[2:6]
+def run_rank(recipe, fault, where, number, rank):
+    """Train `recipe` in this process, one of several; the fault is that of one rank."""
     if os.environ["RANK"] == rank:
-        put_in({"kill": kill, "terminate": terminate}[name], where, int(number), None)
-    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
-    main(["train", "--config", sys.argv[1]])
+        put_in(fault, where, number, None)
+    main(["train", "--config", str(recipe)])

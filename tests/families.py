@@ -17,7 +17,8 @@ EXPERT = (
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 HEADS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
-    "num_key_value_heads", "mamba_n_heads", "mamba_num_heads",
+    "num_key_value_heads", "mamba_n_heads", "mamba_num_heads", "linear_num_heads", "linear_num_key_heads",
+    "linear_num_value_heads",
 )  # fmt: skip
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LENGTH = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -26,8 +27,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(HEADS, 4), **dict.fromkeys(EXPERTS, 4), **dict.fromkeys(LENGTH, 64),
     "vocab_size": 64, "head_dim": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "rotary_dim": 4,
-    "kv_channels": 8, "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "state_size": 8,
-    "ssm_state_size": 8, "initializer_range": 0.3, "image_size": 16, "patch_size": 8,
+    "kv_channels": 8, "linear_head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "mamba_d_head": 16,
+    "mamba_head_dim": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "state_size": 8, "ssm_state_size": 8,
+    "initializer_range": 0.3, "image_size": 16, "patch_size": 8,
 }  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # What a family needs besides to be consistent

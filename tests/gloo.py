@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.experimental._context_parallel import _attention
 from transformers import TrainerCallback
 
+import bl_trainer.training.trainer
 from bl_trainer import BLTrainer
 from bl_trainer.cli import main
 
@@ -51,15 +52,18 @@ def attend_over_devices(seq_dim, mesh):
     F.scaled_dot_product_attention = attention
 
 
-if __name__ == "__main__":
+def run(verb, argv):
+    """Run a verb on CPUs where the launcher says so, and let the last rank of a training die where `DIES_AT` says so."""
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
         # Compiled on first use, and gloo serves. `deepspeed.comm.torch` is torch itself
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         _attention._enable_context_parallel_dispatcher_impl = attend_over_devices
         _attention._disable_context_parallel_dispatcher_impl = lambda: setattr(F, ATTEND.__name__, ATTEND)
-    if sys.argv[1] == "train":
-        import bl_trainer.training.trainer
-
+    if verb == "train":
         bl_trainer.training.trainer.BLTrainer = Mortal
-    main(sys.argv[1:])
+    main([verb, *argv])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2:])

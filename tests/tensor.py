@@ -1,14 +1,8 @@
-"""What `test_launchers.py` launches: steps of a model whose head, and all else, tensor parallelism shares out, on CPUs.
-
-python tensor.py MODEL DATA OUTPUT OBJECTIVE, alone or by torchrun; the weights after training are in OUTPUT/trained.pt.
-"""
+"""What `test_launchers.py` forks: steps of a model whose head, and all else, tensor parallelism shares out, on CPUs."""
 
 import json
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from accelerate import PartialState
@@ -23,6 +17,7 @@ from ways import Ordered, build
 
 
 def main(folder, data, output, objective):
+    """Train on one or two processes; the weights afterwards go to `output`/trained.pt."""
     is_shared = "WORLD_SIZE" in os.environ
     if is_shared:  # accelerate shards on GPUs alone
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
@@ -30,7 +25,7 @@ def main(folder, data, output, objective):
     rows = Dataset.from_list([json.loads(line) for line in Path(data).read_text().splitlines()])
     trainer = build(
         Ordered, AutoTokenizer.from_pretrained(folder), rows, Path(output), model, max_steps=3, gradient_accumulation_steps=2,
-        per_device_train_batch_size=4, use_cpu=not is_shared, objective=json.loads(objective), threshold=0.002,
+        per_device_train_batch_size=4, use_cpu=not is_shared, objective=objective, threshold=0.002,
     )  # fmt: skip
     trainer.train()
     assert trainer.loss_head == "own"
@@ -43,7 +38,3 @@ def main(folder, data, output, objective):
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         torch.save({"weights": whole, "log": log}, Path(output) / "trained.pt")
     end(trainer)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

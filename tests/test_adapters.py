@@ -1,7 +1,5 @@
 """Adapters: the gradient of `BLTrainer` from transformers' own trainer, and what each stack's adapter refuses."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,12 +9,14 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+import attached
 from attached import CASES, Kept, options, rows
 from bl_trainer.adapters import axolotl, llamafactory, swift, unsloth, verl
 from bl_trainer.adapters.contract import refuse_settings, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
 from conftest import make_double, make_llama, make_mixtral
+from forking import ranks
 from ways import Ordered, relative_difference, train
 
 ROOT = Path(__file__).parents[1]
@@ -82,9 +82,8 @@ def test_gradient_in_float32_differs_by_rounding(tokenizer, tmp_path):
 def test_gradient_on_two_processes(tokenizer, tmp_path):
     make_double(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*launch, ROOT / "tests" / "attached.py", tmp_path], check=True, timeout=600, env=environment)
+    codes, said = ranks(tmp_path, attached.main, tmp_path)
+    assert codes == [0, 0], said[0][-4000:]
     for name in ("neg_p", "anneal", "threshold"):
         right, _ = expected(tokenizer, tmp_path, CASES[name])
         found = torch.load(tmp_path / f"{name}.pt")

@@ -241,11 +241,11 @@ def away_from_tokens(threshold, trainer, options):
 
 
 def cells(ways):
-    """Return (way, family): all of them where the table is made, else all families for `full` and `lora`, and two in turn."""
+    """Return (way, family): all of them where the table is made, else all families for `full` and `lora`, and one in turn."""
     names, found = list(FAMILIES), []
     for i, way in enumerate(ways):
-        in_turn = {names[i % len(names)], names[(i + len(names) // 2) % len(names)]}
-        found += [(way, name) for name in names if ALL_CELLS or way in ("full", "lora") or name in in_turn]
+        in_turn = names[i % len(names)]
+        found += [(way, name) for name in names if ALL_CELLS or way in ("full", "lora") or name == in_turn]
     return found
 
 
@@ -273,6 +273,8 @@ def test_gradient_under_trls_head(way, family, tokenizer, tmp_path, request):
 def test_gradient_compiled_by_inductor(tokenizer, tmp_path, request, monkeypatch):
     # a cache of its own: torch takes code of other instructions than ATEN_CPU_CAPABILITY allows from a shared one
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # the same code, which the C++ compiler doesn't optimise
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes that import torch
     assert_gradient("compiled", "pointwise", tokenizer, tmp_path, request, torch_compile_backend="inductor", bound=1e-5)
 
 

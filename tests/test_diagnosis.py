@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import verbs
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.cli import main
 from bl_trainer.diagnosis.advice import recommend, sweep_yaml
@@ -36,7 +37,7 @@ from bl_trainer.tokens.annotation import Annotation, group_name
 from bl_trainer.tokens.template import template_mask
 from bl_trainer.tokens.vocabulary import token_texts
 from conftest import make_double, make_llama, sentence, write_recipe
-from test_processes import launch
+from forking import ranks
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "diagnose.py"
 
@@ -309,8 +310,8 @@ def two_processes(checkpoint, tmp_path_factory):
         for name, limit in (("whole", 0), ("sample", 600)):
             add(f"{strategy}-{name}", STREAM, "--max_tokens", str(limit), **options)
     (home / "jobs.json").write_text(json.dumps(jobs))
-    done = launch(2, Path(__file__).with_name("verbs.py"), home / "jobs.json", timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    codes, said = ranks(home, verbs.main, home / "jobs.json")
+    assert codes == [0, 0], said[0][-4000:]
     return home
 
 
@@ -722,7 +723,7 @@ def test_report_is_complete(checkpoint, tmp_path, capsys):
 def test_page_of_ten_thousand_examples_is_small(tokenizer, checkpoint, tmp_path):
     rng = random.Random(0)
     rows = [
-        {"text": sentence(rng, 1, 6) if i % 100 else sentence(rng, 200, 230), "source": str(i % 200)} for i in range(10_000)
+        {"text": sentence(rng, 200, 230) if i < 100 else sentence(rng, 1, 6), "source": str(i % 200)} for i in range(10_000)
     ]
     report = diagnosed(
         tmp_path,
@@ -814,9 +815,9 @@ def test_nan_and_missing_targets(tokenizer, checkpoint, tmp_path, capsys):
 
 def test_more_processes_than_examples(checkpoint, tmp_path):
     recipe = write_recipe(tmp_path, checkpoint, save(rows_of("pairs", count=1), tmp_path / "data"))
-    done = launch(2, "-m", "bl_trainer", "diagnose", "--config", recipe, "--report", tmp_path / "report")
-    assert done.returncode != 0
-    assert "error: The data set has 1 examples for 2 processes. Launch fewer." in done.stderr
+    codes, said = ranks(tmp_path, main, ["diagnose", "--config", str(recipe), "--report", str(tmp_path / "report")])
+    assert all(codes)
+    assert "error: The data set has 1 examples for 2 processes. Launch fewer." in said[0]
 
 
 def test_probe_that_does_not_fit(tokenizer, checkpoint, tmp_path):
@@ -1019,15 +1020,15 @@ def test_what_cannot_be_measured_ends_training_in_one_sentence(checkpoint, data_
     assert "error: `threshold` keeps no token: percentile 90 is p =" in capsys.readouterr().err
 
 
-def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_path, monkeypatch, capsys, cache):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # they measure for themselves
+def test_two_processes_resolve_the_same_percentile(checkpoint, data_folder, tmp_path, capsys, cache):
     recipe = write_recipe(
         tmp_path, checkpoint, data_folder, threshold={"above_percentile": 40}, max_steps=1, per_device_train_batch_size=5
     )
-    done = launch(2, "-m", "bl_trainer", "train", "--config", recipe, "--output_dir", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-4000:]
+    argv = ["train", "--config", str(recipe), "--output_dir", str(tmp_path / "two")]
+    codes, printed = ranks(tmp_path, verbs.run, argv, tmp_path / "theirs")
+    assert codes == [0, 0], printed[0][-4000:]
     main(["train", "--config", str(recipe), "--output_dir", str(tmp_path / "one")])
-    for said, home in ((done.stdout, tmp_path / "home" / "bl_trainer" / "probabilities"), (capsys.readouterr().out, cache)):
+    for said, home in (("".join(printed), tmp_path / "theirs"), (capsys.readouterr().out, cache)):
         assert said.count("(measured now)") == 1
         assert len(list(home.iterdir())) == 1
     found = [json.loads((tmp_path / each / "bl_trainer.json").read_text())["threshold"]["above"] for each in ("one", "two")]

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -27,8 +28,8 @@ from bl_trainer.training.metrics_log import Curve, MetricsLog
 from bl_trainer.training.record import RunRecord
 from bl_trainer.training.resume import planned_resume, refuse_lost_epoch, take_up
 from conftest import make_llama, write_recipe
-from forking import SERVER
-from test_processes import SCRIPT, TESTS, launch, launcher
+from forking import SERVER, ranks
+from test_processes import SCRIPT, launcher
 from test_trainer import Ordered, build, train, weights
 
 
@@ -91,6 +92,21 @@ def assert_same(folder, kind, expected):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.fixture(scope="module")
+def killed(make, tmp_path_factory):
+    """Returns a function that gives the folder of a run that was killed after a call for its second checkpoint."""
+    folders = {}
+
+    def killed(where):
+        if where not in folders:
+            folders[where] = tmp_path_factory.mktemp(where)
+            code, said = run(make(folders[where], save_total_limit=2), crashing.kill, where, 2)
+            assert code == -signal.SIGKILL, said
+        return folders[where]
+
+    return killed
+
+
 CUTS = [
     # before the state is there
     ("weights", "{weights}", 0.5), ("optimizer", "optimizer.pt", 0.5), ("rng", "rng_state.pth", 0.5),
@@ -109,13 +125,15 @@ CUTS_OF = [("full", *cut) for cut in CUTS] + [("lora", *cut) for cut in CUTS if 
 
 
 @pytest.mark.parametrize(("kind", "where", "name", "to"), CUTS_OF, ids=str, indirect=["kind"], scope="module")
-def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, uninterrupted, tmp_path):
+def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, killed, uninterrupted, tmp_path):
+    """A kill leaves a file of the last checkpoint cut short, or out."""
     name = name.format(weights=FILE[kind])
-    recipe = make(tmp_path, save_total_limit=2)
-    code, _ = run(recipe, crashing.Cut(name, to), where, 2)
-    assert code == -signal.SIGKILL
-    assert (tmp_path / "out" / "checkpoint-4").is_dir()
-    code, said = run(recipe)
+    shutil.copytree(killed(where) / "out", tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint-4" / name
+    os.truncate(path, int(to * path.stat().st_size))
+    if to == 0:
+        path.unlink()
+    code, said = run(make(tmp_path, save_total_limit=2))
     assert code == 0, said
     found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) (?:is|are) (missing|cut short)", said)
     assert found, said
@@ -212,10 +230,10 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_fold
     recipe = write_recipe(
         tmp_path, checkpoint, data_folder, max_steps=50, save_strategy="steps", save_steps=50, enable_jit_checkpoint=True
     )
-    done = launch(2, TESTS / "crashing.py", recipe, "terminate", "step", 3, 1)
-    assert "Stopped by SIGTERM after step 3 of 50; checkpoint-3 is saved." in done.stdout, done.stderr[-3000:]
-    assert "With `resume_from_checkpoint: true` the command goes on from there." in done.stdout
-    assert done.returncode != 0
+    codes, said = ranks(tmp_path, crashing.run_rank, recipe, crashing.terminate, "step", 3, "1")
+    assert "Stopped by SIGTERM after step 3 of 50; checkpoint-3 is saved." in "".join(said), said[0][-3000:]
+    assert "With `resume_from_checkpoint: true` the command goes on from there." in "".join(said)
+    assert all(codes)
     assert why_broken(tmp_path / "out" / "checkpoint-3") is None
 
 

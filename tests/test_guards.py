@@ -344,6 +344,18 @@ def test_rows_that_do_not_train_are_counted(tokenizer, tmp_path, monkeypatch):
     assert not said
 
 
+def test_rows_of_a_stream_that_do_not_train_are_counted_as_they_are_read(tokenizer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.streams.warn_once", said.append)
+    late = {"input_ids": [5] * 9, "labels": [-100] * 8 + [5]}
+    options = {"max_length": 8, "per_device_train_batch_size": 2, "shuffle_dataset": False, "max_steps": 2}
+    train(BLTrainer, tokenizer, as_data([GOOD, MASKED, late, GOOD] * 2).to_iterable_dataset(), tmp_path, **options)
+    assert len(said) == 1
+    assert said.pop().startswith("4 of 8 rows that were read of the train stream do not train: `max_length: 8` cuts their")
+    train(BLTrainer, tokenizer, as_data([GOOD] * 8).to_iterable_dataset(), tmp_path, **options)
+    assert not said
+
+
 PACKED = [
     ({"packing": True}, ["3 of 8 rows of the train set do not train: `max_length: 16` cuts their targets off, or"]),
     ({"packing": True, "packing_strategy": "bfd_split"}, []),
@@ -508,21 +520,28 @@ class TestLabels:
         verb_refuses(tmp_path, checkpoint, [GOOD, {**IDS, "labels": [7, 8]}], message, capsys)
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", None])
+BY_TOKEN = [0.0, 1.0, 2.0, 3.0]
+AS_IT_IS = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
 @pytest.mark.parametrize(
     ("weight", "options"),
-    [(0.5, {}), (0.5, {"packing": True, "max_length": 16}), ([0.0, 1.0, 2.0, 3.0], {"max_length": 3})],
+    [
+        (0.5, {}),
+        (0.5, {"packing": True, "max_length": 16}),
+        (BY_TOKEN, {"max_length": 3}),
+        (0.5, AS_IT_IS),
+        (BY_TOKEN, AS_IT_IS),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("prepares", [True, False])
-def test_formats_of_a_set_change_nothing(kind, weight, options, prepares, tokenizer, tmp_path):
-    options = options if prepares else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+def test_formats_of_a_set_change_nothing(weight, options, tokenizer, tmp_path):
     data = as_data([{**GOOD, "objective_weight": weight}, {**IDS, "labels": [5, 6, -100, 8], "objective_weight": weight}] * 4)
     found = []
-    for given in (data, data.with_format(kind), data.to_iterable_dataset().with_format(kind)):
+    formatted = [each.with_format(kind) for each in (data, data.to_iterable_dataset()) for kind in ("torch", "numpy")]
+    for given in (data, data.to_iterable_dataset(), *formatted):
         gradients = Gradients()
-        options = {"optim": "sgd", "shuffle_dataset": False, **options}
-        train(BLTrainer, tokenizer, given, tmp_path, callbacks=[gradients], **options)
+        train(BLTrainer, tokenizer, given, tmp_path, callbacks=[gradients], optim="sgd", shuffle_dataset=False, **options)
         found.append(gradients.first)
     for gradient in found[1:]:
         torch.testing.assert_close(gradient, found[0], rtol=1e-4, atol=1e-6)

@@ -11,18 +11,18 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed.run
 from accelerate import ParallelismConfig
-from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import gloo
+import tensor
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from conftest import fake_checkpoint, make_llama, write_recipe
+from forking import free_port, launching, ranks
 from test_docs import PAGES, table
-from test_processes import free_port
 from test_trainer import build
 
 TESTS = Path(__file__).parent
@@ -39,7 +39,7 @@ ROUNDING = {True: 1e-4, False: 1e-9}  # of weights and metrics, in float32 and i
 LORA = {"objective": "asft", "use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
 
 
-def start(config, processes, *command, dies_at=-1, cwd=None, **options):
+def start(config, processes, *command, dies_at=-1, **options):
     """Start a launcher: the script itself, or `gloo.py` in its place where accelerate would want GPUs."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
@@ -51,8 +51,15 @@ def start(config, processes, *command, dies_at=-1, cwd=None, **options):
         launcher += [f"--{name}", value]
     return subprocess.Popen(
         [*map(str, launcher), *map(str, command)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
+
+
+def told(config, processes, **options):
+    """The environment in which a config's launcher would start its processes."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    words = ["--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes, *words, "train.py"]
+    return {**launching(*words)[1], **({"ACCELERATE_TORCH_DEVICE": "cpu"} if config in SHARDED else {})}
 
 
 def finish(*started):
@@ -94,34 +101,6 @@ def recipe_in(folder, checkpoint, data, processes, **changes):
     )  # fmt: skip
 
 
-class Started(Exception):
-    """Raised in place of starting processes."""
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Run accelerate's launcher on a command line up to the start of its processes, in their environment."""
-
-    def run(line):
-        words = shlex.split(line)
-        assert words[:2] == ["accelerate", "launch"]
-        args = launch_command_parser().parse_args(words[2:])
-        seen = {}
-
-        def started(command, env=None):
-            seen.update(os.environ if env is None else env)
-            raise Started
-
-        monkeypatch.setattr(torch.distributed.run, "run", started)
-        monkeypatch.setattr("accelerate.commands.launch.subprocess.Popen", started)
-        monkeypatch.chdir(TESTS.parent)
-        with pytest.raises(Started):
-            launch_command(args)
-        return args, seen
-
-    return run
-
-
 ENVIRONMENT = {
     "single_gpu": {"CUDA_VISIBLE_DEVICES": "0"},
     "ddp": {},
@@ -158,10 +137,13 @@ def test_every_config_is_in_the_docs_with_how_it_was_tried():
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
-def test_line_in_the_docs_starts_its_config(name, launched):
+def test_line_in_the_docs_starts_its_config(name, monkeypatch):
     start = f"accelerate launch --config_file configs/accelerate/{name}"
     (line,) = (line for line in PAGES[PAGE].splitlines() if line.startswith(start) and "configs/paper" not in line)
-    args, environment = launched(line)
+    accelerate, launch, *words = shlex.split(line)
+    assert (accelerate, launch) == ("accelerate", "launch")
+    monkeypatch.chdir(TESTS.parent)
+    args, environment = launching(*words)
     known = {key: value for key, value in environment.items() if key in ENVIRONMENT[name]}
     assert known == ENVIRONMENT[name]
     for switch in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
@@ -264,15 +246,27 @@ def start_of(checkpoint, double_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def train(start_of, data, tmp_path_factory):
-    """Run a config's training on some processes to its end, and return its folder; it may be the rest of a broken run."""
+def run_as(start_of, data, tmp_path_factory):
+    """Run a verb on forked ranks as a config would start them; returns its folder, exit codes and outputs."""
 
-    def run(config, processes, launcher=None, folder=None, **changes):
+    def run(config, processes, verb="train", launcher=None, folder=None, environment=(), nodes=1, **changes):
         folder, (model, own) = folder or tmp_path_factory.mktemp(config), start_of(config)
         recipe = recipe_in(folder, model, data, processes, use_cpu=config not in SHARDED, **{**own, **changes})
-        script = [TESTS / "gloo.py", "train"] if config in SHARDED else [TESTS.parent / "scripts" / "train.py"]
-        codes, errors = finish(start(config, processes, *script, "--config", recipe, **(launcher or {})))
-        assert codes == [0], errors[0][-6000:]
+        argv = ["--config", str(recipe), *(["--report", str(folder / "report")] if verb == "diagnose" else [])]
+        environment = {**told(config, processes, **(launcher or {})), **dict(environment)}
+        forks = {"processes": None if config == "single_gpu" else processes, "nodes": nodes, "environment": environment}
+        return folder, *ranks(tmp_path_factory.mktemp("logs"), gloo.run, verb, argv, **forks)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def train(run_as):
+    """Run a config's training on some processes to its end, and return its folder; it may be the rest of a broken run."""
+
+    def run(config, processes, **options):
+        folder, codes, said = run_as(config, processes, **options)
+        assert not any(codes), said[0][-6000:]
         return folder
 
     return run
@@ -312,41 +306,44 @@ def one_in_float32(alone):
 
 
 @pytest.mark.parametrize("processes", TRIED["ddp"])
-def test_ddp(processes, one, train):
-    assert_same(one, train("ddp", processes))
+def test_ddp(processes, one, train, double_checkpoint, data, tmp_path):
+    """What a launcher starts and what these tests fork train the same weights, bit for bit."""
+    forked = train("ddp", processes)
+    assert_same(one, forked)
+    recipe = recipe_in(tmp_path, double_checkpoint, data, processes, use_cpu=True)
+    codes, errors = finish(start("ddp", processes, TESTS.parent / "scripts" / "train.py", "--config", recipe))
+    assert codes == [0], errors[0][-6000:]
+    assert largest_difference(tmp_path / "out", forked / "out") == 0
 
 
-def test_two_nodes(one, double_checkpoint, data, tmp_path):
-    """Two launchers that meet on the loopback, each with two processes."""
-    recipe = recipe_in(tmp_path, double_checkpoint, data, 4, use_cpu=True)
-    command = [TESTS.parent / "scripts" / "train.py", "--config", recipe]
-    codes, errors = finish(*nodes(command, command))
-    assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    assert_same(one, tmp_path)
+def test_two_nodes(one, train):
+    """Two nodes, each with two processes."""
+    pieces = {"machine_rank": 0, "main_process_ip": "127.0.0.1", "num_machines": 2}
+    assert_same(one, train("two_nodes", 4, launcher=pieces, nodes=2))
 
 
-def test_a_node_that_loses_a_process_ends_the_other(checkpoint, data, tmp_path):
-    recipe = recipe_in(tmp_path, checkpoint, data, 2, use_cpu=True)
+def test_a_node_that_loses_a_process_ends_the_other(one, double_checkpoint, data, tmp_path):
+    """Two launchers that meet on the loopback; up to its end they train the weights of one process."""
+    recipe = recipe_in(tmp_path, double_checkpoint, data, 2, use_cpu=True)
     command = [TESTS / "gloo.py", "train", "--config", recipe]
     codes, errors = finish(*nodes(command, command, processes=2, dies_at=SAVED + 1))
     assert all(codes), codes
     assert "SIGKILL" in errors[1]
-    assert (tmp_path / "out" / f"checkpoint-{SAVED}").is_dir()
+    assert largest_difference(tmp_path / "out" / f"checkpoint-{SAVED}", one / "out" / f"checkpoint-{SAVED}") < 1e-9
     assert not (tmp_path / "out" / f"checkpoint-{STEPS}").exists()
 
 
 def test_machines_that_see_different_checkpoints_are_refused(checkpoint, data, tmp_path):
-    commands = []
+    argv = []
     for name in ("first", "second"):
-        folder = tmp_path / name
-        folder.mkdir()
-        recipe = recipe_in(folder, checkpoint, data, 2, use_cpu=True, objective=None, threshold=None)
-        commands.append([TESTS.parent / "scripts" / "train.py", "--config", recipe])
+        (tmp_path / name).mkdir()
+        recipe = recipe_in(tmp_path / name, checkpoint, data, 2, use_cpu=True, objective=None, threshold=None)
+        argv.append(["--config", str(recipe)])
     fake_checkpoint(tmp_path / "first" / "out" / "checkpoint-3")
-    codes, errors = finish(*nodes(*commands, processes=2))
-    assert all(codes), codes
-    for error in errors:
-        assert "error: `resume_from_checkpoint` finds checkpoint-3 on one machine, none on another. Put `output_dir`" in error
+    codes, said = ranks(tmp_path, gloo.run, "train", each=argv, nodes=2)
+    assert codes == [2, 2]
+    for each in said:
+        assert "error: `resume_from_checkpoint` finds checkpoint-3 on one machine, none on another. Put `output_dir`" in each
 
 
 # What shows in a checkpoint that the optimizer's state was shared out
@@ -354,28 +351,34 @@ SHARES = {"fsdp2": "pytorch_model_fsdp.bin", "zero2": "global_step*/*rank_1*opti
 SHARES["zero3"] = "global_step*/zero_pp_rank_1*model_states.pt"
 
 
+LAUNCHED = ("fsdp2", "zero3")  # one of each kind of launcher; what the others start is forked
+
+
 @pytest.mark.parametrize("config", SHARES)
-def test_sharded_run_that_loses_a_process_and_goes_on(config, one, one_in_float32, train, start_of, data, tmp_path):
-    """Ends without a hang, goes on from its checkpoint by the same command, and has the weights of one process."""
-    model, own = start_of(config)
-    recipe = recipe_in(tmp_path, model, data, 2, use_cpu=False, **own)
-    codes, errors = finish(start(config, 2, TESTS / "gloo.py", "train", "--config", recipe, dies_at=SAVED + 1))
-    assert all(codes), codes
-    assert "SIGKILL" in errors[0], errors[0]
-    assert list((tmp_path / "out" / f"checkpoint-{SAVED}").glob(SHARES[config]))
+def test_sharded_run_that_loses_a_process_and_goes_on(
+    config, one, one_in_float32, train, run_as, start_of, data, tmp_path
+):  # fmt: skip
+    """Ends without a hang, goes on from its checkpoint by the same command, has the weights of one process, and stays."""
     reference, bound = (one_in_float32 if config in FLOAT32 else one), ROUNDING[config in FLOAT32]
+    if config in LAUNCHED:
+        model, own = start_of(config)
+        recipe = recipe_in(tmp_path, model, data, 2, use_cpu=False, **own)
+        codes, errors = finish(start(config, 2, TESTS / "gloo.py", "train", "--config", recipe, dies_at=SAVED + 1))
+        assert "SIGKILL" in errors[0], errors[0]
+    else:
+        _, codes, _ = run_as(config, 2, folder=tmp_path, environment={"DIES_AT": SAVED + 1})
+        assert -signal.SIGKILL in codes
+    assert all(codes), codes
+    saved = Path("out", f"checkpoint-{SAVED}")
+    assert list((tmp_path / saved).glob(SHARES[config]))
+    assert largest_difference(tmp_path / saved, reference / saved) < bound
     assert_same(reference, train(config, 2, folder=tmp_path), bound)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(reference / "out").state_dict()
     assert max((whole[key] - wanted[key]).abs().max() for key in wanted) < bound
-
-
-def test_a_finished_sharded_run_is_left_as_it_is(train):
-    changes = {"max_steps": 1, "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
-    folder = train("fsdp2", 2, **changes)
-    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
-    train("fsdp2", 2, folder=folder, **changes)
-    assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")} == before
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    train(config, 2, folder=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_context_parallel(alone, train):
@@ -385,7 +388,7 @@ def test_context_parallel(alone, train):
     """
     options = {"threshold": {"above": 0.002, "normalize": "kept"}, "per_device_train_batch_size": 4}
     pieces = {"parallelism_config_cp_size": 2, "parallelism_config_dp_shard_size": 2}
-    found = train("context_parallel", 4, pieces, pad_to_multiple_of=4, **options)
+    found = train("context_parallel", 4, launcher=pieces, pad_to_multiple_of=4, **options)
     wanted = alone("context_parallel", gradient_accumulation_steps=4, **options)
     assert_same(wanted, found, 1e-6)  # TRL's head adds in float32
     logs = [
@@ -397,13 +400,11 @@ def test_context_parallel(alone, train):
 
 def test_tensor_parallel(checkpoint, data, tmp_path):
     """Two processes share out the weights, the head's vocabulary too."""
-    found = []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
-        spec = json.dumps({"name": "power", "alpha": 0.5})
-        command = [sys.executable, *launch, TESTS / "tensor.py", checkpoint, data / "train.jsonl", tmp_path / name, spec]
-        environment = {**os.environ, "ACCELERATE_TORCH_DEVICE": "cpu"} if launch else None
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+    found, objective = [], {"name": "power", "alpha": 0.5}
+    for name, processes in (("one", None), ("two", 2)):
+        given = (checkpoint, data / "train.jsonl", tmp_path / name, objective)
+        codes, said = ranks(tmp_path, tensor.main, *given, processes=processes, environment={"ACCELERATE_TORCH_DEVICE": "cpu"})
+        assert not any(codes), said[0][-4000:]
         found.append(torch.load(tmp_path / name / "trained.pt"))
     one, two = found
     for name, weight in one["weights"].items():
@@ -417,29 +418,18 @@ def test_sharded_lora(config, alone, train):
     assert_same(alone(config, **LORA), train(config, 2, **LORA), ROUNDING[config in FLOAT32])
 
 
-@pytest.fixture(scope="module")
-def diagnosis(start_of, data, tmp_path_factory):
-    def run(config, processes):
-        folder, (model, own) = tmp_path_factory.mktemp(config), start_of(config)
-        recipe = recipe_in(folder, model, data, processes, use_cpu=False, **own)
-        command = [TESTS / "gloo.py", "diagnose", "--config", recipe, "--report", folder / "report"]
-        return folder / "report" / "report.json", *finish(start(config, processes, *command))
-
-    return run
-
-
 @pytest.mark.parametrize("config", ["fsdp2", "zero3"])
-def test_sharded_models_are_diagnosed(config, alone, diagnosis):
-    report, codes, errors = diagnosis(config, 2)
-    assert codes == [0], errors[0][-6000:]
+def test_sharded_models_are_diagnosed(config, alone, run_as):
+    folder, codes, said = run_as(config, 2, "diagnose")
+    assert codes == [0, 0], said[0][-6000:]
     found, wanted = (
-        json.loads(path.read_text())["total"] for path in (report, alone(config, "diagnose") / "report" / "report.json")
+        json.loads((each / "report" / "report.json").read_text())["total"] for each in (folder, alone(config, "diagnose"))
     )
     assert found == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in wanted.items()}
 
 
-def test_diagnosis_under_zero2_is_refused(diagnosis):
-    report, codes, errors = diagnosis("zero2", 1)
-    assert all(codes)
-    assert "error: DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3." in errors[0]
-    assert not report.exists()
+def test_diagnosis_under_zero2_is_refused(run_as):
+    folder, codes, said = run_as("zero2", 1, "diagnose")
+    assert codes == [2]
+    assert "error: DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3." in said[0]
+    assert not (folder / "report").exists()

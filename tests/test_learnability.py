@@ -19,8 +19,8 @@ from bl_trainer.diagnosis.report import Foretold, Learnability, Trained
 from bl_trainer.errors import MeasurementError
 from bl_trainer.tokens.vocabulary import end_ids, special_ids
 from conftest import sentence
+from forking import ranks, run_script
 from test_diagnosis import SCRIPT, diagnosed, diagnosis, rows_of, save, write_recipe
-from test_processes import launch
 
 QUICK = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
 LETTERS = "abcdefghijklmnop"
@@ -382,8 +382,8 @@ def test_two_processes(checkpoint, tmp_path):
     """Each asks about its own part; all agree on the sums, and the pool of controls is everybody's."""
     data = save(mapping_rows(0.0, 300), tmp_path / "data")
     recipe = write_recipe(tmp_path, checkpoint, data, per_device_train_batch_size=8, learning_rate=1e-3)
-    done = launch(2, SCRIPT, "--config", recipe, "--report", tmp_path / "two", "--probe_steps", "20")
-    assert done.returncode == 0, done.stderr
+    codes, said = ranks(tmp_path, run_script, SCRIPT, "--config", recipe, "--report", tmp_path / "two", "--probe_steps", "20")
+    assert codes == [0, 0], said[0]
     found = json.loads((tmp_path / "two" / "report.json").read_text())["learnability"]
     recipe = write_recipe(tmp_path, checkpoint, data, **QUICK)
     alone = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "20", **QUICK).run()["learnability"]

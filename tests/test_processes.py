@@ -1,8 +1,7 @@
-"""Several processes, and the command line, for real: subprocesses under `accelerate launch` with gloo."""
+"""Several processes, with gloo, and the command line."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,10 @@ from safetensors.torch import load_file
 import worker
 from bl_trainer.cli import main
 from conftest import make_double, write_recipe
+from forking import free_port, ranks, run_script
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "train.py"
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launcher(processes):
@@ -33,20 +27,6 @@ def launcher(processes):
         sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes), "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
     ]  # fmt: skip
-
-
-def launch(processes, *command, cwd=None, timeout=600):
-    """Run under `accelerate launch`, and wait."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*launcher(processes), *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def most_probable_first(model, tokenizer, data):
@@ -123,13 +103,13 @@ def results(tokenizer, text_data, checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     path = folder / "cases.json"
     path.write_text(json.dumps(cases_for(2, tokenizer, text_data)))
-    done = launch(2, TESTS / "worker.py", checkpoint, path)
-    assert done.returncode == 0, done.stderr[-6000:]
+    codes, said = ranks(folder, worker.main, checkpoint, path)
+    assert codes == [0, 0], said[0][-6000:]
     two = torch.load(path.with_suffix(".pt"), weights_only=False)
     assert two["processes"] == 2
     with mock.patch.dict(os.environ):
         one = {case["name"]: worker.run(case, tokenizer, str(folder))[1] for case in cases_for(1, tokenizer, text_data)}
-    return {1: one, 2: two}, done.stderr
+    return {1: one, 2: two}, "".join(said)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -162,10 +142,10 @@ def test_train_script_end_to_end(checkpoint, data_folder, tmp_path, capsys):
         eval_steps=2, save_steps=2, logging_steps=2, per_device_train_batch_size=4, load_best_model_at_end=True,
         metric_for_best_model="eval_nll", resume_from_checkpoint=True,
     )  # fmt: skip
-    done = launch(2, SCRIPT, "--config", recipe)
-    assert done.returncode == 0, done.stderr[-6000:]
+    codes, said = ranks(tmp_path, run_script, SCRIPT, "--config", recipe)
+    assert codes == [0, 0], said[0][-6000:]
     out = tmp_path / "out"
-    assert f"Model saved to {out}." in done.stdout
+    assert "".join(said).count(f"Model saved to {out}.") == 1
     state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
     evaluated = {entry["step"]: entry["eval_nll"] for entry in state["log_history"] if "eval_nll" in entry}
     assert sorted(evaluated) == [2, 4, 6]
@@ -190,7 +170,8 @@ def test_module_verb_full_fine_tune_and_own_objective_beside_the_recipe(checkpoi
     )
     recipe = write_recipe(tmp_path, checkpoint, data_folder, max_steps=2, learning_rate=0.1, save_strategy="no")
     objective = json.dumps({"name": "my_losses:tilted", "gamma": 0.5})
-    done = launch(1, "-m", "bl_trainer", "train", "--config", recipe, "--objective", objective, cwd=tmp_path)
+    command = [*launcher(1), "-m", "bl_trainer", "train", "--config", str(recipe), "--objective", objective]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     trained, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", checkpoint))
     assert any(not torch.equal(trained[name], start[name]) for name in start)
@@ -209,20 +190,18 @@ def test_qlora(checkpoint, data_folder, tmp_path):
 
 def test_user_mistake_is_one_sentence(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(tmp_path, checkpoint, data_folder, objective="negp")
-    launched = launch(2, SCRIPT, "--config", recipe)
-    assert launched.returncode != 0
-    assert launched.stderr.count("error: Unknown objective 'negp'. Did you mean 'neg_p'?") == 1
+    codes, said = ranks(tmp_path, main, ["train", "--config", str(recipe)])
+    assert all(codes)
+    assert "".join(said).count("error: Unknown objective 'negp'. Did you mean 'neg_p'?") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_processes_that_would_train_alone_are_refused(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(tmp_path, checkpoint, data_folder, use_cpu=False)
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--config", recipe], capture_output=True, text=True, check=False, env=environment, timeout=600
-    )
-    assert done.returncode == 2
-    assert "error: 2 processes were launched, and each would train alone. On CPUs write `use_cpu: true`" in done.stderr
+    environment = {"WORLD_SIZE": 2, "RANK": 0}
+    codes, said = ranks(tmp_path, main, ["train", "--config", str(recipe)], processes=None, environment=environment)
+    assert codes == [2]
+    assert "error: 2 processes were launched, and each would train alone. On CPUs write `use_cpu: true`" in said[0]
 
 
 @pytest.mark.parametrize(("argv", "message"), [([], "no verb"), (["trian"], "unknown verb 'trian'")])

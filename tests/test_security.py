@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers.dynamic_module_utils
 
 from bl_trainer import BLConfig
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from conftest import write_recipe
+from forking import ranks
 from test_processes import SCRIPT
 
 SECRET = "hf_" + "x7" * 17
@@ -81,6 +83,12 @@ def test_yaml_can_not_run_code(checkpoint, data_folder, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def main_with_modules(folder, argv):
+    """Run a verb, with a cache of its own for what is imported from models."""
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = folder
+    main(argv)
+
+
 def test_code_of_a_model_runs_only_if_the_recipe_says_so(checkpoint, data_folder, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -99,11 +107,9 @@ def test_code_of_a_model_runs_only_if_the_recipe_says_so(checkpoint, data_folder
     recipe = write_recipe(tmp_path, model, data_folder, max_steps=1, save_strategy="no")
     for trusted in (False, True):
         more = ["--trust_remote_code", "true"] if trusted else []
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "--config", recipe, *more], capture_output=True, text=True, check=False, timeout=600,
-            stdin=subprocess.DEVNULL, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        )  # fmt: skip
-        assert (done.returncode == 0) is trusted, done.stderr[-3000:]
+        argv = ["train", "--config", str(recipe), *more]
+        (code,), said = ranks(tmp_path, main_with_modules, str(tmp_path / "modules"), argv, processes=None)
+        assert (code == 0) is trusted, said[0][-3000:]
         assert (tmp_path / "ran").exists() is trusted
     assert not (tmp_path / "model" / "__pycache__").exists()
 

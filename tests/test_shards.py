@@ -1,8 +1,6 @@
 """The head of a vocabulary that processes share out, against the whole one, in float64; and what it costs in communication."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from bl_trainer.head.ops import compare, log_probs, objective_head, score
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
 from bl_trainer.objectives.threshold import Threshold
+from forking import ranks
 
 SIZE, TOKENS = 12, 41
 OBJECTIVES = ["nll", "neg_p", {"name": "power", "alpha": 10}, "anneal"]
@@ -99,9 +98,9 @@ def count(rank, processes, vocabulary):
     return sent
 
 
-def main(rank, processes, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=processes)
-    torch.set_num_threads(1)
+def main(folder):
+    dist.init_process_group("gloo")
+    rank, processes = dist.get_rank(), dist.get_world_size()
     check(rank, processes, 61)  # no multiple of the processes
     Path(folder, f"sent{rank}.json").write_text(json.dumps([count(rank, processes, size) for size in (61, 610)]))
     dist.destroy_process_group()
@@ -110,16 +109,9 @@ def main(rank, processes, folder):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_shared_out_head_is_the_whole_one(processes, tmp_path):
     """Cost, statistics and gradients; the numbers sent depend on tokens and hidden size, not on the vocabulary."""
-    command = [sys.executable, __file__, str(processes), str(tmp_path)]
-    workers = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(processes)]
-    for worker in workers:
-        _, said = worker.communicate(timeout=300)
-        assert worker.returncode == 0, said[-3000:]
+    codes, said = ranks(tmp_path, main, tmp_path, processes=processes)
+    assert not any(codes), said[0][-3000:]
     for rank in range(processes):
         small, large = json.loads((tmp_path / f"sent{rank}.json").read_text())
         statistics = 6  # log_sum_sq_probs is one of them
         assert small == large == [statistics * TOKENS, TOKENS * SIZE]
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])

@@ -1032,7 +1032,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": str(tmp_path / "nope.jsonl")}))
     assert "nope.jsonl`: there is no such file" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "held_out": "nobody/nothing"}))
-    assert "error: Cannot load the held-out data nobody/nothing" in verb(capsys, *both)
+    assert "error: Cannot load the test data nobody/nothing" in verb(capsys, *both)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "arms": [{"objective": "nll"}, {"objective": "asft"}]}))
     assert "In the run asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
     assert "Objective 'asft' needs a reference model" in verb(capsys, *both)
@@ -1070,7 +1070,7 @@ def test_gpus_are_shared_out(monkeypatch):
     assert device_shares(2, False) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     assert device_shares(3, False) == ["3", "5", "7"]
-    with pytest.raises(RecipeError, match=r"`--jobs 4`: there are 3 GPUs\. Write at most so many jobs"):
+    with pytest.raises(RecipeError, match=r"`--jobs 4`: there are 3 GPUs\. Write at most 3 jobs"):
         device_shares(4, False)
 
 

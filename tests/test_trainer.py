@@ -31,7 +31,7 @@ def test_trains_as_trl_does(ours, theirs, way, tokenizer, tmp_path, request):
     """Bit for bit under TRL's own head; of `dft` near, with an `adam_epsilon` that keeps rounding small."""
     processor, data, options = resolve(way, tokenizer, request)
     make = options.pop("make")
-    options |= {"max_steps": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1.0}
+    options |= {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_grad_norm": 1.0}
     options |= {"adam_epsilon": 1e-3}
     reference = train(SFTTrainer, processor, data, tmp_path, model=make(processor), loss_type=theirs, **options)
     trainer = train(BLTrainer, processor, data, tmp_path, model=make(processor), objective=ours, loss_head="trl", **options)
@@ -640,8 +640,8 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
     which rows train; counted as five operations.
     """
     waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-    options = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2}
-    micro_batches, of_trl = 6 * 2, 5  # two `> 0` and three `.item()`
+    options = {"max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 2}
+    micro_batches, of_trl = 4 * 2, 5  # two `> 0` and three `.item()`
     counts = {}
     for trainer_class, head in ((SFTTrainer, "trl"), (BLTrainer, "trl"), (BLTrainer, "auto")):
         own = (
@@ -649,7 +649,8 @@ def test_synchronises_with_the_device_once_per_log(tokenizer, text_data, tmp_pat
             if trainer_class is BLTrainer
             else {}
         )
-        trainer = build(trainer_class, tokenizer, text_data, tmp_path, **options, **own)
+        model = make_llama(tokenizer, num_hidden_layers=1)
+        trainer = build(trainer_class, tokenizer, text_data, tmp_path, model, **options, **own)
         communicated.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             trainer.train()

@@ -1,11 +1,7 @@
-"""What `test_processes.py` launches: steps and evaluations of `BLTrainer`, and sharded heads, dumped by the first process."""
+"""What `test_processes.py` forks: steps and evaluations of `BLTrainer`, and sharded heads, dumped by the first process."""
 
 import json
-import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from datasets import Dataset
@@ -44,7 +40,6 @@ def run(case, tokenizer, output):
 
 
 def main(folder, cases):
-    torch.set_num_threads(int(os.environ.get("BL_TEST_THREADS", 1)))
     tokenizer, path = AutoTokenizer.from_pretrained(folder), Path(cases)
     results = {}
     for case in json.loads(path.read_text()):
@@ -53,7 +48,3 @@ def main(folder, cases):
     if trainer.is_world_process_zero():
         torch.save({**results, "processes": trainer.accelerator.num_processes}, path.with_suffix(".pt"))
     end(trainer)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

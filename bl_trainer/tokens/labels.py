@@ -154,7 +154,7 @@ def refuse_without_target(
 
 
 def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
-    """Warn with the number of rows of a prepared set without a target, or dropped for that; of those of a stream nothing.
+    """Warn with the number of rows of a prepared set without a target, or dropped for that; a stream's `StreamCount` counts.
 
     `dataset`: the same rows before they are prepared. Of rows that packing cuts into several nothing is said.
     """

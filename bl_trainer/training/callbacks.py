@@ -102,7 +102,7 @@ def refuse_nonfinite(loss: Tensor, step: int, rows: Tensor | None, model: Any, p
 
 
 class BeginTraining(TrainerCallback):
-    """Begins to count, verifies the loss head, measures a percentile threshold and says what trains: the model is in place.
+    """Verifies the loss head, measures a percentile threshold, says what trains and begins to count: the model is in place.
 
     `steps`: that this process has made in this call of `train`.
     """
@@ -112,10 +112,10 @@ class BeginTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = 0  # again: `auto_find_batch_size` begins anew after a failed step
-        self.trainer.begin_counting()
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
         say_start(self.trainer, state.max_steps)
+        self.trainer.begin_counting()  # after a measurement, which reads a stream too
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1

@@ -29,6 +29,7 @@ from ..objectives.pricing import METRICS
 from ..tokens.labels import warn_of_untrained
 from ..tokens.names import EXAMPLE_LENGTHS, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
+from ..tokens.streams import StreamCount
 from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
 from .card import TAG
@@ -108,6 +109,7 @@ class BLTrainer(ScoringTrainer):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.made_folders = missing_folders(Path(str(args.output_dir))) if args is not None else []
         on_sigterm = signal.getsignal(signal.SIGTERM)
+        self._stream_count = StreamCount()
         super().__init__(**given)
         self._has_adapter = is_peft_model(self.model)
         if not self.is_shared_out("sp"):
@@ -149,7 +151,7 @@ class BLTrainer(ScoringTrainer):
         return Wanted(numbers, self.parsed_objective.special_tokens is not None, self.reference == "column")
 
     def make_ready(self, rows):
-        prepared = super().make_ready(rows)
+        prepared = self._stream_count.after(rows, super().make_ready(self._stream_count.before(rows)))
         warn_of_untrained(rows.dataset, prepared, rows.name, rows.args)
         refuse_untargeted(prepared, rows.name, rows.args, lambda: ScoringTrainer.make_ready(self, rows.untruncated()))
         return prepared
@@ -259,12 +261,14 @@ class BLTrainer(ScoringTrainer):
             checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             take_average(self.optimizer)
+            self._stream_count.tell(self.args)
             refuse_unlearnt(self.has_begun, self.token_metrics.has_met_targets)
             return output
 
     def begin_counting(self) -> None:
         """Forget what has been counted in this call of `train`: `auto_find_batch_size` begins again after a failed step."""
         self.token_metrics.restart()
+        self._stream_count.restart()
         self._metrics["train"].clear()
 
     def _load_best_model(self) -> None:
