@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from ..errors import DependencyError
 
-STACK = ("accelerate", "datasets", "peft", "torch", "transformers", "trl")  # that all but the core needs
+# What all but the core needs, where our own metadata does not say it, as in a checkout that is not installed
+STACK = ("accelerate", "datasets", "peft", "torch", "transformers", "trl")
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt, "==": operator.eq, "!=": operator.ne}
 
@@ -25,13 +26,13 @@ def bounds() -> dict[str, str]:
 
 @contextmanager
 def needs_stack(what: str) -> Iterator[None]:
-    """Raise DependencyError, which names `what`, unless all of `STACK` is installed within its bounds.
+    """Raise DependencyError, which names `what`, unless all that is declared is installed within its bounds.
 
-    It is raised too where code within imports a package that is not installed.
+    It lists all that is missing. It is raised too where code within imports a package that is not installed.
     """
-    declared = bounds()
-    states = {name: _state(name, declared.get(name, "")) for name in STACK}
-    _refuse(what, {f"{name}{declared.get(name, '')}": state for name, state in states.items() if state})
+    declared = bounds() or dict.fromkeys(STACK, "")
+    states = {name + bound: _state(name, bound) for name, bound in declared.items()}
+    _refuse(what, {name: state for name, state in states.items() if state})
     try:
         yield
     except ModuleNotFoundError as error:
