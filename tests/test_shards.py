@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bl_trainer.head.lm_head import Head, Shard
+from bl_trainer.head.lm_head import Head, Shard, first_token
 from bl_trainer.head.ops import compare, log_probs, objective_head, score
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
@@ -123,3 +123,9 @@ def test_a_shared_out_head_is_the_whole_one(processes, tmp_path):
 
 if __name__ == "__main__":
     main(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])
+
+
+def test_a_process_without_tokens_is_refused():
+    assert [first_token(10, 4, rank) for rank in range(4)] == [0, 3, 6, 9]
+    with pytest.raises(ValueError, match="The LM head has 9 tokens, which leaves some of 4 processes without any"):
+        first_token(9, 4, 0)
