@@ -136,6 +136,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/plot_weights.py
 	$(BIN)/python tools/objectives_page.py
 	$(BIN)/python tools/reference_pages.py
+	$(BIN)/python tools/loss_head_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

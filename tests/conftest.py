@@ -56,8 +56,7 @@ def pytest_collection_finish():
     gc.freeze()  # each training run ends with a full collection, which would go through all that was imported
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer():
     vocab = {token: i for i, token in enumerate(["<pad>", "<end>", "<user>", "<unk>", *LETTERS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -65,6 +64,11 @@ def tokenizer():
     made.add_special_tokens({"additional_special_tokens": ["<user>"]})
     made.chat_template = CHAT_TEMPLATE
     return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def sizes(tokenizer, **others):
@@ -140,8 +144,7 @@ def chat_data():
     return Dataset.from_list([{"messages": [turn("user"), turn("assistant")] * 2} for _ in range(32)])
 
 
-@pytest.fixture(scope="session")
-def image_data():
+def make_image_data():
     from PIL import Image
 
     rng = random.Random(3)
@@ -150,6 +153,11 @@ def image_data():
     return Dataset.from_list(
         [{"images": [image()], "prompt": turn("user"), "completion": turn("assistant")} for _ in range(16)]
     )
+
+
+@pytest.fixture(scope="session")
+def image_data():
+    return make_image_data()
 
 
 @pytest.fixture

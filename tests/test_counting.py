@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 
 from conftest import make_llama
-from ways import UNCOUNTED, Ordered, make_uncounted, relative_difference, train
+from ways import Ordered, relative_difference, train
 
 
 class Uncounted(LlamaForCausalLM):
@@ -64,14 +64,6 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(kind, tokenizer, text_
     for part, other in parts:
         assert relative_difference(part, whole) < 1e-9
         assert other["loss"] == pytest.approx(log["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("name", UNCOUNTED)
-def test_vision_language_models_trained_on_text(name, tokenizer, text_data, tmp_path):
-    """Under TRL's head, which computes in float32."""
-    whole, *parts = cuts(lambda tokenizer: make_uncounted(name, tokenizer), tokenizer, text_data, tmp_path)
-    for part in parts:
-        assert relative_difference(part[0], whole[0]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", OWN)

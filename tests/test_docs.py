@@ -248,6 +248,16 @@ def test_page_of_objectives(tmp_path, checkpoint):
         assert f"`{name}`" in PAGES["docs/guide/objectives.md"]
 
 
+def test_page_of_the_loss_head(tmp_path):
+    script = runpy.run_path(str(ROOT / "tools" / "loss_head_page.py"))
+    script["main"](str(tmp_path))
+    made, page = ((folder / "loss-head.md").read_text() for folder in (tmp_path, DOCS / "reference"))
+    assert "| Llama | ✓ | ✓ | ✓ |" in made
+    with_versions = re.compile(r"^With transformers .*:$", re.MULTILINE)
+    if with_versions.findall(made) == with_versions.findall(page):  # others refuse other models
+        assert made == page, "run `python tools/loss_head_page.py`"
+
+
 def test_column_of_a_reference_is_made_as_the_page_says(tmp_path, checkpoint, tokenizer, monkeypatch):
     (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "reference" / "objectives.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)

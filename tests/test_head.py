@@ -286,6 +286,63 @@ def test_rows_of_no_weight_stay_out_of_the_products(monkeypatch, backend):
     assert sum(rows) == int(ours.kept.sum()) < TOKENS
 
 
+class Kernels:
+    """The two kernels in torch, and the bytes of logits, or of the gradient in them, that each is there to move."""
+
+    def __init__(self):
+        self.moved = 0
+
+    def counting(self, function, argument):
+        """Return `function`, which moves its `argument` once."""
+
+        def wrapped(*args):
+            self.moved += args[argument].numel() * args[argument].itemsize
+            return function(*args)
+
+        return wrapped
+
+    def sums(self, logits, target, at_target=None):
+        self.moved += logits.numel() * logits.itemsize
+        at_target = logits.gather(1, target[:, None])[:, 0]
+        top, top1 = logits.max(1)
+        below = logits - top[:, None]
+        odds = below.exp().scatter(1, top1[:, None], 0)
+        rank = (logits > at_target[:, None]).sum(1)
+        return at_target, top, top1, odds.sum(1), (odds * below).sum(1), (odds * odds).sum(1), rank
+
+    def difference(self, logits, place, target, columns, softcap, gain, out):
+        kept = (place >= 0).nonzero()[:, 0]
+        self.moved += len(kept) * logits.shape[1] * (logits.itemsize + out.itemsize)
+        top, top_logp, in_target = (column[kept, None] for column in columns)
+        p = (logits[kept] - top + top_logp).exp().scatter(1, target[kept, None], in_target)
+        out[place[kept]] = (gain * p).to(out.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "frozen", "share", "most"), [
+    (torch.bfloat16, False, 1, 18), (torch.bfloat16, True, 1, 16), (torch.float32, False, 1, 24), (torch.bfloat16, False, 0, 8),
+])  # fmt: skip
+def test_bytes_that_a_gpu_moves_per_logit(dtype, frozen, share, most, monkeypatch):
+    """As docs/reference/loss-head.md states them."""
+    counted, original = Kernels(), module.Blocks.__init__
+
+    def as_on_a_gpu(self, *args):
+        original(self, *args)
+        self.uses_triton = True
+
+    monkeypatch.setattr(module.Blocks, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(module, "kernels", counted, raising=False)
+    for place, name, argument in ((module, "_project", 2), (gradients_module, "_in_hidden", 0)):
+        monkeypatch.setattr(place, name, counted.counting(getattr(place, name), argument))
+    monkeypatch.setattr(gradients_module, "_add_in_weight", counted.counting(gradients_module._add_in_weight, 1))
+    hidden, head, target = make(dtype)
+    head.weight.requires_grad_(not frozen)
+    ours = apply(Objective.parse("nll"), Threshold(above=1.0 - share), hidden, head, target)
+    assert counted.moved == most * TOKENS * VOCABULARY
+    cost = reference(Objective.parse("nll"), Threshold(above=1.0 - share), *(wide := widened(hidden, head)), target)[0]
+    for got, wanted in zip(gradients(ours.cost, hidden, head), gradients(cost, *wide), strict=True):
+        assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
 class Operations(TorchDispatchMode):
     """Counts operations that start a kernel on a GPU, and those after which the host waits for it."""
 

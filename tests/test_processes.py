@@ -15,6 +15,8 @@ import worker
 from bl_trainer.cli import main
 from conftest import make_double, write_recipe
 from forking import free_port, ranks, run_script
+from multimodal import SHOWN
+from ways import relative_difference
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "scripts" / "train.py"
@@ -132,6 +134,13 @@ def test_gradient_of_sharded_heads(results):
     errors = results[0][2]["sharded"]
     assert {where[:2] for where in errors} == {(True, False), (False, False), (False, True)}
     assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_two_processes_see_images_as_one(name, results, tokenizer, tmp_path):
+    with mock.patch.dict(os.environ):
+        one = worker.shown(name, tokenizer, 1, tmp_path)
+    assert relative_difference(results[0][2]["shown"][name], one) < 1e-6
 
 
 def test_train_script_end_to_end(checkpoint, data_folder, tmp_path, capsys):

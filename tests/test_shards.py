@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bl_trainer.head.lm_head import Head, Shard
+from bl_trainer.head.lm_head import Head, Shard, first_token
 from bl_trainer.head.ops import compare, log_probs, objective_head, score
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import price
@@ -115,3 +115,9 @@ def test_a_shared_out_head_is_the_whole_one(processes, tmp_path):
         small, large = json.loads((tmp_path / f"sent{rank}.json").read_text())
         statistics = 6  # log_sum_sq_probs is one of them
         assert small == large == [statistics * TOKENS, TOKENS * SIZE]
+
+
+def test_a_process_without_tokens_is_refused():
+    assert [first_token(10, 4, rank) for rank in range(4)] == [0, 3, 6, 9]
+    with pytest.raises(ValueError, match="The LM head has 9 tokens, which leaves some of 4 processes without any"):
+        first_token(9, 4, 0)

@@ -466,6 +466,7 @@ def test_verification_leaves_no_trace(make_model, tokenizer):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     numbers = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     verify_head(model)
+    mixing(model)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == numbers
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())

@@ -18,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PhiConfig,
     PhiForCausalLM,
     RecurrentGemmaConfig,
@@ -29,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer
 from conftest import make_gemma2, make_llama, make_mixtral, sizes
+from multimodal import make_multimodal, make_processor, processor_of
 
 
 class Gradients(TrainerCallback):
@@ -126,67 +126,6 @@ def make_recurrent_gemma(tokenizer):
     return RecurrentGemmaForCausalLM(config)
 
 
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-    "image_size": 16,
-    "spatial_merge_size": 1,
-    "temporal_patch_size": 1,
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
-    "fullatt_block_indexes": [0],
-}
-LAYERS = {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
-LINEAR_ATTENTION = {
-    **LAYERS,
-    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
-BALANCE = {"router_aux_loss_coef": 0.0}  # else of micro-batches, as TRL has it
-PER_LAYER = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
-
-
-def rotary(*sections, share=1.0):
-    """Rotary positions of time, height and width, as of vision-language models."""
-    return {
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [*sections], "partial_rotary_factor": share
-        }
-    }  # fmt: skip
-
-
-# Vision-language models whose own loss takes no count of target tokens, by their class's name: what their text models need
-UNCOUNTED = {
-    "Qwen2_5_VL": rotary(2, 1, 1),
-    "Qwen3VL": {"head_dim": 8, **rotary(2, 1, 1)},
-    "Qwen3_5": {**LINEAR_ATTENTION, **rotary(1, 0, 0, share=0.25)},
-    "Qwen3_5Moe": {**LINEAR_ATTENTION, **rotary(1, 0, 0, share=0.25), **EXPERTS, **BALANCE},
-    "Glm4v": rotary(2, 1, 1),
-    "Gemma4": {**PER_LAYER, "head_dim": 8, "global_head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
-}
-
-
-def make_uncounted(name, tokenizer):
-    import transformers  # the oldest has not all of them
-
-    torch.manual_seed(0)
-    config_class, model_class = (getattr(transformers, name + end) for end in ("Config", "ForConditionalGeneration"))
-    assert model_class.accepts_loss_kwargs is False
-    kinds = ("image", "video", "vision_start", "vision_end", "image_start", "image_end", "video_start", "video_end")
-    of_gemma = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    config = config_class(
-        text_config=sizes(tokenizer, **UNCOUNTED[name]),
-        vision_config={**VISION, **of_gemma} if name == "Gemma4" else VISION,
-        audio_config=None,
-        **dict.fromkeys((f"{kind}_token_id" for kind in kinds), tokenizer.unk_token_id),
-    )
-    return model_class._from_config(config, experts_implementation="eager")
-
-
 # Mixtures of experts with an auxiliary loss, by their class's name: what their models need
 MIXTURES = {
     "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -226,23 +165,6 @@ def make_llava(processor):
     )
 
 
-IMAGE_TEMPLATE = (
-    "{% for message in messages %}{{ '<user>' if message['role'] == 'user' else '' }}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "<end>{% endfor %}"
-)
-
-
-def make_processor(tokenizer):
-    from transformers import CLIPImageProcessorPil  # not in the oldest transformers
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<image>"]})
-    size = {"height": 16, "width": 16}
-    images = CLIPImageProcessorPil(size=size, crop_size=size)
-    return LlavaProcessor(images, tokenizer, 8, "default", IMAGE_TEMPLATE, num_additional_image_tokens=1)
-
-
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
 TRAINED_HEAD = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])}
 WAYS = {
@@ -277,11 +199,17 @@ WAYS = {
     "bf16": {"bf16": True},
     "neftune": {"neftune_noise_alpha": 5.0},
 }
+# Rows of text, and with images
+MULTIMODAL = {"qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3_5", "gemma3n": "Gemma3n", "gemma4": "Gemma4", "llama4": "Llama4"}
 # Where TRL's head leaves something out, or fails, or `SFTTrainer` divides by micro-batch
 BEYOND_TRL = {
-    "qwen3_vl": {"make": partial(make_uncounted, "Qwen3VL")},
-    "qwen3_5": {"make": partial(make_uncounted, "Qwen3_5")},
-    "gemma4": {"make": partial(make_uncounted, "Gemma4")},
+    **{row: {"make": partial(make_multimodal, name)} for row, name in MULTIMODAL.items()},
+    **{
+        f"{row}_images": {
+            "make": partial(make_multimodal, name), "processor": partial(processor_of, name), "data": "image_data"
+        }
+        for row, name in MULTIMODAL.items()
+    },
     "qwen3_moe": {"make": partial(make_mixture, "Qwen3Moe")},
     "gpt_oss": {"make": partial(make_mixture, "GptOss")},
     "softcap_recurrent_gemma": {"make": make_recurrent_gemma},

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 import sharded
 from bl_trainer import BLConfig
 from bl_trainer.cli import end
-from conftest import make_double, make_llama
-from ways import Gradients, Ordered
+from conftest import make_double, make_image_data, make_llama
+from multimodal import SHOWN, make_multimodal, processor_of
+from ways import Gradients, Ordered, train
 
 
 def run(case, tokenizer, output):
@@ -39,12 +40,24 @@ def run(case, tokenizer, output):
     return trainer, {"gradient": seen.first, "log": log, "eval": metrics}
 
 
+def shown(name, tokenizer, processes, output):
+    """Return the gradient of one step of eight images, of a vision-language model in float64."""
+    seen, processor = Gradients(), processor_of(name, tokenizer)
+    train(
+        Ordered, processor, make_image_data(), Path(output), make_multimodal(name, processor).double(), callbacks=[seen],
+        learning_rate=0.0, objective="neg_p", per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes,
+    )  # fmt: skip
+    return seen.first
+
+
 def main(folder, cases):
     tokenizer, path = AutoTokenizer.from_pretrained(folder), Path(cases)
     results = {}
     for case in json.loads(path.read_text()):
         trainer, results[case["name"]] = run(case, tokenizer, str(path.parent / "out"))
     results["sharded"] = sharded.errors(tokenizer)
+    processes = trainer.accelerator.num_processes
+    results["shown"] = {name: shown(name, tokenizer, processes, path.parent / "out") for name in SHOWN}
     if trainer.is_world_process_zero():
-        torch.save({**results, "processes": trainer.accelerator.num_processes}, path.with_suffix(".pt"))
+        torch.save({**results, "processes": processes}, path.with_suffix(".pt"))
     end(trainer)

@@ -106,7 +106,18 @@ def _shard_of(weight: Any) -> Shard | None:
     if not isinstance(weight, DTensor) or weight.placements != (Rows(0),):
         return None
     mesh, vocabulary = weight.device_mesh, len(weight)
-    return Shard(mesh.get_group(), min(mesh.get_local_rank() * _rows_each(vocabulary, mesh.size()), vocabulary), vocabulary)
+    return Shard(mesh.get_group(), first_token(vocabulary, mesh.size(), mesh.get_local_rank()), vocabulary)
+
+
+def first_token(vocabulary: int, processes: int, rank: int) -> int:
+    """Return the first token of a process's part of the head. Raises ValueError if some process has none, on all of them."""
+    each = _rows_each(vocabulary, processes)
+    if each * (processes - 1) >= vocabulary:
+        raise ValueError(
+            f"The LM head has {vocabulary} tokens, which leaves some of {processes} processes without any. Use fewer processes "
+            "for tensor parallelism."
+        )
+    return rank * each
 
 
 def _rows_each(vocabulary: int, processes: int) -> int:

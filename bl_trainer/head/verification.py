@@ -76,11 +76,12 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True, text: boo
         )
 
 
-def verify_separation(model: Any) -> None:
+def verify_separation(model: Any, *, trains: bool = True) -> None:
     """Compare the logits of an example that follows another in one row with those of the same example in front.
 
     Args:
         model: As in `verify_head`. Its rows are those of `padding_free` and of packing, which `position_ids` divide.
+        trains: As in `verify_head`; False for a sharded model.
 
     Raises:
         ValueError: If an example's logits depend on where it stands, or if the model can't compute such rows.
@@ -89,7 +90,7 @@ def verify_separation(model: Any) -> None:
     base = inner.get_base_model() if is_peft_model(inner) else inner
     advice = "Remove `packing` and `padding_free`, or choose another `attn_implementation`."
     failure = f"Cannot train {type(base).__name__} on packed rows"
-    with _mode(model, False, False), torch.no_grad():
+    with _mode(model, False, trains), torch.no_grad():
         ids = _tokens(base)["input_ids"]
         one, other = ids[:, (ids.shape[1] + 1) // 2 :].tolist()  # the halves that differ
         with _explained(failure, advice):

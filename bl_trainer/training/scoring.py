@@ -106,7 +106,7 @@ class ScoringTrainer(SFTTrainer):
                 verify_head(model, kind, trains=not self._is_sharded(), text=not self.sees_images)
         if self.padding_free:
             with self.accelerator.autocast():
-                verify_separation(model)
+                verify_separation(model, trains=not self._is_sharded())
 
     def verify_whole(self) -> None:
         """Verify the heads of a model that is in place already, as a sharded one isn't before training."""
