@@ -12,12 +12,14 @@ from typing import get_type_hints
 import pytest
 import torch
 import transformers
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from bl_trainer import BLConfig, Threshold
 from bl_trainer.cli import arguments_of, main
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.errors import DependencyError, RecipeError
 from bl_trainer.objectives.objective import OBJECTIVES
 from bl_trainer.recipe.fields import KINDS, SOURCES, fields_of, objective_parameters, recipe_fields
@@ -305,7 +307,7 @@ def test_data_that_is_not_there(changes, message, write, tmp_path, capsys):
 
 def test_data_without_a_format(write, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(RecipeError, match="TRL can't make a training text of its columns answer, question"):
+    with pytest.raises(RecipeError, match="Rename `question` to `prompt` and `answer` to `completion`, or write"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.jsonl"))).load_datasets()
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecipeError, match=r"Cannot load `dataset_name: .*empty\.jsonl`: a file is empty"):
@@ -457,6 +459,37 @@ def test_what_the_libraries_find_is_told_at_once_too(write):
     assert "\n  - `metric_for_best_model: eval_nlll` is not reported." in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "starts"),
+    [
+        ({"objective": "negp", "threshold": 2}, ["Unknown objective 'negp'.", "`threshold` `above` must be"]),
+        (
+            {"loss_type": "dft", "label_smoothing_factor": 0.1},
+            ["`loss_type: dft`", "`label_smoothing_factor: 0.1`"],
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_of_the_configuration_are_told_at_once(wrong, starts, write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(**wrong))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "There are 2 mistakes in the configuration:"
+    for line, start in zip(lines, starts, strict=True):
+        assert start in line
+
+
+def test_the_launcher_is_told_what_went_wrong(write, tmp_path, monkeypatch, capsys):
+    """torchrun's report ends with it; of the processes the first alone writes it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        main(["train", *write(lerning_rate=1)])
+    assert "error" not in capsys.readouterr().err
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["message"].startswith("Unknown recipe key 'lerning_rate'. Did you mean 'learning_rate'?")
+
+
 def test_fields_are_those_of_the_dataclasses():
     """Names, classes, choices and defaults, as the installed versions' parser has them."""
     actions = {action.dest: action for action in reversed(Parser(DATACLASSES)._actions) if action.dest != "help"}
@@ -468,7 +501,8 @@ def test_fields_are_those_of_the_dataclasses():
     for each in (each for cls in DATACLASSES for each in fields(cls)):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
-    assert {f.name for f in fields(DatasetConfig)} == fields_of("DatasetConfig").keys()
+    for cls in (DatasetConfig, DiagnoseArguments):
+        assert {f.name for f in fields(cls)} == fields_of(cls.__name__).keys()
     parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
     assert objective_parameters() == parameters
     assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys()

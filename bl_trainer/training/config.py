@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .._util.text import SECRETS
+from .._util.text import SECRETS, listed
 from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
@@ -112,6 +112,20 @@ class BLConfig(SFTConfig):
                 raise (error if f"`{key}" in said else RecipeError(f"`{key}`: {said}")) from error.__cause__
         return known[key][1]
 
+    def _parsed_both(self) -> tuple[Objective, Threshold]:
+        """Return the objective and the threshold. Raises RecipeError with the mistakes of both."""
+        faults = []
+        for key in ("objective", "threshold"):
+            try:
+                getattr(self, f"parsed_{key}")
+            except RecipeError as error:
+                faults.append(error)
+        if len(faults) > 1:
+            raise RecipeError(listed([*map(str, faults)], "the configuration"))
+        if faults:
+            raise faults[0]
+        return self.parsed_objective, self.parsed_threshold
+
     def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:
         """Keep the key fit for JSON, and what it was parsed to."""
         if isinstance(getattr(self, key), (Objective, Threshold)):
@@ -119,7 +133,7 @@ class BLConfig(SFTConfig):
         self._known()[key] = copy.deepcopy(getattr(self, key)), parsed
 
     def __post_init__(self) -> None:
-        objective, threshold = self.parsed_objective, self.parsed_threshold
+        objective, threshold = self._parsed_both()
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)
         chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
