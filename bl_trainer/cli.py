@@ -105,7 +105,7 @@ def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None 
     if not {"-h", "--help"} & {*argv}:
         try:
             read_keys(argv, verb, fields_of(options) if options else ())
-        except BLError as error:
+        except Exception as error:  # whatever fails is what the recipe says or points to
             fail(error)
 
 

@@ -164,7 +164,7 @@ def test_keys_have_their_counterparts(old, expected, rewrite):
 
 LOST = {
     "response_template": "x", "system_prompt": "be", "tokenizer_name_or_path": "a/b", "chat_template": "chatml",
-    "sharded_ddp": "simple", "push_to_hub_organization": "me", "nosuch": 1,
+    "dataset_configs": ["a", "b"], "warmup_ratio": 1.5, "sharded_ddp": "simple", "push_to_hub_organization": "me", "nosuch": 1,
 }  # fmt: skip
 
 

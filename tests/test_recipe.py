@@ -58,7 +58,9 @@ def test_reads_file_and_command_line(write):
     assert recipe.training.threshold == {"below": 0.9}
     assert recipe.peft_config.r == 8
     assert recipe.training.max_steps == 3
-    assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
+    recipe = Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}', "--no-gradient-checkpointing", "--packing"])
+    assert recipe.training.objective["alpha"] == 2
+    assert (recipe.training.gradient_checkpointing, recipe.training.packing) == (False, True)
 
 
 def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
@@ -66,6 +68,14 @@ def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
     assert arguments_of(recipe).model_init_kwargs == {**recipe.model_init_kwargs(), "pad_token_id": 0}
     assert arguments_of(recipe).model_init_kwargs["dtype"] == "bfloat16"
     assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
+
+
+def test_mappings_may_be_json_text(write):
+    """A file may spell them so too; what they hold is checked as a mapping's."""
+    recipe = Recipe.read([*write(model_init_kwargs='{"pad_token_id": 0}'), "--lr_scheduler_kwargs", "{}"])
+    assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
+    with pytest.raises(RecipeError, match="A token in `model_init_kwargs` would be logged"):
+        Recipe.read([*write(), "--model_init_kwargs", '{"token": "x"}'])
 
 
 TAKEN = {
