@@ -12,7 +12,7 @@ import traceback
 from typing import Any
 
 from . import __version__
-from ._util.process import is_first_here
+from ._util.process import is_first_here, tell_launcher
 from ._util.text import nearest, sentence
 from .errors import BLError, DependencyError, RecipeError
 
@@ -98,14 +98,18 @@ def train(argv: list[str]) -> None:
     end(trainer)
 
 
-def refuse_wrong_keys(argv: list[str]) -> None:
-    """End with the mistakes of a recipe that its keys and values alone show, before torch loads."""
+def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None = None) -> None:
+    """End with the mistakes of a recipe that its keys and values alone show, before torch loads.
+
+    `options`: the dataclass of what the verb takes besides.
+    """
+    from .recipe.fields import fields_of
     from .recipe.reading import read_keys
 
     if not {"-h", "--help"} & {*argv}:
         try:
-            read_keys(argv)
-        except BLError as error:
+            read_keys(argv, verb, fields_of(options) if options else ())
+        except Exception as error:  # whatever fails is what the recipe says or points to
             fail(error)
 
 
@@ -147,6 +151,8 @@ def diagnose(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, with no report written.
     """
+    if "--config" in argv:
+        refuse_wrong_keys(argv, "diagnose", "DiagnoseArguments")
     from .diagnosis.options import read_diagnosis
     from .diagnosis.page import write_report
     from .diagnosis.run import Diagnosis
@@ -313,8 +319,9 @@ def fail(error: Exception, recipe: Any = None, anywhere: bool = False, traced: b
     is_ours = isinstance(error, BLError)
     if os.environ.get("BL_TRACEBACK") or (traced and not is_ours):
         traceback.print_exception(error)
+    message = _located(error, recipe)
+    tell_launcher(message)
     if anywhere or is_first_here():
-        message = _located(error, recipe)
         if not is_ours:
             fault = recipe.data_fault() if recipe else None
             message = f"{type(error).__name__}: {message} (BL_TRACEBACK=1 shows where)"

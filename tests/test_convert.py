@@ -1,6 +1,7 @@
 """`bl-trainer convert`: public recipes, and what becomes of each key."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bl_trainer.recipe.convert import ConvertArguments, convert
 from bl_trainer.recipe.fields import recipe_fields
 from bl_trainer.recipe.keys import RENAMED, REPLACED
 from bl_trainer.recipe.other_trainers import AXOLOTL, LLAMA_FACTORY, TRL
+from bl_trainer.recipe.reading import faults_of
 
 OLD = Path(__file__).parents[1] / "examples/recipes/old"
 NAMES = sorted(path.stem for path in OLD.glob("*.yaml"))
@@ -162,7 +164,7 @@ def test_keys_have_their_counterparts(old, expected, rewrite):
 
 LOST = {
     "response_template": "x", "system_prompt": "be", "tokenizer_name_or_path": "a/b", "chat_template": "chatml",
-    "sharded_ddp": "simple", "push_to_hub_organization": "me", "nosuch": 1,
+    "dataset_configs": ["a", "b"], "warmup_ratio": 1.5, "sharded_ddp": "simple", "push_to_hub_organization": "me", "nosuch": 1,
 }  # fmt: skip
 
 
@@ -243,3 +245,20 @@ def test_a_converted_recipe_is_read_as_it_says(rewrite, checkpoint, tmp_path):
     recipe = Recipe.read(["--config", str(tmp_path / "stand_in.yaml")])
     assert recipe.training.lr_scheduler_type == "cosine"
     assert recipe.peft_config.r == 16
+
+
+def test_the_page_is_true(tmp_path, monkeypatch):
+    """The commands of docs/guide/recipes.md are read; each key of its table becomes what stands beside it."""
+    page = (OLD.parents[2] / "docs/guide/recipes.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    first, second = (line.split()[2:] for line in block.splitlines())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(OLD.parents[1])
+    convert(ConvertArguments.read(first))
+    faults = faults_of(yaml.safe_load((tmp_path / second[1]).read_text()))
+    assert not faults
+    for key, ours in re.findall(r"^\| `(\w+)`.*?\|.*?`(\w+)[:`]", page, re.M):
+        assert key in TRL.handlers or key in TRL.flags or key in ("packing_strategy", "weight"), key
+        assert ours in recipe_fields() or ours in ("train", "env"), ours
+    for name in re.findall(r"`(\w+)`", page.split("changed their name alone")[1].split(". A warning")[0]):
+        assert name in RENAMED

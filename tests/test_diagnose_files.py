@@ -46,7 +46,7 @@ def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
         (["--model", "m", "--data", "d.jsonl", "--config", "r.yaml"], "Cannot use `--config` with `--model` and `--data`"),
         (["--model", "m", "--data", "d.jsonl", "--dataset_name", "d"], "Cannot use `--dataset_name` with"),
         (["--model", "m", "--data", "d.jsonl", "--dataset-name", "d"], "Cannot use `--dataset_name` with"),
-        (["--model", "m", "--report", "r"], "`--data` is missing: a JSONL file"),
+        (["--model", "m", "--report", "r"], "`--data` is missing: a data file"),
         (["--data=d.jsonl", "--report", "r"], "`--model` is missing: the folder or Hub name"),
         (["--model", "m", "--data", "d.jsonl"], "`--report` is missing"),
         (["--model", "m", "--data", "d.jsonl", "--report", "r", "--max_tokens", "-1"], "must not be negative"),
@@ -58,6 +58,7 @@ def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
 )
 def test_refusals(argv, message, tmp_path, monkeypatch, no_accelerator):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").touch()
     with pytest.raises(RecipeError, match=message):
         read_diagnosis(argv)
 
@@ -65,7 +66,8 @@ def test_refusals(argv, message, tmp_path, monkeypatch, no_accelerator):
 def test_what_is_no_data_is_told(checkpoint, tmp_path, monkeypatch, capsys, no_accelerator):
     monkeypatch.chdir(tmp_path)
     for data, message in (
-        ("gone.jsonl", "there is no such file"),
+        ("gone.jsonl", "`--data gone.jsonl`: there is no such file"),
+        ("nodata", "Cannot load `--data nodata`: "),
         (write(tmp_path / "odd.jsonl", [{"x": 1}]), "of its columns x"),
     ):
         with pytest.raises(SystemExit) as stopped:

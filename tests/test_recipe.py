@@ -12,12 +12,14 @@ from typing import get_type_hints
 import pytest
 import torch
 import transformers
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from bl_trainer import BLConfig, Threshold
 from bl_trainer.cli import arguments_of, main
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.errors import DependencyError, RecipeError
 from bl_trainer.objectives.objective import OBJECTIVES
 from bl_trainer.recipe.fields import KINDS, SOURCES, fields_of, objective_parameters, recipe_fields
@@ -56,7 +58,9 @@ def test_reads_file_and_command_line(write):
     assert recipe.training.threshold == {"below": 0.9}
     assert recipe.peft_config.r == 8
     assert recipe.training.max_steps == 3
-    assert Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}']).training.objective["alpha"] == 2
+    recipe = Recipe.read([*argv, "--objective", '{"name": "power", "alpha": 2}', "--no-gradient-checkpointing", "--packing"])
+    assert recipe.training.objective["alpha"] == 2
+    assert (recipe.training.gradient_checkpointing, recipe.training.packing) == (False, True)
 
 
 def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
@@ -64,6 +68,14 @@ def test_the_arguments_of_the_trainer_leave_the_recipe_as_it_is(write):
     assert arguments_of(recipe).model_init_kwargs == {**recipe.model_init_kwargs(), "pad_token_id": 0}
     assert arguments_of(recipe).model_init_kwargs["dtype"] == "bfloat16"
     assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
+
+
+def test_mappings_may_be_json_text(write):
+    """A file may spell them so too; what they hold is checked as a mapping's."""
+    recipe = Recipe.read([*write(model_init_kwargs='{"pad_token_id": 0}'), "--lr_scheduler_kwargs", "{}"])
+    assert recipe.training.model_init_kwargs == {"pad_token_id": 0}
+    with pytest.raises(RecipeError, match="A token in `model_init_kwargs` would be logged"):
+        Recipe.read([*write(), "--model_init_kwargs", '{"token": "x"}'])
 
 
 TAKEN = {
@@ -305,7 +317,7 @@ def test_data_that_is_not_there(changes, message, write, tmp_path, capsys):
 
 def test_data_without_a_format(write, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    with pytest.raises(RecipeError, match="TRL can't make a training text of its columns answer, question"):
+    with pytest.raises(RecipeError, match="Rename `question` to `prompt` and `answer` to `completion`, or write"):
         Recipe.read(write(dataset_name=str(tmp_path / "data.jsonl"))).load_datasets()
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecipeError, match=r"Cannot load `dataset_name: .*empty\.jsonl`: a file is empty"):
@@ -457,6 +469,37 @@ def test_what_the_libraries_find_is_told_at_once_too(write):
     assert "\n  - `metric_for_best_model: eval_nlll` is not reported." in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "starts"),
+    [
+        ({"objective": "negp", "threshold": 2}, ["Unknown objective 'negp'.", "`threshold` `above` must be"]),
+        (
+            {"loss_type": "dft", "label_smoothing_factor": 0.1},
+            ["`loss_type: dft`", "`label_smoothing_factor: 0.1`"],
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_of_the_configuration_are_told_at_once(wrong, starts, write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(**wrong))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "There are 2 mistakes in the configuration:"
+    for line, start in zip(lines, starts, strict=True):
+        assert start in line
+
+
+def test_the_launcher_is_told_what_went_wrong(write, tmp_path, monkeypatch, capsys):
+    """torchrun's report ends with it; of the processes the first alone writes it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        main(["train", *write(lerning_rate=1)])
+    assert "error" not in capsys.readouterr().err
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["message"].startswith("Unknown recipe key 'lerning_rate'. Did you mean 'learning_rate'?")
+
+
 def test_fields_are_those_of_the_dataclasses():
     """Names, classes, choices and defaults, as the installed versions' parser has them."""
     actions = {action.dest: action for action in reversed(Parser(DATACLASSES)._actions) if action.dest != "help"}
@@ -468,7 +511,8 @@ def test_fields_are_those_of_the_dataclasses():
     for each in (each for cls in DATACLASSES for each in fields(cls)):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
-    assert {f.name for f in fields(DatasetConfig)} == fields_of("DatasetConfig").keys()
+    for cls in (DatasetConfig, DiagnoseArguments):
+        assert {f.name for f in fields(cls)} == fields_of(cls.__name__).keys()
     parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
     assert objective_parameters() == parameters
     assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys()

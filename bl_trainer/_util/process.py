@@ -1,6 +1,9 @@
 """Which of the launched processes this is, by the variables that torchrun and accelerate set."""
 
+import json
 import os
+import time
+from pathlib import Path
 
 
 def is_launched() -> bool:
@@ -26,3 +29,11 @@ def is_first() -> bool:
 def is_first_here() -> bool:
     """Whether this is the first process on its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def tell_launcher(message: str) -> None:
+    """Give torchrun the message that its report of a failed process ends with, where it asks for one."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and Path(path).parent.is_dir():
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")

@@ -26,7 +26,10 @@ class DiagnoseArguments:
         default=None,
         metadata={"help": "Model folder or Hub name; with --data in place of a recipe, for users of other trainers."},
     )
-    data: str | None = field(default=None, metadata={"help": "JSONL file, data folder or Hub name, in place of a recipe."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Data file (JSONL, JSON, Parquet, CSV, text), folder or Hub name, instead of a recipe."},
+    )
     report: str | None = field(default=None, metadata={"help": "Folder for the report."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a report that is there already."})
     max_tokens: int = field(default=500_000, metadata={"help": "Target tokens to measure, as a random sample. 0 measures all."})
@@ -122,7 +125,7 @@ def _spelled_out(argv: list[str], given: set[str]) -> list[str]:
     """Return the command line with the recipe keys that `--model` and `--data` mean."""
     for other in sorted(given & {"config", *NAMED.values()}):
         raise RecipeError(f"Cannot use `--{other}` with `--model` and `--data`: they take its place. Keep one or the other.")
-    for name, what in (("model", "the folder or Hub name of the model"), ("data", "a JSONL file, a folder or a Hub name")):
+    for name, what in (("model", "the folder or Hub name of the model"), ("data", "a data file, a folder or a Hub name")):
         if name not in given:
             raise RecipeError(f"`--{name}` is missing: {what}. Write `--model MODEL --data DATA.jsonl`.")
     keys = [re.sub(rf"^--({'|'.join(NAMED)})(?==|$)", lambda match: f"--{NAMED[match[1]]}", arg) for arg in argv]

@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def convert(options: ConvertArguments) -> tuple[str, list[str]]:
-    """Write the recipe, and its chat template beside it; returns what was done, and what now trains otherwise.
+    """Write the recipe, and its chat template beside it. Returns what was done, and what now trains otherwise.
 
     Raises RecipeError where a file would be overwritten, and on a recipe that can't be trained as it was meant.
     """

@@ -188,7 +188,13 @@ def _configs(draft: Draft, value: Any) -> None:
 
 
 def _unless_mixed(take: Handler) -> Handler:
-    return lambda draft, value: None if "dataset_mixer" in draft.old else take(draft, value)
+    """Return what takes a key unless `dataset_mixer` takes it with its own."""
+
+    def handle(draft: Draft, value: Any) -> None:
+        if "dataset_mixer" not in draft.old:
+            take(draft, value)
+
+    return handle
 
 
 def _warmup(draft: Draft, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DependencyError
 
-# Dataclasses of recipe keys -> where their sources are
+# Dataclasses of recipe keys, and of a verb's options -> where their sources are
 SOURCES = {
     "ScriptArguments": ("trl", "scripts/utils.py"),
     "BLConfig": ("bl_trainer", "training/config.py"),
@@ -19,6 +19,7 @@ SOURCES = {
     "DatasetConfig": ("trl", "scripts/utils.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
+    "DiagnoseArguments": ("bl_trainer", "diagnosis/options.py"),
 }
 RECIPE = ("ScriptArguments", "BLConfig", "ModelConfig", "DatasetMixtureConfig")
 OBJECTIVES = ("objectives/functions.py", "objectives/published.py")

@@ -10,7 +10,14 @@ FLASH = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa",
 
 def _losing(key: str, why: str) -> Handler:
     """Return what notes a key that changes training, unless it is switched off."""
-    return lambda draft, value: draft.lose(key, why) if value else draft.drop(key, "it is switched off")
+
+    def handle(draft: Draft, value: Any) -> None:
+        if value:
+            draft.lose(key, why)
+        else:
+            draft.drop(key, "it is switched off")
+
+    return handle
 
 
 def _evaluates(draft: Draft, size: Any, key: str) -> None:

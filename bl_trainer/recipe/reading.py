@@ -1,6 +1,5 @@
 """A recipe as its file and the command line give it: every wrong key and value is found before any library is loaded."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .._util.text import listed, nearest, sentence, without_secrets
+from .._util.text import from_json, listed, nearest, sentence, without_secrets
 from ..errors import RecipeError
 from .fields import Field, fields_of, objective_parameters, recipe_fields
 from .keys import NAMES, RENAMED, REPLACED
@@ -159,14 +158,6 @@ def _take_words(keys: Keys, key: str, words: list[str]) -> None:
     extra = [] if takes_list else words[1:]
     keys.faults += [f"Cannot use the argument {word!r}: `--{key}` takes one value." for word in extra]
     value: Any = words if takes_list else words[0] if words else True
-    if isinstance(value, str) and value.lstrip().startswith(("{", "[")) and {dict, list} & field.kinds:
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            if key not in OWN_READERS:
-                keys.faults.append(f"`{key}` is not valid JSON ({error}): {value}.")
-            keys.given.add(key)
-            return
     if isinstance(value, str) and value.lower() in ("none", "null") and str not in field.kinds:
         value = None
     _take(keys, key, value)
@@ -178,7 +169,7 @@ def _take(keys: Keys, key: str, value: Any) -> Any:
     keys.values.pop(key, None)
     try:
         value = _checked(recipe_fields()[key], value)
-        keys.values[key] = _number(recipe_fields()[key], value)
+        keys.values[key] = _meant(recipe_fields()[key], value)
     except RecipeError as error:
         keys.faults.append(str(error))
     return value
@@ -212,8 +203,13 @@ def _checked(field: Field, value: Any) -> Any:
     return value
 
 
-def _number(field: Field, value: Any) -> Any:
-    """Return the number or truth value that a text stands for where the key takes no text. Raises RecipeError."""
+def _meant(field: Field, value: Any) -> Any:
+    """Return the number or truth value that a text stands for where the key takes no text, and the mapping that JSON spells.
+
+    Raises RecipeError on a text that stands for none.
+    """
+    if dict in field.kinds and field.name not in OWN_READERS:
+        return from_json(field.name, value, '{"key": "value"}')
     if not isinstance(value, str) or str in field.kinds or not {bool, int, float} & field.kinds:
         return value
     for kind in (int, float):

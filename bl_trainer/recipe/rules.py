@@ -150,7 +150,7 @@ def packages_are_installed(keys: "Keys") -> Iterator[str]:
 
 def trackers_are_installed(keys: "Keys") -> Iterator[str]:
     asked: Any = keys["report_to"] or []
-    for name in asked if isinstance(asked, list) else [asked]:
+    for name in map(str, asked if isinstance(asked, list) else [asked]):
         if name in ("all", "none"):
             continue
         what = f"Cannot report to `report_to: {name}`"

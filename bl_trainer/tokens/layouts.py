@@ -34,6 +34,9 @@ TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
 # Columns that TRL would take for a layout of their own where they stand beside the one that is trained
 RIVALS = ("prompt", "completion", "chosen", "rejected", *CHATS)
+# What columns of questions and of their answers are often called
+QUESTIONS = ("prompt", "question", "instruction", "query", "problem", "input")
+ANSWERS = ("completion", "answer", "response", "output", "solution")
 
 
 _checked: WeakKeyDictionary[Dataset, set[tuple[tuple[str, ...], bool]]] = WeakKeyDictionary()  # columns without a fault
@@ -177,9 +180,19 @@ def _no_layout(first: dict[str, Any], where: str, text_field: str, others: list[
             f"Cannot train on {where}: `dataset_text_field: {text_field}` names no column of it; it has {columns}. {advice}."
         )
     return RecipeError(
-        f"Cannot train on {where}: TRL can't make a training text of its columns {columns}. Rename them to prompt and "
-        "completion, to messages or to text, or write `dataset_text_field: ...`."
+        f"Cannot train on {where}: TRL can't make a training text of its columns {columns}. {_renaming(first)}, or write "
+        "`dataset_text_field: ...`."
     )
+
+
+def _renaming(first: dict[str, Any]) -> str:
+    """Return which columns to rename, by the names that questions and their answers usually have."""
+    asked = next((key for key in QUESTIONS if key in first), None)
+    answered = next((key for key in ANSWERS if key in first), None)
+    if asked and answered:
+        pairs = [(asked, "prompt"), (answered, "completion")]
+        return "Rename " + " and ".join(f"`{old}` to `{new}`" for old, new in pairs if old != new)
+    return "Rename a column of texts to `text`, one of chats to `messages`, or two to `prompt` and `completion`"
 
 
 def are_chats(first: dict[str, Any], columns: tuple[str, ...], text_field: str | None = None) -> bool:

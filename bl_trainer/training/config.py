@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .._util.text import SECRETS
+from .._util.text import SECRETS, listed
 from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.spec import named
@@ -118,6 +118,20 @@ class BLConfig(SFTConfig):
                 raise (error if f"`{key}" in said else RecipeError(f"`{key}`: {said}")) from error.__cause__
         return known[key][1]
 
+    def _parsed_both(self) -> tuple[Objective, Threshold]:
+        """Return the objective and the threshold. Raises RecipeError with the mistakes of both."""
+        faults = []
+        for key in ("objective", "threshold"):
+            try:
+                getattr(self, f"parsed_{key}")
+            except RecipeError as error:
+                faults.append(error)
+        if len(faults) > 1:
+            raise RecipeError(listed([*map(str, faults)], "the configuration"))
+        if faults:
+            raise faults[0]
+        return self.parsed_objective, self.parsed_threshold
+
     def _keep_as_written(self, key: str, parsed: Objective | Threshold) -> None:
         """Keep the key fit for JSON, and what it was parsed to."""
         if isinstance(getattr(self, key), Threshold):
@@ -129,7 +143,7 @@ class BLConfig(SFTConfig):
         for old, new in RENAMED.items():  # TRL's defaults go by the old names, of which transformers warns
             if getattr(self, new, None) is None and hasattr(self, new):
                 setattr(self, new, getattr(self, old))
-        objective, threshold = self.parsed_objective, self.parsed_threshold
+        objective, threshold = self._parsed_both()
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)
         chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"

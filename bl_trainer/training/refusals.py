@@ -1,6 +1,7 @@
 """What would train something else than the recipe says: each is refused by name, before the model loads where that can be."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,39 +13,45 @@ from transformers.utils import is_liger_kernel_available
 
 from .._util.peft import ModulesToSaveWrapper, check_target_module_exists
 from .._util.process import is_parallel
+from .._util.text import listed
 from .._util.transformers import balancing_loss_of
-from ..errors import DependencyError, RecipeError
+from ..errors import RecipeError
 
 
 def refuse_bypass(args: Any) -> None:
-    """Raise RecipeError if `args`, or the environment, would train something else than is said."""
+    """Raise RecipeError with all that `args` has, and the environment, that would train something else than is said."""
+    if faults := [*_bypasses(args)]:
+        raise RecipeError(listed(faults, "the configuration"))
+    refuse_launcher(args)
+
+
+def _bypasses(args: Any) -> Iterator[str]:
     loss_head = getattr(args, "loss_head", "auto")
     if loss_head not in ("auto", "trl"):
-        raise RecipeError(f"`loss_head: {loss_head}` is unknown. Write `auto` or `trl`.")
+        yield f"`loss_head: {loss_head}` is unknown. Write `auto` or `trl`."
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type != "nll":
         same = " (`objective: neg_p` has the gradient of dft)" if loss_type == "dft" else ""
-        raise RecipeError(f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}.")
+        yield f"`loss_type: {loss_type}` would change the objective. Remove it and choose by `objective`{same}."
     if args.label_smoothing_factor:
-        raise RecipeError(
+        yield (
             f"`label_smoothing_factor: {args.label_smoothing_factor}` would replace the objective by label-smoothed NLL. "
             "Remove it."
         )
     if getattr(args, "eval_packing", None) and not (args.packing or args.packing_strategy == "wrapped"):
-        raise RecipeError(
+        yield (
             "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
             "it, or write `packing: true`."
         )
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise DependencyError("Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`.")
+        yield "Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`."
     liger = args.liger_kernel_config or {}
     for key in ("fused_linear_cross_entropy", "cross_entropy"):
         if liger.get(key):
-            raise RecipeError(
+            yield (
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
-    refuse_launcher(args)
 
 
 def refuse_launcher(args: TrainingArguments) -> None:
