@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .diagnosis.api import diagnose
     from .errors import BLError, CheckpointError, DependencyError, LossError, MeasurementError, RecipeError
+    from .evaluation.api import evaluate
     from .losses import LossMetrics, as_loss, fused_objective, per_token
     from .objectives import Objective, Threshold
     from .recipe import Recipe
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "as_loss",
     "diagnose",
+    "evaluate",
     "fused_objective",
     "per_token",
 ]
@@ -46,6 +48,7 @@ _ROOMS = {
     "Threshold": "objectives",
     "as_loss": "losses",
     "diagnose": "diagnosis.api",
+    "evaluate": "evaluation.api",
     "fused_objective": "losses",
     "per_token": "losses",
 }

@@ -3,20 +3,27 @@
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from bl_trainer import BLTrainer
+from bl_trainer._util.transformers import TRACKERS
 from bl_trainer.cli import main
-from bl_trainer.training.card import before_and_after, is_ours, write_card
+from bl_trainer.recipe.keys import DATACLASSES
+from bl_trainer.recipe.parser import Parser
+from bl_trainer.training.card import before_and_after, is_ours, snippet, write_card
 from bl_trainer.training.checkpoints import RECORD_FILE
+from bl_trainer.training.merge import MergeArguments
 from bl_trainer.training.metrics_log import group
-from bl_trainer.training.next_steps import CHECKPOINTS
+from bl_trainer.training.next_steps import CHECKPOINTS, next_steps
 from conftest import make_mixtral, write_recipe
 from ways import build, train
 
@@ -26,7 +33,7 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lea
 def answer_of(card, capsys):
     """Run the Python lines of a card and return what they print."""
     (code,) = re.findall(r"```python\n(.*?)```", Path(card).read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code.strip().splitlines()) == 4, "three lines, and an empty one"
+    assert all(len(line) < 130 for line in code.splitlines())
     capsys.readouterr()
     exec(code, {})
     return capsys.readouterr().out
@@ -109,7 +116,7 @@ def test_card_of_names_on_the_hub(tmp_path):
     assert card.data.base_model == "org/base"
     assert "a fine-tuned version of [org/base](https://huggingface.co/org/base), trained on `org/a, org/b`" in card.text
     assert 'model="me/mine"' in card.text
-    assert 'generator("What' in card.text
+    assert 'prompt = "What' in card.text
     assert "## Evaluation" not in card.text
     write_card(tmp_path / "README.md", record, "mine", "me/mine", chats=False, data="org/data")
     assert "trained on [org/data](https://huggingface.co/datasets/org/data)" in ModelCard.load(tmp_path / "README.md").text
@@ -175,3 +182,39 @@ def test_loss_is_nll_or_the_log_says_why_not(options, reason, tokenizer, text_da
 def test_experts_add_their_own_loss(tokenizer, text_data, tmp_path, capsys):
     train(BLTrainer, tokenizer, text_data, tmp_path, model=make_mixtral(tokenizer), max_steps=1, logging_steps=1)
     assert "`loss` is not `nll` here: it has the auxiliary loss of the experts." in capsys.readouterr().out
+
+
+# docs/guide/after_training.md and docs/guide/tracking.md
+
+DOCS = Path(__file__).parents[1] / "docs" / "guide"
+AFTER, TRACKING = ((DOCS / name).read_text(encoding="utf-8") for name in ("after_training.md", "tracking.md"))
+
+
+def test_page_shows_the_last_lines_and_the_card_of_the_quickstart(tmp_path, monkeypatch):
+    shown = re.search(r"```text\n.*?\n(.*?)```", AFTER, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((DOCS.parent / "configs/quickstart.yaml").read_text())
+    data, run = tmp_path / recipe["dataset_name"], tmp_path / recipe["output_dir"]
+    data.mkdir(parents=True)
+    run.mkdir()
+    (data / "test.jsonl").write_text('{"prompt": [], "completion": []}\n')
+    (run / "adapter_config.json").write_text("{}")
+    args = SimpleNamespace(output_dir=recipe["output_dir"], push_to_hub=False)
+    lines = next_steps(SimpleNamespace(args=args, recipe=recipe), ["--config", "configs/quickstart.yaml"])
+    assert shown.splitlines() == lines
+    assert f"```python\n{snippet(recipe['output_dir'], chats=True)}\n```" in AFTER
+    assert re.findall(r"^bl-trainer merge .*", AFTER, re.M) == [lines[3].split(": ", 1)[1].strip()]
+    assert {f"--{field.name}" for field in fields(MergeArguments) if field.init} == {*re.findall(r"^\| `(--\w+)`", AFTER, re.M)}
+
+
+def test_page_of_tracking_names_what_there_is():
+    rows = re.findall(r"^\| `(\w+)` \|", TRACKING, re.M)
+    assert {*rows} == {"loss", "nll", "target_prob", "kept_fraction", "gradient_weight", "objective_alpha"}
+    assert {group(name) for name in rows} <= {None, *(f"objective/{name.removeprefix('objective_')}" for name in rows)}
+    known = Parser(DATACLASSES).known
+    for block in re.findall(r"```yaml\n(.*?)```", TRACKING, re.DOTALL):
+        keys = yaml.safe_load(block)
+        assert keys.keys() <= {*known}
+        reported = keys["report_to"] if isinstance(keys["report_to"], list) else [keys["report_to"]]
+        assert {*reported} <= TRACKERS.keys()
+    assert {*re.findall(r"`(objective/\w+)`", TRACKING)} <= {group(name) for name in [*rows, "eval_nll"]}

@@ -55,7 +55,7 @@ def test_says_what_trains_in_one_line(tokenizer, text_data, tmp_path, capsys):
     lines = [line for line in said.splitlines() if line.startswith("Training:")]
     tokens = sum(len(tokenizer(row["text"])["input_ids"]) + 1 for row in text_data)
     what = "Training: objective nll, no threshold, loss head bl_trainer's own"
-    assert lines == [f"{what}; 32 rows of {tokens:,} tokens, 1 steps on 1 cpu process."]
+    assert lines == [f"{what}; 32 rows of {tokens:,} tokens, 1 step on 1 cpu process."]
     build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, loss_head="trl").train()
     assert "loss head TRL's, since `loss_head: trl` asks for it; " in capsys.readouterr().out
 

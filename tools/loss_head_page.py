@@ -133,7 +133,7 @@ def head_of(args: Any) -> str:
     return "own" if reason is None else f"TRL's, since {reason}"
 
 
-def main(folder: str = str(ROOT / "docs")) -> None:
+def main(folder: str = str(ROOT / "docs" / "reference")) -> None:
     """Put the tables between their markers."""
     page = (ROOT / "docs" / "reference" / "loss-head.md").read_text()
     with tempfile.TemporaryDirectory() as output:

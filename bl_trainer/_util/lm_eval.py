@@ -9,14 +9,15 @@ from typing import Any
 
 from accelerate import Accelerator
 from lm_eval import evaluator
+from lm_eval.evaluator import get_git_commit_hash
 from lm_eval.tasks._yaml_loader import load_yaml
 
-__all__ = ["ATTRIBUTES", "NAMES", "evaluator", "load_yaml", "share_out", "without_git"]
+__all__ = ["ATTRIBUTES", "NAMES", "get_git_commit_hash", "load_yaml", "share_out", "without_git"]
 
 # Names -> what breaks without them
 NAMES = {
     "load_yaml": "tasks whose data `--data` gives, and the refusal of a broken task file",
-    "evaluator": "an evaluation outside of a git repository, without git's complaint",
+    "get_git_commit_hash": "an evaluation outside of a git repository, without git's complaint",
 }
 
 # Attributes of an `HFLM` -> what then breaks
@@ -35,9 +36,8 @@ def share_out(lm: Any, accelerator: Accelerator) -> None:
 @contextmanager
 def without_git() -> Iterator[None]:
     """Let the harness not ask git for the commit of the working folder, which it would note and we don't read."""
-    asked = evaluator.get_git_commit_hash
     evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = asked
+        evaluator.get_git_commit_hash = get_git_commit_hash

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.integrations import integration_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
@@ -29,9 +30,9 @@ __all__ = [
     "TrainOutput",
     "balancing_loss_of",
     "has_length",
-    "integration_utils",
     "is_deepspeed_zero3_enabled",
     "jit_checkpoint_callback",
+    "rewrite_logs",
     "tracked_as",
 ]
 
@@ -39,7 +40,7 @@ BALANCED = {"gate_logits", "num_experts", "top_k", "attention_mask"}  # paramete
 
 # Names -> what breaks without them
 NAMES = {
-    "integration_utils": "the group `objective` in trackers",
+    "rewrite_logs": "the group `objective` in trackers",
     "Conv1D": "the names of GPT-2's linear layers in an error about `lora_target_modules`",
     "EvalLoopOutput": "metrics of an evaluation",
     "TrainOutput": "a run that has all its steps",
@@ -91,15 +92,14 @@ def balancing_loss_of(model: Any) -> Callable[..., Any] | None:
 @contextmanager
 def tracked_as(rename: Callable[[str], str | None]) -> Iterator[None]:
     """Let trackers log each metric under the name that `rename` gives its key; where that is None under their own."""
-    rewrite = integration_utils.rewrite_logs
 
     def rewritten(logs: dict[str, Any]) -> dict[str, Any]:
         renamed = {key: name for key in logs if (name := rename(key))}
         others = {key: value for key, value in logs.items() if key not in renamed}
-        return rewrite(others) | {name: logs[key] for key, name in renamed.items()}
+        return rewrite_logs(others) | {name: logs[key] for key, name in renamed.items()}
 
     integration_utils.rewrite_logs = rewritten
     try:
         yield
     finally:
-        integration_utils.rewrite_logs = rewrite
+        integration_utils.rewrite_logs = rewrite_logs

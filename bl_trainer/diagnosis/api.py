@@ -2,23 +2,31 @@
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .._util.text import sentence
+from .._util.text import nearest, sentence
 from ..errors import RecipeError
-from .options import read_diagnosis
+from ..objectives.spec import named
+from ..training.trainer import BLTrainer
+from .of_trainer import diagnose_trainer
+from .options import DiagnoseArguments, read_diagnosis
 from .page import write_report
+from .report import Report
 from .run import Diagnosis
 
 
-def diagnose(recipe: str | Path | Mapping[str, Any] | None = None, report: str | Path | None = None, **options: Any) -> Any:
+def diagnose(
+    recipe: str | Path | Mapping[str, Any] | BLTrainer | None = None, report: str | Path | None = None, **options: Any
+) -> Report:
     """Measure where a model and data stand on the continuum, and return the report.
 
     Args:
-        recipe: The path of a recipe, or its keys with their values, as YAML has them. None with `model` and `data`.
+        recipe: The path of a recipe, or its keys with their values, as YAML has them. None with `model` and `data`. Or a
+            `BLTrainer`, whose model is measured as it is now, on its prepared rows; it trains afterwards as before.
         report: The folder to write the report to; None writes nothing.
         options: Those of `DiagnoseArguments`, such as `max_tokens=100_000` or `compare="out/model"`. `model="M"` and
             `data="D.jsonl"` take the place of a recipe. None and an empty list leave an option at its default.
@@ -31,25 +39,46 @@ def diagnose(recipe: str | Path | Mapping[str, Any] | None = None, report: str |
         MeasurementError: On a measurement that is no number, or has no target token.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        path = recipe
-        if isinstance(recipe, Mapping):
-            path = Path(scratch) / "recipe.yaml"
-            path.write_text(_yaml(recipe), encoding="utf-8")
-        argv = ["--report", str(report or Path(scratch) / "report")]
-        if path is not None:
-            argv += ["--config", str(path)]
-        for key, value in options.items():
-            values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-            argv += [f"--{key}", *map(str, values)] if values else []
-        diagnosis = Diagnosis(read_diagnosis(argv))
-        found = diagnosis.run()
-        if report is not None and diagnosis.trainer.is_world_process_zero():
-            write_report(found, str(report))
+        folder = str(report or Path(scratch) / "report")
+        if isinstance(recipe, BLTrainer):
+            found, writes = diagnose_trainer(recipe, _checked({"report": folder, **options}))
+        else:
+            diagnosis = Diagnosis(read_diagnosis(_argv(recipe, Path(scratch), {"report": folder, **options})))
+            found, writes = diagnosis.run(), diagnosis.trainer.is_world_process_zero()
+        if report is not None and writes:
+            write_report(found, folder)
     return found
+
+
+def _checked(options: dict[str, Any]) -> DiagnoseArguments:
+    """Return options given by name. Raises RecipeError on one that there is not, or a wrong value."""
+    known = [field.name for field in fields(DiagnoseArguments)]
+    for key in options:
+        if key not in known:
+            raise RecipeError(f"Unknown option {key!r}.{nearest(key, known)} Options of `diagnose`: {', '.join(known)}.")
+    made = DiagnoseArguments(**options)
+    made.check()
+    return made
+
+
+def _argv(recipe: str | Path | Mapping[str, Any] | None, scratch: Path, options: dict[str, Any]) -> list[str]:
+    """Return the command line that means the same; a mapping is written into `scratch`."""
+    argv: list[str] = []
+    if isinstance(recipe, Mapping):
+        path = scratch / "recipe.yaml"
+        path.write_text(_yaml(recipe), encoding="utf-8")
+        argv += ["--config", str(path)]
+    elif recipe is not None:
+        argv += ["--config", str(recipe)]
+    for key, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        argv += [f"--{key}", *map(str, values)] if values else []
+    return argv
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in recipe.items()}
+    plain |= {"objective": named(recipe["objective"])} if "objective" in recipe else {}
     try:
         return yaml.safe_dump(plain)
     except yaml.YAMLError as error:

@@ -1,5 +1,7 @@
 """The evaluate verb: checkpoints on the tasks of lm-evaluation-harness and on data of one's own, compared item by item."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from .._util.process import is_first
@@ -17,6 +19,17 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any]:
     """Run every task on every checkpoint, but for what `output` holds already; print a table, return what results.json holds.
 
     Raises RecipeError on what can't be evaluated. Of several processes the first one alone has the results.
+    """
+    results = run_tasks(options, say=functools.partial(print, flush=True))
+    if is_first():
+        print(table(results))
+    return results.content()
+
+
+def run_tasks(options: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> Results:
+    """Run every task on every checkpoint, but for what `output` holds already; `say` takes a line after each.
+
+    Raises RecipeError on what can't be evaluated.
     """
     options.check()
     checkpoints = options.checkpoints()
@@ -41,9 +54,8 @@ def evaluate(options: EvaluateArguments) -> dict[str, Any]:
             found, chat = run(lm, loaded[task], tasks)
             if found is not None:  # None in all processes but the first
                 results.add(checkpoint, task, found, chat)
-                print(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.", flush=True)
+                say(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.")
         del lm  # before the next one is loaded
     if is_first():
         results.write()
-        print(table(results))
-    return results.content()
+    return results

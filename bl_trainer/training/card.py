@@ -15,7 +15,8 @@ MEASURED = ("nll", "perplexity", "target_prob", "mean_token_accuracy")
 SNIPPET = """from transformers import pipeline
 
 generator = pipeline("text-generation", model={model})
-print(generator({prompt}, max_new_tokens=64, do_sample=False, return_full_text=False)[0]["generated_text"])"""
+prompt = {prompt}
+print(generator(prompt, max_new_tokens=64, do_sample=False, return_full_text=False)[0]["generated_text"])"""
 
 QUESTION = "What is the capital of France?"
 

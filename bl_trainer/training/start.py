@@ -26,7 +26,7 @@ def _lines(trainer: Any, steps: int) -> Iterator[str]:
     accelerator = trainer.accelerator
     many = accelerator.num_processes
     devices = f"{many} {accelerator.device.type} {'process' if many == 1 else 'processes'}"
-    yield f"Training: {what}; {_size(trainer.train_dataset)}, {steps:,} steps on {devices}."
+    yield f"Training: {what}; {_size(trainer.train_dataset)}, {steps:,} step{'' if steps == 1 else 's'} on {devices}."
     if trainer.reference is not None:
         source = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
         yield f"Reference: {source}."
