@@ -28,7 +28,7 @@ from bl_trainer.cli import main
 from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.evaluation.task_files import metrics_of
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.sweep import guard
+from bl_trainer.sweep import guard, process
 from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
 from bl_trainer.sweep.budget import shortened, shortened_to
 from bl_trainer.sweep.cost import Spent, time_text
@@ -426,6 +426,49 @@ def test_a_guard_ends_its_command_when_its_stdin_closes(tmp_path):
     process.stdin.close()
     assert process.wait(timeout=120) == 1
     assert not arms_of(tmp_path)
+
+
+def test_a_session_that_was_noted_is_stopped_unless_its_id_is_anothers(tmp_path):
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    began = psutil.Process(process.pid).create_time()
+    (tmp_path / guard.NOTE).write_text(f"{process.pid} {began - 100}")
+    assert guard.stop(str(tmp_path)) == []
+    (tmp_path / guard.NOTE).write_text(f"{process.pid} {began}")
+    assert guard.stop(str(tmp_path)) == [process.pid]
+    assert process.wait(timeout=60) < 0
+    (tmp_path / guard.NOTE).write_text("torn")
+    assert guard.stop(str(tmp_path)) == []
+
+
+class Server:
+    """A fork server whose processes end as `ends` says."""
+
+    def __init__(self, ends):
+        self.ends, self.exitcode = ends, ends
+
+    def set_forkserver_preload(self, modules):
+        assert modules[0] == process.IMPORTS
+
+    def Process(self, target, args):
+        return self
+
+    def start(self):
+        if self.ends is None:
+            raise EOFError
+
+    def join(self):
+        pass
+
+
+def test_runs_start_anew_where_forks_fail(tmp_path, monkeypatch, capsys):
+    for ends in (0, 1, None):
+        monkeypatch.setattr(process, "_server", lambda ends=ends: Server(ends))
+        assert process.starter(tmp_path, False, []) is (process.Forked if ends == 0 else process.Guarded)
+        said = capsys.readouterr().out
+        assert said == ("" if ends == 0 else f"Runs start as new processes, which takes longer: a forked one failed "
+                        f"({tmp_path / 'fork.log'}).\n")  # fmt: skip
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert process.starter(tmp_path, False, []) is process.Guarded
 
 
 def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):

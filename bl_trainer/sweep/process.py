@@ -1,6 +1,7 @@
 """Processes of a sweep's runs: forked after the imports where that works, else new ones under a guard."""
 
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -82,13 +83,14 @@ def starter(folder: Path, needs_gpu: bool, modules: list[str]) -> Start:
     """
     if sys.platform != "linux":
         return Guarded
-    _server().set_forkserver_preload([*modules, IMPORTS])
+    _server().set_forkserver_preload([IMPORTS, *modules])
     log = folder / "fork.log"
     trial = _server().Process(target=_try, args=(needs_gpu, str(log)))
-    trial.start()
-    trial.join()
-    if trial.exitcode == 0:
-        return Forked
+    with contextlib.suppress(EOFError, OSError):  # from a server that the imports have ended
+        trial.start()
+        trial.join()
+        if trial.exitcode == 0:
+            return Forked
     print(f"Runs start as new processes, which takes longer: a forked one failed ({log}).", flush=True)
     return Guarded
 
