@@ -139,7 +139,7 @@ def _say_terminated(trainer: Any) -> None:
     step, steps = trainer.state.global_step, trainer.state.max_steps
     resumes = "The same command" if trainer.args.resume_from_checkpoint else "With `resume_from_checkpoint: true` the command"
     trainer.accelerator.print(
-        f"Stopped by SIGTERM after step {step} of {steps}; checkpoint-{step} is saved. {resumes} goes on from there."
+        f"Stopped by SIGTERM after step {step} of {steps}; checkpoint-{step} is saved. {resumes} resumes from there."
     )
     end(trainer)
 
@@ -208,7 +208,7 @@ def evaluate(argv: list[str]) -> None:
         run(options)
     except KeyboardInterrupt:
         where = options.output if options else None
-        print(f"\nStopped. The same command goes on after the tasks that {where} holds.", file=sys.stderr)
+        print(f"\nStopped. The same command resumes after the tasks that {where} holds.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:  # a mistake is the same in all processes, anything else may be one's own
         fail(error, anywhere=not isinstance(error, RecipeError))
@@ -251,7 +251,7 @@ def prepare_data(argv: list[str]) -> None:
     try:
         prepare(PrepareArguments.read(argv))
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the files that are finished.", file=sys.stderr)
+        print("\nStopped. The same command resumes after the files that are finished.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)

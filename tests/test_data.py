@@ -482,7 +482,7 @@ def test_goes_on_where_it_was_interrupted(math, tmp_path, monkeypatch, capsys):
     with interrupted(monkeypatch, 8) as stopped:
         run("math", out, "--source", math)
     assert stopped.value.code == 130
-    assert "Stopped. The same command goes on after the files that are finished." in capsys.readouterr().err
+    assert "Stopped. The same command resumes after the files that are finished." in capsys.readouterr().err
     assert not out.exists()
     kept = part / "train-00000-of-00003.parquet"
     assert [path.name for path in part.glob("*.parquet")] == [kept.name]

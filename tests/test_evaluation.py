@@ -971,7 +971,7 @@ def test_stopped_by_hand(models, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", *argv, "--output", str(tmp_path / "out")])
     assert caught.value.code == 130
-    assert f"Stopped. The same command goes on after the tasks that {tmp_path / 'out'} holds." in capsys.readouterr().err
+    assert f"Stopped. The same command resumes after the tasks that {tmp_path / 'out'} holds." in capsys.readouterr().err
 
 
 def test_consent_to_code_is_passed_on(models, tmp_path, monkeypatch):

@@ -135,11 +135,11 @@ def test_killed_while_a_checkpoint_is_written(where, name, to, make, kind, kille
         path.unlink()
     code, said = run(make(tmp_path, save_total_limit=2))
     assert code == 0, said
-    found = re.search(r"warning: .*checkpoint-4 is passed over, since its (\S+) (?:is|are) (missing|cut short)", said)
+    found = re.search(r"warning: .*checkpoint-4 is skipped, since its (\S+) (?:is|are) (missing|truncated)", said)
     assert found, said
     expected = "weights" if name == FILE[kind] and to == 0 and where != "manifest" else name
     has_state = where in ("state", "saved", "manifest")
-    assert found.groups() == ((expected, "cut short" if to else "missing") if has_state else ("trainer_state.json", "missing"))
+    assert found.groups() == ((expected, "truncated" if to else "missing") if has_state else ("trainer_state.json", "missing"))
     assert_same(tmp_path, kind, uninterrupted)
 
 
@@ -183,7 +183,7 @@ def test_sigterm_saves_and_stops_and_the_same_command_goes_on(where, number, mak
     code, said = run(recipe, crashing.terminate, where, number)
     step = (number + 1) // 2 if where == "step" else 4
     assert (
-        f"Stopped by SIGTERM after step {step} of 6; checkpoint-{step} is saved. The same command goes on from there." in said
+        f"Stopped by SIGTERM after step {step} of 6; checkpoint-{step} is saved. The same command resumes from there." in said
     )
     assert code == 128 + signal.SIGTERM
     assert not (tmp_path / "out" / FILE[kind]).exists()
@@ -205,7 +205,7 @@ def test_sigterm_keeps_its_checkpoint_beside_the_best(checkpoint, data_folder, t
     assert why_broken(tmp_path / "out" / "checkpoint-5") is None
     code, said = run(recipe)
     assert code == 0, said
-    assert "Going on from" in said
+    assert "Resuming from" in said
 
 
 @SIGTERM
@@ -232,7 +232,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(checkpoint, data_fold
     )
     codes, said = ranks(tmp_path, crashing.run_rank, recipe, crashing.terminate, "step", 3, "1")
     assert "Stopped by SIGTERM after step 3 of 50; checkpoint-3 is saved." in "".join(said), said[0][-3000:]
-    assert "With `resume_from_checkpoint: true` the command goes on from there." in "".join(said)
+    assert "With `resume_from_checkpoint: true` the command resumes from there." in "".join(said)
     assert all(codes)
     assert why_broken(tmp_path / "out" / "checkpoint-3") is None
 
@@ -282,7 +282,7 @@ def test_resuming_in_python_takes_the_last_whole_checkpoint(tokenizer, text_data
     (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").unlink()
     again = build(Ordered, tokenizer, text_data, tmp_path, **options)
     again.train(resume_from_checkpoint=True)
-    assert "checkpoint-6 is passed over, since its optimizer.pt is missing" in capsys.readouterr().err
+    assert "checkpoint-6 is skipped, since its optimizer.pt is missing" in capsys.readouterr().err
     for name, p in weights(whole).items():
         assert torch.equal(weights(again)[name], p), name
     nothing = build(Ordered, tokenizer, text_data, tmp_path / "nothing", **options)
@@ -333,7 +333,7 @@ def test_every_part_of_a_checkpoint_is_missed(tokenizer, text_data, tmp_path):
         for part in (content[:-1], content[: len(content) // 2], b""):
             (folder / name).write_bytes(part)
             if name != "trainer_state.json" or part != content[:-1]:  # its last byte is but the end of the line
-                assert why_broken(folder) == f"its {name} is cut short"
+                assert why_broken(folder) == f"its {name} is truncated"
         (folder / name).write_bytes(content)
     (folder / "checkpoint-is-incomplete.txt").touch()
     assert why_broken(folder) == "it holds checkpoint-is-incomplete.txt"
@@ -362,13 +362,13 @@ def test_a_checkpoint_is_judged_by_its_manifest(tokenizer, text_data, tmp_path):
         assert why_broken(folder) == f"its {name} is missing"
         for part in (content[: len(content) // 2], b"", *([] if name.endswith(".json") else [content[:-1]])):
             (folder / name).write_bytes(part)
-            assert why_broken(folder) == f"its {name} is cut short"
+            assert why_broken(folder) == f"its {name} is truncated"
         (folder / name).write_bytes(content)
         assert why_broken(folder) is None
     (folder / "config.json").write_text("{}")  # by hand
     assert why_broken(folder) is None
     (folder / MANIFEST_FILE).write_text(text[:-9])
-    assert why_broken(folder) == f"its {MANIFEST_FILE} is cut short"
+    assert why_broken(folder) == f"its {MANIFEST_FILE} is truncated"
     (folder / MANIFEST_FILE).write_text("[]")  # which says nothing, so that names are gone by
     assert why_broken(folder) is None
     (folder / "optimizer.pt").unlink()

@@ -1,7 +1,7 @@
 """Find wording that readers must read twice: `python tools/prose.py [FILE ...]`, by default all that a person reads.
 
-It looks at README.md, docs/, the pages' templates, and in bl_trainer/ at help texts and messages of exceptions and warnings. It
-prints file, line and a better wording, and exits with 1 if it finds anything.
+It looks at README.md, docs/, the pages' templates, and the strings of bl_trainer/ but for docstrings. It prints file, line and
+a better wording, and exits with 1 if it finds anything.
 """
 
 import ast
@@ -27,16 +27,17 @@ TELL_TALES = {
     r"\bmean of means\b": "average",
     r"\brulers?\b": "metric",
 }
-CALLS = re.compile(r"Error$|^warn$|^warning$|^field$|^fail$")
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a paragraph."""
-    yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+", text)
+    """Yield the sentences of a paragraph, and of a text of several lines each line's."""
+    yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+|\n+", text)
 
 
 def faults(text: str) -> Iterator[str]:
-    """Yield what is wrong with a paragraph, but for what is code in it."""
+    """Yield what is wrong with a paragraph, but for what is code in it; a pattern is all code."""
+    if "(?" in text:
+        return
     text = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
     for pattern, better in TELL_TALES.items():
         for found in re.findall(pattern, text, re.IGNORECASE):
@@ -83,13 +84,20 @@ def template_texts(template: str) -> Iterator[tuple[int, str]]:
 
 
 def strings(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of the messages of exceptions and warnings, and of help texts."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            given = [*node.args, *(each.value for each in node.keywords)] if CALLS.search(name) else []
-            parts = [part for value in given for part in ast.walk(value) if isinstance(part, (ast.JoinedStr, ast.Constant))]
-            yield from ((part.lineno, _text(part)) for part in parts)
+    """Yield line number and text of every string that is no docstring: messages and help texts among them."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and _has_docstring(node)}
+    parts: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts |= {id(value) for value in node.values}
+        if isinstance(node, (ast.JoinedStr, ast.Constant)) and id(node) not in docstrings | parts:
+            yield node.lineno, _text(node)
+
+
+def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return ast.get_docstring(node) is not None
 
 
 def _text(node: ast.AST) -> str:

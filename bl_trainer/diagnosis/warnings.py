@@ -21,7 +21,7 @@ KINDS_OF_OWN = {"eos": "End tokens", "special": "Special tokens", "template": "T
 def beginning_of_stream(report: Report) -> str | None:
     if not (report.sampled and report.streamed):
         return None
-    return "Only the beginning of the stream was measured: if the data are in some order, it does not stand for the rest."
+    return "Only the beginning of the stream was measured: if the data are in some order, the rest may differ."
 
 
 def weights_left_out(report: Report) -> str | None:

@@ -33,7 +33,7 @@ def refuse_overwriting(folder: Path, plan: ResumePlan, takes_last: bool) -> None
     if takes_last and card in present and is_ours(card):
         present.remove(card)
     if present:
-        go_on = "" if plan.checkpoint or takes_last else "`resume_from_checkpoint: true` to go on with it, or "
+        go_on = "" if plan.checkpoint or takes_last else "`resume_from_checkpoint: true` to resume it, or "
         go_on = go_on if any(folder.glob("checkpoint-*")) else ""
         raise RecipeError(
             f"`output_dir: {folder}` holds {min(present).name}, of an earlier run or your own, which would be overwritten. "

@@ -74,7 +74,7 @@ def intervals_are_positive(keys: "Keys") -> Iterator[str]:
 def checkpoints_hold_what_resuming_needs(keys: "Keys") -> Iterator[str]:
     if keys["save_only_model"] and str(keys["resume_from_checkpoint"]).lower() == "true":
         yield (
-            "`save_only_model: true` leaves out of the checkpoints what `resume_from_checkpoint: true` needs to go on: the "
+            "`save_only_model: true` leaves out of the checkpoints what `resume_from_checkpoint: true` needs: the "
             "optimizer's state and the random numbers. Remove one of them."
         )
 
@@ -114,7 +114,7 @@ def model_is_there(keys: "Keys") -> Iterator[str]:
         base = json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
         yield (
             f"`model_name_or_path: {name}` is an adapter of {base}. Write `model_name_or_path: {base}` to train a new one, "
-            "`resume_from_checkpoint` besides to go on with a checkpoint, or merge the adapter first."
+            "`resume_from_checkpoint` besides to resume a checkpoint, or merge the adapter first."
         )
 
 

@@ -35,7 +35,7 @@ def _mend(path: Path) -> None:
     write_bytes(copy, content)
     write_bytes(path, mended)
     print(
-        f"{path} had a torn line, as a full disk or a power cut leaves it. The sweep goes on without its "
+        f"{path} had a torn line, as a full disk or a power cut leaves it. The sweep continues without its "
         f"{len(content) - len(mended)} bytes. The file as it was is kept in {copy}.",
         flush=True,
     )

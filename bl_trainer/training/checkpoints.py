@@ -95,19 +95,19 @@ def _faults_by_size(checkpoint: Path, sizes: dict[str, int]) -> Iterator[str]:
         if not path.is_file():
             yield f"its {name} is missing"
         elif path.suffix == ".json":  # which may have been edited by hand
-            yield from () if _is_complete(path) else (f"its {name} is cut short",)
+            yield from () if _is_complete(path) else (f"its {name} is truncated",)
         elif path.stat().st_size < size:
-            yield f"its {name} is cut short"
+            yield f"its {name} is truncated"
 
 
 def _faults_by_name(checkpoint: Path) -> Iterator[str]:
     if "global_step" not in (read_json(checkpoint / STATE_FILE) or {}):
-        yield f"its {STATE_FILE} is {'cut short' if (checkpoint / STATE_FILE).exists() else 'missing'}"
+        yield f"its {STATE_FILE} is {'truncated' if (checkpoint / STATE_FILE).exists() else 'missing'}"
     if not any(next(checkpoint.glob(pattern), None) for pattern in WEIGHTS):
         yield "its weights are missing"
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and not _is_complete(path):
-            yield f"its {path.relative_to(checkpoint)} is cut short"
+            yield f"its {path.relative_to(checkpoint)} is truncated"
     for name in _expected(checkpoint):
         if not (checkpoint / name).exists():
             yield f"its {name} is missing"

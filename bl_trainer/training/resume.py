@@ -68,7 +68,7 @@ class ResumePlan:
 
     def say_skipped(self) -> None:
         """Warn on stderr of checkpoints that are skipped."""
-        say(f"{path} is passed over, since {why}: it was not written to its end." for path, why in self.skipped.items())
+        say(f"{path} is skipped, since {why}: it was not written to its end." for path, why in self.skipped.items())
         if self.skipped and self.checkpoint is None:
             say(["no whole checkpoint is left, so training starts anew."])
 
@@ -270,7 +270,7 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
             f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} the examples may come in another order "
             "than in an uninterrupted run."
         )
-    trainer.accelerator.print(f"Going on from {checkpoint}, after step {state.global_step}.")
+    trainer.accelerator.print(f"Resuming from {checkpoint}, after step {state.global_step}.")
 
 
 def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
