@@ -35,8 +35,8 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def faults(text: str) -> Iterator[str]:
-    """Yield what is wrong with a paragraph, but for what is code in it; a pattern is all code."""
-    if "(?" in text:
+    """Yield what is wrong with a paragraph, but for what is code in it; a name or a pattern is all code."""
+    if " " not in text or "(?" in text:
         return
     text = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
     for pattern, better in TELL_TALES.items():

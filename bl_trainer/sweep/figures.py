@@ -33,7 +33,7 @@ def rulers_figure(board: Leaderboard) -> Picture:
 
 def curves_figure(curves: dict[str, Points]) -> Picture:
     """Return the learning curves."""
-    return drawn(partial(_draw_curves, curves), (WIDTH, HEIGHT), "Held-out nll over the steps of training")
+    return drawn(partial(_draw_curves, curves), (WIDTH, HEIGHT), "Test nll over the steps of training")
 
 
 def alphas_figure(alphas: dict[float, tuple[float, Any]], ruler: str) -> Picture:
@@ -78,7 +78,7 @@ def _draw_curves(curves: dict[str, Points], figure: Figure, theme: Any) -> None:
     axes = figure.subplots()
     for k, (name, points) in enumerate(curves.items()):
         axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label=name, color=theme[3][k % len(theme[3])])
-    axes.set(xlabel="step", ylabel="held-out nll, mean over seeds")
+    axes.set(xlabel="step", ylabel="test nll, mean over seeds")
     axes.legend(fontsize=7.5)
 
 

@@ -4,10 +4,12 @@ import csv
 import io
 import shlex
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import yaml
 
+from .. import __version__
 from .._util.files import write_text
 from ..pages.html import Picture, fill
 from .cost import Spent
@@ -100,16 +102,39 @@ def page(board: Leaderboard, folder: Path, command: str) -> str:
     """Return the HTML page."""
     header, rows = comparison(board)
     measured, *explained = _explained(board)
+    lists = _lists(board, folder, command)
+    as_run = lists.pop("Commands", [])
     return fill(
         Path(__file__).parent / "page.html.j2",
-        title=board.verdict(),
+        title=f"{_subject(board)}: {board.verdict()}",
+        subject=_subject(board),
+        date=datetime.now(timezone.utc).date().isoformat(),
+        version=__version__,
+        verdict=board.verdict(),
         measured=measured,
-        header=header,
+        header=[name.replace("_", " ").replace("/", "/\u200b") for name in header],
         rows=rows,
         explained=explained,
-        lists=_lists(board, folder, command),
+        beware=lists.pop("Beware", []),
+        next=_next(board, folder, command),
+        lists={**lists, "Every run's command": as_run[1:]} if as_run else lists,
         **_plots(board, folder),
     )
+
+
+def _subject(board: Leaderboard) -> str:
+    """Return which model and data a sweep compares objectives on."""
+    base = board.plan.base
+    data = base.get("dataset_name") or ", ".join(str(entry.get("path")) for entry in base.get("datasets") or [])
+    return f"{base.get('model_name_or_path')} on {data}"
+
+
+def _next(board: Leaderboard, folder: Path, command: str) -> dict[str, str]:
+    """Return what to do next, and the command for it."""
+    if not board.rows:
+        return {}
+    recipe = shlex.quote(str(folder / "winner.yaml"))
+    return {f"Train the winner, {board.rows[0].name}, at full length:": f"{command} -m bl_trainer train --config {recipe}"}
 
 
 def _plots(board: Leaderboard, folder: Path) -> dict[str, Picture | None]:
@@ -151,14 +176,15 @@ def _spent(board: Leaderboard) -> str:
 def _explained(board: Leaderboard) -> list[str]:
     data = next(iter(board.arms.values()), None)
     lines = [ruler.explanation for ruler in board.rulers if ruler.name in RULERS]
-    measured = f"Measured on {data.examples:,} held-out examples, {data.tokens:,} target tokens." if data else ""
+    measured = f"Measured on {data.examples:,} test examples, {data.tokens:,} target tokens." if data else ""
     return [
         f"{measured} Ranked by {board.plan.rank_by}.",
         *_staged(board),
-        "Each stands for its best setting, chosen by the mean over seeds on the same held-out data. In brackets are 95 % "
-        f"intervals over seeds, or the seeds' values if there are fewer than {MIN_SEEDS}. What it is behind by is paired by "
-        "seed and by held-out example, where there are several of each, and the interval counts both; p is Holm's, for all of "
-        "these comparisons, the interval that of the one.",
+        "Each objective is shown at its best setting. The same test data choose the setting and judge it, for all alike. "
+        f"Brackets hold 95 % intervals over seeds, or the seeds' values where there are fewer than {MIN_SEEDS}.",
+        '"Behind" is the difference from the first row. It is paired by seed and by test example where there are several, and '
+        "its interval counts both. p is the probability of such a difference by chance. p-values are Holm-corrected for all "
+        "rows; intervals are not.",
         *lines,
     ]
 
@@ -169,9 +195,9 @@ def _staged(board: Leaderboard) -> list[str]:
         return []
     length = ", ".join(f"{key} {value:g}" for key, value in board.plan.budget.items())
     return [
-        f"Runs are short ({length}), so that what learns fast looks better than it may be at full length. The first stage ran "
-        f"each setting at seed {board.plan.seeds[0]} and chose the finalists. The table compares these at other seeds, so that "
-        "a lucky seed chooses none and counts for none. Objectives that stopped after the first stage have no place in it."
+        f"Runs are short ({length}). An objective that learns fast looks better in a short run. The first stage ran each "
+        f"setting at seed {board.plan.seeds[0]} and chose the finalists. The table compares these at other seeds, so a lucky "
+        "first seed does not count. Objectives that stopped after the first stage have no rank."
     ]
 
 
@@ -182,7 +208,7 @@ def _warnings(board: Leaderboard) -> list[str]:
         if len(row.arms) < len(board.plan.judging_seeds):
             warnings.append(f"{row.name}: {len(row.arms)} of {len(board.plan.judging_seeds)} seeds finished.")
     if len({(result.examples, result.tokens) for result in board.arms.values()}) > 1:
-        warnings.append("Runs have different numbers of held-out tokens, by their tokenizers. Their metrics can't be compared.")
+        warnings.append("Runs have different numbers of test tokens, by their tokenizers. Their metrics can't be compared.")
     for package, versions in board.mixed_versions().items():
         warnings.append(f"Runs used different versions of {package} ({', '.join(versions)}). Their metrics may differ by it.")
     ruler = RULERS.get(board.plan.rank_by)

@@ -65,20 +65,20 @@ class Ruler:
 RULERS = {
     ruler.name: ruler
     for ruler in (
-        Ruler("accuracy", "higher", SHARE, "share of held-out target tokens that are the model's most probable one", "top1"),
+        Ruler("accuracy", "higher", SHARE, "share of test target tokens that are the model's most probable one", "top1"),
         Ruler(
-            "nll", "lower", (0.0, math.inf), "mean -log p of held-out target tokens, which `nll` itself minimises",
+            "nll", "lower", (0.0, math.inf), "mean -log p of test target tokens, which `nll` itself minimises",
             column="nll", logged="eval_nll", favours="nll",
         ),
         Ruler("perplexity", "lower", (1.0, math.inf), "exp of nll", logged="eval_perplexity", log="nll", favours="nll"),
         Ruler(
-            "target_prob", "higher", SHARE, "mean p of held-out target tokens, which `neg_p` itself maximises",
+            "target_prob", "higher", SHARE, "mean p of test target tokens, which `neg_p` itself maximises",
             column="prob", logged="eval_target_prob", favours="neg_p",
         ),
         Ruler("calibration_error", "lower", SHARE, "expected calibration error of the most probable token"),
         Ruler(
             "drift", "lower", (0.0, math.inf),
-            "KL(base, tuned), nats per target token of the probe set, or of the held-out set without one", column="kl",
+            "KL(base, tuned), nats per target token of the probe set, or of the test set without one", column="kl",
         ),
     )
 }  # fmt: skip
