@@ -48,8 +48,9 @@ $(ADAPTERS)/%/installed: studies/adapters/%.txt constraints.txt
 	$(ADAPTERS)/$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-# Each stack's own training entry on a tiny model, and its gradients against BLTrainer's: not part of `make test`
-adapters: $(VENV)/installed $(STACKS:%=$(ADAPTERS)/%/installed)
+# Fresh installs beside torch alone and each stack; each stack's own training entry on a tiny model, and its gradients against
+# BLTrainer's; what they print is kept in docs/guide/adapters/results.txt. Not part of `make test`
+adapters: $(VENV)/installed $(ADAPTERS)/torch/installed $(STACKS:%=$(ADAPTERS)/%/installed)
 	studies/adapters/run.sh $(BIN) $(ADAPTERS)
 
 quickstart: $(VENV)/weights

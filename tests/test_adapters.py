@@ -1,11 +1,14 @@
 """Adapters: the gradient of `BLTrainer` from transformers' own trainer, and what each stack's adapter refuses."""
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -209,6 +212,14 @@ def test_parallelism_that_splits_rows_is_refused(kind, tokenizer, tmp_path):
         trainer.get_batch_samples(iter([]), 1, "cpu")
 
 
+def test_an_encoder_decoder_is_refused(tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path)
+    attach(trainer, "neg_p")
+    trainer.model.config.is_encoder_decoder = True
+    with pytest.raises(RecipeError, match="the model is an encoder-decoder"):
+        trainer.get_batch_samples(iter([]), 1, "cpu")
+
+
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 0]])
 
 
@@ -374,3 +385,53 @@ def test_verl_finds_the_loss_installed(monkeypatch):
     sys.modules["verl.workers.utils"].losses = losses
     verl.install("neg_p")
     assert isinstance(losses.sft_loss, verl.SFTLoss)
+
+
+# ---- the pages ----------------------------------------------------------------------------------
+
+
+def snippet(stack, language="python"):
+    page = (ROOT / "docs" / "adapters" / f"{stack}.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("stack", ["transformers", "unsloth"])
+def test_snippet_trains(stack, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "0")
+    given = {
+        "Trainer": Trainer, "model": make_llama(tokenizer), "args": TrainingArguments(**options(tmp_path)),
+        "train_dataset": Dataset.from_list(rows(len(tokenizer))), "data_collator": DataCollatorForSeq2Seq(tokenizer),
+    }  # fmt: skip
+    exec(snippet(stack), {**given, "SFTTrainer": partial(Trainer, data_collator=given["data_collator"])}, found := {})
+    assert found["trainer"].state.global_step == 2
+    assert found["trainer"].state.log_history[0]["kept_fraction"] < 1
+
+
+def test_snippets_are_those_of_the_files_that_runs_read():
+    configs = ROOT / "configs" / "adapters"
+    for stack in ("swift", "verl"):
+        assert snippet(stack) in (configs / f"{stack}_objective.py").read_text(encoding="utf-8")
+    config = yaml.safe_load(snippet("axolotl", "yaml"))
+    axolotl.check(config)
+    assert config.items() <= yaml.safe_load((configs / "axolotl.yaml").read_text(encoding="utf-8")).items()
+    for page in (ROOT / "docs" / "adapters").glob("*.md"):
+        for path in re.findall(r"(?:\.\./)*((?:configs|studies)/[\w./]+)", page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), path
+
+
+def test_page_states_what_make_adapters_printed():
+    page, results = ((ROOT / "docs" / "adapters" / name).read_text() for name in ("README.md", "results.txt"))
+    runs = re.findall(r"^(\S+): (.*); (double|single), (\d) process\(es\): (.*)$", results, re.MULTILINE)
+    kinds = ("double", "1"), ("double", "2"), ("single", "1")
+    wanted = [(stack, *kind) for stack in ("axolotl", "llamafactory", "swift") for kind in kinds]
+    wanted += [("llamafactory-packed", "single", "1"), ("unsloth", "double", "1"), ("unsloth", "single", "1")]
+    assert sorted((stack, dtype, count) for stack, _, dtype, count, _ in runs) == sorted(wanted)
+    for _, _, dtype, _, differences in runs:
+        assert max(float(each.split()[1]) for each in differences.split(", ")) < {"double": 1e-14, "single": 1e-5}[dtype]
+    assert "In float64 the\nrelative difference was below 1e-14 in each case, in float32 below 1e-5." in page
+    installs = re.findall(r"^install beside (\w+), .*: losses and adapters work\. ", results, re.MULTILINE)
+    assert {*installs} == {"torch", "axolotl", "llamafactory", "swift", "unsloth", "verl"}
+    tried = re.findall(r"^\| \[[\w-]+\]\((\w+)\.md\) \| [^|]+ \| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(tried) == 6
+    assert all(version in results for stack, version in tried if stack != "transformers")

@@ -31,6 +31,12 @@ def refuse_split_rows(trainer: Any) -> None:
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
 
 
+def refuse_aligned(model: Any) -> None:
+    """Raise RecipeError if `model` is an encoder-decoder, whose logits at t predict the label at t."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RecipeError("Cannot train the objective: the model is an encoder-decoder. Use a causal language model.")
+
+
 def watch(trainer: Any, loss: Any) -> None:
     """Make `trainer` keep to `loss`: its batches, its own loss, its evaluation, and its log.
 
@@ -42,6 +48,7 @@ def watch(trainer: Any, loss: Any) -> None:
 
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
+        refuse_aligned(trainer.model)
         return collect(map(with_targets, batches), *args, **kwargs)
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
