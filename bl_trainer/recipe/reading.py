@@ -114,12 +114,12 @@ def _is_share(value: Any) -> bool:
 
 def _read_command_line(keys: Keys, argv: list[str], own: set[str], verb: str) -> None:
     """Take the options of `argv`, and write it to `keys.argv` with today's names."""
-    for option, words in _options(argv):
+    for option, words, tokens in _options(argv):
         name = option[2:].replace("-", "_")
         if _is_renamed(name, words[0] if words else None) and name not in recipe_fields():
             keys.renamed[name] = name = RENAMED[name]
-            option = f"--{name}"
-        keys.argv += [option, *words] if option else words
+            tokens = [f"--{name}", *words]
+        keys.argv += tokens
         switched_off = name.removeprefix("no_") if name not in recipe_fields() else name
         if not option:
             keys.faults += [
@@ -133,17 +133,21 @@ def _read_command_line(keys: Keys, argv: list[str], own: set[str], verb: str) ->
             keys.faults.append(unknown(name, " ".join(words), f"bl-trainer {verb}", own=own))
 
 
-def _options(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Return each option of a command line with its words; words before the first option under an empty name."""
-    found: list[tuple[str, list[str]]] = []
+def _options(argv: list[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Return each option of a command line with its words, and with what was written: `--a=b` is not `--a b` to all.
+
+    Words before the first option stand under an empty name.
+    """
+    found: list[tuple[str, list[str], list[str]]] = []
     for arg in argv:
         name, equals, value = arg.partition("=")
         if arg.startswith("--"):
-            found.append((name, [value] if equals else []))
+            found.append((name, [value] if equals else [], [arg]))
         elif found:
             found[-1][1].append(arg)
+            found[-1][2].append(arg)
         else:
-            found.append(("", [arg]))
+            found.append(("", [arg], [arg]))
     return found
 
 
