@@ -92,7 +92,9 @@ def train(argv: list[str]) -> None:
             trainer.accelerator.print(f"{recipe.training.output_dir} is left as it is.")
         else:
             _save(trainer, recipe)
-            trainer.accelerator.print("\n".join(next_steps(trainer, argv)))
+            training = recipe.training
+            steps = next_steps(training.output_dir, recipe.given, argv, pushed=training.push_to_hub)
+            trainer.accelerator.print("\n".join(steps))
     except Exception as error:
         fail(error, recipe, anywhere=True, traced=trainer.has_begun)
     end(trainer)

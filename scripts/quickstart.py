@@ -109,6 +109,8 @@ def is_right(answer: str, target: str) -> bool:
 
 def compare(run: Path) -> None:
     """Print a table of the base model and the tuned one on the held-out records, and a few answers of both."""
+    from bl_trainer.training.next_steps import next_steps
+
     (last,) = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1:]
     history = [entry for entry in json.loads((last / "trainer_state.json").read_text())["log_history"] if "eval_nll" in entry]
     rows = [json.loads(line) for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()]
@@ -128,6 +130,8 @@ def compare(run: Path) -> None:
     print(f"{'accuracy by generation':34}{accuracies[0]:10.3f}{accuracies[1]:10.3f}\n")
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:3]:
         print(f"text:   {prompt[-1]['content'].splitlines()[-1]}\nbefore: {' '.join(old.split())}\nafter:  {new}\n")
+    print("Next, with the commands of `.venv/bin` (`. .venv/bin/activate`):")
+    print("\n".join(next_steps(str(run), record["recipe"], ["--config", "configs/quickstart.yaml"])))
 
 
 def main() -> None:

@@ -391,7 +391,7 @@ def test_verl_finds_the_loss_installed(monkeypatch):
 
 
 def snippet(stack, language="python"):
-    page = (ROOT / "docs" / "adapters" / f"{stack}.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guide" / "adapters" / f"{stack}.md").read_text(encoding="utf-8")
     (found,) = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
     return found
 
@@ -415,13 +415,13 @@ def test_snippets_are_those_of_the_files_that_runs_read():
     config = yaml.safe_load(snippet("axolotl", "yaml"))
     axolotl.check(config)
     assert config.items() <= yaml.safe_load((configs / "axolotl.yaml").read_text(encoding="utf-8")).items()
-    for page in (ROOT / "docs" / "adapters").glob("*.md"):
+    for page in (ROOT / "docs" / "guide" / "adapters").glob("*.md"):
         for path in re.findall(r"(?:\.\./)*((?:configs|studies)/[\w./]+)", page.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), path
 
 
 def test_page_states_what_make_adapters_printed():
-    page, results = ((ROOT / "docs" / "adapters" / name).read_text() for name in ("README.md", "results.txt"))
+    page, results = ((ROOT / "docs" / "guide" / "adapters" / name).read_text() for name in ("README.md", "results.txt"))
     runs = re.findall(r"^(\S+): (.*); (double|single), (\d) process\(es\): (.*)$", results, re.MULTILINE)
     kinds = ("double", "1"), ("double", "2"), ("single", "1")
     wanted = [(stack, *kind) for stack in ("axolotl", "llamafactory", "swift") for kind in kinds]

@@ -1,11 +1,11 @@
 """After training: the last lines are commands that work, the card is true, and the merged model answers alike."""
 
+import importlib.util
 import json
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -27,6 +27,7 @@ from bl_trainer.training.next_steps import CHECKPOINTS, next_steps
 from conftest import make_mixtral, write_recipe
 from ways import build, train
 
+DOCS = Path(__file__).parents[1] / "docs" / "guide"
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 0.02}
 
 
@@ -42,6 +43,15 @@ def answer_of(card, capsys):
 def last_lines(said):
     """Return what a run's last lines say to do, by its name."""
     return dict(re.findall(r"^  (\w+): +(.*)$", said[said.index("Model saved to") :], re.M))
+
+
+def load_quickstart(data, model):
+    """Return scripts/quickstart.py as a module, with a stand-in for its model and data."""
+    spec = importlib.util.spec_from_file_location("quickstart", DOCS.parent / "scripts/quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.FOLDER, module.MODEL = data.parent, model
+    return module
 
 
 def test_the_last_lines_of_a_run_work(checkpoint, tmp_path, monkeypatch, capsys, recwarn):
@@ -61,6 +71,11 @@ def test_the_last_lines_of_a_run_work(checkpoint, tmp_path, monkeypatch, capsys,
     steps = last_lines(capsys.readouterr().out)
     assert not [str(each.message) for each in recwarn if "checkpointing` is deprecated" in str(each.message)]
     assert list(steps) == ["Generate", "Evaluate", "Compare", "Merge", "Push"]
+    quickstart = load_quickstart(tmp_path / "data", checkpoint)
+    quickstart.compare(Path("out"))
+    said = capsys.readouterr().out
+    assert "2 held-out records" in said
+    assert said.count(steps["Merge"]) == 1, "the quickstart ends with the same lines"
     for name in ("Merge", "Evaluate", "Compare"):
         program, *command = shlex.split(steps[name])
         assert program == "bl-trainer"
@@ -186,7 +201,6 @@ def test_experts_add_their_own_loss(tokenizer, text_data, tmp_path, capsys):
 
 # docs/guide/after_training.md and docs/guide/tracking.md
 
-DOCS = Path(__file__).parents[1] / "docs" / "guide"
 AFTER, TRACKING = ((DOCS / name).read_text(encoding="utf-8") for name in ("after_training.md", "tracking.md"))
 
 
@@ -199,8 +213,9 @@ def test_page_shows_the_last_lines_and_the_card_of_the_quickstart(tmp_path, monk
     run.mkdir()
     (data / "test.jsonl").write_text('{"prompt": [], "completion": []}\n')
     (run / "adapter_config.json").write_text("{}")
-    args = SimpleNamespace(output_dir=recipe["output_dir"], push_to_hub=False)
-    lines = next_steps(SimpleNamespace(args=args, recipe=recipe), ["--config", "configs/quickstart.yaml"])
+    given = recipe["output_dir"], recipe, ["--config", "configs/quickstart.yaml"]
+    lines = next_steps(*given)
+    assert lines[:-1] == next_steps(*given, pushed=True)
     assert shown.splitlines() == lines
     assert f"```python\n{snippet(recipe['output_dir'], chats=True)}\n```" in AFTER
     assert re.findall(r"^bl-trainer merge .*", AFTER, re.M) == [lines[3].split(": ", 1)[1].strip()]

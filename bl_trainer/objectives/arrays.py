@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ def refuse_probabilities(logp: Tensor) -> None:
         )
 
 
-def takes_arrays(method: Callable[..., Any]) -> Callable[..., Any]:
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_arrays(method: Method) -> Method:
     """Let a method of `logp` and statistics take and return NumPy arrays as well as tensors.
 
     A number counts as an array of no dimensions. Integers are read as float64. An array has no gradient.
@@ -37,7 +40,7 @@ def takes_arrays(method: Callable[..., Any]) -> Callable[..., Any]:
         found = method(self, leaf, **{name: _tensor(value) for name, value in statistics.items()})
         return found.detach().numpy()
 
-    return taking
+    return cast(Method, taking)
 
 
 def _tensor(value: Any) -> Any:

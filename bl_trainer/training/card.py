@@ -44,14 +44,15 @@ def write_card(card: Path, record: Mapping[str, Any], name: str, where: str, cha
     has a chat template. `data`: the data set's name on the Hub; the recipe's otherwise.
     """
     content = ModelCard.load(card) if card.exists() else ModelCard(f"---\ntags: [{TAG}]\n---\n")
+    metadata: Any = content.data
     for key in LOST:
-        content.data.pop(key, None)
-    content.data.model_name = name
-    content.data.library_name = "peft" if record.get("is_adapter") else "transformers"
-    content.data.pipeline_tag = content.data.pipeline_tag or "text-generation"
+        metadata.pop(key, None)
+    metadata.model_name = name
+    metadata.library_name = "peft" if record.get("is_adapter") else "transformers"
+    metadata.pipeline_tag = metadata.get("pipeline_tag") or "text-generation"
     base = record.get("base_model")
     if base and not Path(base).exists():
-        content.data.base_model = base
+        metadata.base_model = base
     use = f"## Use\n\n```python\n{snippet(where, chats)}\n```"
     parts = [_title(name, record, data), use, _metrics(record.get("metrics") or {}), _procedure(record), _cite(content.text)]
     content.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"

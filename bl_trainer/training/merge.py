@@ -107,7 +107,7 @@ def _base(run: Path, config: PeftConfig, dtype: str) -> Any:
     kwargs: dict[str, Any] = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
     try:
         kind = getattr(AutoConfig.from_pretrained(name, revision=config.revision), "architectures", None) or [""]
-        loader = getattr(transformers, kind[0], AutoModelForCausalLM)
+        loader: Any = getattr(transformers, kind[0], AutoModelForCausalLM)
         model = loader.from_pretrained(name, revision=config.revision, dtype=dtype, **kwargs)
         return model.dequantize() if getattr(model, "is_quantized", False) else model
     except Exception as error:  # it can be told in many ways that there is no such model
@@ -161,7 +161,7 @@ def _embeddings(run: Path) -> int | None:
 def _processing_class(run: Path, base: str) -> Any:
     """Return the run's tokenizer or processor, the base model's where the run has none."""
     source = str(run) if any(run.glob("tokenizer*")) else base
-    loader = AutoProcessor if any((run / name).is_file() for name in PROCESSOR) else AutoTokenizer
+    loader: Any = AutoProcessor if any((run / name).is_file() for name in PROCESSOR) else AutoTokenizer
     return loader.from_pretrained(source)
 
 

@@ -17,7 +17,7 @@ GROUPED = re.compile(r"((?:eval|test)_(?:.+_)?)?(?:(nll|perplexity|target_prob|k
 def group(key: str) -> str | None:
     """Return the name of one of our metrics in a tracker, `objective/nll` or `objective/eval_nll`; None for others'."""
     match = GROUPED.fullmatch(key)
-    return match and f"objective/{match[1] or ''}{match[2] or match[3]}"
+    return None if match is None else f"objective/{match[1] or ''}{match[2] or match[3]}"
 
 
 class MetricsLog(TrainerCallback):

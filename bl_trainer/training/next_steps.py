@@ -2,19 +2,19 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 CHECKPOINTS = "checkpoint-*"
 
 
-def next_steps(trainer: Any, argv: list[str]) -> list[str]:
-    """Return a line for each thing to do with the model that `trainer` has saved, with the command that does it.
+def next_steps(folder: str, recipe: Mapping[str, Any], argv: list[str], pushed: bool = False) -> list[str]:
+    """Return a line for each thing to do with the model in `folder`, with the command that does it.
 
-    `argv`: the train verb's; the comparison with the base reads the same recipe.
+    `recipe`: the keys that it was trained with. `argv`: the train verb's; the comparison with the base reads the same recipe.
+    `pushed`: whether the model is on the Hub already.
     """
-    folder = str(trainer.args.output_dir)
-    recipe = trainer.recipe or {}
     base = str(recipe.get("model_name_or_path"))
     steps = {
         "Generate": f"run the Python lines of {Path(folder) / 'README.md'}",
@@ -23,7 +23,7 @@ def next_steps(trainer: Any, argv: list[str]) -> list[str]:
     }
     if (Path(folder) / "adapter_config.json").is_file():
         steps["Merge"] = _command("merge", folder, "--output", f"{folder}-merged")
-    if not trainer.args.push_to_hub:
+    if not pushed:
         steps["Push"] = shlex.join(["hf", "upload", Path(folder).resolve().name, folder, "--exclude", CHECKPOINTS])
     return [f"  {what + ':':<10}{how}" for what, how in steps.items()]
 
@@ -32,7 +32,7 @@ def _command(*words: str) -> str:
     return shlex.join(["bl-trainer", *words])
 
 
-def _tasks(recipe: dict[str, Any]) -> list[str]:
+def _tasks(recipe: Mapping[str, Any]) -> list[str]:
     """Return the task of `evaluate` that compares answers with the recipe's own test set; without one, a task of the Hub."""
     name, split = str(recipe.get("dataset_name")), recipe.get("dataset_test_split", "test")
     file = Path(name) / f"{split}.jsonl"
