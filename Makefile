@@ -120,6 +120,7 @@ gpu-check:
 figures: $(VENV)/installed
 	$(BIN)/python tools/plot_weights.py
 	$(BIN)/python tools/objectives_page.py
+	$(BIN)/python tools/temperature_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS)

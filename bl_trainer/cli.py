@@ -22,6 +22,7 @@ VERBS = {
     "sweep": "Compare objectives and learning rates on the same metrics.",
     "evaluate": "Score checkpoints on tasks, and compare them item by item.",
     "prepare-data": "Prepare a data set of the paper.",
+    "score": "Rank an objective among others, on small models and tasks with known answers.",
 }
 
 HELP = f"""usage: bl-trainer VERB [OPTION ...]
@@ -42,6 +43,7 @@ Examples:
   bl-trainer sweep --config recipe.yaml --sweep out/diagnosis/sweep.yaml
   bl-trainer evaluate --model out/model --tasks gsm8k --output out/evaluation
   bl-trainer prepare-data figfont --output data/figfont
+  bl-trainer score my_losses:my_objective --output out/score
 
 On several devices:
   accelerate launch -m bl_trainer train --config recipe.yaml
@@ -208,6 +210,26 @@ def prepare_data(argv: list[str]) -> None:
         fail(error)
 
 
+def score(argv: list[str]) -> None:
+    """Score an objective: `my_losses:my_objective --output DIR`, and the options of `ScoreArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, before any training.
+    """
+    from .cells.verb import ScoreArguments
+    from .cells.verb import score as run
+    from .recipe.parser import Parser
+
+    parser = Parser([ScoreArguments], prog="bl-trainer score", allow_abbrev=False)  # type: ignore[arg-type]
+    parser.kind = "option"
+    try:
+        run(ScoreArguments.read(argv, parser))
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        fail(error)
+
+
 def end(trainer: Any) -> None:
     """Finish the trackers and the process group."""
     # gloo's thread needs the interpreter lock to let go of the last collective's tensors, and teardown, which holds the
@@ -225,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv and argv[0] == "--version":
         print(f"bl-trainer {__version__}")
         return
-    verbs = {"diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data}
+    verbs = {
+        "diagnose": diagnose, "train": train, "sweep": sweep, "evaluate": evaluate, "prepare-data": prepare_data, "score": score
+    }  # fmt: skip
     if not argv or argv[0] not in verbs:
         wrong = f"unknown verb {argv[0]!r}.{nearest(argv[0], verbs)}" if argv else "no verb."
         write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"

@@ -20,6 +20,7 @@ USAGE = {
     "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
     "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
+    "score": "OBJECTIVE --output FOLDER [--OPTION VALUE ...]",
 }
 
 # Recipe keys by what a user looks for; a key stands in the first group whose pattern it matches
