@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 import bl_trainer
 from bl_trainer import BLConfig
+from bl_trainer.cells.verb import ScoreArguments
 from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation import EvaluateArguments
@@ -55,6 +56,7 @@ def api():
         "diagnose": DiagnoseArguments,
         "evaluate": EvaluateArguments,
         "prepare-data": PrepareArguments,
+        "score": ScoreArguments,
         "sweep": SweepArguments,
     }
     return {
