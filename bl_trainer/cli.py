@@ -24,6 +24,7 @@ VERBS = {
     "merge": "Merge an adapter into its base model.",
     "prepare-data": "Prepare a data set of the paper.",
     "convert": "Rewrite a recipe of an older TRL, or of another trainer.",
+    "score": "Rank an objective among others, on small models and tasks with known answers.",
 }
 
 HELP = f"""usage: bl-trainer VERB [OPTION ...]
@@ -46,6 +47,7 @@ Examples:
   bl-trainer merge out/model --output out/model-merged
   bl-trainer prepare-data figfont --output data/figfont
   bl-trainer convert old.yaml --output recipe.yaml
+  bl-trainer score my_losses:my_objective --output out/score
 
 On several devices:
   accelerate launch -m bl_trainer train --config recipe.yaml
@@ -274,6 +276,25 @@ def convert(argv: list[str]) -> None:
     print(said)
     for what in changed:
         print(f"warning: this changes training: {what}.", file=sys.stderr)
+
+
+def score(argv: list[str]) -> None:
+    """Score an objective: `my_losses:my_objective --output DIR`, and the options of `ScoreArguments`.
+
+    A mistake ends in one sentence on stderr and exit code 2, before any training.
+    """
+    from .cells.verb import ScoreArguments
+    from .cells.verb import score as run
+    from .recipe.parser import Parser
+
+    parser = Parser([ScoreArguments], prog="bl-trainer score", allow_abbrev=False)  # type: ignore[arg-type]
+    try:
+        run(ScoreArguments.read(argv, parser))
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        fail(error)
 
 
 def end(trainer: Any) -> None:

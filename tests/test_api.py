@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 import bl_trainer
 from bl_trainer import BLConfig
+from bl_trainer.cells.verb import ScoreArguments
 from bl_trainer.diagnosis import DiagnoseArguments
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation import EvaluateArguments
@@ -57,6 +58,7 @@ def api():
         "evaluate": EvaluateArguments,
         "merge": MergeArguments,
         "prepare-data": PrepareArguments,
+        "score": ScoreArguments,
         "sweep": SweepArguments,
     }
     return {

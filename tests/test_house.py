@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bl_trainer"
 # Each imports only from those above it
 ROOMS = (
-    "errors", "_util", "pages", "objectives", "head", "losses", "tokens", "measurement", "training", "recipe", "diagnosis",
-    "prepare", "evaluation", "sweep", "adapters", "cli", "__init__", "__main__",
+    "errors", "_util", "pages", "objectives", "head", "losses", "cells", "tokens", "measurement", "training", "recipe",
+    "diagnosis", "prepare", "evaluation", "sweep", "adapters", "cli", "__init__", "__main__",
 )  # fmt: skip
 LONGEST, MEDIAN, LARGEST = 40, 8, 250
 # Private names of others' objects: module of ours -> those that it can't do without

@@ -1,6 +1,12 @@
 """Where objectives come to rest, against closed forms and the gradients that training has."""
 
+import json
 import math
+import re
+import runpy
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.objectives import OBJECTIVES, Objective, effective_temperature
 from bl_trainer.objectives.temperature import CHOICES, NUDGE, Rest
 
+ROOT = Path(__file__).parents[1]
 NEEDED = {"power": {"alpha": 0.5}, "talr": {"tau": 1.5}, "profit": {"tau": 0.1}, "deft_cayley": {"mean_p": 0.5}}
 SPECS = [
     *({"name": name, **NEEDED.get(name, {})} for name in OBJECTIVES),
@@ -134,3 +141,39 @@ def test_an_unknown_objective_is_refused() -> None:
 
 def test_the_distributions_are_those_that_the_docs_name() -> None:
     assert CHOICES == ((0.7, 1), (0.5, 1), (0.9, 25))
+
+
+def test_a_distribution_of_ones_own() -> None:
+    (rest,) = effective_temperature({"name": "power", "alpha": 0.5}, choices=[(0.6, 4)]).rests
+    assert rest.temperature == pytest.approx(0.5)
+    assert rest.p == pytest.approx(0.36 / (0.36 + 4 * 0.01))
+
+
+def test_the_page_is_the_tools(tmp_path) -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "temperature_page.py"))
+    script["main"](str(tmp_path))
+    for name in ("temperature.md", "temperature.svg"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "docs" / "results" / name).read_bytes(), f"{name}: run `make figures`"
+    page = (tmp_path / "temperature.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}" in page for name in OBJECTIVES)
+
+
+def test_the_snippet_of_the_page_runs(capsys, monkeypatch) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/results/temperature.md").read_text(encoding="utf-8"), re.S)
+    module = types.ModuleType("my_losses")
+    module.my_objective = pulled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_losses", module)
+    exec(snippet, {})
+    assert capsys.readouterr().out.splitlines()[0] == "0: the most probable token alone"
+
+
+def test_what_was_measured_is_what_is_predicted() -> None:
+    script = runpy.run_path(str(ROOT / "studies" / "temperature_study.py"))
+    assert script["rows"](2).tokens.shape == (1, 2 * 295, 2)
+    measured = runpy.run_path(str(ROOT / "tools" / "temperature_page.py"))["MEASURED"].read_text(encoding="utf-8")
+    found = json.loads(measured)
+    assert list(found) == list(script["OBJECTIVES"])
+    for name, spec in script["OBJECTIVES"].items():
+        predicted = [rest.p for rest in effective_temperature(spec, choices=script["CHOICES"]).rests]
+        assert found[name]["predicted"] == pytest.approx(predicted, abs=1e-3)
+        assert found[name]["measured"] == pytest.approx(predicted, abs=5e-3)

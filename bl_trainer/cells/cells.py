@@ -11,6 +11,7 @@ from .world import FACTS, RULES, Tokens, World, fact_prompt, rule_row, text, val
 NOISE = 0.3  # share of answers that are random
 UNEVEN = 0.7  # of the first of two valid answers
 ITEMS = 64  # of a split
+VERSION = 1  # of what the cells hold
 
 
 class Item(NamedTuple):

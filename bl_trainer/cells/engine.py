@@ -1,5 +1,6 @@
 """Fine-tuning of pretrained models on cells with objectives: blocks of work, each of which is kept once it is done."""
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from .._util.files import write_text
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
-from .cells import CELLS, Cell, old_items
+from .cells import CELLS, VERSION, Cell, old_items
 from .pretraining import SIZES, Model, design, models_of, pretrained
 from .results import Results
 from .scores import questions, score, stacked
@@ -61,7 +62,12 @@ class Block:
     def path(self) -> Path:
         """Where it is kept, in a folder of results; it names all that the block depends on."""
         spec = (self.entry.objective.to_dict(), self.entry.threshold.to_dict(), self.cell, self.rates, self.seeds, self.course)
-        return Path(f"{digest(repr((spec, self.models, design())))}.json")
+        return Path(f"{digest(repr((spec, self.models, design(), VERSION)))}.json")
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its results are those of the same call another day: not where a user's function prices tokens."""
+        return not any(":" in part.name for _, part in self.entry.objective.walk())
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Train and score its arms; a row for each."""
@@ -99,7 +105,8 @@ def run(
 ) -> Results:
     """Fine-tune models on cells under each entry, at each rate and with each seed, and return the results.
 
-    `folder` keeps pretrained models, and each block of results once it is done: the same call resumes. `models`: by default
+    `folder` keeps pretrained models, and each block of results once it is done: the same call resumes. Blocks of a user's own
+    function run each time, since its code may change. `models`: by default
     eight, four of each size. `seeds`: of the training rows. `done` is told how many blocks of how many are done. On one thread.
     """
     models = models_of(range(MODELS)) if models is None else models
@@ -107,12 +114,19 @@ def run(
     found: list[dict[str, Any]] = []
     (folder / "results").mkdir(parents=True, exist_ok=True)
     for number, block in enumerate(blocks, 1):
-        path = folder / "results" / block.path
-        if not path.exists():
-            write_text(path, json.dumps(block.run(folder)))
-        found += [{**row, "objective": block.entry.name} for row in json.loads(path.read_text(encoding="utf-8"))]
+        found += [{**row, "objective": block.entry.name} for row in _rows_of(block, folder)]
         done(number, len(blocks))
     return Results(tuple(found))
+
+
+def _rows_of(block: Block, folder: Path) -> list[dict[str, Any]]:
+    path = folder / "results" / block.path
+    if not block.is_kept:
+        return block.run(folder)
+    if not path.exists():
+        write_text(path, json.dumps(block.run(folder)))
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows
 
 
 def _blocks(
@@ -163,6 +177,4 @@ def _rows(cell: str, world: int, seed: int, course: Course) -> list[tuple[tuple[
 
 def digest(text: str) -> str:
     """Return a short hash."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -46,13 +46,18 @@ def models_of(seeds: Sequence[int]) -> list[Model]:
 def pretrained(models: Sequence[Model], folder: Path) -> Tensor:
     """Return the weights, (models, count), of models of one size; those that `folder` lacks are trained, and kept there."""
     (size,) = {model.size for model in models}
-    lacking = [model for model in models if not _path(model, folder).exists()]
+    lacking = [model for model in models if not is_pretrained(model, folder)]
     if lacking:
         folder.mkdir(parents=True, exist_ok=True)
         for model, weights in zip(lacking, _pretrain(size, [model.seed for model in lacking]), strict=True):
             with replacing(_path(model, folder)) as part:
                 torch.save(weights.clone(), part)
     return torch.stack([torch.load(_path(model, folder), weights_only=True) for model in models])
+
+
+def is_pretrained(model: Model, folder: Path) -> bool:
+    """Whether a folder keeps a model of this design."""
+    return _path(model, folder).exists()
 
 
 def _pretrain(size: str, seeds: Sequence[int]) -> Tensor:

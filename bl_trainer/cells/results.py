@@ -76,6 +76,10 @@ class Results:
         """Return the rows of both; an objective that both have is the other's."""
         return Results((*(row for row in self.rows if row["objective"] not in other.objectives), *other.rows))
 
+    def of(self, models: Sequence[str]) -> "Results":
+        """Return the rows of these models."""
+        return Results(tuple(row for row in self.rows if row["model"] in models))
+
     def choice(self, objective: str, cell: str, metric: str, least_kept: float = 0.0) -> Choice:
         """Return the rate, and of `sampled` and `variation` the temperature, whose mean over models on validation is best.
 

@@ -10,7 +10,7 @@ if it is sampled at temperature 1 - a; with a >= 1 it comes to rest at the most 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Rest:
 
 @dataclass(frozen=True)
 class Temperature:
-    """The effective temperature of an objective, by the distributions T of `CHOICES`."""
+    """The effective temperature of an objective: where it comes to rest under each distribution T."""
 
     rests: tuple[Rest, ...]
 
@@ -70,18 +70,22 @@ class Temperature:
 
 
 def effective_temperature(
-    objective: "str | Mapping[str, Any] | Objective", threshold: Any = None, progress: float = 1.0
+    objective: "str | Mapping[str, Any] | Objective",
+    threshold: Any = None,
+    progress: float = 1.0,
+    choices: Sequence[tuple[float, int]] = CHOICES,
 ) -> Temperature:
     """Return the temperature at which `nll` would be sampled to equal this objective at its optimum.
 
     `objective`, `threshold`: as recipes have them; weights that a function detaches are held, as in training. `progress`: the
-    share of training at which schedules are read. A reference model, for `ref_logp`, has p = T. It follows the gradient flow
+    share of training at which schedules are read. `choices`: distributions T, each the share of one token and the number of
+    others. A reference model, for `ref_logp`, has p = T. It follows the gradient flow
     from p = T to the first rest, in float64, as far as log-odds of 700. Raises RecipeError on a spec that can't be parsed.
     """
     from .objective import Objective
 
     parsed, limits = Objective.parse(objective), Threshold.parse(threshold)
-    return Temperature(tuple(_rest(Flow(parsed, limits, progress, *choice), *choice) for choice in CHOICES))
+    return Temperature(tuple(_rest(Flow(parsed, limits, progress, *choice), *choice) for choice in choices))
 
 
 def _rest(flow: "Flow", truth: float, others: int) -> Rest:

@@ -18,6 +18,7 @@ USAGE = {
     "merge": "RUN --output FOLDER [--OPTION VALUE ...]",
     "convert": "RECIPE --output FILE",
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
+    "score": "OBJECTIVE --output FOLDER [--OPTION VALUE ...]",
 }
 
 # Recipe keys by what a user looks for; a key stands in the first group whose pattern it matches
