@@ -287,7 +287,8 @@ def score(argv: list[str]) -> None:
     from .cells.verb import score as run
     from .recipe.parser import Parser
 
-    parser = Parser([ScoreArguments], prog="bl-trainer score", allow_abbrev=False)  # type: ignore[arg-type]
+    classes: Any = [ScoreArguments]
+    parser = Parser(classes, prog="bl-trainer score", allow_abbrev=False)
     try:
         run(ScoreArguments.read(argv, parser))
     except KeyboardInterrupt:

@@ -215,7 +215,8 @@ def draw(cells: list[Cell], figure: Figure, theme: Any) -> None:
 
 def report(studies: dict[int, list[Cell]], options: argparse.Namespace) -> str:
     """Return anneal.md."""
-    examples = len(studies[STEPS][0].boards["greedy"].arms[0].items["greedy"])
+    first: Any = studies[STEPS][0].boards["greedy"].arms[0]
+    examples = len(first.items["greedy"])
     count = sum(len(cell.boards["greedy"].arms) for cells in studies.values() for cell in cells)
     seed = options.pretraining_seed
     command = f"python studies/anneal_study.py --seeds {options.seeds}" + (" --full" if options.full else "")

@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -131,12 +131,12 @@ def boards_of(plan: Plan, arms: dict[int, Scored]) -> dict[str, Leaderboard]:
     return {name: board_by(name, plan, arms) for name in RULERS}
 
 
-def board_by(ruler: str, plan: Plan, arms: dict[int, Scored]) -> Leaderboard:
+def board_by(ruler: str, plan: Plan, arms: Mapping[int, Scored]) -> Leaderboard:
     """Return the leaderboard of results by arm, for another ruler."""
     return rank(replace(plan, rank_by=ruler), arms, lambda i: values_of(arms[i], ruler), {})
 
 
-def values_of(result: Scored, ruler: str) -> dict[str, tuple[float, float]]:
+def values_of(result: Any, ruler: str) -> dict[str, tuple[float, float]]:
     """Return weight and weighted value by held-out example, or by `cluster` of such."""
     items, key = result.items, PER_TOKEN.get(ruler)
     values = items[key or ruler]

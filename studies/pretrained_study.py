@@ -47,7 +47,7 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main as verb
 from bl_trainer.evaluation.grading import final_answer, is_same_math
 from bl_trainer.measurement.results import Calibration
-from continuum import begin, board_by, call, means, quiet, read_plan, row_of, sweep
+from continuum import Scored, begin, board_by, call, means, quiet, read_plan, row_of, sweep
 from miniature import cell_folder, read_rows, write_rows
 
 ARMS: list[dict[str, Any]] = [
@@ -343,9 +343,7 @@ def figures(cell: Cell) -> list[str]:
     return lines
 
 
-def run_task(
-    folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, dict[str, Any]]], base: dict[str, float]
-) -> Cell:
+def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]], base: dict[str, float]) -> Cell:
     """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool: the pilot's, then those at the
     learning rates that it has chosen."""
     home, place = cell_folder(folder, task.name, task.noise), folder / "sweeps"

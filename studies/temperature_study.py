@@ -52,8 +52,8 @@ def rows(steps: int) -> Rows:
         each = (count - first) // others
         tokens = [FIRST] * first + [FIRST + 1 + i for i in range(others) for _ in range(each)]
         batch += [[context, token] for token in tokens]
-    tokens = torch.tensor(batch)[None].expand(1, -1, -1).repeat(1, steps, 1)
-    return Rows(tokens, torch.ones(1, tokens.shape[1], 1, dtype=torch.bool))
+    pairs = torch.tensor(batch)[None].expand(1, -1, -1).repeat(1, steps, 1)
+    return Rows(pairs, torch.ones(1, pairs.shape[1], 1, dtype=torch.bool))
 
 
 def measured(stack: Tensor) -> list[list[float]]:

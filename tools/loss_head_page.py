@@ -8,7 +8,7 @@ import importlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +59,7 @@ HEADER = "model", "own head", "TRL's head", "packed or padding-free"
 FULL = {"tp_size": 1, "cp_size": 1, "sp_size": 1, "sp_backend": "deepspeed"}
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return a table in Markdown."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ("---",) * len(header), *rows))
 

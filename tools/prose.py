@@ -87,17 +87,14 @@ def strings(source: str) -> Iterator[tuple[int, str]]:
     """Yield line number and text of every string that is no docstring: messages and help texts among them."""
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and _has_docstring(node)}
+    firsts = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    docstrings = {id(first.value) for first in firsts if isinstance(first, ast.Expr)}
     parts: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts |= {id(value) for value in node.values}
         if isinstance(node, (ast.JoinedStr, ast.Constant)) and id(node) not in docstrings | parts:
             yield node.lineno, _text(node)
-
-
-def _has_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return ast.get_docstring(node) is not None
 
 
 def _text(node: ast.AST) -> str:

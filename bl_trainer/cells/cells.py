@@ -113,8 +113,8 @@ def plain(world: World) -> Cell:
 def mixture(world: World) -> Cell:
     """As many rows each: well-known facts with noise, half-known facts, new facts."""
     parts = [known("strong", NOISE)(world), known("half")(world), known("new")(world)]
-    splits = [[item for part in parts for item in getattr(part, split)] for split in ("validation", "test")]
-    return Cell(lambda rng: rng.choice(parts).row(rng), *splits)
+    validation, test = ([item for part in parts for item in getattr(part, split)] for split in ("validation", "test"))
+    return Cell(lambda rng: rng.choice(parts).row(rng), validation, test)
 
 
 CELLS: dict[str, Callable[[World], Cell]] = {

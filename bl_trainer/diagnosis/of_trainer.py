@@ -40,10 +40,11 @@ class TrainerRecipe(Recipe):
         recipe = trainer.recipe or {}
         name = getattr(trainer.model.config, "name_or_path", "") or type(trainer.model).__name__
         data = recipe.get("dataset_name") or "the trainer's training set"
-        prepared = {**(trainer.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args: Any = trainer.args
+        prepared = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         # the rows are packed and truncated
         own = {"packing": False, "eval_packing": None, "max_length": None, "padding_free": _collator(trainer).padding_free}
-        training = replace(trainer.args, dataset_kwargs=prepared, **own)
+        training = replace(args, dataset_kwargs=prepared, **own)
         script, model = ScriptArguments(dataset_name=data), ModelConfig(model_name_or_path=name)
         return cls(script, training, model, DatasetMixtureConfig(), options, trainer=trainer)
 

@@ -166,7 +166,7 @@ def _metadata(value: ast.expr | None) -> dict[str, Any]:
     calls = value.keywords if isinstance(value, ast.Call) else []
     found = [each.value for each in calls if each.arg == "metadata" and isinstance(each.value, ast.Dict)]
     pairs = [pair for node in found for pair in zip(node.keys, node.values, strict=True)]
-    return {key.value: _literal(each) for key, each in pairs if isinstance(key, ast.Constant)}
+    return {str(key.value): _literal(each) for key, each in pairs if isinstance(key, ast.Constant)}
 
 
 def _default(value: ast.expr | None) -> Any:

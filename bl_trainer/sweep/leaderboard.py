@@ -5,7 +5,7 @@ the mean over seeds of the ruler that the sweep ranks by.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .outcome import Result, Values, arm_folder, finished, read_values, task_sco
 from .plan import Plan
 from .rulers import RULERS, Ruler, ruler_named, rulers_in, show
 
-Arms = dict[int, Result]  # of those that have finished
+Arms = Mapping[int, Result]  # of those that have finished
 Failed = dict[int, tuple[Setting, str]]  # those without a result: settings, reason
 
 
@@ -147,7 +147,7 @@ def _row(plan: Plan, arms: Arms, indices: list[int]) -> Row:
     best = _tuned(arms[indices[0]])
     each = {ruler.name: [ruler.of(arms[index].rulers) for index in indices] for ruler in rulers}
     values = {ruler.name: (float(np.mean(each[ruler.name])), _interval(ruler, each[ruler.name])) for ruler in rulers}
-    losses = [arms[index].loss for index in indices if arms[index].loss is not None]
+    losses = [loss for index in indices if (loss := arms[index].loss) is not None]
     loss = float(np.mean(losses)) if losses else None
     return Row(plan.group_of(best), best, indices, values, loss, None, _edges(plan, best), each)
 
