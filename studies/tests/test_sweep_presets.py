@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
 @pytest.fixture
 def plans(tmp_path):
     """Returns a function that reads the plan of a preset, of a model and data that are not there."""
-    keys = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": "data", "output_dir": str(tmp_path / "out")}
+    keys = {"model_name_or_path": "org/model", "dataset_name": "org/data", "output_dir": str(tmp_path / "out")}
     keys |= {"max_steps": STEPS, "warmup_steps": 5, "use_cpu": True, "bf16": False}
     (tmp_path / "recipe.yaml").write_text(json.dumps(keys))
     return lambda preset, repetition: sweep_presets.plan_of(tmp_path, preset, repetition)
