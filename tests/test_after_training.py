@@ -15,9 +15,8 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from bl_trainer import BLTrainer
-from bl_trainer._util.transformers import TRACKERS
 from bl_trainer.cli import main
-from bl_trainer.recipe.keys import DATACLASSES
+from bl_trainer.recipe.keys import DATACLASSES, TRACKERS
 from bl_trainer.recipe.parser import Parser
 from bl_trainer.training.card import before_and_after, is_ours, snippet, write_card
 from bl_trainer.training.checkpoints import RECORD_FILE

@@ -10,7 +10,7 @@ import continuum
 import sweep_presets
 from miniature import BATCH, STEPS
 
-PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "sweep-presets.md"
 
 
 @pytest.fixture
