@@ -121,6 +121,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/plot_weights.py
 	$(BIN)/python tools/objectives_page.py
 	$(BIN)/python tools/temperature_page.py
+	$(BIN)/python tools/cells_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS)
