@@ -16,8 +16,8 @@ from transformers.integrations import integration_utils
 
 from bl_trainer import BLTrainer
 from bl_trainer.cli import main
-from bl_trainer.recipe.keys import DATACLASSES, TRACKERS
-from bl_trainer.recipe.parser import Parser
+from bl_trainer.recipe.keys import TRACKERS
+from bl_trainer.recipe.parser import DATACLASSES, Parser
 from bl_trainer.training.card import before_and_after, is_ours, snippet, write_card
 from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.merge import MergeArguments

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from dataclasses import fields
 from pathlib import Path
 
@@ -103,6 +104,11 @@ def test_stored_results_are_of_the_cells_and_models_of_today() -> None:
     assert len(rows) == len(results.objectives)
     assert all(len(row) == len(header) for row in rows)
     assert "**greedy**" in report(results, temperatures(entries()))
+
+
+def test_the_page_of_results_is_the_tools(tmp_path) -> None:
+    runpy.run_path(str(ROOT / "tools" / "cells_page.py"))["main"](str(tmp_path))
+    assert (tmp_path / "cells.md").read_bytes() == (ROOT / "docs/results/cells.md").read_bytes(), "run `make figures`"
 
 
 def test_stored_results_are_written_as_they_are_read(tmp_path) -> None:

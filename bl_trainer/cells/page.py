@@ -31,23 +31,32 @@ LEGEND = (
 )
 
 
+LEAST_KEPT = 0.5
+LIMITED = (
+    "The best rate for a task may forget everything else. Here a rate counts only if it keeps "
+    f"{LEAST_KEPT:.0%} of the old tasks. "
+    "In a cell where none does, the one that keeps the most counts."
+)
+
+
 def temperatures(entries: Iterable[Entry]) -> dict[str, str]:
     """Return the effective temperature of each objective by name, in words."""
     return {entry.name: str(effective_temperature(entry.objective, entry.threshold)) for entry in entries}
 
 
-def comparison(results: Results, optima: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+def comparison(results: Results, optima: Mapping[str, str], least_kept: float = 0.0) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of all objectives, each metric with its interval and rank.
 
-    `optima`: the effective temperature of each objective, from `temperatures`.
+    `optima`: the effective temperature of each objective, from `temperatures`. `least_kept`: see `Results.choice`.
     """
     metrics = [metric for metric in SHOWN if results.cells_of(metric)]
     header = ["objective", "temperature at its optimum", *(SHOWN[metric] for metric in metrics)]
     rows = []
     for name in results.objectives:
-        cells = [
-            f"{shown(results.mean(name, metric, results.cells_of(metric)))} #{results.rank(name, metric)}" for metric in metrics
-        ]
+        cells = []
+        for metric in metrics:
+            value = results.mean(name, metric, results.cells_of(metric), least_kept)
+            cells.append(f"{shown(value)} #{results.rank(name, metric, least_kept)}")
         rows.append([name, optima[name], *cells])
     return header, rows
 
@@ -92,6 +101,8 @@ def report(results: Results, optima: Mapping[str, str]) -> str:
         f"{len(results.models)} pretrained models, {len(results.cells)} cells, {len(results.rows)} runs.",
         *LEGEND,
         markdown(*comparison(results, optima)),
+        LIMITED,
+        markdown(*comparison(results, optima, LEAST_KEPT)),
         *(f"**{SHOWN[metric]}**\n\n{markdown(*by_cell(results, metric))}" for metric in SHOWN if results.cells_of(metric)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,6 +118,8 @@ def page(results: Results, objective: str, control: str, optima: Mapping[str, st
         explained=LEGEND,
         header=header,
         rows=rows,
+        limited=LIMITED,
+        kept_rows=comparison(results, optima, LEAST_KEPT)[1],
         plot=drawn(partial(_draw, results, objective), (6.5, 4), "Greedy answers against total variation, by objective"),
         cells={SHOWN[metric]: by_cell(results, metric) for metric in SHOWN if results.cells_of(metric)},
     )

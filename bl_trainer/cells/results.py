@@ -119,10 +119,11 @@ class Results:
         sign = 1 if METRICS[metric] else -1
         return over_models({model: sign * (ours[model] - theirs[model]) for model in self.models}, (-1.0, 1.0))
 
-    def rank(self, objective: str, metric: str) -> int:
+    def rank(self, objective: str, metric: str, least_kept: float = 0.0) -> int:
         """Return the place of an objective by a metric's mean, 1 the best; equal ones share a place."""
         sign = 1 if METRICS[metric] else -1
-        values = {name: round(sign * self.mean(name, metric, self.cells_of(metric)).mean, 9) for name in self.objectives}
+        cells = self.cells_of(metric)
+        values = {name: round(sign * self.mean(name, metric, cells, least_kept).mean, 9) for name in self.objectives}
         return 1 + sum(value > values[objective] for value in values.values())
 
     def cells_of(self, metric: str) -> list[str]:
