@@ -408,7 +408,9 @@ BAD_OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "message"), BAD_OBJECTIVES, ids=[str(spec) for spec, _ in BAD_OBJECTIVES])
+@pytest.mark.parametrize(
+    ("spec", "message"), BAD_OBJECTIVES, ids=[re.sub(" at 0x\\w+", "", str(spec)) for spec, _ in BAD_OBJECTIVES]
+)
 def test_wrong_objective_says_what_to_write(spec, message):
     with pytest.raises(RecipeError, match=message) as caught:
         Objective.parse(spec)
