@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from functools import partial
 
 import numpy as np
