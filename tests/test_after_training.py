@@ -46,7 +46,7 @@ def last_lines(said):
 
 def load_quickstart(data, model):
     """Return scripts/quickstart.py as a module, with a stand-in for its model and data."""
-    spec = importlib.util.spec_from_file_location("quickstart", DOCS.parent / "scripts/quickstart.py")
+    spec = importlib.util.spec_from_file_location("quickstart", DOCS.parents[1] / "scripts/quickstart.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.FOLDER, module.MODEL = data.parent, model
@@ -206,7 +206,7 @@ AFTER, TRACKING = ((DOCS / name).read_text(encoding="utf-8") for name in ("after
 def test_page_shows_the_last_lines_and_the_card_of_the_quickstart(tmp_path, monkeypatch):
     shown = re.search(r"```text\n.*?\n(.*?)```", AFTER, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
-    recipe = yaml.safe_load((DOCS.parent / "configs/quickstart.yaml").read_text())
+    recipe = yaml.safe_load((DOCS.parents[1] / "configs/quickstart.yaml").read_text())
     data, run = tmp_path / recipe["dataset_name"], tmp_path / recipe["output_dir"]
     data.mkdir(parents=True)
     run.mkdir()

@@ -59,8 +59,8 @@ logger = get_logger(__name__)
 
 class BLTrainer(ScoringTrainer):
     """
-    [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens in place of the mean of -log p, p being the
-    probability that the model gives the target token (Li et al., https://arxiv.org/abs/2510.00526).
+    [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens, p being the probability that the model gives the
+    target token, in place of the mean of -log p (Li et al., https://arxiv.org/abs/2510.00526).
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`. Training differs in
     `compute_loss` alone. Under `loss_head: trl` an `objective` of `"nll"` trains [`~trl.SFTTrainer`]'s weights bit for bit,
@@ -157,10 +157,7 @@ class BLTrainer(ScoringTrainer):
         return prepared
 
     def resolve_threshold(self) -> None:
-        """Measure the probability that `threshold.above_percentile` stands for, unless it is known.
-
-        Raises MeasurementError if it can't be measured, or is above `threshold.below`.
-        """
+        """Measure a percentile threshold, unless it is known. Raises MeasurementError if it can't be, or is above `below`."""
         if self.threshold.resolved:
             return
         above = resolve_percentile(self, float(self.threshold.above_percentile or 0))
@@ -186,8 +183,7 @@ class BLTrainer(ScoringTrainer):
             self.token_metrics.add("train", tokens, tokens.is_target)
             self.token_metrics.count(inputs)
             if self.stops_on_nan:
-                step = self.state.global_step + 1
-                refuse_nonfinite(loss.detach(), step, rows, self.model, self.accelerator.process_index)
+                refuse_nonfinite(loss.detach(), self.state.global_step + 1, rows, self.model, self.accelerator.process_index)
         else:
             self.token_metrics.add("eval", tokens, own_targets(self.accelerator, tokens.is_target, example_lengths))
         if not return_outputs:
@@ -258,8 +254,7 @@ class BLTrainer(ScoringTrainer):
                 take_up(self, plan)
                 if plan.is_finished(self.args):
                     return self._load_finished(plan)
-            checkpoint = None if plan.checkpoint is None else str(plan.checkpoint)
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(plan.checkpoint and str(plan.checkpoint), trial, ignore_keys_for_eval)
             take_average(self.optimizer)
             self._stream_count.tell(self.args)
             refuse_unlearnt(self.has_begun, self.token_metrics.has_met_targets)
