@@ -92,7 +92,9 @@ def test_a_model_that_is_nowhere_is_named_as_it_was_given(tmp_path, monkeypatch,
         assert f"error: `{named}` is not a folder here, and has no configuration that" in capsys.readouterr().err
 
 
-def test_precision_is_the_users_where_given(no_accelerator):
+def test_precision_is_the_users_where_given(no_accelerator, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").write_text('{"text": "a"}\n')
     given = ["--model", "m", "--data", "d.jsonl", "--report", "r"]
     assert read_diagnosis(given).training.bf16 is False
     for name in ("use_cpu", "use-cpu"):

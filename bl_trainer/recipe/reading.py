@@ -239,8 +239,8 @@ def unknown(key: str, value: Any, program: str, own: Iterable[str] = (), kind: s
     if is_recipe and key in {*OF_OBJECTIVES, *objective_parameters()}:
         return f"Unknown {kind} {key!r}. It belongs to the objective: write `objective: {{name: ..., {key}: {value}}}`."
     near = nearest(key, [*(recipe_fields() if is_recipe else ()), *own])
-    for name in own if is_recipe else ():
-        near = near.replace(repr(name), f"`--{name}`")  # an option of the verb, on the command line alone
+    for name in own:
+        near = near.replace(repr(name), f"`--{name}`")  # given on the command line alone
     return f"Unknown {kind} {key!r}.{near} See `{program} --help` for all {kind.split()[-1]}s."
 
 
