@@ -1,6 +1,6 @@
 """Write docs/results/temperature.md and docs/results/temperature.svg: `python tools/temperature_page.py [docs/results]`.
 
-Predictions are computed here; measurements are those of docs/results/temperature.json, which studies/temperature_study.py writes.
+Predictions are computed here; measurements come from docs/results/temperature.json, by studies/temperature_study.py.
 """
 
 import json
@@ -40,12 +40,12 @@ Let tokens v follow one context with probability T_v. Training moves the logits 
 
     dz = sum_v T_v (w_v (e_v - p) - s_v dH/dz)
 
-Here w_v is the objective's weight on the NLL gradient at target v, e_v is one at v and zero elsewhere, s_v is its slope in the
+Here w_v is the objective's weight on the NLL gradient at target v. e_v is one at v and zero elsewhere. s_v is the slope in the
 entropy H. Whatever the objective detaches is held. Without a slope in H, training rests where p_v is proportional to T_v w_v.
 
 - `nll` has w = 1 and rests at p = T.
 - `power` with alpha = a < 1 has w = p^a. It rests where p^(1-a) ~ T, so **p_v ~ T_v^(1/(1-a))**: T at temperature 1 - a.
-- `power` with a >= 1 has no such rest. It goes on to the most probable token alone, which is temperature 0. `neg_p` has a = 1.
+- `power` with a >= 1 has no such rest. It ends at the most probable token alone: temperature 0. `neg_p` has a = 1.
 - With a = c e^-H, and H detached, the exponent depends on where p comes to rest. The temperature is 1 - c e^-H(p), with H at p.
 - A weight of the entropy alone (`eaft`, `mile`) is the same for every token of a context. It rests at p = T.
 
@@ -79,7 +79,7 @@ It takes any objective and threshold, a function of your own too. It uses the we
 ## Predicted and measured
 
 `python studies/temperature_study.py` trains one small transformer per objective on three contexts with such T. 52 to 48 stands
-in place of 50 to 50. Training begins with `nll` and goes on with the objective. The largest difference between predicted and
+in place of 50 to 50. Training begins with `nll` and continues with the objective. The largest difference between predicted and
 measured p is {worst}. Each cell has the predicted, then the measured p of the first token.
 
 ![Predicted and measured probability of the first token](temperature.svg)
