@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bl_trainer._util.logs import quieten
+
 FOLDER = Path("quickstart")
 MODEL = FOLDER / "SmolLM2-135M-Instruct"
 RUN = FOLDER / "run"
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("step", choices=["prepare", "compare"])
     parser.add_argument("--run", type=Path, default=RUN, help="the run's output_dir, for compare")
     options = parser.parse_args()
+    quieten()
     if options.step == "prepare":
         prepare()
     else:

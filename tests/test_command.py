@@ -4,13 +4,16 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 import bl_trainer
+from bl_trainer._util.logs import quieten
 from bl_trainer.cli import VERBS, main
 from bl_trainer.recipe import DATACLASSES
 from bl_trainer.recipe.help import USAGE
@@ -151,6 +154,7 @@ def test_every_verb_runs_from_the_wheel_in_an_empty_folder(wheel, checkpoint, da
     recipe = write_recipe(tmp_path, checkpoint, data_folder, output_dir="out", max_steps=1)
     code = f"""
 import bl_trainer, pathlib, sys
+from bl_trainer._util.logs import quieten
 from bl_trainer.cli import VERBS, main
 assert pathlib.Path(bl_trainer.__file__).is_relative_to({str(home)!r}), bl_trainer.__file__
 for verb in VERBS:
@@ -170,3 +174,12 @@ main(["diagnose", "--config", {str(recipe)!r}, "--report", "report"])
     assert "<style>" in (empty / "report/report.html").read_text(encoding="utf-8")
     script = subprocess.run([home / "bin/bl-trainer", "--version"], **options)
     assert script.stdout == f"bl-trainer {bl_trainer.__version__}\n", script.stderr
+
+
+def test_messages_that_tell_nothing_are_kept_back():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quieten()
+        list(DataLoader([0, 1], pin_memory=True))
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["another"]

@@ -1,6 +1,7 @@
 """Diagnosis of a model and a JSONL, without a recipe."""
 
 import json
+from pathlib import Path
 
 import pytest
 

@@ -196,7 +196,7 @@ def test_recipe_keys_in_the_text_exist():
         text for page, text in PAGES.items() if page == "README.md" or page.startswith(("docs/guide/", "docs/reference/ref"))
     ]
     for key in re.findall(r"`(\w+): ", "".join(text for text in guides if "adapters" not in text[:200])):
-        assert key in known | {"normalize", "objective", "weight", *OWN_KEYS}, key
+        assert key in known | {"normalize", "objective", "weight", "env", *OWN_KEYS}, key
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -286,6 +286,7 @@ def test_broken_file(text, message, write):
             ["--eval_strategy", "stepz"],
             "`eval_strategy: stepz` is not allowed. Did you mean 'steps'? Allowed: no, ",
         ),
+        (["--optim", "adamw_torhc"], "`optim: adamw_torhc` is not allowed. Did you mean 'adamw_torch'?"),
         (["--objective", "{name: power}"], "`objective` is not valid JSON"),
     ],
     ids=str,

@@ -13,8 +13,8 @@ PAGE = """# Commands and recipe keys
 
 <!-- Written by tools/reference_pages.py (`make figures`) from the help of each verb. -->
 
-`bl-trainer VERB` runs on one device, `accelerate launch -m bl_trainer VERB` on several. From a checkout,
-`scripts/` has the same verbs.
+`bl-trainer VERB` runs on one device, `accelerate launch -m bl_trainer VERB` on several. In a checkout,
+`scripts/` starts train, diagnose, sweep, evaluate and prepare-data without an installation.
 
 ```text
 {usage}```

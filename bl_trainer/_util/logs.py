@@ -15,10 +15,11 @@ def warn_once(message: str) -> None:
 
 
 def quieten() -> None:
-    """Keep back two messages that another package causes, and that no setting of a user's ends.
+    """Keep back three messages that tell a user nothing, and that another package causes.
 
-    transformers deprecates a name that PEFT and TRL still read. bitsandbytes looks for a kernel of CPUs whenever it is
-    imported, also by runs without a quantised model.
+    transformers deprecates a name that PEFT and TRL still read. torch notes that memory isn't pinned, in every run without an
+    accelerator. bitsandbytes looks for a kernel of CPUs whenever it is imported, also by runs without a quantised model.
     """
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

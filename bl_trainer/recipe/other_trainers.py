@@ -58,7 +58,7 @@ def _axolotl_datasets(draft: Draft, value: Any) -> None:
                 draft.put("assistant_only_loss", True, "axolotl trains on the assistant's turns alone")
         elif kind not in ("completion", "chat_template"):
             draft.lose("datasets", f"{path} is of type {kind}, which axolotl renders; write its rows as prompt and completion")
-    draft.put("datasets", entries, "as far as they have counterparts")
+    draft.put("datasets", entries, "only the parts that have a counterpart")
 
 
 def _per_epoch(draft: Draft, value: Any, kind: str) -> None:

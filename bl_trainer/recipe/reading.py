@@ -16,6 +16,7 @@ from .rules import KEY_RULES, PLACE_RULES, TRAINING_RULES
 
 OWN_READERS = ("objective", "threshold", "resume_from_checkpoint")  # keys whose values are checked where they are read
 OF_OBJECTIVES = ("floor", "mix", "special_tokens")  # of any objective's mapping
+LISTED = 200  # characters of allowed values beside a suggestion; transformers knows 43 optimizers
 TRUTHS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
 
 
@@ -202,8 +203,9 @@ def _checked(field: Field, value: Any) -> Any:
     if isinstance(value, str) and dict in kinds and str not in kinds:
         raise RecipeError(f"`{key}: {shown}` is of the wrong type. Write a mapping.")
     if field.choices and value not in field.choices:
-        near = nearest(value, map(str, field.choices))
-        raise RecipeError(f"`{key}: {shown}` is not allowed.{near} Allowed: {', '.join(map(str, field.choices))}.")
+        near, several = nearest(value, map(str, field.choices)), ", ".join(map(str, field.choices))
+        allowed = "" if near and len(several) > LISTED else f" Allowed: {several}."
+        raise RecipeError(f"`{key}: {shown}` is not allowed.{near}{allowed}")
     return value
 
 
