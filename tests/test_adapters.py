@@ -198,6 +198,10 @@ def test_settings_that_change_the_loss_are_refused(settings, message):
 
 def test_two_losses_at_once_are_refused(tokenizer, tmp_path):
     trainer, _ = build(tokenizer, tmp_path)
+    trainer.args.loss_type = "dft"  # as TRL's own trainer has it
+    with pytest.raises(RecipeError, match="Cannot train two losses at once: `loss_type: dft` is another"):
+        attach(trainer, "neg_p")
+    trainer.args.loss_type = "nll"
     attach(trainer, "neg_p")
     with pytest.raises(RecipeError, match="`compute_loss_func` already"):
         attach(trainer, "nll")

@@ -78,8 +78,8 @@ def test_core_works_beside_an_old_trl(tmp_path):
     assert first == "worked", done.stderr
     for line, name in zip(others, core_alone.NEED_TRL, strict=True):
         assert line == (
-            f"Cannot use {name}: it needs trl<2,>=1.15 (0.24.0 is installed). Run `pip install 'trl<2,>=1.15'`; objectives and "
-            "`as_loss` work without them."
+            f"Cannot use {name}: it needs trl<2,>=1.15 (0.24.0 is installed). Run `pip install 'trl<2,>=1.15'` in an "
+            "environment of its own; objectives and `as_loss` work without them."
         )
 
 

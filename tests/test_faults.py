@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main
 from bl_trainer.errors import CheckpointError, LossError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.training.callbacks import RefuseNonfinite
 from bl_trainer.training.checkpoints import MANIFEST_FILE, RECORD_FILE, why_broken
 from bl_trainer.training.metrics_log import Curve, MetricsLog
 from bl_trainer.training.record import RunRecord
@@ -634,6 +636,28 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(tokenizer, text_data,
     ).groups()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == int(step) - 1
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the others, as of a model that is spread over several."""
+
+    device = torch.device("cuda", 1)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.stack and not all(isinstance(each, cls) for each in args[0]):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1])
+def test_gradients_on_several_devices(wrong):
+    gradients = [torch.ones(2), torch.ones(2).as_subclass(Elsewhere)]
+    if wrong is not None:
+        gradients[wrong][1] = float("inf")
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(grad=each) for each in gradients])
+    with nullcontext() if wrong is None else pytest.raises(LossError, match="gradient of step 1 is not finite"):
+        RefuseNonfinite().on_pre_optimizer_step(SimpleNamespace(fp16=False), SimpleNamespace(global_step=0), None, model)
 
 
 def test_weights_that_are_not_finite_are_told_apart(tokenizer, text_data, tmp_path):

@@ -41,6 +41,28 @@ def test_images_however_the_batch_is_cut(name, tokenizer, image_data, tmp_path):
         assert relative_difference(gradient(name, processor, image_data, tmp_path, size, steps), whole) < 1e-6
 
 
+def shown_in_chats(image_data):
+    """Return the same rows as `messages`, whose user turns train too."""
+    return image_data.map(lambda row: {"messages": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion"])
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+@pytest.mark.parametrize("name", ["Qwen3VL", "Gemma4"])
+def test_placeholders_of_images_are_no_targets(name, kind, tokenizer, image_data, tmp_path):
+    """The model puts an image's features there, so that nothing is said by their ids."""
+    processor, data = processor_of(name, tokenizer), shown_in_chats(image_data)
+    placeholder = "<|image_pad|>" if name == "Qwen3VL" else "<image>"
+    options = {"remove_unused_columns": False} if kind == "text" else {}  # TRL takes no `text` beside images for granted
+    if kind == "text":
+        data = data.map(lambda row: {"text": f"{placeholder}abc"}, remove_columns=["messages"])
+    trainer = build(Ordered, processor, data, tmp_path, model=make_multimodal(name, processor), **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    shown, padding = batch["input_ids"] == processor.image_token_id, batch["attention_mask"] == 0
+    assert shown.any()
+    assert (batch["labels"][shown | padding] == -100).all()
+    assert (batch["labels"] == batch["input_ids"])[~shown & ~padding].all()
+
+
 @pytest.mark.parametrize("name", UNCOUNTED)
 def test_the_class_says_that_its_own_loss_takes_no_count(name):
     assert getattr(transformers, f"{name}ForConditionalGeneration").accepts_loss_kwargs is False

@@ -11,6 +11,8 @@ from ..errors import DependencyError
 # What all but the core needs, where our own metadata does not say it, as in a checkout that is not installed
 STACK = ("accelerate", "datasets", "peft", "torch", "transformers", "trl")
 
+NOT_INSTALLED = "not installed"
+
 COMPARISONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt, "==": operator.eq, "!=": operator.ne}
 
 
@@ -39,16 +41,16 @@ def needs_stack(what: str) -> Iterator[None]:
         name = str(error.name).partition(".")[0]
         if name == "bl_trainer":
             raise
-        _refuse(what, {f"{name}{declared.get(name, '')}": "not installed"})
+        _refuse(what, {f"{name}{declared.get(name, '')}": NOT_INSTALLED})
 
 
 def _refuse(what: str, wrong: dict[str, str]) -> None:
     if wrong:
         needs = ", ".join(f"{name} ({state})" for name, state in wrong.items())
-        install = " ".join(f"'{name}'" for name in wrong)
-        raise DependencyError(
-            f"Cannot use {what}: it needs {needs}. Run `pip install {install}`; objectives and `as_loss` work without them."
-        )
+        install = "Run `pip install " + " ".join(f"'{name}'" for name in wrong) + "`"
+        if any(state != NOT_INSTALLED for state in wrong.values()):  # another stack may have pinned it
+            install += " in an environment of its own"
+        raise DependencyError(f"Cannot use {what}: it needs {needs}. {install}; objectives and `as_loss` work without them.")
 
 
 def _state(name: str, bound: str) -> str | None:
@@ -56,7 +58,7 @@ def _state(name: str, bound: str) -> str | None:
     try:
         found = version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
     limits = re.findall(r"([<>=!]=?)\s*([\w.]+)", bound)
     fits = all(COMPARISONS[sign](_release(found), _release(limit)) for sign, limit in limits)
     return None if fits else f"{found} is installed"

@@ -3,7 +3,7 @@
 tests/test_foreign.py says what each is for.
 """
 
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "METHODS",
     "NAMES",
     "DataCollatorForLanguageModeling",
+    "DataCollatorForVisionLanguageModeling",
     "add_fused_lm_head",
     "maybe_gather_lm_head_ctx",
 ]
@@ -18,6 +19,7 @@ __all__ = [
 # Names -> what breaks without them
 NAMES = {
     "DataCollatorForLanguageModeling": "batches with our columns, and packed rows",
+    "DataCollatorForVisionLanguageModeling": "labels without the placeholders of images",
     "add_fused_lm_head": "the loss under `loss_head: trl`",
     "maybe_gather_lm_head_ctx": "the loss under ZeRO-3, which shards the LM head",
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
 from ..losses import as_loss
 from ..objectives.pricing import METRICS
@@ -16,8 +17,11 @@ def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
     `objective`, `threshold`: as in a recipe. Call it before `trainer.train()`. The first token of a row, and of each example
     of a packed row, is no target. Raises ValueError on settings under which the trainer would minimise something else.
     """
+    if (kind := getattr(trainer.args, "loss_type", None)) not in (None, "nll", "chunked_nll"):  # TRL's trainers have others
+        raise RecipeError(f"Cannot train two losses at once: `loss_type: {kind}` is another. Remove it.")
     if trainer.compute_loss_func is not None:
         raise RecipeError("Cannot attach an objective: the trainer has a `compute_loss_func` already. Turn off its other loss.")
+    keep_trainable(trainer.model)
     trainer.compute_loss_func = TrainerLoss(trainer, trainer.args, objective, threshold)
 
 

@@ -15,6 +15,4 @@ def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
     """
     if os.environ.get("UNSLOTH_RETURN_LOGITS", "0") != "1":
         raise RecipeError("Cannot train under Unsloth: it makes no logits. Set `UNSLOTH_RETURN_LOGITS=1` before the trainer.")
-    if (kind := getattr(trainer.args, "loss_type", None)) not in (None, "nll", "chunked_nll"):
-        raise RecipeError(f"Cannot train two losses at once: `loss_type: {kind}` is another. Remove it.")
     transformers.attach(trainer, objective, threshold)

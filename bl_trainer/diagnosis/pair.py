@@ -16,8 +16,30 @@ from ..head.patch import add_scoring
 from ..head.verification import verify_head
 from ..measurement.forward import score_batch
 from ..recipe.recipe import Recipe
+from ..training.checkpoints import quantization_in, quantization_of, read_record
 
 logger = get_logger(__name__)
+
+
+def warn_of_quantization(adapter: str, config: Any) -> None:
+    """Warn if a run's adapter was trained over a base that was quantised otherwise than the model of `config`."""
+    record = read_record(adapter)
+    if not record:
+        return
+    then, now = (_bits(quantization_of(each)) for each in (record, {"quantization": quantization_in(config) or {}}))
+    if then != now:
+        logger.warning(
+            f"The adapter `--compare {adapter}` was trained over a base in {then}, and is compared over one in {now}. Write the "
+            f"same `load_in_4bit` or `load_in_8bit` to measure what was trained."
+        )
+
+
+def _bits(quantization: dict[str, Any]) -> str:
+    """Return how weights are quantised, in words."""
+    if quantization.get("load_in_4bit"):
+        double = ", twice quantised" if quantization.get("bnb_4bit_use_double_quant") else ""
+        return f"4 bits ({quantization.get('bnb_4bit_quant_type', 'fp4')}{double})"
+    return "8 bits" if quantization.get("load_in_8bit") else "full precision"
 
 
 class Pair:
@@ -34,6 +56,7 @@ class Pair:
                 logger.warning(
                     f"The adapter `--compare {path}` was trained on {base}, the recipe's model is another by its name."
                 )
+            warn_of_quantization(path, trainer.model.config)
         if self.adapter and isinstance(trainer.model, PeftModel):
             trainer.model.load_adapter(path, "tuned")
             trainer.model.set_adapter("tuned")

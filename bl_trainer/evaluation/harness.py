@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .._util.lm_eval import load_yaml, share_out, without_git
 from .._util.text import nearest, sentence
@@ -155,10 +155,14 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
     """Load a checkpoint for the harness, one copy for each process."""
     if options.backend == "vllm":
         return _load_vllm(checkpoint, options)
+    accelerator, quantization = Accelerator(), checkpoint.quantization
+    kwargs: dict[str, Any] = {}
+    if quantization:
+        kwargs = {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": accelerator.device}}
     named = checkpoint.adapter and any(Path(checkpoint.adapter).glob("tokenizer*"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.adapter if named else checkpoint.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=options.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.model, dtype=options.dtype, **kwargs)
         _end_at_all_ends(model, tokenizer)
         if checkpoint.adapter:
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -166,9 +170,9 @@ def load_model(checkpoint: Checkpoint, options: EvaluateArguments) -> Any:
             model = PeftModel.from_pretrained(model, checkpoint.adapter)
     except Exception as error:  # it can be told in many ways that there is no such model
         raise _cannot_load(checkpoint, error) from error
-    accelerator = Accelerator()
     # loaded here, since the harness cuts the embeddings to the tokenizer's size under an adapter, which may hold them whole
-    lm = HFLM(pretrained=model.to(accelerator.device), tokenizer=tokenizer, batch_size=options.batch_size)
+    model = model if quantization else model.to(accelerator.device)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     share_out(lm, accelerator)
     return lm
 

@@ -15,6 +15,7 @@ from ..recipe.datasets import find_fault
 from ..recipe.local_files import unreadable_name
 from ..recipe.parser import Parser
 from ..recipe.paths import format_of, is_path
+from ..training.checkpoints import quantization_of, read_record
 from .task_files import task_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,9 +43,14 @@ class Checkpoint:
         digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         return label if label.replace("__", "/") == self.name else f"{label}-{digest}"
 
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Return bitsandbytes' configuration of the base that the adapter was trained over, empty if it was not quantised."""
+        return quantization_of(read_record(self.adapter)) if self.adapter else {}
+
     def fingerprint(self) -> str:
         """Return a hash of the checkpoint's files, whole: some ways of training change a few bytes in a gigabyte."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(str(self.quantization or "").encode())
         for folder in filter(None, (self.model, self.adapter)):
             for path in sorted({path for pattern in READ for path in Path(folder).glob(pattern) if path.is_file()}):
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -164,8 +170,15 @@ class EvaluateArguments:
         return {task: Path(path) for task, _, path in (part.partition("=") for part in self.data)}
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints. Raises RecipeError on one that isn't there."""
-        return list(self._checkpoints())
+        """Return the checkpoints. Raises RecipeError on one that isn't there, or that the backend can't load as it was trained."""
+        found = list(self._checkpoints())
+        for each in found if self.backend == "vllm" else ():
+            if each.quantization:
+                raise RecipeError(
+                    f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run `bl-trainer merge "
+                    f"{each.adapter} --output DIR`, and evaluate DIR."
+                )
+        return found
 
     def _checkpoints(self) -> Iterator[Checkpoint]:
         for name in self.model:

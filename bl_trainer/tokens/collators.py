@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from .._util.trl import DataCollatorForLanguageModeling
+from .._util.trl import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 from ..errors import RecipeError
+from ..head.targets import IGNORED
 from .annotation import group_name
 from .labels import check_example
 from .names import EXAMPLE_LENGTHS, EXAMPLES, FILLS, GROUP, LENGTH, OWNER, POSITION, REFERENCE, ROW, TEMPLATE, WEIGHT
@@ -112,11 +113,32 @@ class TokenCollator(DataCollatorForLanguageModeling):
         return batch
 
 
+class ImageCollator(DataCollatorForVisionLanguageModeling):
+    """TRL's collator, whose labels leave out `placeholders`, ids in whose place the model puts an image's features."""
+
+    placeholders: Tensor
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        batch["labels"] = batch["labels"].masked_fill(torch.isin(batch["input_ids"], self.placeholders), IGNORED)
+        return batch
+
+
+def _placeholders(trainer: Any) -> Tensor:
+    """Return the ids of images, videos and sound among tokens, by the model's configuration and the processor."""
+    keys = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+    found = {getattr(each, key, None) for each in (trainer.model.config, trainer.processing_class) for key in keys}
+    return torch.tensor(sorted(each for each in found if isinstance(each, int)), dtype=torch.long)
+
+
 def collator_of(trainer: Any) -> Any:
     """Return a trainer's collator, made to carry our columns. Raises RecipeError where it would lose `ref_logprobs`."""
     collator = trainer.data_collator
     if type(collator) is DataCollatorForLanguageModeling:
         collator = TokenCollator(**vars(collator))
+    elif type(collator) is DataCollatorForVisionLanguageModeling:
+        collator = ImageCollator(**vars(collator))
+        collator.placeholders = _placeholders(trainer)
     carries = isinstance(collator, TokenCollator) and not trainer.is_shared_out("cp", "sp")
     if trainer.reference == "column" and not carries:
         raise RecipeError(

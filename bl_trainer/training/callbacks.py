@@ -70,7 +70,10 @@ class RefuseNonfinite(TrainerCallback):
         gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
         if args.fp16 or not gradients:  # whose scaler leaves such steps out; DeepSpeed, which keeps them to itself
             return
-        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+        flags: dict[torch.device, list[Tensor]] = {}  # of a model that is spread over several devices
+        for gradient in gradients:
+            flags.setdefault(gradient.device, []).append(gradient.isfinite().all())
+        if not all(torch.stack(each).all() for each in flags.values()):
             raise LossError(
                 f"The gradient of step {state.global_step + 1} is not finite, and the step is not made. Lower `learning_rate`, "
                 "or keep the least probable tokens out by a small `threshold`."

@@ -25,6 +25,12 @@ SENTINEL = "checkpoint-is-incomplete.txt"  # of transformers, while it saves upo
 
 WEIGHTS = ("*.safetensors", "*/adapter_model.safetensors", "pytorch_model*", "adapter_model.bin", "global_step*")
 
+# What of bitsandbytes' configuration decides the weights, and the type that they are computed in
+QUANTIZATION = (
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
+    "llm_int8_skip_modules", "llm_int8_threshold",
+)  # fmt: skip
+
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -161,6 +167,24 @@ def _expected_of_deepspeed(checkpoint: Path, processes: int) -> list[str]:
 def read_record(checkpoint: str) -> dict[str, Any]:
     """Return what we recorded in `checkpoint`; nothing if another trainer made it."""
     return read_json(Path(checkpoint) / RECORD_FILE) or {}
+
+
+def quantization_in(config: Any) -> dict[str, Any] | None:
+    """Return the quantization of a model, by its configuration, as a record has it; None if there is none."""
+    found = getattr(config, "quantization_config", None)
+    return found if isinstance(found, dict) or found is None else found.to_dict()
+
+
+def quantization_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return bitsandbytes' configuration of the run that left `record`, empty if its base was not quantised."""
+    found = record.get("quantization")
+    if found is not None:
+        return {key: found[key] for key in QUANTIZATION if key in found}
+    recipe = record.get("recipe") or {}  # of a version that recorded no more
+    if recipe.get("load_in_4bit"):
+        quant_type, double = recipe.get("bnb_4bit_quant_type", "nf4"), recipe.get("use_bnb_nested_quant", False)
+        return {"load_in_4bit": True, "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double}
+    return {"load_in_8bit": True} if recipe.get("load_in_8bit") else {}
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from .._util.files import write_text
 from .._util.text import sentence
 from ..errors import RecipeError
 from .card import write_card
-from .checkpoints import RECORD_FILE, last_whole, read_record
+from .checkpoints import RECORD_FILE, last_whole, quantization_of, read_record
 
 ADAPTER = "adapter_config.json"
 
@@ -103,7 +103,7 @@ def _config(run: Path, base: str | None) -> PeftConfig:
 def _base(run: Path, config: PeftConfig, dtype: str) -> Any:
     """Load the base as it was trained on: quantised if it was, with its weights in plain numbers again."""
     name: Any = config.base_model_name_or_path
-    quantization = _quantization(read_record(str(run)))
+    quantization = quantization_of(read_record(str(run)))
     kwargs: dict[str, Any] = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
     try:
         kind = getattr(AutoConfig.from_pretrained(name, revision=config.revision), "architectures", None) or [""]
@@ -114,19 +114,6 @@ def _base(run: Path, config: PeftConfig, dtype: str) -> Any:
         raise RecipeError(
             f"Cannot load {name}, the base model of {run}: {sentence(error)} Add `--base MODEL` if it is elsewhere."
         ) from error
-
-
-def _quantization(record: dict[str, Any]) -> dict[str, Any]:
-    """Return bitsandbytes' configuration of the run that left `record`, empty if its base was not quantised."""
-    found = record.get("quantization")
-    kept = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-    if found is not None:
-        return {key: found[key] for key in kept if key in found}
-    recipe = record.get("recipe") or {}  # of a version that recorded no more
-    if recipe.get("load_in_4bit"):
-        quant_type, double = recipe.get("bnb_4bit_quant_type", "nf4"), recipe.get("use_bnb_nested_quant", False)
-        return {"load_in_4bit": True, "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double}
-    return {"load_in_8bit": True} if recipe.get("load_in_8bit") else {}
 
 
 def _merged(run: Path, config: PeftConfig, base: Any) -> Any:

@@ -12,7 +12,7 @@ from accelerate.utils import is_peft_model
 
 from .._util.files import write_text
 from .card import before_and_after, write_card
-from .checkpoints import RECORD_FILE
+from .checkpoints import RECORD_FILE, quantization_in
 
 PACKAGES = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
@@ -66,7 +66,7 @@ class RunRecord:
             versions={package: version(package) for package in PACKAGES},
             base_model=getattr(trainer.model.config, "name_or_path", None) or None,
             is_adapter=is_peft_model(trainer.model),
-            quantization=_quantization(trainer.model.config),
+            quantization=quantization_in(trainer.model.config),
             metrics=before_and_after(trainer.state.log_history, _best_step(trainer)),
         )
 
@@ -91,11 +91,6 @@ class RunRecord:
         where = trainer.hub_model_id or str(folder)
         chats = bool(getattr(trainer.processing_class, "chat_template", None))
         write_card(folder / "README.md", vars(self), name or Path(where).name, where, chats, data)
-
-
-def _quantization(config: Any) -> dict[str, Any] | None:
-    found = getattr(config, "quantization_config", None)
-    return found if isinstance(found, dict) or found is None else found.to_dict()
 
 
 def _best_step(trainer: Any) -> int | None:

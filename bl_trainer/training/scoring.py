@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from trl import SFTTrainer
 
 from .._util.accelerate import has_prepared
+from .._util.bitsandbytes import keep_trainable
 from .._util.transformers import is_deepspeed_zero3_enabled
 from .._util.trl import add_fused_lm_head
 from ..head.patch import add_scoring
@@ -66,6 +67,7 @@ class ScoringTrainer(SFTTrainer):
 
     def add_heads(self, model: Any) -> None:
         """Let `model` compute the loss. Raises ValueError if neither our head nor TRL's gives its logits."""
+        keep_trainable(model)
         base = model.get_base_model() if is_peft_model(model) else model
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
