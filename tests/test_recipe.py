@@ -463,6 +463,18 @@ finally:
     assert len(lines) - 1 == len(starts)
 
 
+def test_a_wrong_objective_is_told_with_the_wrong_keys(write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read([*write(lerning_rate=1, threshold=2), "--objective", "negp"])
+    assert "There are 3 mistakes" in str(caught.value)
+    for said in (
+        "Unknown recipe key 'lerning_rate'",
+        "`objective`: Unknown objective 'negp'. Did you",
+        "`threshold` `above` must be",
+    ):
+        assert f"  - {said}" in str(caught.value)
+
+
 def test_what_the_libraries_find_is_told_at_once_too(write):
     wrong = {"optim": "adamw_torch_xla", "lr_scheduler_kwargs": {"speed": 1}, "metric_for_best_model": "eval_nlll"}
     with pytest.raises(RecipeError) as caught:

@@ -65,10 +65,27 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> 
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
     if keys.faults:
+        keys.faults += _faults_of_objective(keys)
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
     return keys
+
+
+def _faults_of_objective(keys: Keys) -> list[str]:
+    """Return what is wrong with the objective and the threshold. It needs torch, so a recipe without other faults waits."""
+    found = []
+    for key in [key for key in ("objective", "threshold") if key in keys.values]:
+        from ..objectives.objective import Objective
+        from ..objectives.threshold import Threshold
+
+        parse: Any = Objective.parse if key == "objective" else Threshold.parse
+        try:
+            parse(keys.values[key])
+        except Exception as error:  # also of a user's function, which may raise anything
+            said = sentence(error)
+            found.append(said if f"`{key}`" in said else f"`{key}`: {said}")
+    return found
 
 
 def faults_of(config: dict[str, Any]) -> list[str]:
