@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 
@@ -135,6 +136,7 @@ def _merged(run: Path, config: PeftConfig, base: Any) -> Any:
         base.resize_token_embeddings(rows)
     try:
         tuned: Any = PeftModel.from_pretrained(base, str(run), config=config)
+        _untie(tuned.get_base_model())
         with torch.no_grad():
             model = tuned.merge_and_unload(safe_merge=True)
     except Exception as error:  # the shapes of another base, numbers that are not finite, or a kind that has no merge
@@ -146,6 +148,15 @@ def _merged(run: Path, config: PeftConfig, base: Any) -> Any:
         if hasattr(model.config, name):
             delattr(model.config, name)
     return model
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own if LoRA changes one of two tied layers, since the merge would change both."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if head is not None and inner.weight is head.weight and any(isinstance(layer, LoraLayer) for layer in layers):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _embeddings(run: Path) -> int | None:
