@@ -75,12 +75,14 @@ def test_lora_on_one_of_two_tied_layers_changes_that_one_alone(modules, tokenize
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_grown_vocabulary_and_its_end_token(checkpoint, tokenizer, tmp_path):
+@pytest.mark.parametrize("how", ["modules_to_save", "trainable_token_indices"])
+def test_grown_vocabulary_and_its_end_token(how, checkpoint, tokenizer, tmp_path):
     grown = AutoTokenizer.from_pretrained(checkpoint)
     grown.add_special_tokens({"eos_token": "<turn>"})
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.resize_token_embeddings(len(grown))
-    run = adapter(checkpoint, tmp_path / "run", grown, model, modules_to_save=["embed_tokens", "lm_head"])
+    own = {"modules_to_save": ["embed_tokens", "lm_head"], "trainable_token_indices": [len(grown) - 1]}
+    run = adapter(checkpoint, tmp_path / "run", grown, model, **{how: own[how]})
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(run))
     merged = AutoModelForCausalLM.from_pretrained(merge(options(run, tmp_path / "out")))
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,7 @@
 """The merge verb: an adapter and its base as one model, that loads without PEFT."""
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from .card import write_card
 from .checkpoints import RECORD_FILE, last_whole, read_record
 
 ADAPTER = "adapter_config.json"
+
+EMBEDDINGS = re.compile(r"\b(embed_tokens|wte|embed_in)(\.token_adapter)?(\.base_layer)?\.weight$")
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
@@ -165,7 +168,7 @@ def _embeddings(run: Path) -> int | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+        names = [name for name in file.keys() if EMBEDDINGS.search(name)]
         return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
