@@ -10,10 +10,12 @@ import yaml
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe import Recipe
+from bl_trainer.recipe.axolotl import AXOLOTL
 from bl_trainer.recipe.convert import ConvertArguments, convert
+from bl_trainer.recipe.dialects import TRL
 from bl_trainer.recipe.fields import recipe_fields
 from bl_trainer.recipe.keys import RENAMED, REPLACED
-from bl_trainer.recipe.other_trainers import AXOLOTL, LLAMA_FACTORY, TRL
+from bl_trainer.recipe.llama_factory import LLAMA_FACTORY
 from bl_trainer.recipe.reading import faults_of
 
 OLD = Path(__file__).parents[1] / "examples/recipes/old"
@@ -144,7 +146,8 @@ OLDER = [
      {"accelerator_config": {"split_batches": True, "dispatch_batches": False}}),
     ({"wandb_project": "mine", "hub_model_revision": "v1"}, {"env": {"WANDB_PROJECT": "mine"}, "hub_revision": "v1"}),
     ({"packing": True, "packing_strategy": "ffd"}, {"packing": True, "packing_strategy": "bfd"}),
-    ({"base_model": "m", "datasets": [{"path": "d", "type": "completion"}], "train_on_inputs": True, "evals_per_epoch": 1},
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "completion"}], "train_on_inputs": True, "evals_per_epoch": 1,
+      "val_set_size": 0.1},
      {"datasets": [{"path": "d"}], "completion_only_loss": False, "eval_strategy": "epoch"}),
     ({"base_model": "m", "datasets": [], "wandb_project": "p", "bf16": "full", "val_set_size": 0, "saves_per_epoch": 0.1},
      {"env": {"WANDB_PROJECT": "p"}, "bf16": True}),
@@ -155,6 +158,74 @@ OLDER = [
     ({"stage": "sft", "finetuning_type": "lora", "lora_target": "q_proj, v_proj", "lora_alpha": 4, "neat_packing": True},
      {"lora_target_modules": ["q_proj", "v_proj"], "lora_alpha": 4, "packing": True}),
 ]  # fmt: skip
+
+
+# What the other trainer does where a recipe is silent, and ours does otherwise
+SILENT = [
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "chat_template"}]},
+     {"per_device_train_batch_size": 1, "num_train_epochs": 1, "max_length": 512, "lr_scheduler_type": "cosine",
+      "warmup_steps": 0.03, "dtype": "bfloat16"}),
+    ({"base_model": "m", "warmup_steps": 7, "fp16": True, "adapter": "qlora", "load_in_4bit": True},
+     {"warmup_steps": 7, "dtype": "float16", "use_bnb_nested_quant": True, "lora_dropout": 0.0}),
+    ({"base_model": "m", "lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1, "noisy_embedding_alpha": 5},
+     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "neftune_noise_alpha": 5}),
+    ({"base_model": "m", "use_dynamic_finetuning": True}, {"objective": "dft"}),
+    ({"base_model": "m", "val_set_size": 0.0, "evals_per_epoch": 4}, {"eval_strategy": None}),
+    ({"stage": "sft", "lora_rank": 4, "bf16": True},
+     {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear", "dtype": "bfloat16"}),
+    ({"stage": "sft", "finetuning_type": "full", "bf16": True, "use_dft_loss": True},
+     {"use_peft": None, "lora_alpha": None, "dtype": None, "objective": "dft"}),
+    ({"stage": "sft", "finetuning_type": "full", "pure_bf16": True}, {"dtype": "bfloat16", "bf16": True}),
+    ({"stage": "sft", "finetuning_type": "full"}, {"bf16": False}),
+    ({"stage": "sft", "quantization_bit": 4, "additional_target": "embed_tokens,lm_head"},
+     {"use_bnb_nested_quant": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]}),
+    ({"dataset_mixer": {"a/b": 1.0}, "packing": True}, {"packing": True, "packing_strategy": "wrapped"}),
+    ({"loss_type": "dft"}, {"objective": "dft", "loss_type": None}),
+    ({"datasets": [{"path": "d"}], "eval_strategy": "epoch"}, {"eval_strategy": None}),
+    ({"dataset_mixture": {"datasets": [{"id": "d", "weight": 0.001}]}}, {"datasets": [{"path": "d", "split": "train[:1%]"}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "expected"), SILENT, ids=str)
+def test_a_converted_recipe_trains_as_the_other_trainer_does(old, expected, rewrite):
+    new, _ = rewrite({"output_dir": "o", **old})
+    assert {key: new.get(key) for key in expected} == expected
+
+
+ALOUD = [
+    ({"base_model": "m"}, "`excess_length_strategy`: drop"),
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "chat_template", "shards": 10}]}, "`datasets.shards`: 10 of d"),
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "completion", "field": "body"}]}, "`datasets.field`: 'body' of d"),
+    ({"base_model": "m", "datasets": [{"path": "d", "type": "completion"}]}, "`datasets.type`: the long texts of d"),
+    ({"stage": "sft", "packing": True}, "`packing`: rows packed together"),
+    ({"stage": "sft", "mask_history": True}, "`mask_history`"),
+    ({"max_seq_length": 64, "packing": True}, "`packing`: TRL before 0.18"),
+    ({"loss_type": "other"}, "`loss_type`: other has no counterpart"),
+    ({"datasets": [{"path": "d"}], "eval_strategy": "epoch"}, "`eval_strategy`: a mixture holds out no rows"),
+    ({"dataset_mixture": {"datasets": [{"id": "d", "weight": 0.001}]}}, "`weight`: 0.001 of train became its first 1%"),
+    ({"dataset_mixture": {"datasets": [{"id": "d", "weight": 2}]}}, "`weight`: 2 of d (train) is no slice"),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [(old, said) for old, said in ALOUD if not old.keys() & {"max_seq_length"} & recipe_fields().keys()],
+    ids=str,
+)
+def test_what_trains_otherwise_is_loud(old, said, rewrite):
+    _, changed = rewrite({"output_dir": "o", **old})
+    assert any(each.startswith(said) for each in changed), changed
+
+
+def test_what_an_axolotl_data_set_says_of_the_usual_layout_changes_nothing(rewrite):
+    layout = {"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}
+    old = {
+        "base_model": "m",
+        "datasets": [{"path": "d", "type": "chat_template", **layout}],
+        "excess_length_strategy": "truncate",
+    }
+    _, changed = rewrite({**old, "chat_template": "tokenizer_default"})
+    assert changed == []
 
 
 # An older transformers still has, and obeys, some of these keys
@@ -190,7 +261,9 @@ def test_every_replaced_key_of_older_versions_is_converted():
     assert {*REPLACED, *RENAMED} <= known
     for dialect in (AXOLOTL, LLAMA_FACTORY, TRL):
         ours = [*dialect.renamed.values(), *(key for key, _ in dialect.flags.values()), *(key for key, _ in dialect.values)]
-        assert {*ours, *dialect.defaults} <= recipe_fields().keys()
+        assert {*ours} <= recipe_fields().keys()
+        takes = {*dialect.renamed, *dialect.flags, *dialect.handlers, *recipe_fields()}
+        assert {*dialect.defaults({"adapter": "lora", "quantization_bit": 4})} <= takes
 
 
 @pytest.mark.parametrize(

@@ -66,12 +66,23 @@ def test_merged_model_has_the_adapters_logits(kind, checkpoint, tokenizer, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"], "something is left over"
 
 
-def test_grown_vocabulary_and_its_end_token(checkpoint, tokenizer, tmp_path):
+@pytest.mark.parametrize("modules", [["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
+def test_lora_on_one_of_two_tied_layers_changes_that_one_alone(modules, tokenizer, tmp_path):
+    make_llama(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    run = adapter(tmp_path / "base", tmp_path / "run", tokenizer, target_modules=modules)
+    expected = logits(AutoPeftModelForCausalLM.from_pretrained(run))
+    merged = AutoModelForCausalLM.from_pretrained(merge(options(run, tmp_path / "out")))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["modules_to_save", "trainable_token_indices"])
+def test_grown_vocabulary_and_its_end_token(how, checkpoint, tokenizer, tmp_path):
     grown = AutoTokenizer.from_pretrained(checkpoint)
     grown.add_special_tokens({"eos_token": "<turn>"})
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.resize_token_embeddings(len(grown))
-    run = adapter(checkpoint, tmp_path / "run", grown, model, modules_to_save=["embed_tokens", "lm_head"])
+    own = {"modules_to_save": ["embed_tokens", "lm_head"], "trainable_token_indices": [len(grown) - 1]}
+    run = adapter(checkpoint, tmp_path / "run", grown, model, **{how: own[how]})
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(run))
     merged = AutoModelForCausalLM.from_pretrained(merge(options(run, tmp_path / "out")))
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)

@@ -25,6 +25,7 @@ from bl_trainer.objectives.objective import OBJECTIVES
 from bl_trainer.recipe.fields import KINDS, SOURCES, fields_of, objective_parameters, recipe_fields
 from bl_trainer.recipe.keys import NEEDS, RENAMED, REPLACED, TRACKERS
 from bl_trainer.recipe.parser import DATACLASSES, Parser, kinds_of
+from bl_trainer.recipe.reading import load_yaml
 from bl_trainer.recipe.recipe import Recipe
 from conftest import fake_checkpoint, write_recipe
 
@@ -99,6 +100,21 @@ def test_values_that_trl_takes_are_taken(key, write):
     read = Recipe.read(write(**{key: TAKEN[key], **besides.get(key, {})}))
     found = next(getattr(part, key) for part in (read.training, read.model) if hasattr(part, key))
     assert found == TAKEN[key] or str(found) == str(TAKEN[key]) or key in ("learning_rate", "accelerator_config")
+
+
+def test_a_null_a_number_and_a_truth_may_be_spelled_as_trl_takes_them(write):
+    spelled = {"max_length": "None", "neftune_noise_alpha": "none", "ddp_backend": None, "shuffle_dataset": 1}
+    spelled |= {"logging_first_step": 0, "seed": "7", "learning_rate": "1e-5", "eval_accumulation_steps": 2.0}
+    read = Recipe.read(write(**spelled)).training
+    found = {key: getattr(read, key) for key in spelled}
+    nulls = dict.fromkeys(("max_length", "neftune_noise_alpha", "ddp_backend"))
+    others = {"shuffle_dataset": True, "logging_first_step": False, "seed": 7, "learning_rate": 1e-5}
+    assert found == {**nulls, **others, "eval_accumulation_steps": 2}
+
+
+def test_yaml_may_merge_mappings(tmp_path):
+    (tmp_path / "r.yaml").write_text("env: &own {A: 1, B: 2}\ndataset_kwargs: {<<: *own, B: 3}\n")
+    assert load_yaml([str(tmp_path / "r.yaml")])["dataset_kwargs"] == {"A": 1, "B": 3}
 
 
 def test_template_that_is_broken(write, tmp_path):
@@ -262,6 +278,7 @@ def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, t
         ("- a\n- b\n", "must be a YAML mapping of keys to values, got list."),
         ("", "must be a YAML mapping of keys to values, got NoneType."),
         ("objective: [neg_p\n", "Can't read the recipe"),
+        ("seed: 1\n? [a]\n: 2\n", "A key is ['a'] (line 2). Write a text."),
     ],
 )
 def test_broken_file(text, message, write):
@@ -462,6 +479,25 @@ finally:
     for start in starts:
         assert any(line.startswith(f"  - {start}") for line in lines), start
     assert len(lines) - 1 == len(starts)
+
+
+def test_an_adapter_without_a_readable_configuration(write, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"has an adapter_config\.json that can't be read"):
+        Recipe.read(write(model_name_or_path=str(tmp_path / "adapter")))
+
+
+def test_a_wrong_objective_is_told_with_the_wrong_keys(write):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read([*write(lerning_rate=1, threshold=2), "--objective", "negp"])
+    assert "There are 3 mistakes" in str(caught.value)
+    for said in (
+        "Unknown recipe key 'lerning_rate'",
+        "`objective`: Unknown objective 'negp'. Did you",
+        "`threshold` `above` must be",
+    ):
+        assert f"  - {said}" in str(caught.value)
 
 
 def test_what_the_libraries_find_is_told_at_once_too(write):

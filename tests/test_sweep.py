@@ -187,6 +187,11 @@ WSD = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_
         ({"num_train_epochs": 2, "max_steps": -1, "warmup_steps": 0.1}, 0.5, {"num_train_epochs": 1.0}),
         ({"max_steps": 10, "warmup_steps": 3}, 0.25, {"max_steps": 3, "warmup_steps": 1}),
         ({"max_steps": 400, **WSD}, 0.1, {"max_steps": 40, "lr_scheduler_kwargs": {"num_decay_steps": 4, "min_lr_ratio": 0.1}}),
+        (
+            {"max_steps": 40, "lr_scheduler_kwargs": '{"num_decay_steps": 8}'},
+            0.5,
+            {"max_steps": 20, "lr_scheduler_kwargs": {"num_decay_steps": 4}},
+        ),
         ({"max_steps": 400}, 1, {}),
     ],
 )

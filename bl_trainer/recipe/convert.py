@@ -10,10 +10,11 @@ import yaml
 
 from .._util.text import listed
 from ..errors import RecipeError
-from .dialects import Dialect, Draft
+from .axolotl import AXOLOTL
+from .dialects import TRL, Dialect, Draft
 from .help import verb_help
 from .keys import NEEDS
-from .other_trainers import dialect_of
+from .llama_factory import LLAMA_FACTORY
 from .reading import faults_of, load_yaml
 
 WIDTH = 120
@@ -61,6 +62,7 @@ def convert(options: ConvertArguments) -> tuple[str, list[str]]:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"Cannot convert {options.recipe}: a key has a value that {dialect.name} does not take.") from error
+    _drop_evaluation(draft)
     _drop_idle(draft)
     if faults := faults_of(draft.new):
         raise RecipeError(f"Cannot convert {options.recipe}: {listed(faults, 'its new keys')}")
@@ -68,6 +70,21 @@ def convert(options: ConvertArguments) -> tuple[str, list[str]]:
     _write(texts)
     done = f"{len(draft.notes)} keys converted, {len(draft.dropped)} dropped"
     return f"Wrote {' and '.join(map(str, reversed(texts)))} from a recipe of {dialect.name}: {done}.", draft.changed
+
+
+def dialect_of(old: dict[str, Any]) -> Dialect:
+    """Return the dialect of a recipe, by the keys that only one of them has."""
+    if "base_model" in old:
+        return AXOLOTL
+    return LLAMA_FACTORY if {"stage", "finetuning_type", "cutoff_len"} & old.keys() else TRL
+
+
+def _drop_evaluation(draft: Draft) -> None:
+    """Drop an evaluation for which a mixture holds out no rows, so that the recipe trains at its first launch."""
+    if draft.new.get("datasets") and not draft.new.get("test_split_size") and draft.new.get("eval_strategy", "no") != "no":
+        for key in ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end"):
+            draft.new.pop(key, None)
+        draft.lose("eval_strategy", "a mixture holds out no rows by itself; write `test_split_size` to evaluate")
 
 
 def _drop_idle(draft: Draft) -> None:

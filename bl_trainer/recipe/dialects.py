@@ -50,7 +50,8 @@ class Dialect:
 
     `renamed`: key -> ours of the same meaning. `values`: (our key, a value) -> ours. `flags`: a key that is true or false ->
     our key with the value that true means. `idle`: key -> why it has no effect on training. `handlers`: key -> what takes
-    it. `defaults`: values that its trainer has where a recipe is silent, and ours are others.
+    it. `defaults`: takes the keys that a recipe gives, and returns the trainer's own values of the keys on which the recipe
+    is silent, where ours are others.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Dialect:
     flags: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
     handlers: Mapping[str, Handler] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {}
 
     def translate(self, draft: Draft) -> None:
         """Give `draft.new` what `draft.old` says."""
@@ -69,9 +70,11 @@ class Dialect:
                 self._take(draft, key, value)
         if empty:
             draft.dropped.append(f"without a value: {', '.join(empty)}")
-        for key, value in self.defaults.items():
-            if key not in draft.new and (key[:5] != "lora_" or draft.new.get("use_peft")):
-                draft.put(key, value, f"{self.name}'s default")
+        for key, value in self.defaults({key: draft.old[key] for key in draft.old if key not in empty}).items():
+            before = dict(draft.new)
+            self._take(draft, key, value)
+            taken = [ours for ours in draft.new if ours not in before]
+            draft.notes.update(dict.fromkeys(taken, f"{self.name}'s default, `{key}: {value}`"))
 
     def _take(self, draft: Draft, key: str, value: Any) -> None:
         if key in self.handlers:
@@ -106,8 +109,25 @@ def to_environment(variable: str) -> Handler:
     return lambda draft, value: draft.put("env", {variable: str(value)}, "for the tracker")
 
 
-def _losing(key: str, why: str) -> Handler:
-    return lambda draft, value: draft.lose(key, why)
+def losing(key: str, why: str) -> Handler:
+    """Return what notes a key that changes training, unless it is switched off."""
+
+    def handle(draft: Draft, value: Any) -> None:
+        if value:
+            draft.lose(key, why)
+        else:
+            draft.drop(key, "it is switched off")
+
+    return handle
+
+
+def evaluates(draft: Draft, size: Any, key: str) -> None:
+    """Split off an evaluation set, unless its size is 0."""
+    if size:
+        draft.put("test_split_size", size, f"was `{key}`")
+        draft.new.setdefault("eval_strategy", "steps")
+    else:
+        draft.drop(key, "it is 0")
 
 
 # Older TRL and transformers, the alignment handbook, open-r1
@@ -139,16 +159,20 @@ def _mixture(draft: Draft, value: Any) -> None:
         draft.drop("dataset_mixture.seed", "training shuffles by `seed`")
 
 
-def _share(draft: Draft, entry: dict[str, Any], weight: Any) -> None:
-    """Take the share of a data set's rows as a slice of its split."""
+def _share(draft: Draft, entry: dict[str, Any], weight: Any, drawn: bool = True) -> None:
+    """Take the share of a data set's rows as a slice of its split, in whole percentages; `drawn`: at random until now."""
     if weight in (None, 1):
         return
-    percent = round(100 * float(weight))
-    if abs(100 * float(weight) - percent) < 1e-6 and 0 < percent < 100:
-        entry["split"] += f"[:{percent}%]"
-        draft.lose("weight", f"{weight} of {entry['split'].partition('[')[0]} are its first rows, which were drawn at random")
-    else:
-        draft.lose("weight", f"{weight} of {entry['path']} is no whole percentage; all its rows are taken")
+    split, percent = entry["split"], 100 * float(weight)
+    nearest = max(1, round(percent))
+    if not 0 < percent < 100 or nearest == 100 or "[" in split:
+        draft.lose("weight", f"{weight} of {entry['path']} ({split}) is no slice of it; all its rows are taken")
+        return
+    entry["split"] = f"{split}[:{nearest}%]"
+    if abs(percent - nearest) > 1e-6:
+        draft.lose("weight", f"{weight} of {split} became its first {nearest}%: a slice is a whole percentage")
+    elif drawn:
+        draft.lose("weight", f"{weight} of {split} are its first rows, which were drawn at random")
 
 
 def _mixer(draft: Draft, value: Any) -> None:
@@ -166,9 +190,11 @@ def _mixer(draft: Draft, value: Any) -> None:
     for (path, weight), config in zip(value.items(), configs, strict=True):
         for split in training:
             entry = {"path": path, "split": split, **({"name": config} if config else {})}
-            _share(draft, entry, weight)
+            _share(draft, entry, weight, drawn=False)
             entries.append(entry)
     draft.put("datasets", entries, "was `dataset_mixer`")
+    if draft.old.get("packing"):
+        draft.put("shuffle_dataset", True, "the alignment handbook shuffled before packing")
     if tests:
         draft.lose("dataset_splits", f"{', '.join(tests)} of a mixture is not read; write `test_split_size` to evaluate")
 
@@ -204,6 +230,27 @@ def _warmup(draft: Draft, value: Any) -> None:
         draft.lose("warmup_ratio", f"{value} is not below 1")
 
 
+def _packing(draft: Draft, value: Any) -> None:
+    """Take `packing`, which meant the strategy `wrapped` as long as there was no choice of one."""
+    draft.put("packing", value)
+    if not value or draft.old.get("packing_strategy"):
+        return
+    if "dataset_mixer" in draft.old:
+        draft.put("packing_strategy", "wrapped", "TRL cut joined rows when recipes had a `dataset_mixer`")
+    elif "max_seq_length" in draft.old:
+        why = "TRL before 0.18 cut joined rows, as `packing_strategy: wrapped` does; rows are packed whole here"
+        draft.lose("packing", why)
+
+
+def _loss_type(draft: Draft, value: Any) -> None:
+    if value == "dft":
+        draft.put("objective", "dft", "was `loss_type: dft`")
+    elif value in ("nll", "chunked_nll"):
+        draft.drop("loss_type", "NLL is the default objective, and bl_trainer has its own loss head")
+    else:
+        draft.lose("loss_type", f"{value} has no counterpart; choose by `objective`")
+
+
 _GONE = {key: "it no longer has an effect" for key, line in REPLACED.items() if line is None}
 _TRL: dict[str, Handler] = {
     "chat_template": _chat_template,
@@ -212,13 +259,13 @@ _TRL: dict[str, Handler] = {
     "dataset_splits": _unless_mixed(_splits),
     "dataset_configs": _unless_mixed(_configs),
     "warmup_ratio": _warmup,
-    "response_template": _losing("response_template", "write `assistant_only_loss: true`, or prompt-completion data"),
-    "instruction_template": _losing("instruction_template", "write `assistant_only_loss: true`, or prompt-completion data"),
-    "system_prompt": _losing("system_prompt", "write it into the chat template or the data"),
-    "sharded_ddp": _losing("sharded_ddp", "write `fsdp: full_shard`"),
+    "response_template": losing("response_template", "write `assistant_only_loss: true`, or prompt-completion data"),
+    "instruction_template": losing("instruction_template", "write `assistant_only_loss: true`, or prompt-completion data"),
+    "system_prompt": losing("system_prompt", "write it into the chat template or the data"),
+    "sharded_ddp": losing("sharded_ddp", "write `fsdp: full_shard`"),
     "torchdynamo": lambda draft, value: draft.put("torch_compile_backend", value, "was `torchdynamo`"),
-    "tokenizer_name_or_path": _losing("tokenizer_name_or_path", "the model's own tokenizer is used"),
-    "push_to_hub_organization": _losing("push_to_hub_organization", "write `hub_model_id: ORGANIZATION/MODEL`"),
+    "tokenizer_name_or_path": losing("tokenizer_name_or_path", "the model's own tokenizer is used"),
+    "push_to_hub_organization": losing("push_to_hub_organization", "write `hub_model_id: ORGANIZATION/MODEL`"),
     "logging_dir": to_environment("TENSORBOARD_LOGGING_DIR"),
     "wandb_project": to_environment("WANDB_PROJECT"),
     "wandb_entity": to_environment("WANDB_ENTITY"),
@@ -255,5 +302,5 @@ TRL = Dialect(
     values={("packing_strategy", "ffd"): "bfd", ("packing_strategy", "bfd-requeue"): "bfd_split"},
     flags=_absent(_FLAGS),
     idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}),
-    handlers=_absent(_TRL),
+    handlers={**_absent(_TRL), "packing": _packing, "loss_type": _loss_type},
 )

@@ -1,7 +1,7 @@
 """A recipe as its file and the command line give it: every wrong key and value is found before any library is loaded."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .rules import KEY_RULES, PLACE_RULES, TRAINING_RULES
 OWN_READERS = ("objective", "threshold", "resume_from_checkpoint")  # keys whose values are checked where they are read
 OF_OBJECTIVES = ("floor", "mix", "special_tokens")  # of any objective's mapping
 LISTED = 200  # characters of allowed values beside a suggestion; transformers knows 43 optimizers
+MERGE = "tag:yaml.org,2002:merge"  # of `<<`, whose keys the mapping's own replace
 TRUTHS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
 
 
@@ -66,10 +67,27 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> 
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
     if keys.faults:
+        keys.faults += _faults_of_objective(keys)
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
     return keys
+
+
+def _faults_of_objective(keys: Keys) -> list[str]:
+    """Return what is wrong with the objective and the threshold. It needs torch, so a recipe without other faults waits."""
+    found = []
+    for key in [key for key in ("objective", "threshold") if key in keys.values]:
+        from ..objectives.objective import Objective
+        from ..objectives.threshold import Threshold
+
+        parse: Any = Objective.parse if key == "objective" else Threshold.parse
+        try:
+            parse(keys.values[key])
+        except Exception as error:  # also of a user's function, which may raise anything
+            said = sentence(error)
+            found.append(said if f"`{key}`" in said else f"`{key}`: {said}")
+    return found
 
 
 def faults_of(config: dict[str, Any]) -> list[str]:
@@ -85,7 +103,9 @@ def _read_file(keys: Keys, own: set[str], verb: str) -> None:
             keys.faults.append(f"`{key}` is not a recipe key. Give it on the command line: `--{key} ...`.")
         elif key == "datasets":
             keys.faults += _faults_of_entries(keys.config[key] or [])
-            _take(keys, key, keys.config[key])
+            keys.given.add(key)
+            if isinstance(keys.config[key], (list, type(None))):
+                keys.values[key] = keys.config[key]
         elif key == "env":
             keys.given.add(key)
         elif key in recipe_fields():
@@ -190,6 +210,8 @@ def _checked(field: Field, value: Any) -> Any:
         raise RecipeError(f"`{key}: {shown}` must be a finite number.")
     if isinstance(value, float) and float not in kinds and int in kinds and value % 1 == 0:
         value = int(value)
+    if isinstance(value, int) and value in (0, 1) and bool in kinds and int not in kinds and float not in kinds:
+        value = bool(value)
     if not isinstance(value, (bool, str, list, dict, type(None))) and kinds <= {str, type(None)}:
         value = str(value)
     # argparse and the libraries read texts as these
@@ -202,6 +224,8 @@ def _checked(field: Field, value: Any) -> Any:
         value = [value]
     if isinstance(value, str) and dict in kinds and str not in kinds:
         raise RecipeError(f"`{key}: {shown}` is of the wrong type. Write a mapping.")
+    if value is None and type(None) in field.kinds:
+        return None
     if field.choices and value not in field.choices:
         near, several = nearest(value, map(str, field.choices)), ", ".join(map(str, field.choices))
         allowed = "" if near and len(several) > LISTED else f" Allowed: {several}."
@@ -218,6 +242,8 @@ def _meant(field: Field, value: Any) -> Any:
         return from_json(field.name, value, '{"key": "value"}')
     if not isinstance(value, str) or str in field.kinds or not {bool, int, float} & field.kinds:
         return value
+    if value.lower() in ("none", "null") and type(None) in field.kinds and bool not in field.kinds:
+        return None
     for kind in (int, float):
         if kind in field.kinds:
             try:
@@ -270,7 +296,11 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise RecipeError(f"A key is {key!r} (line {key_node.start_mark.line + 1}). Write a text.")
             if key in seen:
                 raise RecipeError(f"The file gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
             seen.add(key)

@@ -111,7 +111,11 @@ def model_is_there(keys: "Keys") -> Iterator[str]:
     elif is_path(name) and not Path(name).is_dir():
         yield f"`model_name_or_path: {name}` is not a folder."
     elif (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        base = json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        try:
+            base = json.loads((Path(name) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            yield f"`model_name_or_path: {name}` has an adapter_config.json that can't be read. Write another model."
+            return
         yield (
             f"`model_name_or_path: {name}` is an adapter of {base}. Write `model_name_or_path: {base}` to train a new one, "
             "`resume_from_checkpoint` besides to resume a checkpoint, or merge the adapter first."

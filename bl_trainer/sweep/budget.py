@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from .._util.text import from_json
 from ..errors import RecipeError
 from ..training.config import BLConfig
 
@@ -60,7 +61,8 @@ def _steps(recipe: Recipe) -> int:
 def _schedule(recipe: Recipe, share: float) -> Recipe:
     """Return what a recipe's schedule counts in steps, scaled; what it gives as a share of the run stays."""
     found: Recipe = {}
-    warmup, others = recipe.get("warmup_steps") or 0, recipe.get("lr_scheduler_kwargs") or {}
+    warmup, own = recipe.get("warmup_steps") or 0, recipe.get("lr_scheduler_kwargs") or {}
+    others = from_json("lr_scheduler_kwargs", own, '{"num_decay_steps": 100}')
     if float(warmup) >= 1:
         found["warmup_steps"] = math.ceil(share * float(warmup))
     scaled = {key: math.ceil(share * value) for key, value in others.items() if key.endswith("_steps") and value is not None}

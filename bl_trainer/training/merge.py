@@ -1,6 +1,7 @@
 """The merge verb: an adapter and its base as one model, that loads without PEFT."""
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 
@@ -20,6 +22,8 @@ from .card import write_card
 from .checkpoints import RECORD_FILE, last_whole, quantization_of, read_record
 
 ADAPTER = "adapter_config.json"
+
+EMBEDDINGS = re.compile(r"\b(embed_tokens|wte|embed_in)(\.token_adapter)?(\.base_layer)?\.weight$")
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
@@ -122,6 +126,7 @@ def _merged(run: Path, config: PeftConfig, base: Any) -> Any:
         base.resize_token_embeddings(rows)
     try:
         tuned: Any = PeftModel.from_pretrained(base, str(run), config=config)
+        _untie(tuned.get_base_model())
         with torch.no_grad():
             model = tuned.merge_and_unload(safe_merge=True)
     except Exception as error:  # the shapes of another base, numbers that are not finite, or a kind that has no merge
@@ -135,13 +140,22 @@ def _merged(run: Path, config: PeftConfig, base: Any) -> Any:
     return model
 
 
+def _untie(model: Any) -> None:
+    """Give the head weights of its own if LoRA changes one of two tied layers, since the merge would change both."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if head is not None and inner.weight is head.weight and any(isinstance(layer, LoraLayer) for layer in layers):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 def _embeddings(run: Path) -> int | None:
     """Return the rows of the input embeddings that the adapter holds whole, as of a grown vocabulary; None if it doesn't."""
     path = run / "adapter_model.safetensors"
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+        names = [name for name in file.keys() if EMBEDDINGS.search(name)]
         return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
