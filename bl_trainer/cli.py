@@ -169,8 +169,9 @@ def diagnose(argv: list[str]) -> None:
     except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
         fail(error, recipe)
     try:
-        report = diagnosis.run()
-        if diagnosis.trainer.is_world_process_zero():
+        diagnosis.score()
+        report = diagnosis.run() if recipe.options.report else None
+        if report is not None and diagnosis.trainer.is_world_process_zero():
             write_report(report, recipe.options.report)
             print(terminal_summary(report, recipe.options.report))
     except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes

@@ -67,6 +67,10 @@ class Diagnoser(ScoringTrainer):
         kept = ("input_ids", "labels", "seq_lengths")
         return prepared.select_columns([name for name in prepared.column_names if name in kept])
 
+    def rows_to_score(self, dataset: IterableDataset) -> Any:
+        """Return a stream's rows as token ids and labels, whole and one to a row, prepared as they are read."""
+        return super().make_ready(Rows(dataset, self.processing_class, self.args, False, None, "train").untruncated())
+
 
 def deal(dataset: Any, args: Any) -> IterableDataset:
     """Return this process's part of the data set, to be prepared as it is read.
