@@ -148,13 +148,13 @@ class RowScorer:
 
     def _collated(self, sequences: list[Sequence], numbers: list[int]) -> dict[str, Any]:
         batch = self.trainer.data_collator([sequences[i].example for i in numbers])
-        return {**batch, EXAMPLES: numbers}
+        return {**batch, EXAMPLES: [(i, sequences[i].row) for i in numbers]}
 
     # Tokens
 
     def _observe(self, model: Any, batch: dict[str, Any]) -> None:
         """Keep the scores of a batch's target tokens."""
-        numbers = torch.tensor(batch.pop(EXAMPLES))
+        numbers, rows = torch.tensor(batch.pop(EXAMPLES)).T
         targets = Targets.of(batch["labels"])
         owner, column = targets.mask.nonzero(as_tuple=True)
         if EXAMPLE_LENGTHS in batch:  # padding-free: one row
@@ -162,7 +162,7 @@ class RowScorer:
         token = targets.ids
         scores = score_batch(self.trainer, model, batch, partial(score, extras=()))
         found = torch.stack([scores.logp, scores.entropy, conflicts(scores).to(scores.logp.dtype)]).cpu().numpy()
-        refuse_nan(torch.from_numpy(found[0] + found[1]), numbers[owner])
+        refuse_nan(torch.from_numpy(found[0] + found[1]), rows[owner])
         self.tables.append(TokenTable(numbers[owner].numpy(), token.cpu().numpy(), *found))
 
     def _columns(self, shard: Shard, sequences: list[Sequence]) -> dict[str, Any]:

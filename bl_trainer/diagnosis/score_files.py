@@ -101,7 +101,9 @@ class ScoreFolder:
     def of(cls, recipe: Recipe, dataset: Any) -> "ScoreFolder":
         """Return the checked folder of a recipe's `--scores`. Raises RecipeError, in all processes, if it holds others."""
         if not isinstance(dataset, Dataset):
-            raise RecipeError("`--scores` numbers the rows of a data set, and a stream has no end. Leave `streaming` out.")
+            raise RecipeError(
+                "`--scores` numbers the rows of a data set, and a stream has no end. Write `dataset_streaming: false`."
+            )
         options, first = recipe.options, dataset[0]
         texts = find_layout(first, "the training set", recipe.training.dataset_text_field)
         columns = [name for name in columns_of(dataset) if name in {*texts, *OF_TOKENS, "tools", "chat_template_kwargs"}]
