@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,9 @@ from bl_trainer.recipe.recipe import Recipe
 from conftest import make_double, write_recipe
 from forking import ranks
 from test_diagnosis import by_hand, rows_of, save
+from ways import train
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +162,8 @@ def test_an_adapter_is_part_of_the_model(tokenizer, double_checkpoint, tmp_path)
 def test_batches_and_order_change_nothing(double_checkpoint, tmp_path):
     rows = rows_of("pairs")
     first = scored(tmp_path / "a", double_checkpoint, save(rows, tmp_path / "data"), per_device_train_batch_size=1)
-    other = scored(tmp_path / "b", double_checkpoint, save(rows[::-1], tmp_path / "other"), per_device_train_batch_size=7)
+    weighted = [{**row, "objective_weight": 0.5} for row in rows[::-1]]  # which is no text
+    other = scored(tmp_path / "b", double_checkpoint, save(weighted, tmp_path / "other"), per_device_train_batch_size=7)
     assert other["row_hash"] == first["row_hash"][::-1]
     for name in score_files.FIGURES:
         assert other[name][::-1] == pytest.approx(first[name], abs=1e-12), name
@@ -328,5 +333,35 @@ def test_a_hash_is_of_the_text_alone():
 def test_a_trainer_has_no_rows_to_score(tokenizer, pair_data, tmp_path):
     args = bl_trainer.BLConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     trainer = bl_trainer.BLTrainer(model=make_double(tokenizer), args=args, train_dataset=pair_data, processing_class=tokenizer)
-    with pytest.raises(RecipeError, match="Cannot use `scores` with a trainer: it needs a recipe."):
+    with pytest.raises(RecipeError, match="Cannot use `scores` with a trainer: it needs a recipe"):
         bl_trainer.diagnose(trainer, scores=str(tmp_path / "scores"))
+
+
+def test_the_reference_lists_the_columns(recipe, tmp_path):
+    page = (DOCS / "reference" / "scores.md").read_text()
+    assert f"schema {score_files.SCHEMA}." in page
+    listed = re.findall(r"^\| `(\w+)` \| ([a-z0-9 ]+) \|", page.partition("metadata")[0], re.MULTILINE)
+    for logp, name in ((pa.float32(), "float"), (pa.float16(), "halffloat")):
+        kinds = {"list of float or halffloat": f"list<element: {name}>", "list of int32": "list<element: int32>"}
+        fields = [(field.name, str(field.type).replace("item:", "element:")) for field in score_files.fields(logp)]
+        assert [(column, kinds.get(kind, kind)) for column, kind in listed] == fields
+    assert score_files.fields(None) == score_files.fields(pa.float32())[:-3]
+
+
+def test_the_guides_lines_filter_weigh_and_refer(recipe, double_checkpoint, tokenizer, tmp_path, monkeypatch):
+    main(["diagnose", "--config", str(recipe), "--scores", str(tmp_path / "out" / "scores"), "--tokens"])
+    shutil.copytree(recipe.parent / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    means = sorted(loaded(tmp_path / "out")["mean_p"])
+    names, some = {}, (means[9] + means[10]) / 2
+    for snippet in re.findall(r"```python\n(.*?)```", (DOCS / "guide" / "scores.md").read_text(), re.DOTALL):
+        exec(snippet.replace(">= 0.1]", f">= {some}]"), names)
+    scores, weighted = names["scores"], names["weighted"]
+    assert (len(weighted), weighted["objective_weight"][:]) == (20, scores["mean_p"][:])
+    assert len(names["likely"]) == 10
+    assert all(row in list(names["data"]) for row in names["likely"])
+    model = AutoModelForCausalLM.from_pretrained(double_checkpoint)
+    arguments = {"objective": "psft", "per_device_train_batch_size": 1}
+    trainer = train(bl_trainer.BLTrainer, tokenizer, names["with_reference"], tmp_path, model=model, **arguments)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(-1, abs=1e-6)  # the ratio to the model itself
