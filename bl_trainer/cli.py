@@ -59,17 +59,19 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
-    refuse_wrong_keys(argv)
+    refuse_wrong_keys(argv, options="TrainArguments")
     import torch
 
     from .recipe.recipe import Recipe
     from .training.metrics_log import MetricsLog
     from .training.next_steps import next_steps
+    from .training.preview import TrainArguments, preview
     from .training.trainer import BLTrainer
 
     recipe: Any = None
     try:
-        recipe = Recipe.read(argv)
+        recipe = Recipe.read(argv, options=TrainArguments)
+        recipe.options.check()
         plan = recipe.plan_resume()
         train_dataset, eval_dataset = recipe.load_datasets()
         trainer = BLTrainer(
@@ -82,6 +84,8 @@ def train(argv: list[str]) -> None:
         )
         trainer.recipe = recipe.given
         trainer.add_callback(MetricsLog())
+        if recipe.options.show:
+            trainer.accelerator.print(preview(trainer, train_dataset, recipe.options.show))
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow

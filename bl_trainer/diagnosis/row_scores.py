@@ -25,6 +25,7 @@ from ..measurement.reader import conflicts
 from ..measurement.results import refuse_nan
 from ..tokens.labels import targets_of
 from ..tokens.names import EXAMPLE_LENGTHS, EXAMPLES, ROW
+from ..tokens.prepare import training_parts
 from ..tokens.vocabulary import end_ids, tokenizer_of
 from .diagnoser import Diagnoser
 from .score_files import FIGURES, ScoreFolder, Shard
@@ -122,6 +123,7 @@ class RowScorer:
                 examples = list(group[1])
                 group = next(groups, None)
             yield shard, [part for example in examples for part in self._parts(example)]
+        assert group is None, "rows came out of order"
 
     def _examples(self, shards: list[Shard]) -> Iterator[dict[str, Any]]:
         """Yield the files' rows as token ids and labels, whole, prepared as they are read."""
@@ -134,17 +136,9 @@ class RowScorer:
 
     def _parts(self, example: dict[str, Any]) -> Iterator[Sequence]:
         """Yield the sequences that a row trains as."""
-        ids, args = example["input_ids"], self.args
-        labels, size, length = example.get("labels", ids), len(ids), args.max_length
-        if self.is_prepared or length is None or size <= length:
-            kept = {"seq_lengths": example["seq_lengths"]} if "seq_lengths" in example else {}
-            yield Sequence(example[ROW], {"input_ids": ids, "labels": labels, **kept}, False)
-            return
-        is_split = args.packing and args.packing_strategy != "bfd"
-        begin = size - length if not args.packing and args.truncation_mode == "keep_end" else 0
-        for start in range(0, size, length) if is_split else [begin]:
-            part = slice(start, start + length)
-            yield Sequence(example[ROW], {"input_ids": ids[part], "labels": labels[part]}, not is_split)
+        for part, is_cut in [(example, False)] if self.is_prepared else training_parts(example, self.args):
+            kept = {name: part[name] for name in ("input_ids", "labels", "seq_lengths") if name in part}
+            yield Sequence(example[ROW], {"labels": part["input_ids"], **kept}, is_cut)
 
     def _collated(self, sequences: list[Sequence], numbers: list[int]) -> dict[str, Any]:
         batch = self.trainer.data_collator([sequences[i].example for i in numbers])
