@@ -59,17 +59,19 @@ def train(argv: list[str]) -> None:
 
     A mistake in the recipe ends in one sentence on stderr and exit code 2, before the model loads and with nothing written.
     """
-    refuse_wrong_keys(argv)
+    refuse_wrong_keys(argv, options="TrainArguments")
     import torch
 
     from .recipe.recipe import Recipe
     from .training.metrics_log import MetricsLog
     from .training.next_steps import next_steps
+    from .training.preview import TrainArguments, preview
     from .training.trainer import BLTrainer
 
     recipe: Any = None
     try:
-        recipe = Recipe.read(argv)
+        recipe = Recipe.read(argv, options=TrainArguments)
+        recipe.options.check()
         plan = recipe.plan_resume()
         train_dataset, eval_dataset = recipe.load_datasets()
         trainer = BLTrainer(
@@ -82,6 +84,8 @@ def train(argv: list[str]) -> None:
         )
         trainer.recipe = recipe.given
         trainer.add_callback(MetricsLog())
+        if recipe.options.show:
+            trainer.accelerator.print(preview(trainer, train_dataset, recipe.options.show))
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error, recipe)
     torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
@@ -169,8 +173,9 @@ def diagnose(argv: list[str]) -> None:
     except Exception as error:  # before the first batch, whatever fails is what the recipe says or points to
         fail(error, recipe)
     try:
-        report = diagnosis.run()
-        if diagnosis.trainer.is_world_process_zero():
+        diagnosis.score()
+        report = diagnosis.run() if recipe.options.report else None
+        if report is not None and diagnosis.trainer.is_world_process_zero():
             write_report(report, recipe.options.report)
             print(terminal_summary(report, recipe.options.report))
     except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes

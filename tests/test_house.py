@@ -20,7 +20,7 @@ FOREIGN = {
     "bl_trainer.evaluation.grading.values": {"_mpf_"},  # mpmath's, the only exact form of its numbers
     "bl_trainer.head.verification": {"_buffers"},  # torch's, of a module
     "bl_trainer.measurement.forward": {"_prepare_inputs"},  # transformers', which test_foreign.py looks for
-    "bl_trainer.measurement.percentiles": {"_save_to_state_dict"},  # torch's, of a module
+    "bl_trainer.measurement.fingerprint": {"_save_to_state_dict"},  # torch's, of a module
     "bl_trainer.sweep.process": {"_run_exitfuncs"},  # of atexit, which processes of multiprocessing end without
     "bl_trainer.tokens.prepare": {"_prepare_dataset"},  # TRL's, which test_foreign.py looks for
 }

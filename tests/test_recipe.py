@@ -27,6 +27,7 @@ from bl_trainer.recipe.keys import NEEDS, RENAMED, REPLACED, TRACKERS
 from bl_trainer.recipe.parser import DATACLASSES, Parser, kinds_of
 from bl_trainer.recipe.reading import load_yaml
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.training.preview import TrainArguments
 from conftest import fake_checkpoint, write_recipe
 
 KEYS = {f.name for c in (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig) for f in fields(c)}
@@ -550,7 +551,7 @@ def test_fields_are_those_of_the_dataclasses():
     for each in (each for cls in DATACLASSES for each in fields(cls) if each.init):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
-    for cls in (DatasetConfig, DiagnoseArguments):
+    for cls in (DatasetConfig, DiagnoseArguments, TrainArguments):
         assert {f.name for f in fields(cls)} == fields_of(cls.__name__).keys()
     parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
     assert objective_parameters() == parameters

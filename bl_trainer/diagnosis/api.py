@@ -44,6 +44,7 @@ def diagnose(
             found, writes = diagnose_trainer(recipe, _checked({"report": folder, **options}))
         else:
             diagnosis = Diagnosis(read_diagnosis(_argv(recipe, Path(scratch), {"report": folder, **options})))
+            diagnosis.score()
             found, writes = diagnosis.run(), diagnosis.trainer.is_world_process_zero()
         if report is not None and writes:
             write_report(found, folder)

@@ -67,6 +67,12 @@ class Diagnoser(ScoringTrainer):
         kept = ("input_ids", "labels", "seq_lengths")
         return prepared.select_columns([name for name in prepared.column_names if name in kept])
 
+    def rows_to_score(self, dataset: IterableDataset) -> Any:
+        """Return a stream's rows as token ids and labels, whole, one to a row and in order, prepared as they are read."""
+        rows = Rows(dataset, self.processing_class, self.args, False, None, "train").untruncated()
+        rows.args.shuffle_dataset = False  # of its own copy
+        return super().make_ready(rows)
+
 
 def deal(dataset: Any, args: Any) -> IterableDataset:
     """Return this process's part of the data set, to be prepared as it is read.

@@ -12,6 +12,7 @@ import torch
 from .._util.process import is_first
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
+from .score_files import refuse_other_files
 
 NAMED = {"model": "model_name_or_path", "data": "dataset_name"}  # options in place of a recipe -> its keys
 
@@ -48,9 +49,15 @@ class DiagnoseArguments:
         metadata={"help": "Steps of a LoRA adapter on half of the data, to tell knowledge from noise by the other half."},
     )
 
+    scores: str | None = field(
+        default=None, metadata={"help": "Folder for a score of every row of the training set, as Parquet files."}
+    )
+    tokens: bool = field(default=False, metadata={"help": "With --scores, log p of every target token as well."})
+    tokens_dtype: str = field(default="float32", metadata={"help": "Precision of --tokens: float32 or float16."})
+
     def check(self) -> None:
-        """Raise RecipeError on a wrong value or a report folder that can't be written to."""
-        if not self.report:
+        """Raise RecipeError on a wrong value or a folder that can't be written to."""
+        if not self.report and not self.scores:
             raise RecipeError("`--report` is missing: the folder for the report. Write `--report out/diagnosis`.")
         if self.max_tokens < 0:
             raise RecipeError(f"`--max_tokens {self.max_tokens}` must not be negative; 0 measures the whole data set.")
@@ -65,22 +72,50 @@ class DiagnoseArguments:
             raise RecipeError(f"`--probe_steps {self.probe_steps}` must not be negative; 0 leaves the learnability probe out.")
         if self.probe_steps and self.compare:
             raise RecipeError("`--probe_steps` asks about the recipe's own model. Run it without `--compare`.")
-        folder = Path(self.report)
-        present = [name for name in REPORT_FILES if (folder / name).exists()]
-        if present and not self.overwrite:
-            raise RecipeError(f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`.")
-        if not is_first():
-            return  # the first process writes the report
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            for path in made:
-                path.rmdir()
-        except OSError as error:
-            why = "it is a file, not a folder" if folder.is_file() else error.strerror
-            raise RecipeError(f"Can't write to `--report {folder}`: {why}.") from error
+        self._check_scores()
+        if self.report:
+            folder = Path(self.report)
+            present = [name for name in REPORT_FILES if (folder / name).exists()]
+            if present and not self.overwrite:
+                raise RecipeError(
+                    f"`--report {folder}` holds {present[0]} already. Write another folder, or add `--overwrite`."
+                )
+            _refuse_unwritable("report", folder)
+
+    def _check_scores(self) -> None:
+        """Raise RecipeError on what `--scores` does not go with, or a folder of something else."""
+        if not self.scores:
+            for option in ("tokens", "tokens_dtype"):
+                if getattr(self, option) != getattr(DiagnoseArguments, option):
+                    raise RecipeError(f"`--{option}` does nothing without `--scores`. Name the folder for the scores.")
+            return
+        if self.tokens_dtype not in ("float32", "float16"):
+            raise RecipeError(f"`--tokens_dtype {self.tokens_dtype}` must be float32 or float16.")
+        if self.tokens_dtype != "float32" and not self.tokens:
+            raise RecipeError("`--tokens_dtype` does nothing without `--tokens`. Add `--tokens`.")
+        if self.compare:
+            raise RecipeError("`--scores` are those of the recipe's own model. Run it without `--compare`.")
+        folder = Path(self.scores)
+        if self.report and Path(self.report).absolute() == folder.absolute():
+            raise RecipeError("`--scores` and `--report` name the same folder. Write two; the files of scores load together.")
+        refuse_other_files(folder)
+        _refuse_unwritable("scores", folder)
+
+
+def _refuse_unwritable(option: str, folder: Path) -> None:
+    """Raise RecipeError if nothing can be written to the folder of an option. Leaves no folder behind."""
+    if not is_first():
+        return  # the first process writes the report
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for path in made:
+            path.rmdir()
+    except OSError as error:
+        why = "it is a file, not a folder" if folder.is_file() else error.strerror
+        raise RecipeError(f"Can't write to `--{option} {folder}`: {why}.") from error
 
 
 def read_diagnosis(argv: list[str]) -> Recipe:

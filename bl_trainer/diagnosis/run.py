@@ -29,6 +29,8 @@ from .learnability import Probe, halves, probe_adapter
 from .options import DiagnoseArguments, names_as_given
 from .pair import Pair
 from .report import Compare, ComparedElsewhere, Report
+from .row_scores import RowScorer
+from .score_files import ScoreFolder
 from .summary import read_aloud, summarise, summarise_comparison
 
 logger = get_logger(__name__)
@@ -53,6 +55,7 @@ class Diagnosis:
         self.is_weighed = WEIGHT in columns_of(dataset)
         self._check(next(iter(dataset)))
         options = self.options
+        self.folder = ScoreFolder.of(recipe, dataset) if options.scores else None
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
         args = self._arguments()
         self.trainer = self._make_trainer(dataset, args)
@@ -114,6 +117,14 @@ class Diagnosis:
         if trainer.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
             raise RecipeError("DeepSpeed evaluates under ZeRO-3 only. Launch diagnosis without DeepSpeed, or with ZeRO-3.")
         return trainer
+
+    def score(self) -> None:
+        """Score every row into the folder of `--scores`, if there is one; what it holds already stays."""
+        if self.folder is not None:
+            RowScorer(self.trainer, self.folder).run()
+            count = len(self.folder.shards())
+            rows = f"{len(self.folder.dataset):,} rows in {count} file{'s' if count > 1 else ''}"
+            self.trainer.accelerator.print(f"Scores: {self.folder.path} ({rows})")
 
     def run(self) -> Report:
         """Measure, and return the report, the same in every process."""

@@ -12,13 +12,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
-from torch import Tensor
 
 from .._util.files import write_text
-from .._util.tensors import local
 from ..errors import MeasurementError
 from ..objectives.threshold import spell_probability
-from ..tokens.names import NOT_FOR_THE_MODEL
+from .fingerprint import fingerprint
 from .forward import count_targets, measure, score_batch, without_targets
 from .histogram import PERCENTILE_ERROR, ProbabilityHistogram
 
@@ -93,51 +91,10 @@ def _sample(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _key(trainer: Any, sample: list[dict[str, Any]]) -> str:
-    own = _fingerprint(trainer, sample)
+    own = fingerprint(trainer, sample)
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     digests = gather_object([own]) if is_sharded else [own]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
-
-
-def _fingerprint(trainer: Any, sample: list[dict[str, Any]]) -> str:
-    """Return a hash of the model (its configuration, precision, a sample of each tensor and its sum) and of the batches.
-
-    Tensors are parameters, buffers, and what quantised layers store beside them. A LoRA adapter that does nothing yet is left
-    out, so that runs of other rank or seed share the measurement.
-    """
-    config = {k: v for k, v in trainer.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    setting = [3, trainer.args.bf16, trainer.args.fp16, json.dumps(config, sort_keys=True, default=str)]
-    digest = hashlib.sha256(repr(setting).encode())
-    tensors = _tensors(trainer.model)
-    for name, tensor in tensors.items():
-        pair = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-        if pair in tensors and "lora_" in name and not tensors[pair].any():
-            continue
-        plain = name.replace("base_model.model.", "").replace(".base_layer", "")
-        digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_digest(tensor))
-    for batch in sample:
-        for name, value in sorted(batch.items()):
-            if isinstance(value, torch.Tensor) and name not in NOT_FOR_THE_MODEL:
-                digest.update(f"{name} {tuple(value.shape)}".encode() + value.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tensors(model: Any) -> dict[str, Tensor]:
-    """Return by name all that the model computes with, of sharded tensors this process's part."""
-    found: dict[str, Tensor] = dict(model.named_buffers())  # among them those that aren't saved
-    for prefix, module in model.named_modules():
-        # One module at a time, since the state of a sharded model is gathered
-        module._save_to_state_dict(found, f"{prefix}." if prefix else "", True)
-    return {name: local(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)}
-
-
-def _digest(tensor: Tensor) -> bytes:
-    """Return a sample of a tensor and its sum."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    step = max(1, tensor.numel() // 1024)
-    wide = torch.float32 if tensor.is_floating_point() else torch.int64  # whose sum is exact
-    return torch.cat([tensor.flatten()[::step].to(wide), tensor.sum(dtype=wide)[None]]).cpu().numpy().tobytes()
 
 
 def _read(path: Path) -> Any:

@@ -33,6 +33,18 @@ OTHER = "(other)"
 MAX_GROUPS = 100
 
 
+def refuse_nan(values: Tensor, rows: Tensor) -> None:
+    """Raise MeasurementError if a token's value is NaN. `rows`: (N,), number of each one's row, negative in a stream."""
+    if not values.isnan().any():
+        return
+    row = int(rows[values.isnan()].min())
+    where = f"row {row} of the data set" if row >= 0 else "an example of the stream"
+    raise MeasurementError(
+        f"The model gives probabilities that are NaN in {where}. Check the checkpoint, or try `dtype: float32` and "
+        "`bf16: false`."
+    )
+
+
 class Calibration:
     """Reliability of the most probable token: by its probability, how often it is the target."""
 
@@ -82,13 +94,7 @@ class Measurement:
     def add(self, batch: TokenBatch, scores: TokenScores) -> None:
         """Add a batch's target tokens. `scores` must be on the CPU. Raises MeasurementError on NaN."""
         logp, p = scores.logp.double(), scores.logp.double().exp()
-        if (scores.logp + scores.entropy).isnan().any():
-            row = min(batch.examples[e]["row"] for e in batch.example[(scores.logp + scores.entropy).isnan()].tolist())
-            where = f"row {row} of the data set" if row >= 0 else "an example of the stream"
-            raise MeasurementError(
-                f"The model gives probabilities that are NaN in {where}. Check the checkpoint, or try `dtype: float32` and "
-                "`bf16: false`."
-            )
+        refuse_nan(scores.logp + scores.entropy, torch.tensor([each["row"] for each in batch.examples])[batch.example])
         is_conflict = conflicts(scores)
         is_hit = scores.top1 == batch.token
         values = torch.stack([p, -logp, scores.entropy.double(), is_hit.double(),

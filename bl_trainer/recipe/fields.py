@@ -19,6 +19,7 @@ SOURCES = {
     "DatasetConfig": ("trl", "scripts/utils.py"),
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
+    "TrainArguments": ("bl_trainer", "training/preview.py"),
     "DiagnoseArguments": ("bl_trainer", "diagnosis/options.py"),
 }
 RECIPE = ("ScriptArguments", "BLConfig", "ModelConfig", "DatasetMixtureConfig")

@@ -11,8 +11,9 @@ from .fields import fields_of, recipe_fields
 
 # What must be given stands outside of brackets
 USAGE = {
-    "train": "--config RECIPE [--KEY VALUE ...]",
-    "diagnose": "{--config RECIPE | --model NAME --data FILE} --report FOLDER [--OPTION VALUE ...] [--KEY VALUE ...]",
+    "train": "--config RECIPE [--OPTION VALUE ...] [--KEY VALUE ...]",
+    "diagnose": "{--config RECIPE | --model NAME --data FILE} {--report FOLDER | --scores FOLDER} "
+    "[--OPTION VALUE ...] [--KEY VALUE ...]",
     "sweep": "--config RECIPE --sweep FILE [--OPTION VALUE ...] [--KEY VALUE ...]",
     "evaluate": "--model MODEL [MODEL ...] --tasks TASK[,TASK] --output FOLDER [--OPTION VALUE ...]",
     "merge": "RUN --output FOLDER [--OPTION VALUE ...]",

@@ -108,6 +108,22 @@ def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
         return _packed(prepared, args, columns, how) if rows.packing else prepared
 
 
+def training_parts(example: dict[str, Any], args: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield what trains of an example that was prepared whole, and whether `max_length` cuts off the rest.
+
+    Packing by `bfd` keeps the beginning. Its other strategies train all of an example: here in parts of `max_length` that
+    begin with it, though `wrapped` cuts where its neighbors make it.
+    """
+    size, length = len(example["input_ids"]), args.max_length
+    if length is None or size <= length:
+        yield example, False
+        return
+    splits = args.packing and args.packing_strategy != "bfd"
+    begin = size - length if not args.packing and args.truncation_mode == "keep_end" else 0
+    for start in range(0, size, length) if splits else [begin]:
+        yield {**example, **truncated(example, slice(start, start + length))}, not splits
+
+
 def _packed(prepared: Any, args: Any, columns: list[str], how: dict[str, Any]) -> Any:
     prepared = prepared.map(Cached(for_each_token(columns)), **how).select_columns(["input_ids", "labels", *columns])
     packed = pack_dataset(prepared, args.max_length, args.packing_strategy, how)

@@ -19,13 +19,18 @@ def next_steps(folder: str, recipe: Mapping[str, Any], argv: list[str], pushed: 
     steps = {
         "Generate": f"run the Python lines of {Path(folder) / 'README.md'}",
         "Evaluate": _command("evaluate", "--model", base, folder, *_tasks(recipe), "--output", f"{folder}-evaluation"),
-        "Compare": _command("diagnose", *argv, "--compare", folder, "--report", f"{folder}-compared"),
+        "Compare": _command("diagnose", *_without_show(argv), "--compare", folder, "--report", f"{folder}-compared"),
     }
     if (Path(folder) / "adapter_config.json").is_file():
         steps["Merge"] = _command("merge", folder, "--output", f"{folder}-merged")
     if not pushed:
         steps["Push"] = shlex.join(["hf", "upload", Path(folder).resolve().name, folder, "--exclude", CHECKPOINTS])
     return [f"  {what + ':':<10}{how}" for what, how in steps.items()]
+
+
+def _without_show(argv: list[str]) -> list[str]:
+    """Return the train verb's command line without `--show N`, which no other verb has."""
+    return [arg for i, arg in enumerate(argv) if not arg.startswith("--show=") and "--show" not in argv[max(0, i - 1) : i + 1]]
 
 
 def _command(*words: str) -> str:

@@ -1,0 +1,227 @@
+"""The folder of `--scores`: Parquet files of consecutive rows, what each says it is of, and what it is refused for.
+
+A file is written in one go once all its rows are scored, so that whatever is there is complete. Which rows a file holds follows
+from the number of rows of the data set alone: a run on another number of processes resumes the same files.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from .._util.files import replacing
+from .._util.text import sentence
+from ..errors import RecipeError
+from ..recipe.recipe import Recipe
+from ..tokens.labels import OF_TOKENS, columns_of
+from ..tokens.layouts import find_layout
+
+SCHEMA = 1  # raised if a column changes its meaning; a folder of another one is refused
+
+KEY = b"bl_trainer.scores"  # of the schema metadata: JSON, what the file is of
+
+NAME = re.compile(r"scores-(\d{9})-(\d{9})\.parquet")
+
+FEWEST, MOST, FILES = 64, 4096, 64  # rows of a file, and about how many files there are where these allow it
+
+FIGURES = ("mean_p", "mean_logp", "improbable_share", "conflict_share", "entropy", "first_p", "end_p")  # null without targets
+
+
+class Shard(NamedTuple):
+    """The rows of one file: from `start` to before `stop`."""
+
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Its file's."""
+        return f"scores-{self.start:09}-{self.stop:09}.parquet"
+
+    @property
+    def rows(self) -> range:
+        """The numbers of its rows."""
+        return range(self.start, self.stop)
+
+
+def fields(logp: pa.DataType | None) -> list[pa.Field]:
+    """Return the columns of a file. `logp`: type of a log p, None without `--tokens`."""
+    found = [pa.field("row", pa.int64()), pa.field("row_hash", pa.string()), pa.field("targets", pa.int32())]
+    found += [pa.field(name, pa.float64()) for name in FIGURES] + [pa.field("truncated", pa.bool_())]
+    if logp is None:
+        return found
+    ids = [pa.field(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
+    return [*found, pa.field("logp", pa.list_(logp)), *ids]
+
+
+def row_hash(row: dict[str, Any]) -> str:
+    """Return a hash of a row's training text: blake2b, 8 bytes, of its JSON with sorted keys and without nulls."""
+    text = json.dumps(_without_nulls(row), sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that only other rows of the data set have, which loading fills with None."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise RecipeError if a folder holds anything but files of scores, which would load together with them."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not NAME.fullmatch(re.sub(r"\.\w{8}\.part$", "", path.name)):  # a kill leaves the file behind that it was writing
+            raise RecipeError(f"`--scores {folder}` holds {path.name}, which is no file of scores. Write another folder.")
+
+
+@dataclass(frozen=True)
+class ScoreFolder:
+    """
+    A folder of scores of a data set's rows. `columns`: those that are hashed. `logp`: type of a log p, None without `--tokens`.
+
+    `settings`: what the scores depend on and can be told before a model loads, to be recorded in every file.
+    """
+
+    path: Path
+    dataset: Dataset
+    columns: list[str]
+    logp: pa.DataType | None
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Any) -> "ScoreFolder":
+        """Return the checked folder of a recipe's `--scores`. Raises RecipeError, in all processes, if it holds others."""
+        if not isinstance(dataset, Dataset):
+            raise RecipeError(
+                "`--scores` numbers the rows of a data set, and a stream has no end. Write `dataset_streaming: false`."
+            )
+        options, first = recipe.options, dataset[0]
+        texts = find_layout(first, "the training set", recipe.training.dataset_text_field)
+        columns = [name for name in columns_of(dataset) if name in {*texts, *OF_TOKENS, "tools", "chat_template_kwargs"}]
+        logp = {"float32": pa.float32(), "float16": pa.float16()}[options.tokens_dtype] if options.tokens else None
+        found = cls(Path(options.scores), dataset, columns, logp, _settings(recipe, len(dataset)))
+        present = [shard for shard in found.shards() if (found.path / shard.name).exists()]
+        state = PartialState()
+        found._agree(lambda: found._check(present[state.process_index :: state.num_processes]))
+        return found
+
+    @property
+    def rows_per_file(self) -> int:
+        """How many rows a file holds, but for the last."""
+        return min(MOST, max(FEWEST, -(-len(self.dataset) // FILES)))
+
+    def shards(self) -> list[Shard]:
+        """Return all the files that the data set makes."""
+        size, rows = self.rows_per_file, len(self.dataset)
+        return [Shard(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def hashes(self, shard: Shard) -> list[str]:
+        """Return the hash of each of a file's rows."""
+        return [row_hash(row) for row in self.dataset.select(shard.rows).select_columns(self.columns)]
+
+    def missing(self, weights: str | None) -> list[Shard]:
+        """Return the files that are yet to be written, the same in all processes. `weights`: hash of the model's.
+
+        Raises RecipeError if those that are there are of other weights. Removes what a kill has left of unfinished ones.
+        """
+        present = [shard for shard in self.shards() if (self.path / shard.name).exists()]
+        self._agree(lambda: self._compare(present, {"weights": weights}))
+        done = set(gather_object(present))
+        if PartialState().is_local_main_process:
+            for path in self.path.glob("*.part"):
+                path.unlink()
+        PartialState().wait_for_everyone()
+        return [shard for shard in self.shards() if shard not in done]
+
+    def write(self, shard: Shard, columns: dict[str, Any], weights: str | None) -> None:
+        """Write a file in one go. `columns`: all but `row` and `row_hash`."""
+        recorded = json.dumps({"schema": SCHEMA, **self.settings, "weights": weights}, sort_keys=True)
+        schema = pa.schema(fields(self.logp), metadata={KEY: recorded.encode()})
+        columns = {"row": pa.array(shard.rows, pa.int64()), "row_hash": self.hashes(shard), **columns}
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path / shard.name) as part:
+            pq.write_table(pa.table([columns[name] for name in schema.names], schema=schema), part)
+
+    def _check(self, present: list[Shard]) -> None:
+        """Raise RecipeError if files of these rows are of another data set, recipe or version."""
+        planned = {shard.name for shard in self.shards()}
+        for path in sorted(self.path.glob("*.parquet")) if self.path.is_dir() else ():
+            if path.name not in planned:
+                self._compare_file(path, {"schema": SCHEMA, **self.settings})
+                raise RecipeError(f"{self._cannot} {path.name} is no file of this data set. {self._instead}")
+        self._compare(present, {"schema": SCHEMA, **self.settings})
+        for shard in present:
+            found = _read(self.path / shard.name, lambda path: pq.read_table(path, columns=["row_hash"]))["row_hash"]
+            for row, own, theirs in zip(shard.rows, self.hashes(shard), found.to_pylist(), strict=True):
+                if own != theirs:
+                    raise RecipeError(f"{self._cannot} row {row} is another one in {shard.name}. {self._instead}")
+
+    def _compare(self, present: list[Shard], wanted: dict[str, Any]) -> None:
+        for shard in present:
+            self._compare_file(self.path / shard.name, wanted)
+
+    def _compare_file(self, path: Path, wanted: dict[str, Any]) -> None:
+        recorded = (_read(path, pq.read_schema).metadata or {}).get(KEY)
+        if recorded is None:
+            raise RecipeError(f"{self._cannot} {path.name} does not say what it is of. {self._instead}")
+        found = json.loads(recorded)
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                then = "" if name == "weights" else f" ({found.get(name)}, now {value})"
+                raise RecipeError(f"{self._cannot} {path.name} was written with another `{name}`{then}. {self._instead}")
+
+    @property
+    def _cannot(self) -> str:
+        return f"Cannot resume `--scores {self.path}`:"
+
+    _instead = "Write another folder, or remove this one."
+
+    def _agree(self, check: Callable[[], None]) -> None:
+        """Run a check that processes may answer differently. Raises its RecipeError in all of them."""
+        problem: list[str] = []
+        try:
+            check()
+        except RecipeError as error:
+            problem = [str(error)]
+        for message in gather_object(problem):
+            raise RecipeError(message)
+
+
+def _read(path: Path, how: Callable[[Path], Any]) -> Any:
+    try:
+        return how(path)
+    except (OSError, pa.ArrowException) as error:
+        why = sentence(error)
+        raise RecipeError(f"Cannot read {path}: {why}. Remove this file; the same command writes it again.") from error
+
+
+def _settings(recipe: Recipe, rows: int) -> dict[str, Any]:
+    """Return what scores depend on, besides the rows and the weights."""
+    training, model, options = recipe.training, recipe.model, recipe.options
+    kwargs = {key: value for key, value in recipe.model_init_kwargs().items() if key != "attn_implementation"}
+    return {
+        "rows": rows,
+        "model_name_or_path": str(model.model_name_or_path),
+        "model_init_kwargs": {key: str(value) for key, value in sorted(kwargs.items())},
+        "load_in_bits": 4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+        "bf16": training.bf16,
+        "fp16": training.fp16,
+        "max_length": training.max_length,
+        "packing": training.packing_strategy if training.packing else None,
+        "truncation_mode": None if training.packing else training.truncation_mode,
+        "dataset_text_field": training.dataset_text_field,
+        "completion_only_loss": training.completion_only_loss,
+        "assistant_only_loss": training.assistant_only_loss,
+        "chat_template_path": training.chat_template_path,
+        "eos_token": training.eos_token,
+        "tokens": options.tokens_dtype if options.tokens else None,
+    }
