@@ -563,9 +563,12 @@ def test_a_misspelt_weight_is_no_weight(name, text_data, tmp_path):
 
 def test_weights_are_said_to_be_used(tokenizer, text_data, tmp_path, capsys):
     train(BLTrainer, tokenizer, text_data, tmp_path)
-    assert "Weights of examples" not in capsys.readouterr().out
+    assert "Weights:" not in capsys.readouterr().out
     train(BLTrainer, tokenizer, text_data.add_column("objective_weight", [1.0] * len(text_data)), tmp_path / "b")
-    assert "Weights of examples: the column `objective_weight`." in capsys.readouterr().out
+    assert (
+        "Weights: `objective_weight`, and those of messages and tokens, multiply the costs of tokens."
+        in capsys.readouterr().out
+    )
 
 
 NUMBER = "it must be a finite number, 0 or above"

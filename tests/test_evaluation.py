@@ -24,6 +24,7 @@ from trl.data_utils import _tokenize
 
 from bl_trainer.cli import main
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
+from bl_trainer.evaluation.exploration import diversity, names_of
 from bl_trainer.evaluation.items import item_rows
 from bl_trainer.evaluation.options import Checkpoint
 from bl_trainer.evaluation.scores import macro
@@ -666,7 +667,8 @@ def test_math_is_the_plain_loop(task, samples, temperature, models, tmp_path, ca
     path = write_rows(tmp_path / "test.jsonl", rows)
     options = {"samples": samples, "temperature": temperature, "max_new_tokens": NEW, "batch_size": "1"}
     (entry,) = run(models, tmp_path, "plain", tasks=[task], data=[f"{task}={path}"], **options)["evaluations"]
-    (found,) = entry["scores"]
+    found, *others = entry["scores"]
+    assert [each["metric"] for each in others] == names_of(["accuracy"], EvaluateArguments(samples=samples).ks, samples)
     items = [json.loads(line) for line in (tmp_path / "out" / found["samples"]).read_text().splitlines()]
     means = []
     for item, text, answers, right in zip(items, texts, said, gold, strict=True):
@@ -674,7 +676,10 @@ def test_math_is_the_plain_loop(task, samples, temperature, models, tmp_path, ca
         means.append(np.mean(graded))
         assert (item["prompt"], item["gold"]) == (text, right)
         assert item["answer"] == (answers if samples > 1 else answers[0])
-        assert item["metrics"] == {"accuracy": pytest.approx(means[-1])}
+        assert item["metrics"]["accuracy"] == pytest.approx(means[-1])
+        if samples > 1:
+            assert item["metrics"][f"accuracy,pass@{samples}"] == float(any(graded))
+            assert item["metrics"]["distinct_answers"] == diversity(answers)["distinct_answers"]
         assert item.get("graded", {"accuracy": graded}) == {"accuracy": graded}
     if samples > 1:
         assert 0 < np.mean(means)

@@ -453,9 +453,9 @@ def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys
     main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data_folder, max_steps=2, save_steps=1, **lora))])
     again = {**lora, "resume_from_checkpoint": True}
     capsys.readouterr()
-    assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint() == str(tmp_path / "out" / "checkpoint-2")
+    assert resumed(tmp_path, checkpoint, data_folder, **again).plan_resume().checkpoint == tmp_path / "out" / "checkpoint-2"
     assert "warning" not in capsys.readouterr().err
-    resumed(tmp_path, checkpoint, data_folder, **again, seed=7, learning_rate=1e-3).checkpoint()
+    resumed(tmp_path, checkpoint, data_folder, **again, seed=7, learning_rate=1e-3).plan_resume()
     said = capsys.readouterr().err
     assert "checkpoint-2 the recipe has changed: `learning_rate` from " in said
     assert "`seed` from 42 to 7." in said
@@ -463,20 +463,20 @@ def test_what_a_run_can_not_go_on_with(checkpoint, data_folder, tmp_path, capsys
         with pytest.raises(
             RecipeError, match=f"Cannot resume from .*: the recipe changes `{key}` from .* to .*. Change it back"
         ):
-            resumed(tmp_path, checkpoint, data_folder, **{**again, key: value}).checkpoint()
+            resumed(tmp_path, checkpoint, data_folder, **{**again, key: value}).plan_resume()
     first = str(tmp_path / "out" / "checkpoint-1")
     with pytest.raises(RecipeError, match=r"checkpoint-2 is later, and would be overwritten\. Write another `output_dir`"):
-        resumed(tmp_path, checkpoint, data_folder, **{**again, "resume_from_checkpoint": first}).checkpoint()
+        resumed(tmp_path, checkpoint, data_folder, **{**again, "resume_from_checkpoint": first}).plan_resume()
     path = tmp_path / "out" / "checkpoint-2" / "bl_trainer.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "save_only_model": True}))
     with pytest.raises(RecipeError, match="was saved with `save_only_model: true`, without what resuming needs"):
-        resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
+        resumed(tmp_path, checkpoint, data_folder, **again).plan_resume()
     path.unlink()  # as TRL's own trainer leaves it
     path.with_name(MANIFEST_FILE).unlink()
-    assert resumed(tmp_path, checkpoint, data_folder, **again).checkpoint()
+    assert resumed(tmp_path, checkpoint, data_folder, **again).plan_resume().checkpoint
     with pytest.raises(RecipeError, match=r"was trained with objective \{'name': 'nll'\}, the recipe says"):
-        resumed(tmp_path, checkpoint, data_folder, **again, objective="neg_p").checkpoint()
+        resumed(tmp_path, checkpoint, data_folder, **again, objective="neg_p").plan_resume()
 
 
 def test_a_recipe_is_compared_with_its_checkpoint_once(checkpoint, data_folder, tmp_path, monkeypatch):
@@ -510,12 +510,12 @@ def test_an_objective_is_the_same_with_its_defaults_written(checkpoint, data_fol
     again = {"resume_from_checkpoint": True, "save_only_model": False}
     written = {"name": "anneal", "start": 0.5, "end": 5}
     for spec in ("anneal", written):
-        assert resumed(tmp_path, checkpoint, data_folder, **again, objective=spec).checkpoint()
+        assert resumed(tmp_path, checkpoint, data_folder, **again, objective=spec).plan_resume().checkpoint
     assert "warning" not in capsys.readouterr().err
     with pytest.raises(RecipeError, match=r"was trained with objective .*'end': 5.0}, the recipe says .*'end': 4"):
-        resumed(tmp_path, checkpoint, data_folder, **again, objective={**written, "end": 4}).checkpoint()
+        resumed(tmp_path, checkpoint, data_folder, **again, objective={**written, "end": 4}).plan_resume()
     path = write_recipe(tmp_path, checkpoint, data_folder, save_steps=1, **again, objective="anneal", max_steps=4)
-    Recipe.read(["--config", str(path)]).checkpoint()
+    Recipe.read(["--config", str(path)]).plan_resume()
     said = capsys.readouterr().err
     assert "`max_steps` from 2 to 4." in said
     assert "the objective goes by training progress, which the change of length moves" in said
@@ -545,7 +545,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, data_folder, tmp_pa
     (tmp_path / "file").touch()
     recipe = write_recipe(tmp_path, checkpoint, data_folder, output_dir=str(tmp_path / "file" / "out"))
     with pytest.raises(RecipeError, match=r"`output_dir: .*file/out` can't be written: Not a directory\. Write another"):
-        Recipe.read(["--config", str(recipe)]).checkpoint()
+        Recipe.read(["--config", str(recipe)]).plan_resume()
 
     def refuse(**kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -553,7 +553,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoint, data_folder, tmp_pa
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     recipe = write_recipe(tmp_path, checkpoint, data_folder)
     with pytest.raises(RecipeError, match="can't be written: Read-only file system"):
-        Recipe.read(["--config", str(recipe)]).checkpoint()
+        Recipe.read(["--config", str(recipe)]).plan_resume()
 
 
 def test_a_checkpoint_of_another_model(checkpoint, data_folder, tmp_path):
@@ -567,13 +567,13 @@ def test_a_checkpoint_of_another_model(checkpoint, data_folder, tmp_path):
         changes = {**lora, key: model} if model else {key: lora[key] for key in ("max_steps", "resume_from_checkpoint")}
         recipe = write_recipe(tmp_path, checkpoint, data_folder, **changes)
         with pytest.raises(RecipeError, match=re.escape(message)):
-            Recipe.read(["--config", str(recipe)]).checkpoint()
+            Recipe.read(["--config", str(recipe)]).plan_resume()
     recipe = write_recipe(tmp_path, tmp_path / "out" / "checkpoint-1", data_folder)
     with pytest.raises(RecipeError, match=re.escape(f"checkpoint-1` is an adapter of {checkpoint}. Write `model_")):
         Recipe.read(["--config", str(recipe)])
     os.symlink(checkpoint, tmp_path / "link")
     recipe = write_recipe(tmp_path, tmp_path / "link", data_folder, **lora)
-    assert Recipe.read(["--config", str(recipe)]).checkpoint() == str(tmp_path / "out" / "checkpoint-1")
+    assert Recipe.read(["--config", str(recipe)]).plan_resume().checkpoint == tmp_path / "out" / "checkpoint-1"
 
 
 # A loss that is not finite

@@ -202,9 +202,9 @@ def test_calls_of_functions_and_what_stands_in_place_of_content():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("weight", 0), ("weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True)], ids=str
+    ("key", "value"), [("loss_weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True)], ids=str
 )
-def test_weights_of_messages_are_refused(key, value):
+def test_keys_of_messages_that_have_no_effect_are_refused(key, value):
     rows = [{"messages": each} for each in CHAT] + [{"messages": [{**CHAT[0][0], key: value}, CHAT[0][1]]}]
     for row in rows:
         sharegpt = {"conversations": renamed(row["messages"], "from", "value")}
@@ -212,7 +212,7 @@ def test_weights_of_messages_are_refused(key, value):
         row |= {"other": sharegpt["conversations"]}
     for column, layout in (("messages", "messages"), ("other", "conversations")):
         dataset = Dataset.from_list([{layout: row[column]} for row in rows])
-        with pytest.raises(RowError, match=f"row 4 of .* has a message with `{key}: .*`, which has no .*`objective_weight`"):
+        with pytest.raises(RowError, match=f"row 4 of .* has a message with `{key}: .*`, which has no .*`weight: 0`"):
             arrange(dataset, "the train set", "text")
     full = not value if key == "masked" else 1
     same = Dataset.from_list([{"messages": [{**turn, key: type(value)(full)} for turn in each]} for each in CHAT])

@@ -56,9 +56,19 @@ CASES = {
     "streamed_evaluation": {"objective": "neg_p", "accelerator_config": {"dispatch_batches": False}},
     "reference": {"objective": "asft"},
     "composed": {"objective": COMPOSED, "padding_free": True},
+    "weighted": {"objective": COMPOSED, "assistant_only_loss": True},
     "nothing_for_one_process": {"objective": "neg_p", "completion_only_loss": True},
     "float32": {"objective": "neg_p"},
 }
+
+
+def weighted(text, i):
+    """Two answers, of unequal weights; one process gets more of weight 0."""
+    answers = [
+        {"role": "assistant", "content": text[:9], "weight": float(i % 4 < 2) * i},
+        {"role": "assistant", "content": text},
+    ]
+    return [{"role": "user", "content": "a"}, *({"weight": 1.5, **answer} for answer in answers)]
 
 
 def examples(name, tokenizer, text_data):
@@ -73,6 +83,9 @@ def examples(name, tokenizer, text_data):
             ids = tokenizer(row["text"])["input_ids"]
             train.append({"input_ids": ids, "completion_mask": [int(i % 4 < 2)] * len(ids)})
         return train, train[:4], None
+    if name == "weighted":
+        train = [{"messages": weighted(row["text"], i)} for i, row in enumerate(text_data.select(range(16)))]
+        return train, train[:12], None
     ordered, peaks = most_probable_first(make_double(tokenizer), tokenizer, text_data)
     threshold = (peaks[-2] + peaks[5]) / 2
     assert peaks[-2] < threshold < peaks[5]

@@ -173,7 +173,10 @@ def test_a_report_is_frozen_and_its_json_is_strict():
 SPARING = RecipeFacts({"name": "neg_p", "special_tokens": "nll"}, None, 1e-5, False)
 CAUSES = {
     "beginning_of_stream": ({"sampled": True, "streamed": True}, "Only the beginning of the stream was measured"),
-    "weights_left_out": ({"is_weighed": True}, "The column `objective_weight` is left out here"),
+    "weights_left_out": (
+        {"is_weighed": True},
+        "Weights (`objective_weight`, and those of messages",
+    ),
     "no_end_token": ({"kinds": {"all": kind(), "content": kind()}}, "No target is an end token"),
     "content_differs": (
         {"kinds": {"all": kind(), "eos": kind(0.6), "content": kind(0.2)}},

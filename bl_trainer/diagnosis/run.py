@@ -22,6 +22,7 @@ from ..tokens.annotation import Annotation, token_batch
 from ..tokens.collators import Collator
 from ..tokens.labels import columns_of
 from ..tokens.names import EXAMPLES, REFERENCE, WEIGHT
+from ..tokens.spans import weighing_of
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
 from .diagnoser import Diagnoser, deal
@@ -52,7 +53,7 @@ class Diagnosis:
         with names_as_given(self.options.model is not None):
             dataset, _ = recipe.load_datasets()
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
-        self.is_weighed = WEIGHT in columns_of(dataset)
+        self.is_weighed = WEIGHT in columns_of(dataset) or weighing_of(dataset).multiplies
         self._check(next(iter(dataset)))
         options = self.options
         self.folder = ScoreFolder.of(recipe, dataset) if options.scores else None

@@ -27,7 +27,10 @@ def beginning_of_stream(report: Report) -> str | None:
 def weights_left_out(report: Report) -> str | None:
     if not report.is_weighed:
         return None
-    return f"The column `{WEIGHT}` is left out here: every target token counts once, where training multiplies its cost."
+    return (
+        f"Weights (`{WEIGHT}`, and those of messages and tokens) are left out here: every target token counts once, where "
+        "training multiplies its cost."
+    )
 
 
 def no_end_token(report: Report) -> str | None:

@@ -119,11 +119,12 @@ class Tasks:
                 raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
 
     def _check_generation(self, task: Any) -> None:
-        for key in ("samples", "temperature", "max_new_tokens"):
+        for key in ("samples", "pass_at", "temperature", "max_new_tokens"):
             value = getattr(self.options, key)
             if value != EvaluateArguments.__dataclass_fields__[key].default:
+                shown = " ".join(map(str, value)) if isinstance(value, list) else value
                 raise RecipeError(
-                    f"`--{key} {value}`: the harness's task {task.task_name!r} says itself how to answer. Leave it out, or "
+                    f"`--{key} {shown}`: the harness's task {task.task_name!r} says itself how to answer. Leave it out, or "
                     "evaluate that task by a command of its own."
                 )
 

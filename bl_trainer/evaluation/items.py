@@ -2,16 +2,22 @@
 
 import json
 import statistics
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from .exploration import diversity, pass_at, pass_name
+from .grading.reasoning import split_reasoning
 
-def item_rows(samples: list[dict[str, Any]], by: str | None = None) -> list[dict[str, Any]]:
+
+def item_rows(samples: list[dict[str, Any]], by: str | None = None, ks: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Return a row for each item; the harness has one for each item and filter.
 
-    With `by`, a column of the data, each metric stands there again by the name METRIC:VALUE OF THAT COLUMN.
+    With `by`, a column of the data, each metric stands there again by the name METRIC:VALUE OF THAT COLUMN. `ks`: the k of
+    pass@k, which metrics get whose values are all 0 or 1.
     """
     rows: dict[int, dict[str, Any]] = {}
+    judged = {metric for metric in _metrics(samples) if ks and all(map(_is_judged, (sample.get(metric) for sample in samples)))}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         first = sample["filtered_resps"][0]
         is_choice = isinstance(first, (list, tuple)) and isinstance(first[0], float)  # log-likelihoods of continuations
@@ -20,8 +26,22 @@ def item_rows(samples: list[dict[str, Any]], by: str | None = None) -> list[dict
         row = rows.setdefault(sample["doc_id"], row)
         if sample["filter"] != "none" and not is_choice:
             row.setdefault("extracted", {})[sample["filter"]] = first
-        _add_metrics(row, sample, by)
+        _add_metrics(row, sample, by, dict.fromkeys(judged, ks))
     return list(rows.values())
+
+
+def _metrics(samples: list[dict[str, Any]]) -> set[str]:
+    return {metric for sample in samples for metric in sample["metrics"]}
+
+
+def _is_judged(value: Any) -> bool:
+    """Whether a metric says of each answer to an item that it is right or wrong."""
+    return all(isinstance(each, (int, float)) and each in (0, 1) for each in _values(value))
+
+
+def _values(value: Any) -> list[Any]:
+    """Return a metric's values of the answers to an item, of which there may be one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _chosen(sample: dict[str, Any]) -> str:
@@ -36,15 +56,20 @@ def _answered(sample: dict[str, Any]) -> Any:
     return answers[0] if len(answers) == 1 else answers
 
 
-def _add_metrics(row: dict[str, Any], sample: dict[str, Any], by: str | None) -> None:
+def _add_metrics(row: dict[str, Any], sample: dict[str, Any], by: str | None, ks: dict[str, Collection[int]]) -> None:
+    found: dict[str, Any] = {}
     for metric in sample["metrics"]:
         name, value = metric_name(metric, sample["filter"]), sample[metric]
         if isinstance(value, list):
             row.setdefault("graded", {})[name] = value
-            value = statistics.fmean(value)
-        row["metrics"][name] = value
-        if by and sample["doc"].get(by):
-            row["metrics"][f"{name}:{sample['doc'][by]}"] = value
+        found[name] = statistics.fmean(value) if isinstance(value, list) else value
+        values = _values(value)
+        found |= {pass_name(name, k): pass_at(int(sum(values)), len(values), k) for k in ks.get(metric, ())}
+    if isinstance(row["answer"], list):
+        found |= diversity([split_reasoning(answer, row["prompt"])[0] for answer in row["answer"]])
+    row["metrics"] |= found
+    if by and sample["doc"].get(by):
+        row["metrics"] |= {f"{name}:{sample['doc'][by]}": value for name, value in found.items()}
 
 
 def metric_name(metric: str, kind: str) -> str:

@@ -83,6 +83,10 @@ class EvaluateArguments:
         default=1,
         metadata={"help": "Answers to each item, whose mean counts (Avg@k), sampled if above 1. The paper: 16."},
     )
+    pass_at: list[int] | None = field(
+        default=None,
+        metadata={"help": "k of pass@k, at most `samples`; by default 2, 4, 8 and so on below `samples`, and `samples`."},
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "Of sampling; by default 1 with several samples, as in the paper, else 0 (greedy)."}
     )
@@ -97,6 +101,14 @@ class EvaluateArguments:
     confirm_run_unsafe_code: bool = field(
         default=False, metadata={"help": "Run the code that the model writes, for tasks that need it."}
     )
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of the pass@k that are computed; none for single answers, but those that are asked for."""
+        if self.pass_at is not None:
+            return self.pass_at
+        powers = [2**i for i in range(1, self.samples.bit_length()) if 2**i < self.samples]
+        return [*powers, self.samples] if self.samples > 1 else []
 
     @property
     def sampling_temperature(self) -> float:
@@ -124,6 +136,7 @@ class EvaluateArguments:
             if not getattr(self, key):
                 raise RecipeError(f"`--{key}` is missing. Write e.g. `--{key} {example}`.")
         self._check_numbers()
+        self._check_pass_at()
         self._check_choices()
         if self.adapter and len(self.model) > 1:
             raise RecipeError("`--adapter` goes with one `--model`. To compare adapters, give their folders as `--model`.")
@@ -142,6 +155,19 @@ class EvaluateArguments:
             raise RecipeError(f"`--temperature {self.temperature}` must be a number.")
         if self.samples > 1 and not self.is_sampled:
             raise RecipeError(f"`--temperature 0` gives {self.samples} equal answers. Write a higher one, or `--samples 1`.")
+
+    def _check_pass_at(self) -> None:
+        if self.pass_at is None:
+            return
+        if not self.pass_at or min(self.pass_at) < 1:
+            raise RecipeError(f"`--pass_at {' '.join(map(str, self.pass_at))}` must be numbers of answers, each at least 1.")
+        most = max(self.pass_at)
+        if most > self.samples:
+            raise RecipeError(
+                f"Cannot compute pass@{most} from {self.samples} answer{'s' if self.samples > 1 else ''} to each item. Write "
+                f"`--samples {most}` or more, or a lower `--pass_at`."
+            )
+        self.pass_at = sorted({*self.pass_at})
 
     def _check_choices(self) -> None:
         if self.backend not in BACKENDS:
@@ -170,13 +196,13 @@ class EvaluateArguments:
         return {task: Path(path) for task, _, path in (part.partition("=") for part in self.data)}
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints. Raises RecipeError on one that isn't there, or that the backend can't load as it was trained."""
+        """Return the checkpoints. Raises RecipeError on one that is missing, or that the backend can't load as trained."""
         found = list(self._checkpoints())
         for each in found if self.backend == "vllm" else ():
             if each.quantization:
                 raise RecipeError(
-                    f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run `bl-trainer merge "
-                    f"{each.adapter} --output DIR`, and evaluate DIR."
+                    f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run "
+                    f"`bl-trainer merge {each.adapter} --output DIR`, and evaluate DIR."
                 )
         return found
 
@@ -199,7 +225,7 @@ class EvaluateArguments:
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
-        keys = ("limit", "num_fewshot", "samples", "temperature", "max_new_tokens", "apply_chat_template", "backend")
+        keys = ("limit", "num_fewshot", "samples", "pass_at", "temperature", "max_new_tokens", "apply_chat_template", "backend")
         own = self.files().get(task)
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}

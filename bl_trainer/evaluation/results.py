@@ -1,6 +1,7 @@
 """What an evaluation leaves in its folder: results.json, and the items of each checkpoint and task."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from filelock import FileLock
 
 from .._util.files import write_text
 from ..errors import RecipeError
+from .exploration import is_pass
 from .items import item_rows, read_items
 from .options import Checkpoint, EvaluateArguments
 from .scores import MACRO, largest_difference, macro, paired_difference, scores_of
+
+logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
@@ -104,7 +108,9 @@ class Results:
         files: dict[str, str] = {}
         for name, samples in found["samples"].items():
             path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
-            rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"))
+            rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"), self.options.ks)
+            if self.options.pass_at and not any(is_pass(metric) for row in rows for metric in row["metrics"]):
+                logger.warning(f"`--pass_at` has no effect on {name}: it has no metric that is 0 or 1 for each answer.")
             files[path] = "".join(_json(row) for row in rows)
             scores += scores_of(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
         for name in found.get("groups", {}):

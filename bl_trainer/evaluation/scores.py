@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .._util.intervals import mean_interval
+from .exploration import DISTINCT, ENTROPY, is_of_all
 from .grading.reasoning import split_reasoning
 from .items import metric_name
 
@@ -37,6 +38,18 @@ def scores_of(
             )
             own = [{**score, **_counts(rows, items)}, *_by_group(task, name, rows, items)]
             scores += [{**each, **shared} for each in own]
+    return scores + _of_all_answers(task, items, path, rows)
+
+
+def _of_all_answers(task: str, items: int | None, path: str | None, rows: Rows) -> list[dict[str, Any]]:
+    """Return the scores by what the answers to an item say together, of which the harness knows nothing."""
+    scores: list[dict[str, Any]] = []
+    for name in dict.fromkeys(name for row in rows for name in row["metrics"] if is_of_all(name) and ":" not in name):
+        values = [row["metrics"][name] for row in rows if name in row["metrics"]]
+        score = {"task": task, "metric": name, "value": statistics.fmean(values), "stderr": standard_error(values)}
+        shared = {"higher_is_better": None if name in (DISTINCT, ENTROPY) else True, "samples": path}
+        own = [{**score, "is_mean": True, **_counts(rows, items)}, *_by_group(task, name, rows, items)]
+        scores += [{**each, **shared} for each in own]
     return scores
 
 

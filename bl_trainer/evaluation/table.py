@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .exploration import is_of_all
 from .results import Results
 
 COUNTED = {"empty": "empty answers", "unfinished": "unfinished reasoning"}  # columns of the table, where there are any
@@ -28,8 +29,8 @@ def table(results: Results) -> str:
 
 
 def _names(row: dict[str, Any]) -> tuple[str, str, str]:
-    answers = row.get("answers", 1)
-    return row["task"], row["metric"] + (f", Avg@{answers}" if answers > 1 else ""), row["checkpoint"]
+    answers, is_mean = row.get("answers", 1), not is_of_all(row["metric"])
+    return row["task"], row["metric"] + (f", Avg@{answers}" if answers > 1 and is_mean else ""), row["checkpoint"]
 
 
 def _share(score: dict[str, Any], key: str) -> str:

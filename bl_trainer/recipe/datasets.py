@@ -10,11 +10,11 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from ..errors import RecipeError
 from ..tokens.layouts import align, arrange
-from ..tokens.names import REFERENCE, WEIGHT
+from ..tokens.names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .local_files import find_fault, is_shifted, local_files, open_binary
 from .paths import COMPRESSED, LOCAL_FORMATS, format_of, missing
 
-OPTIONAL = (WEIGHT, REFERENCE)  # columns that the splits of a data set may have each for itself
+OPTIONAL = (WEIGHT, TOKEN_WEIGHT, REFERENCE)  # columns that the splits of a data set may have each for itself
 
 TEXTS = ("prompt", "completion", "text", "messages", "conversations")
 

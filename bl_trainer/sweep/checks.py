@@ -11,6 +11,7 @@ import yaml
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
+from ..evaluation.exploration import names_of
 from ..evaluation.task_files import metrics_of
 from ..recipe.local_files import local_files
 from ..recipe.paths import is_path
@@ -68,8 +69,8 @@ def rank_is_measured(design: Design) -> None:
 
     A metric's name may be followed by a group of items: `medical/accuracy:macro`.
     """
-    tasks = evaluated_tasks(design) if design.evaluate is not None else []
-    known = {task: [f"{task}/{metric}" for metric in metrics_of(task)] for task in tasks}
+    options = evaluated(design) if design.evaluate is not None else EvaluateArguments()
+    tasks, known = options.tasks, {task: _names(task, options) for task in options.tasks}
     task, slash, metric = str(design.rank_by).rpartition("/")
     is_known = f"{task}/{metric.partition(':')[0]}" in known[task] if known.get(task) else task in tasks
     if design.rank_by in RULERS or (slash and metric and is_known):
@@ -80,8 +81,14 @@ def rank_is_measured(design: Design) -> None:
     raise RecipeError(f"`rank_by: {design.rank_by}` is not a metric.{near} Allowed: {', '.join(allowed)}.")
 
 
-def evaluated_tasks(design: Design) -> list[str]:
-    """Return the tasks that arms are evaluated on."""
+def _names(task: str, options: EvaluateArguments) -> list[str]:
+    """Return the task's metrics by the names that `rank_by` gives them."""
+    metrics = metrics_of(task)
+    return [f"{task}/{name}" for name in [*metrics, *(names_of(metrics, options.ks, options.samples) if metrics else [])]]
+
+
+def evaluated(design: Design) -> EvaluateArguments:
+    """Return the options of the evaluate verb for each arm, with the tasks that arms are evaluated on."""
     options, own = design.evaluate, [f.name for f in fields(EvaluateArguments)]
     if not isinstance(options, dict):
         raise RecipeError(f"`evaluate: {options}` must be a mapping of options of the evaluate verb, e.g. {{tasks: [gsm8k]}}.")
@@ -92,7 +99,7 @@ def evaluated_tasks(design: Design) -> list[str]:
     argv = ["--model", str(design.base["model_name_or_path"]), "--output", "unused", *evaluate_argv(options)]
     read = EvaluateArguments.read(argv)
     read.check()
-    return read.tasks
+    return read
 
 
 def optuna_has_them(design: Design) -> None:

@@ -6,8 +6,7 @@ import os
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import that asks for a GPU would make a context otherwise
 
-import accelerate.commands.launch  # noqa: F401
-
+import bl_trainer._util.accelerate
 import bl_trainer.cli
 import bl_trainer.diagnosis.options
 import bl_trainer.diagnosis.page

@@ -154,30 +154,13 @@ def run_as_main(command: list[str], environment: dict[str, str]) -> None:
         sys.argv = [first, *rest]
         runpy.run_path(first, run_name="__main__")
     elif rest[0] == LAUNCHER:
-        _launch(rest)
+        from .._util.accelerate import launch_here
+
+        launch_here(rest, run_as_main)
     else:
         _take_threads()
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-
-
-def _launch(argv: list[str]) -> None:
-    """Launch as accelerate does, but for a single process."""
-    from accelerate.commands import launch
-    from accelerate.utils import prepare_simple_launcher_cmd_env
-
-    new_process = launch.simple_launcher
-
-    def here(args: Any) -> None:
-        command, environment = prepare_simple_launcher_cmd_env(args)
-        if command[0] == sys.executable:
-            run_as_main(command, environment)
-        else:  # of MPI
-            new_process(args)
-
-    launch.simple_launcher = here
-    sys.argv = argv
-    launch.main()
 
 
 def _take_threads() -> None:

@@ -18,28 +18,29 @@ from .._util.text import is_number
 from ..errors import RecipeError
 from ..objectives.pricing import LOSS_WEIGHT
 from .labels import columns_of, plain
-from .names import FILLS, REFERENCE, ROW, TEMPLATE, WEIGHT
+from .names import FILLS, MESSAGE_WEIGHT, REFERENCE, ROW, TEMPLATE, TOKEN_WEIGHT, WEIGHT
+from .spans import weighing_of
 
 STATISTICS = {WEIGHT: LOSS_WEIGHT, REFERENCE: "ref_logp"}  # of a column: what it is to objectives and their prices
 
 
-def check_weights(dataset: Any, name: str) -> Any:
-    """Return the data set, its `objective_weight` checked; a stream's is checked as it is read.
+def check_weights(dataset: Any, name: str, column: str = WEIGHT) -> Any:
+    """Return the data set, its column of weights checked; a stream's is checked as it is read.
 
     Raises RecipeError with the number of the first row whose weight isn't a number >= 0.
     """
     has_tokens = "input_ids" in columns_of(dataset)
     if isinstance(dataset, Dataset):
         start = 0
-        for table in plain(dataset).select_columns([WEIGHT]).with_format("arrow").iter(1000):
-            if not _are_weights(table[WEIGHT], has_tokens):
-                for row, value in enumerate(table[WEIGHT].to_pylist(), start):
-                    _check_weight(value, row, name, has_tokens)
+        for table in plain(dataset).select_columns([column]).with_format("arrow").iter(1000):
+            if not _are_weights(table[column], has_tokens):
+                for row, value in enumerate(table[column].to_pylist(), start):
+                    _check_weight(value, row, name, column, has_tokens)
             start += len(table)
         return dataset
 
     def check(example: dict[str, Any], row: int) -> dict[str, Any]:
-        _check_weight(example[WEIGHT], row, name, has_tokens)
+        _check_weight(example[column], row, name, column, has_tokens)
         return {}
 
     return dataset.map(check, with_indices=True)
@@ -58,12 +59,12 @@ def _are_weights(values: pa.ChunkedArray, has_tokens: bool) -> bool:
     return bool(pc.all(pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))).as_py())
 
 
-def _check_weight(value: Any, row: int, name: str, has_tokens: bool) -> None:
+def _check_weight(value: Any, row: int, name: str, column: str, has_tokens: bool) -> None:
     for each in value if isinstance(value, list) and value and has_tokens else [value]:  # a list: of each token
         if not is_number(each) or each < 0:
             got = "is missing" if each is None else f"is {each!r}"
             raise RecipeError(
-                f"`{WEIGHT}` of row {row} of the {name} set, counted from 0, {got}: it must be a number, 0 or above. Give "
+                f"`{column}` of row {row} of the {name} set, counted from 0, {got}: it must be a number, 0 or above. Give "
                 "every row one, 1 where nothing is to change, or rename the column."
             )
 
@@ -76,24 +77,33 @@ def check_columns(dataset: Any, name: str, marks: bool, obstacle: str | None = N
     `marks`: whether the objective has `special_tokens`. `obstacle`: what would leave the columns out, if anything.
     """
     present = columns_of(dataset)
-    weighs = WEIGHT in present
-    near = [] if weighs else get_close_matches(WEIGHT, present, 1, 0.85)
+    columns = [column for column in (WEIGHT, TOKEN_WEIGHT) if column in present]
+    near = [] if WEIGHT in present else get_close_matches(WEIGHT, present, 1, 0.85)
     if near:
         raise RecipeError(
             f"The column {near[0]!r} of the {name} set would be ignored. Did you mean `{WEIGHT}`? Rename or remove it."
         )
     obstacle = "the data set has images" if {"image", "images"} & {*present} else obstacle
+    weighs = {f"`{column}`": "the column" for column in columns}
+    weighs |= {f"`{MESSAGE_WEIGHT}` of messages": "the key"} if any(weighing_of(dataset)) and not columns else {}
+    what, it = next(iter(weighs.items()), ("`special_tokens`", "it"))
     if obstacle and (weighs or marks):
         raise RecipeError(
-            f"`{WEIGHT if weighs else 'special_tokens'}` needs to follow tokens through the collator and the loss, which it "
-            f"can't here: {obstacle}. Remove {'the column' if weighs else 'it'}."
+            f"{what} needs to follow tokens through the collator and the loss, which it can't here: {obstacle}. Remove {it}."
         )
     if marks and "input_ids" in present and TEMPLATE not in present:
         raise RecipeError(
             f"`special_tokens` needs to know which tokens the chat template made, and the {name} set can't tell: it holds "
             "token ids already (`input_ids`). Give messages, prompts and completions, or texts."
         )
-    return check_weights(dataset, name) if weighs else dataset
+    if TOKEN_WEIGHT in columns and "input_ids" not in present:
+        raise RecipeError(
+            f"Cannot use the column `{TOKEN_WEIGHT}` of the {name} set: it has no `input_ids` to go with. Give them as well, "
+            f"or give messages a key `{MESSAGE_WEIGHT}`."
+        )
+    for column in columns:
+        dataset = check_weights(dataset, name, column)
+    return dataset
 
 
 def for_each_token(columns: list[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -9,8 +9,9 @@ from datasets import Dataset
 from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
-from .labels import MASKS, OF_TOKENS, check_rows, first_row
-from .names import REFERENCE, WEIGHT
+from .labels import MASKS, OF_TOKENS, SIZED, check_rows, first_row
+from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
+from .spans import refuse_untrained
 
 CHATS = ("prompt", "completion", "messages", "conversations")
 WEIGHTS = ("weight", "weights", "sample_weight", "example_weight", "loss_weight")  # what others call `objective_weight`
@@ -41,6 +42,7 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         _warn_of_weights(first, name)
         if isinstance(sets[name], Dataset):
             check_rows(sets[name], name)
+            refuse_untrained(sets[name], name, getattr(args, "assistant_only_loss", False), bool(asks))
 
 
 def _warn_of_weights(first: dict[str, Any], name: str) -> None:
@@ -141,10 +143,10 @@ def _refuse_unread(first: dict[str, Any], name: str) -> None:
     """
     masks = () if "labels" in first else OF_TOKENS
     for column, value in first.items():
-        known = column in (*OF_TOKENS, *OF_TOKENIZERS, REFERENCE)
+        known = column in (*SIZED, *OF_TOKENIZERS, REFERENCE)
         if known or not isinstance(value, list) or len(value) != len(first["input_ids"]):
             continue
-        near = get_close_matches(column, {*masks, REFERENCE} - first.keys(), 1, 0.85)
+        near = get_close_matches(column, {*masks, REFERENCE, TOKEN_WEIGHT} - first.keys(), 1, 0.85)
         if near or ("mask" in column and masks):
             instead = f"`{near[0]}`" if near else "`labels`, the token's id where it trains and -100 where not"
             raise RecipeError(f"The column {column!r} of the {name} set has no effect. Write {instead}, or remove it.")

@@ -14,9 +14,11 @@ from datasets import Dataset, IterableDataset
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from ..head.targets import IGNORED
+from .names import TOKEN_WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
+SIZED = (*OF_TOKENS, TOKEN_WEIGHT)
 
 
 _first_rows: WeakKeyDictionary[IterableDataset, Any] = WeakKeyDictionary()  # a stream is costly to start
@@ -61,7 +63,7 @@ def check_rows(dataset: Any, name: str) -> Any:
     Raises RecipeError with the number of the first row that is wrong.
     """
     present = columns_of(dataset)
-    columns = [column for column in (*OF_TOKENS, "attention_mask") if column in present]
+    columns = [column for column in (*SIZED, "attention_mask") if column in present]
     if "input_ids" not in present or not columns:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -92,7 +94,7 @@ def _sizes(lists: pa.ChunkedArray) -> pa.ChunkedArray:
 def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:
     which = f"row {row} of the {name} set, counted from 0" if row is not None else f"an example of the {name} set"
     size = len(example["input_ids"])
-    for column in OF_TOKENS:
+    for column in SIZED:
         if column in example and (not hasattr(example[column], "__len__") or len(example[column]) != size):
             value = example[column]
             count = f"{len(value)} numbers" if hasattr(value, "__len__") else repr(value)

@@ -28,7 +28,7 @@ from .messages import (
     read,
     refuse_keys,
 )
-from .names import ROW
+from .names import MESSAGE_WEIGHT, ROW
 
 TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
@@ -242,7 +242,7 @@ def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
     if column.null_count or not is_chat:
         return not column.null_count and feature == TEXT
     message = feature.feature if isinstance(feature, List) else None
-    if not isinstance(message, dict) or TRAINS.keys() & message.keys():
+    if not isinstance(message, dict) or {*TRAINS, MESSAGE_WEIGHT} & message.keys():
         return False
     return message.get("role") == message.get("content") == TEXT and all(
         _is_filled(chunk) for chunk in column.chunks if len(chunk)

@@ -1,10 +1,11 @@
 """Messages in the layouts of OpenAI and ShareGPT: their keys and roles, their faults, and how TRL writes them."""
 
 import json
+import math
 from typing import Any
 
 from ..errors import RecipeError
-from .names import WEIGHT
+from .names import MESSAGE_WEIGHT
 
 Keys = tuple[tuple[str, ...], tuple[str, ...]]
 SPEAKERS, CONTENTS = ("role", "from"), ("content", "value")  # keys of a message in the layouts of OpenAI and ShareGPT
@@ -21,7 +22,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 # Keys of a message by which other trainers leave it out or weight it, and the values that train it in full
-TRAINS = dict.fromkeys(("weight", "loss_weight", "loss_mask", "train", "trainable", "training", "loss"), True)
+TRAINS = dict.fromkeys(("loss_weight", "loss_mask", "train", "trainable", "training", "loss"), True)
 TRAINS |= dict.fromkeys(("mask", "masked"), False)
 
 
@@ -60,13 +61,22 @@ def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
         return f"has {short(own)}, not messages with role and content"
     if _role(message) is None:
         return f"has a message from {short(_first_of(message, SPEAKERS))}, which is none of {', '.join(ROLES)}"
+    weight = weight_of(message)
+    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+        return f"has a message with `{MESSAGE_WEIGHT}: {short(weight)}`, which must be a number, 0 or above"
     key = next((key for key in message if key in TRAINS and message[key] not in (None, TRAINS[key])), None)
     if key is None:
         return None
     return (
-        f"has a message with `{key}: {short(message[key])}`, which has no effect. Remove the key; to weight a row use the "
-        f"column `{WEIGHT}`, to train answers alone `assistant_only_loss: true`"
+        f"has a message with `{key}: {short(message[key])}`, which has no effect. Write `{MESSAGE_WEIGHT}: 0` for a "
+        "message that does not train, another number to weight it, or `assistant_only_loss: true` to train answers alone"
     )
+
+
+def weight_of(message: dict[str, Any]) -> Any:
+    """Return the weight of a message, 1 if it has none."""
+    weight = message.get(MESSAGE_WEIGHT)
+    return 1 if weight is None else weight
 
 
 def as_messages(value: Any) -> list[dict[str, Any]]:

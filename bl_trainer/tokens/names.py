@@ -2,6 +2,10 @@
 
 WEIGHT = "objective_weight"  # of an example: what the costs of its tokens are multiplied by
 
+TOKEN_WEIGHT = "token_weight"  # of each token beside `input_ids`: multiplies the above; 0 is no target
+
+MESSAGE_WEIGHT = "weight"  # key of a message: the same for all of its tokens
+
 REFERENCE = "ref_logprobs"  # log p of each token under a reference model
 
 ROW = "bl_row"  # number of the training set's row that an example, or with packing a token, comes from

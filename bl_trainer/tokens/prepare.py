@@ -13,9 +13,11 @@ from trl import SFTTrainer, pack_dataset
 
 from .._util.cached import Cached
 from .columns import check_columns, for_each_token, number_rows
-from .labels import columns_of, refuse_without_target
-from .names import REFERENCE, ROW, TEMPLATE, WEIGHT
+from .labels import columns_of, first_row, refuse_without_target
+from .messages import are_mappings
+from .names import REFERENCE, ROW, TEMPLATE, TOKEN_WEIGHT, WEIGHT
 from .reference import check_reference, has_target, truncated
+from .spans import CHATS, SpanWeights, weighing_of
 from .template import TemplateMark
 from .vocabulary import tokenizer_of
 
@@ -48,11 +50,13 @@ class Wanted:
     """Columns that rows are to get or keep.
 
     `numbers`: each row's number. `marks`: which tokens the chat template made. `refers`: log p under a reference model.
+    `weighs`: weights within rows; without, they mask alone.
     """
 
     numbers: bool = False
     marks: bool = False
     refers: bool = False
+    weighs: bool = False
 
 
 def tokenize(trainer: SFTTrainer, rows: Rows) -> Any:
@@ -84,23 +88,30 @@ def prepare(trainer: SFTTrainer, rows: Rows, wanted: Wanted) -> Any:
     refers = wanted.refers and REFERENCE in present
     if REFERENCE in present and not refers:
         dataset = dataset.remove_columns(REFERENCE)  # which nothing would cut along with the tokens
-    asked = {ROW: wanted.numbers, WEIGHT: WEIGHT in present, TEMPLATE: wanted.marks, REFERENCE: refers}
+    weighing = weighing_of(dataset)
+    spans = any(weighing) or (isinstance(dataset, IterableDataset) and _is_chat(dataset))  # whose later rows may have weights
+    weighs = WEIGHT in present or (weighing.multiplies and wanted.weighs)
+    asked = {ROW: wanted.numbers, WEIGHT: weighs, TEMPLATE: wanted.marks, REFERENCE: refers}
     columns = [key for key, holds in asked.items() if holds]
-    if not columns:
+    if not (columns or spans):
         return tokenize(trainer, replace(rows, dataset=dataset))
-    if columns != [WEIGHT] and ROW not in present:
+    if (any(weighing) or {*columns} - {WEIGHT}) and ROW not in present:
         dataset = number_rows(dataset)
     rows, length = replace(rows, dataset=dataset), args.max_length
-    cuts = not rows.packing and length is not None and (refers or {WEIGHT, "input_ids"} <= {*present})
+    cuts = not rows.packing and length is not None and (refers or any(weighing) or {WEIGHT, "input_ids"} <= {*present})
     # What is per token is cut with the tokens
     prepared = tokenize(trainer, rows.untruncated() if rows.packing or cuts else rows)
     how = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
     with PartialState().local_main_process_first():
         if refers:
             prepared = prepared.map(Cached(check_reference), fn_kwargs={"name": rows.name}, **how)
+        if spans:
+            prepared = prepared.map(_span_weights(trainer, rows, weighing.multiplies, not wanted.weighs), **how)
+            prepared = prepared.remove_columns(TOKEN_WEIGHT) if TOKEN_WEIGHT in present else prepared
         if cuts:
             kept = slice(length) if args.truncation_mode == "keep_start" else slice(-length, None)
             prepared = prepared.map(Cached(truncated), fn_kwargs={"kept": kept}, **how)
+        if cuts or (spans and length is not None and not rows.packing):
             prepared = prepared.filter(Cached(has_target), **how)
         if wanted.marks and TEMPLATE not in present:
             mark = TemplateMark(tokenizer_of(rows.processing_class), trainer.chat_template, rows.name)
@@ -122,6 +133,19 @@ def training_parts(example: dict[str, Any], args: Any) -> Iterator[tuple[dict[st
     begin = size - length if not args.packing and args.truncation_mode == "keep_end" else 0
     for start in range(0, size, length) if splits else [begin]:
         yield {**example, **truncated(example, slice(start, start + length))}, not splits
+
+
+def _is_chat(dataset: Any) -> bool:
+    first = first_row(dataset) or {}
+    return "input_ids" not in first and any(are_mappings(first.get(column)) for column in CHATS)
+
+
+def _span_weights(trainer: Any, rows: Rows, multiplies: bool, ignores: bool) -> Cached:
+    only = trainer.completion_only_loss if rows.completion_only is None else rows.completion_only
+    alone = (rows.args.assistant_only_loss, bool(only))
+    return Cached(
+        SpanWeights(tokenizer_of(rows.processing_class), trainer.chat_template, rows.name, multiplies, ignores, alone)
+    )
 
 
 def _packed(prepared: Any, args: Any, columns: list[str], how: dict[str, Any]) -> Any:

@@ -1,13 +1,13 @@
 """Which tokens of a row its chat template made, and which example each token of a packed row belongs to."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl.data_utils import is_conversational
 
 from ..errors import RecipeError
-from .names import ROW, TEMPLATE
+from .names import MESSAGE_WEIGHT, ROW, TEMPLATE
 
 
 class TemplateMark:
@@ -58,18 +58,13 @@ def _content_spans(text: str, pieces: list[str], contents: list[str]) -> list[tu
     return spans if at == len(text) else None
 
 
-def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: list[int]) -> list[int]:
-    """Return for each of `ids` 1 if the chat template made it, 0 if it holds some of a message's content; all -1 if unknown.
+def messages_of(example: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation: `messages`, or `prompt` and `completion`."""
+    return example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
 
-    `example` has `messages`, or `prompt` and `completion`. The contents are found in the rendered text by rendering it again
-    with marks in their place; tokens belong to them by their offsets in the text.
-    """
-    messages = example["prompt"] + example["completion"] if "prompt" in example else example["messages"]
-    contents = [message.get("content") for message in messages]
-    unknown = [-1] * len(ids)
-    has_more = any(value for message in messages for key, value in message.items() if key not in ("role", "content", "name"))
-    if not getattr(tokenizer, "is_fast", False) or has_more or not all(isinstance(content, str) for content in contents):
-        return unknown
+
+def renderer(tokenizer: Any, chat_template: str | None, example: Any) -> Callable[[list[dict[str, Any]]], str]:
+    """Return what renders messages as TRL renders those of `example`."""
     tools = example.get("tools")
     options = {
         "chat_template": chat_template,
@@ -77,11 +72,36 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
         "tokenize": False,
         **(example.get("chat_template_kwargs") or {}),
     }
+    return lambda messages: tokenizer.apply_chat_template(messages, **options)
+
+
+def of_tokens(tokenizer: Any, text: str, ids: list[int], value: Callable[[int, int], Any]) -> list[Any] | None:
+    """Return `value(start, stop)` of each of `ids`, by its place in `text`; None if they are not its first or last tokens."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    whole, values = encoded["input_ids"], [value(start, stop) for start, stop in encoded["offset_mapping"]]
+    if ids == whole[: len(ids)]:
+        return values[: len(ids)]
+    return values[-len(ids) :] if ids == whole[-len(ids) :] else None
+
+
+def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: list[int]) -> list[int]:
+    """Return for each of `ids` 1 if the chat template made it, 0 if it holds some of a message's content; all -1 if unknown.
+
+    `example` has `messages`, or `prompt` and `completion`. The contents are found in the rendered text by rendering it again
+    with marks in their place; tokens belong to them by their offsets in the text.
+    """
+    messages = messages_of(example)
+    contents = [message.get("content") for message in messages]
+    unknown = [-1] * len(ids)
+    known = ("role", "content", "name", MESSAGE_WEIGHT)
+    has_more = any(value for message in messages for key, value in message.items() if key not in known)
+    if not getattr(tokenizer, "is_fast", False) or has_more or not all(isinstance(content, str) for content in contents):
+        return unknown
+    render = renderer(tokenizer, chat_template, example)
     marks = [f"content{i}tnetnoc" for i in range(len(contents))]
-    text = tokenizer.apply_chat_template(messages, **options)
+    text = render(messages)
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    frame = tokenizer.apply_chat_template(marked, **options)
-    pieces, rest = [], frame
+    pieces, rest = [], render(marked)
     for mark in marks:
         before, _, rest = rest.partition(mark)
         pieces.append(before)
@@ -89,11 +109,8 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
     spans = _content_spans(text, pieces, contents)
     if spans is None:
         return unknown
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [1] * len(encoded["input_ids"])
-    for i, (start, stop) in enumerate(encoded["offset_mapping"]):
-        if any(start < end and stop > begin for begin, end in spans):
-            mask[i] = 0
-    if ids == encoded["input_ids"][: len(ids)]:
-        return mask[: len(ids)]
-    return mask[-len(ids) :] if ids == encoded["input_ids"][-len(ids) :] else unknown
+
+    def is_template(start: int, stop: int) -> int:
+        return int(not any(start < end and stop > begin for begin, end in spans))
+
+    return of_tokens(tokenizer, text, ids, is_template) or unknown

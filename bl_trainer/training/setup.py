@@ -20,6 +20,7 @@ from ..tokens.labels import columns_of, plain
 from ..tokens.layouts import arrange_all
 from ..tokens.prepare import refuse_untargeted
 from ..tokens.reference import reference_source, refuse_lost_context
+from ..tokens.spans import weighing_of
 from .config import objective_of, threshold_of
 from .guards import refuse_no_target
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_no_causal_lm, refuse_virtual_tokens
@@ -81,7 +82,7 @@ def _check_sets(given: Mapping[str, Any], args: Any, objective: Objective) -> No
     """Raise RecipeError on columns and labels that are wrong, or that would be lost on their way."""
     marks = objective.special_tokens is not None
     for name, dataset in _sets(given).items():
-        check_columns(dataset, name, marks, _obstacle(given, args, marks))
+        check_columns(dataset, name, marks, _obstacle(given, args, marks, any(weighing_of(dataset))))
     if not _has_own_collator(given):
         check_labels(_sets(given), args, given.get("formatting_func") is not None)
         prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
@@ -95,12 +96,14 @@ def _has_own_collator(given: Mapping[str, Any]) -> bool:
     return collator is not None and type(collator) is not DataCollatorForLanguageModeling
 
 
-def _obstacle(given: Mapping[str, Any], args: Any, marks: bool) -> str | None:
-    """Return what would lose the columns of tokens on their way to the loss, if anything."""
+def _obstacle(given: Mapping[str, Any], args: Any, marks: bool, weighs: bool) -> str | None:
+    """Return what would lose the columns of tokens on their way to the loss, if anything; `weighs`: by weights within rows."""
     if args is not None and is_context_parallel(args):
         return "context parallelism cuts sequences up"
-    if marks and given.get("formatting_func") is not None:
+    if (marks or weighs) and given.get("formatting_func") is not None:
         return "`formatting_func` renders the examples"
+    if weighs and (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        return "`skip_prepare_dataset` leaves out what multiplies and masks by it"
     return "the `data_collator` is your own" if _has_own_collator(given) else None
 
 

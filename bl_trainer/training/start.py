@@ -32,7 +32,7 @@ def _lines(trainer: Any, steps: int) -> Iterator[str]:
         yield f"Reference: {source}."
     weighs = trainer.train_dataset is not None and WEIGHT in columns_of(trainer.train_dataset)
     if weighs:
-        yield f"Weights of examples: the column `{WEIGHT}`."
+        yield f"Weights: `{WEIGHT}`, and those of messages and tokens, multiply the costs of tokens."
     reasons = _differences(trainer, weighs)
     if reasons:
         yield f"`loss` is not `nll` here: {'; '.join(reasons)}."

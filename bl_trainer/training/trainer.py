@@ -72,8 +72,8 @@ class BLTrainer(ScoringTrainer):
     weight on the NLL gradient; 1 under NLL, 0 for a dropped token), TRL's `entropy` and `mean_token_accuracy`; in evaluation
     `perplexity` and `loss`, the mean of f; beside them what schedules have come to, as `objective_alpha`.
 
-    A column `objective_weight` of a data set, a number >= 0 for each example, multiplies the costs of its tokens; the sum is
-    divided by all target tokens as without it. Common chat layouts train as `messages` do.
+    A column `objective_weight`, a number >= 0 for each example, multiplies the costs of its tokens; the sum is divided by all
+    targets. So do a message's `weight` and a list `token_weight` beside `input_ids`, where 0 masks. Common chat layouts train.
 
     Raises `BLError`, a `ValueError`, before the model loads: on arguments that would train something else than the objective,
     and on rows that can't train, with their numbers (those of a stream when they are read). And before the first step: on a
@@ -148,7 +148,7 @@ class BLTrainer(ScoringTrainer):
 
     def wanted(self, args, name):
         numbers = getattr(args, "stop_on_nan", False) and name == "train"
-        return Wanted(numbers, self.parsed_objective.special_tokens is not None, self.reference == "column")
+        return Wanted(numbers, self.parsed_objective.special_tokens is not None, self.reference == "column", weighs=True)
 
     def make_ready(self, rows):
         prepared = self._stream_count.after(rows, super().make_ready(self._stream_count.before(rows)))

@@ -1,0 +1,50 @@
+"""What several answers to an item say beside their mean: whether a checkpoint still explores, as RL after SFT needs."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from .grading.math import final_answer
+
+DISTINCT = "distinct_answers"
+ENTROPY = "answer_entropy"
+
+
+def pass_at(right: int, answers: int, k: int) -> float:
+    """Return 1 - C(n - c, k) / C(n, k): without bias, the probability that one of `k` answers is right.
+
+    `right`: c, of n `answers`, n >= k. Source: Chen et al., https://arxiv.org/abs/2107.03374, sec. 2.1.
+    """
+    return 1 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
+def pass_name(metric: str, k: int) -> str:
+    """Return the name in results of pass@k by a metric of single answers."""
+    return f"{metric},pass@{k}"
+
+
+def names_of(metrics: Iterable[str], ks: Collection[int], samples: int) -> list[str]:
+    """Return the names of what is added to a task's `metrics`, if all of these are 0 or 1."""
+    return [pass_name(metric, k) for metric in metrics for k in ks] + ([DISTINCT, ENTROPY] if samples > 1 else [])
+
+
+def is_of_all(metric: str) -> bool:
+    """Whether a metric, maybe of a group of items, is one of all answers together, not the mean of those of each."""
+    return metric.partition(":")[0] in (DISTINCT, ENTROPY) or is_pass(metric)
+
+
+def is_pass(metric: str) -> bool:
+    """Whether a metric is a pass@k, maybe of a group of items."""
+    return re.search(r",pass@\d+(:|$)", metric) is not None
+
+
+def diversity(answers: Sequence[str]) -> dict[str, float]:
+    """Return the share of distinct answers to an item, and the entropy in nats of their shares, from 0 to log n.
+
+    Two answers are the same if their final answers are, whitespace apart: what a \\boxed{} or #### marks, else the whole text.
+    The entropy is that of the sample; with few answers it is below the model's own.
+    """
+    counts = Counter(" ".join((found if (found := final_answer(each)) is not None else each).split()) for each in answers)
+    shares = [count / len(answers) for count in counts.values()]
+    return {DISTINCT: len(counts) / len(answers), ENTROPY: math.fsum(-share * math.log(share) for share in shares) + 0.0}
