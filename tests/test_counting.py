@@ -1,9 +1,14 @@
 """The loss is divided by the target tokens of the whole batch, whatever the model's own loss would do."""
 
+import io
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 
+from bl_trainer.measurement.forward import Lockstep
 from conftest import make_llama
 from ways import Ordered, relative_difference, train
 
@@ -70,3 +75,13 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(kind, tokenizer, text_
 def test_the_first_token_is_no_target(kind, tokenizer, text_data, tmp_path):
     _, log = step(OWN[kind](tokenizer), tokenizer, text_data, tmp_path, objective="nll")
     assert log["loss"] == pytest.approx(log["nll"], rel=1e-6)
+
+
+def test_bar_of_a_measurement_ends_full():
+    shown = io.StringIO()
+    labels = torch.tensor([[-100, 1, 2, 3]])
+    with tqdm(total=9, file=shown) as bar:  # 9 was the estimate
+        dealt = Lockstep([{"labels": labels}] * 2, SimpleNamespace(num_processes=1), None, bar)
+        assert len(list(dealt)) == 2
+    assert "100%" in shown.getvalue()
+    assert "6/6" in shown.getvalue()

@@ -61,6 +61,8 @@ class Lockstep:
             tokens, busy = self._sum(own, batch is not None)
             self.is_cut = bool(busy) and self.max_tokens is not None and self.num_tokens >= self.max_tokens
             if not busy or self.is_cut:
+                self.bar.total = self.num_tokens  # it was an estimate; a bar that ends at 93 % looks as if some were left out
+                self.bar.refresh()
                 return
             last = last if batch is None else batch
             self.num_tokens += tokens
