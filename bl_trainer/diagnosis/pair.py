@@ -29,8 +29,8 @@ def warn_of_quantization(adapter: str, config: Any) -> None:
     then, now = (_bits(quantization_of(each)) for each in (record, {"quantization": quantization_in(config) or {}}))
     if then != now:
         logger.warning(
-            f"The adapter `--compare {adapter}` was trained over a base in {then}, and is compared over one in {now}. Write the "
-            f"same `load_in_4bit` or `load_in_8bit` to measure what was trained."
+            f"The adapter `--compare {adapter}` was trained over a base in {then}, and is compared over one in {now}. Write "
+            "the same `load_in_4bit` or `load_in_8bit` to measure what was trained."
         )
 
 
