@@ -111,16 +111,8 @@ def test_vllm_takes_no_quantised_base(run, tmp_path):
 @pytest.mark.parametrize(
     ("record", "here", "said"),
     [
-        (
-            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-            None,
-            "in 4 bits (nf4), and is compared over one in full precision",
-        ),
-        (
-            {"load_in_8bit": True},
-            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-            "in 8 bits, and is compared over one in 4",
-        ),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None, "in 4 bits (nf4), and is compared over one in full"),
+        ({"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "in 8 bits, and is compared"),
         ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_4bit": True}, "in 4 bits (fp4, twice quantised)"),
         (None, {"load_in_8bit": True}, "in full precision, and is compared over one in 8 bits"),
         ({"load_in_8bit": True}, {"load_in_8bit": True}, None),

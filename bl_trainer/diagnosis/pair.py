@@ -30,7 +30,7 @@ def warn_of_quantization(adapter: str, config: Any) -> None:
     if then != now:
         logger.warning(
             f"The adapter `--compare {adapter}` was trained over a base in {then}, and is compared over one in {now}. Write "
-            f"the same `load_in_4bit` or `load_in_8bit` to measure what was trained."
+            "the same `load_in_4bit` or `load_in_8bit` to measure what was trained."
         )
 
 

@@ -196,13 +196,13 @@ class EvaluateArguments:
         return {task: Path(path) for task, _, path in (part.partition("=") for part in self.data)}
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints. Raises RecipeError on one that is missing, or that the backend can't load as trained."""
+        """Return the checkpoints. Raises RecipeError on one that isn't there, or that vLLM can't load as it was trained."""
         found = list(self._checkpoints())
         for each in found if self.backend == "vllm" else ():
             if each.quantization:
                 raise RecipeError(
-                    f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run "
-                    f"`bl-trainer merge {each.adapter} --output DIR`, and evaluate DIR."
+                    f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run `bl-trainer "
+                    f"merge {each.adapter} --output DIR`, and evaluate DIR."
                 )
         return found
 
