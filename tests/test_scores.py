@@ -100,7 +100,7 @@ WAYS = {
     "completion": ("pairs", {"per_device_train_batch_size": 3}),
     "packed": ("pairs", {"packing": True, "max_length": 20}),
     "keep_end": ("pairs", {"max_length": 20, "truncation_mode": "keep_end"}),
-    "keep_start": ("pairs", {"max_length": 20}),
+    "keep_start": ("pairs", {"max_length": 20, "shuffle_dataset": True}),
     "split": ("text", {"packing": True, "max_length": 16, "packing_strategy": "wrapped"}),
     "padding_free": ("pairs", {"padding_free": True, "unlimited": True}),
     "lora": ("pairs", {"use_peft": True, "lora_r": 4}),

@@ -68,8 +68,10 @@ class Diagnoser(ScoringTrainer):
         return prepared.select_columns([name for name in prepared.column_names if name in kept])
 
     def rows_to_score(self, dataset: IterableDataset) -> Any:
-        """Return a stream's rows as token ids and labels, whole and one to a row, prepared as they are read."""
-        return super().make_ready(Rows(dataset, self.processing_class, self.args, False, None, "train").untruncated())
+        """Return a stream's rows as token ids and labels, whole, one to a row and in order, prepared as they are read."""
+        rows = Rows(dataset, self.processing_class, self.args, False, None, "train").untruncated()
+        rows.args.shuffle_dataset = False  # of its own copy
+        return super().make_ready(rows)
 
 
 def deal(dataset: Any, args: Any) -> IterableDataset:

@@ -122,6 +122,7 @@ class RowScorer:
                 examples = list(group[1])
                 group = next(groups, None)
             yield shard, [part for example in examples for part in self._parts(example)]
+        assert group is None, "rows came out of order"
 
     def _examples(self, shards: list[Shard]) -> Iterator[dict[str, Any]]:
         """Yield the files' rows as token ids and labels, whole, prepared as they are read."""
