@@ -49,7 +49,8 @@ def samples_of(graded, close=0.5):
     """As the harness has them. Right answers are alike, wrong ones are not."""
     return [
         {
-            "doc_id": i, "doc_hash": str(i), "filtered_resps": [["a"]], "arguments": [("q", {})], "target": "a", "filter": "none",
+            "doc_id": i, "doc_hash": str(i), "filtered_resps": [["a"]], "arguments": [("q", {})], "target": "a",
+            "filter": "none",
             "resps": [["right" if right else f"wrong {k}" for k, right in enumerate(own)]], "metrics": ["acc", "near"],
             "acc": [float(right) for right in own], "near": [close] * len(own), "doc": {"source": source},
         }
