@@ -131,13 +131,13 @@ class RowScorer:
         stream = dataset.select(list(chain.from_iterable(shard.rows for shard in shards))).to_iterable_dataset()
         rows: Any = stream if self.is_prepared else self.trainer.rows_to_score(stream)
         workers = min(self.args.dataloader_num_workers, 1)  # which keeps the order
-        ahead = {"prefetch_factor": PREPARED_AHEAD} if workers else {}
+        ahead: dict[str, Any] = {"prefetch_factor": PREPARED_AHEAD} if workers else {}
         yield from DataLoader(rows, batch_size=None, collate_fn=_as_it_is, num_workers=workers, **ahead)
 
     def _parts(self, example: dict[str, Any]) -> Iterator[Sequence]:
         """Yield the sequences that a row trains as."""
         for part, is_cut in [(example, False)] if self.is_prepared else training_parts(example, self.args):
-            kept = {name: part[name] for name in ("input_ids", "labels", "seq_lengths") if name in part}
+            kept: dict[str, Any] = {name: part[name] for name in ("input_ids", "labels", "seq_lengths") if name in part}
             yield Sequence(example[ROW], {"labels": part["input_ids"], **kept}, is_cut)
 
     def _collated(self, sequences: list[Sequence], numbers: list[int]) -> dict[str, Any]:

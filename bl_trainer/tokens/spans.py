@@ -37,7 +37,8 @@ def weighing_of(dataset: Any) -> Weighing:
         return Weighing(*[TOKEN_WEIGHT in present] * 2)
     columns = [column for column in CHATS if column in present]
     if not isinstance(dataset, Dataset):
-        chats = [chat for column in columns if are_mappings(chat := (first_row(dataset) or {}).get(column))]
+        first: Any = first_row(dataset) or {}
+        chats: list[Any] = [first[column] for column in columns if are_mappings(first.get(column))]
         return Weighing(*[any(MESSAGE_WEIGHT in message for chat in chats for message in chat)] * 2)
     if dataset.format["type"] == "custom":
         return Weighing()  # TRL refuses a transform

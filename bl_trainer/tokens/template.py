@@ -91,7 +91,7 @@ def template_mask(tokenizer: Any, chat_template: str | None, example: Any, ids: 
     with marks in their place; tokens belong to them by their offsets in the text.
     """
     messages = messages_of(example)
-    contents = [message.get("content") for message in messages]
+    contents: list[Any] = [message.get("content") for message in messages]
     unknown = [-1] * len(ids)
     known = ("role", "content", "name", MESSAGE_WEIGHT)
     has_more = any(value for message in messages for key, value in message.items() if key not in known)

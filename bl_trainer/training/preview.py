@@ -66,7 +66,7 @@ def _first_parts(trainer: BLTrainer, dataset: Any, count: int) -> Iterator[tuple
     first = dataset.select(range(min(count, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(count)
     rows, options = Rows(first, trainer.processing_class, trainer.args, False, None, "train").untruncated(), trainer.args
     rows.args.shuffle_dataset = False  # of its own copy
-    is_prepared = (options.dataset_kwargs or {}).get("skip_prepare_dataset")
+    is_prepared = (getattr(options, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
     examples = first if is_prepared else ScoringTrainer.make_ready(trainer, rows)
     for number, example in enumerate(examples):
         parts = [(example, False)] if is_prepared else list(training_parts(example, options))

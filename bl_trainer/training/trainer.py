@@ -254,7 +254,7 @@ class BLTrainer(ScoringTrainer):
                 take_up(self, plan)
                 if plan.is_finished(self.args):
                     return self._load_finished(plan)
-            output = super().train(plan.checkpoint and str(plan.checkpoint), trial, ignore_keys_for_eval)
+            output = super().train(str(plan.checkpoint) if plan.checkpoint else None, trial, ignore_keys_for_eval)
             take_average(self.optimizer)
             self._stream_count.tell(self.args)
             refuse_unlearnt(self.has_begun, self.token_metrics.has_met_targets)
