@@ -62,9 +62,26 @@ def train(argv: list[str]) -> None:
     refuse_wrong_keys(argv, options="TrainArguments")
     import torch
 
+    recipe, plan, trainer = _made_ready(argv)
+    torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
+    try:
+        trainer.train(resume_from_checkpoint=plan)
+        if trainer.was_terminated:
+            _say_terminated(trainer)
+            sys.exit(128 + signal.SIGTERM)
+        if trainer.is_left:
+            trainer.accelerator.print(f"{recipe.training.output_dir} is left as it is.")
+        else:
+            _save(trainer, recipe, argv)
+    except Exception as error:
+        fail(error, recipe, anywhere=True, traced=trainer.has_begun)
+    end(trainer)
+
+
+def _made_ready(argv: list[str]) -> tuple[Any, Any, Any]:
+    """Return the recipe, what to resume from, and the trainer; a mistake ends the process."""
     from .recipe.recipe import Recipe
     from .training.metrics_log import MetricsLog
-    from .training.next_steps import next_steps
     from .training.preview import TrainArguments, preview
     from .training.trainer import BLTrainer
 
@@ -88,22 +105,7 @@ def train(argv: list[str]) -> None:
             trainer.accelerator.print(preview(trainer, train_dataset, recipe.options.show))
     except Exception as error:  # before the first step, whatever fails is what the recipe says or points to
         fail(error, recipe)
-    torch.set_flush_denormal(True)  # weights such as p^10 are often subnormal, on which a CPU's products are slow
-    try:
-        trainer.train(resume_from_checkpoint=plan)
-        if trainer.was_terminated:
-            _say_terminated(trainer)
-            sys.exit(128 + signal.SIGTERM)
-        if trainer.is_left:
-            trainer.accelerator.print(f"{recipe.training.output_dir} is left as it is.")
-        else:
-            _save(trainer, recipe)
-            training = recipe.training
-            steps = next_steps(training.output_dir, recipe.given, argv, pushed=training.push_to_hub)
-            trainer.accelerator.print("\n".join(steps))
-    except Exception as error:
-        fail(error, recipe, anywhere=True, traced=trainer.has_begun)
-    end(trainer)
+    return recipe, plan, trainer
 
 
 def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None = None) -> None:
@@ -128,9 +130,10 @@ def arguments_of(recipe: Any) -> Any:
     return arguments
 
 
-def _save(trainer: Any, recipe: Any) -> None:
-    """Save the model and its card, and push them if the recipe says so."""
+def _save(trainer: Any, recipe: Any, argv: list[str]) -> None:
+    """Save the model and its card, push them if the recipe says so, and print the commands for them."""
     from .training.checkpoints import writing
+    from .training.next_steps import next_steps
 
     with writing(recipe.training.output_dir):
         trainer.save_model(recipe.training.output_dir)
@@ -141,6 +144,8 @@ def _save(trainer: Any, recipe: Any) -> None:
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=hub_name)
         trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+    steps = next_steps(recipe.training.output_dir, recipe.given, argv, pushed=recipe.training.push_to_hub)
+    trainer.accelerator.print("\n".join(steps))
 
 
 def _say_terminated(trainer: Any) -> None:

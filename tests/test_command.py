@@ -109,9 +109,8 @@ def test_help_lists_every_recipe_key_and_ours_first(verb, capsys):
     keys = re.findall(r"^  --(\w+)", said, re.M)
     assert {field.name for each in DATACLASSES for field in fields(each)} <= {*keys}
     titles = re.findall(r"^(\w.*):$", said, re.M)
-    own = [] if verb == "train" else ["Options"]
     assert titles == [
-        "Required", *own, "Objective", "Model", "Data", "LoRA and quantisation", "Evaluation", "Training", "Logging and saving",
+        "Required", "Options", "Objective", "Model", "Data", "LoRA and quantisation", "Evaluation", "Training", "Logging and saving",
         "Several devices, and the rest",
     ]  # fmt: skip
     ours = re.search(r"^Objective:\n(.*?)\n\n", said, re.M | re.S)[1]

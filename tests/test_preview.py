@@ -58,7 +58,7 @@ def test_rows_are_printed_as_they_train(tokenizer, double_checkpoint, tmp_path, 
         ]
         assert lines[-len(own) :] == wanted if own else len(lines) == 2
         assert lines[1].startswith('  no target              "')
-    assert sum(own == [] for own in p) == 1
+    assert any(own == [] for own in p)
     assert any("dropped" in line for lines in found for line in lines)
     assert "--show" not in said
     trained = load_file(tmp_path / "out" / "model.safetensors")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 
 from .._util.files import write_text
+from .._util.peft import LoraLayer
 from .._util.text import sentence
 from ..errors import RecipeError
 from .card import write_card
