@@ -435,6 +435,23 @@ def test_small_differences_show_in_every_type(factor, dtype, tokenizer):
                 verify_head(with_heads(make(SlightlyScaled, tokenizer, dtype, initializer_range=spread)), kind)
 
 
+def test_a_difference_within_the_rounding_of_products_is_none(tokenizer, monkeypatch):
+    """`tf32: true` rounds a GPU's float32 products to 11 bits, by which the two computations differ."""
+
+    class Rounded(WithModuleBeforeTheHead):
+        def make(self, size):
+            return Scaled(1.0005, False)
+
+    model = with_heads(make(Rounded, tokenizer, torch.float32, initializer_range=0.5))
+    with pytest.raises(ValueError, match="Cannot train Rounded"):
+        verify_head(model)
+    if hasattr(torch.backends, "fp32_precision"):
+        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    else:  # before torch 2.9
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    verify_head(model)
+
+
 def test_fewer_logits_than_rows_of_the_head(tokenizer):
     with pytest.raises(ValueError, match=r"Cannot train CutLogits with .* its LM head takes 32 features for 44"):
         verify_head(with_heads(make(CutLogits, tokenizer)))

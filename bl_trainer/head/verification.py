@@ -26,6 +26,7 @@ DROPOUTS = (torch.dropout, functional.dropout, functional.dropout1d, functional.
 HEADS = {"own": "bl_trainer's loss head", "trl": "TRL's loss head"}
 PRECISION = 1e-4  # of float32 and wider, in which outliers among hidden states cancel
 LEAK = 1e-5  # in float32: what later tokens may change in earlier logits, as a share of twice the largest
+ROUNDINGS = {"tf32": 2.0**-10, "high": 2.0**-10, "bf16": 2.0**-7, "medium": 2.0**-7}  # of products, by torch's names
 COARSE_LEAK = 0.02  # in narrower types, and where quantized products depend on what else is in the batch
 
 
@@ -213,7 +214,16 @@ def _own_logits(model: Any, base: Any, inputs: dict[str, Any]) -> tuple[Tensor, 
         logits = _run(model, **inputs).logits
     finally:
         hook.remove()
-    return logits, max(PRECISION, *(torch.finfo(dtype).eps for dtype in (*dtypes, logits.dtype)))
+    rounding = _product_rounding(logits.device.type)
+    return logits, max(PRECISION, rounding, *(torch.finfo(dtype).eps for dtype in (*dtypes, logits.dtype)))
+
+
+def _product_rounding(device: str) -> float:
+    """Return the relative rounding of float32 products, which a recipe's `tf32: true` leaves to TF32."""
+    backend = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    if not hasattr(backend, "fp32_precision"):  # before torch 2.9
+        return ROUNDINGS.get(torch.get_float32_matmul_precision(), 0.0)
+    return max(ROUNDINGS.get(each.fp32_precision, 0.0) for each in (backend, torch.backends))
 
 
 def _run(model: Any, **inputs: Any) -> Any:
