@@ -110,8 +110,8 @@ def test_help_lists_every_recipe_key_and_ours_first(verb, capsys):
     assert {field.name for each in DATACLASSES for field in fields(each)} <= {*keys}
     titles = re.findall(r"^(\w.*):$", said, re.M)
     assert titles == [
-        "Required", "Options", "Objective", "Model", "Data", "LoRA and quantisation", "Evaluation", "Training", "Logging and saving",
-        "Several devices, and the rest",
+        "Required", "Options", "Objective", "Model", "Data", "LoRA and quantisation", "Evaluation", "Training",
+        "Logging and saving", "Several devices, and the rest",
     ]  # fmt: skip
     ours = re.search(r"^Objective:\n(.*?)\n\n", said, re.M | re.S)[1]
     assert re.findall(r"^  --(\w+)", ours, re.M) == ["objective", "threshold", "loss_head", "stop_on_nan"]
