@@ -336,7 +336,8 @@ def test_the_page_is_true(tmp_path, monkeypatch):
     faults = faults_of(yaml.safe_load((tmp_path / second[1]).read_text()))
     assert not faults
     for key, ours in re.findall(r"^\| `(\w+)`.*?\|.*?`(\w+)[:`]", page, re.M):
-        assert key in TRL.handlers or key in TRL.flags or key in ("packing_strategy", "weight"), key
+        known = {name for each in (TRL, AXOLOTL, LLAMA_FACTORY) for name in (*each.handlers, *each.flags)}
+        assert key in {*known, "packing_strategy", "weight", "packing"}, key
         assert ours in recipe_fields() or ours in ("train", "env"), ours
     for name in re.findall(r"`(\w+)`", page.split("changed their name alone")[1].split(". A warning")[0]):
         assert name in RENAMED
