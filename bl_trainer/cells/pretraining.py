@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._util.files import replacing
@@ -51,8 +52,8 @@ def pretrained(models: Sequence[Model], folder: Path) -> Tensor:
         folder.mkdir(parents=True, exist_ok=True)
         for model, weights in zip(lacking, _pretrain(size, [model.seed for model in lacking]), strict=True):
             with replacing(_path(model, folder)) as part:
-                torch.save(weights.clone(), part)
-    return torch.stack([torch.load(_path(model, folder), weights_only=True) for model in models])
+                save_file({"weights": weights.clone()}, part)
+    return torch.stack([load_file(_path(model, folder))["weights"] for model in models])
 
 
 def is_pretrained(model: Model, folder: Path) -> bool:
@@ -72,7 +73,7 @@ def _pretrain(size: str, seeds: Sequence[int]) -> Tensor:
 
 
 def _path(model: Model, folder: Path) -> Path:
-    return folder / f"{model.name}-{design()}.pt"
+    return folder / f"{model.name}-{design()}.safetensors"
 
 
 def design() -> str:
