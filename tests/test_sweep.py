@@ -1033,7 +1033,7 @@ def test_text_from_data_is_escaped_and_odd_arms_are_named(make, tmp_path):
     board.failed[7] = ({"objective": "neg_p"}, "<script>")
     text = page(board, tmp_path, "accelerate launch")
     assert "<b>" not in text
-    assert "<script>" not in text
+    assert text.count("<script>") == 1, "the page's own, of the copy buttons"
     assert "&lt;script&gt;" in text
     assert "<b>\\|$x$" in markdown(board, tmp_path, "accelerate launch")
     board.arms[1] = replace(board.arms[1], tokens=7)
@@ -1179,7 +1179,7 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
     assert "| the base model |" in (tmp_path / "s" / "leaderboard.md").read_text()
     page = (tmp_path / "s" / "leaderboard.html").read_text()
     assert page.count("<picture>") == 3
-    assert "<script" not in page
+    assert page.count("<script") == 1
     winner = yaml.safe_load((tmp_path / "s" / "winner.yaml").read_text())
     assert winner["learning_rate"] == 1e-2
     assert Recipe.read(["--config", str(tmp_path / "s" / "winner.yaml")]).training.objective in ("nll", "neg_p")
