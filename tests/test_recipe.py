@@ -185,7 +185,11 @@ BAD_RECIPES = [
         {"max_seq_length": 512, "max_length": 512},
         "`max_seq_length` is the old name of `max_length`, and the",
     ),
-    ({"warmup_ratio": 1}, "`warmup_ratio` is not a recipe key any more. Write `warmup_steps: ...` instead."),
+    *(  # a key of the oldest transformers
+        []
+        if "warmup_ratio" in recipe_fields()
+        else [({"warmup_ratio": 1}, "`warmup_ratio` is not a recipe key any more. Write `warmup_steps: ...` instead.")]
+    ),
     ({"overwrite_output_dir": True}, "`overwrite_output_dir` is not a recipe key any more. Remove it"),
     ({"dataset_mixer": {"a/b": 1.0}}, "Write `datasets: [{path: ..., split: train, fraction: ...}]` instead."),
     ({"dataset_mixture": {"datasets": []}}, "`datasets: [{path: ..., split: train, fraction: ...}], and test_split"),

@@ -220,7 +220,7 @@ def _own_logits(model: Any, base: Any, inputs: dict[str, Any]) -> tuple[Tensor, 
 
 def _product_rounding(device: str) -> float:
     """Return the relative rounding of float32 products, which a recipe's `tf32: true` leaves to TF32."""
-    backend = torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    backend: Any = torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(backend, "fp32_precision"):  # before torch 2.9
         return ROUNDINGS.get(torch.get_float32_matmul_precision(), 0.0)
     return max(ROUNDINGS.get(each.fp32_precision, 0.0) for each in (backend, torch.backends))
