@@ -51,7 +51,7 @@ def known(group: str, noise: float = 0.0) -> Callable[[World], Cell]:
 
 
 def confusions(world: World) -> Cell:
-    """Well-known facts, of which three in ten always have the same wrong value; right is the right one."""
+    """Well-known facts. Three in ten always train with the same wrong value; the true value is right."""
     facts, rng = world.facts["strong"], random.Random(f"confusions {world.seed}")
     wrong = {entity: value(rng) for entity in facts if rng.random() < NOISE}
     shown = {**facts, **wrong}
@@ -150,7 +150,7 @@ def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:
 
 
 def of_items(item: Callable[[random.Random], Item], world: World, rule: int = 0) -> Cell:
-    """Return the cell of questions without end, none of which is in a split and trained on."""
+    """Return the cell of an endless supply of questions. No question of a split is trained on."""
     rng = random.Random(f"items {world.seed}")
     items = list({each.prompt: each for each in (item(rng) for _ in range(2 * ITEMS + FACTS))}.values())[: 2 * ITEMS]
     held = {each.prompt for each in items}

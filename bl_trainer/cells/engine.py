@@ -1,4 +1,4 @@
-"""Fine-tuning of pretrained models on cells with objectives: blocks of work, each of which is kept once it is done."""
+"""Fine-tuning of pretrained models on cells with objectives: blocks of work, and each is kept when it is done."""
 
 import hashlib
 import json

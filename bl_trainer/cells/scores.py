@@ -42,7 +42,7 @@ def encode(rows: Sequence[tuple[Tokens, Tokens]], length: int) -> tuple[Tensor, 
 
 
 def length_of(rows: Sequence[tuple[Tokens, Tokens]]) -> int:
-    """Return the length of the longest input: all tokens, of which the end is not one."""
+    """Return the length of the longest input: all tokens but the end."""
     return max(len(prompt) + len(completion) for prompt, completion in rows)
 
 

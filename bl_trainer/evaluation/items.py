@@ -40,7 +40,7 @@ def _is_judged(value: Any) -> bool:
 
 
 def _values(value: Any) -> list[Any]:
-    """Return a metric's values of the answers to an item, of which there may be one."""
+    """Return a metric's value of each answer to an item."""
     return value if isinstance(value, list) else [value]
 
 

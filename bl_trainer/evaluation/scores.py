@@ -42,7 +42,7 @@ def scores_of(
 
 
 def _of_all_answers(task: str, items: int | None, path: str | None, rows: Rows) -> list[dict[str, Any]]:
-    """Return the scores by what the answers to an item say together, of which the harness knows nothing."""
+    """Return the scores of an item's answers taken together. The harness does not compute them."""
     scores: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for row in rows for name in row["metrics"] if is_of_all(name) and ":" not in name):
         values = [row["metrics"][name] for row in rows if name in row["metrics"]]

@@ -41,7 +41,7 @@ class TokenSums:
     def pop(self, mode: str, reduce: Callable[[Tensor], Tensor] | None = None, **others: Tensor | int) -> dict[str, float]:
         """Return the sums of `mode` and of `others` by name, and the number of `tokens`; forget them. One synchronisation.
 
-        Empty without a micro-batch. `reduce` sums a tensor over processes, all of which call this then.
+        Empty without a micro-batch. `reduce` sums a tensor over processes. Then every process must call this.
         """
         sums = self._sums.pop(mode, None)
         if sums is None:

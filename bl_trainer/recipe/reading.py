@@ -234,9 +234,9 @@ def _checked(field: Field, value: Any) -> Any:
 
 
 def _meant(field: Field, value: Any) -> Any:
-    """Return the number or truth value that a text stands for where the key takes no text, and the mapping that JSON spells.
+    """Return the number, truth value or mapping that a text spells, where the key takes no text.
 
-    Raises RecipeError on a text that stands for none.
+    Raises RecipeError on a text that spells none.
     """
     if dict in field.kinds and field.name not in OWN_READERS:
         return from_json(field.name, value, '{"key": "value"}')

@@ -92,7 +92,7 @@ def dry_run(design: Design, results: Iterable[Result] = ()) -> str:
 
 
 def counted(design: Design) -> str:
-    """Return how many runs of which settings and seeds there are."""
+    """Return the number of runs, with their settings and seeds."""
     points, first, *others = len(design.points()), *map(str, design.seeds)
     if design.is_staged:
         length = ", ".join(f"{key} {value:g}" for key, value in design.budget.items())
