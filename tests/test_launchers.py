@@ -24,6 +24,7 @@ from conftest import fake_checkpoint, make_llama, write_recipe
 from forking import free_port, launching, ranks
 from test_docs import PAGES, table
 from test_trainer import build
+from ways import make_mixture
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
@@ -303,6 +304,20 @@ def one(train):
 @pytest.fixture(scope="module")
 def one_in_float32(alone):
     return alone("zero3")
+
+
+def test_auxiliary_loss_of_experts_counts_tokens_on_all_processes(train, alone, tokenizer, tmp_path_factory):
+    """Each micro-batch's auxiliary loss has the weight of its tokens, whichever process it falls to."""
+    model = tmp_path_factory.mktemp("experts")
+    make_mixture("Qwen3Moe", tokenizer).double().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    eager = {"experts_implementation": "eager"}  # the grouped product has no float64
+    changes = {"model_name_or_path": str(model), "threshold": None, "router_aux_loss_coef": 0.1, "model_init_kwargs": eager}
+    two = train("ddp", 2, **changes)
+    one = alone("ddp", **changes, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert largest_difference(one / "out", two / "out") < 1e-9
+    logs = [[entry["aux_loss"] for entry in state(folder)["log_history"] if "aux_loss" in entry] for folder in (one, two)]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6) and min(logs[0]) > 0
 
 
 @pytest.mark.parametrize("processes", TRIED["ddp"])
