@@ -719,10 +719,10 @@ def test_report_is_complete(checkpoint, tmp_path, capsys):
     main([*argv, "--overwrite"])
 
 
-def test_page_of_ten_thousand_examples_is_small(tokenizer, checkpoint, tmp_path):
+def test_page_of_thousands_of_examples_is_small(tokenizer, checkpoint, tmp_path):
     rng = random.Random(0)
     rows = [
-        {"text": sentence(rng, 200, 230) if i < 100 else sentence(rng, 1, 6), "source": str(i % 200)} for i in range(10_000)
+        {"text": sentence(rng, 200, 230) if i < 30 else sentence(rng, 1, 6), "source": str(i % 200)} for i in range(3_000)
     ]
     report = diagnosed(
         tmp_path,
@@ -734,8 +734,8 @@ def test_page_of_ten_thousand_examples_is_small(tokenizer, checkpoint, tmp_path)
         "0",
         per_device_train_batch_size=100,
     )
-    assert report.total.examples == 10_000
-    assert len(page(report, tmp_path).encode()) < 5e6
+    assert report.total.examples == 3_000
+    assert len(page(report, tmp_path).encode()) < 1e6
     assert len(report.groups) == 101
     assert len(terminal_summary(report, "out").splitlines()) <= 25
 
