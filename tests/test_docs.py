@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
 README = PAGES["README.md"]
-P = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+P = torch.linspace(0.0213, 0.9787, 49, dtype=torch.float64)  # on no threshold
 
 
 def blocks(language, *pages):
