@@ -66,8 +66,8 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> 
     _read_command_line(keys, argv, own, verb)
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
+    keys.faults += _faults_of_objective(keys)
     if keys.faults:
-        keys.faults += _faults_of_objective(keys)
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
@@ -75,9 +75,14 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> 
 
 
 def _faults_of_objective(keys: Keys) -> list[str]:
-    """Return what is wrong with the objective and the threshold. It needs torch, so a recipe without other faults waits."""
+    """Return what is wrong with the objective and the threshold, which needs torch alone.
+
+    A user's function is tried once, by the trainer; here only for a recipe that does not get there.
+    """
     found = []
     for key in [key for key in ("objective", "threshold") if key in keys.values]:
+        if not keys.faults and _names_a_function(keys.values[key]):
+            continue
         from ..objectives.objective import Objective
         from ..objectives.threshold import Threshold
 
@@ -88,6 +93,13 @@ def _faults_of_objective(keys: Keys) -> list[str]:
             said = sentence(error)
             found.append(said if f"`{key}`" in said else f"`{key}`: {said}")
     return found
+
+
+def _names_a_function(value: Any) -> bool:
+    """Whether an objective, or a part of it, goes by an import path."""
+    if isinstance(value, dict | list):
+        return any(map(_names_a_function, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and ":" in value
 
 
 def faults_of(config: dict[str, Any]) -> list[str]:
