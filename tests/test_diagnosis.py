@@ -721,9 +721,7 @@ def test_report_is_complete(checkpoint, tmp_path, capsys):
 
 def test_page_of_thousands_of_examples_is_small(tokenizer, checkpoint, tmp_path):
     rng = random.Random(0)
-    rows = [
-        {"text": sentence(rng, 200, 230) if i < 30 else sentence(rng, 1, 6), "source": str(i % 200)} for i in range(3_000)
-    ]
+    rows = [{"text": sentence(rng, 200, 230) if i < 30 else sentence(rng, 1, 6), "source": str(i % 200)} for i in range(3_000)]
     report = diagnosed(
         tmp_path,
         checkpoint,
