@@ -116,11 +116,10 @@ def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None 
     from .recipe.fields import fields_of
     from .recipe.reading import read_keys
 
-    if not {"-h", "--help"} & {*argv}:
-        try:
-            read_keys(argv, verb, fields_of(options) if options else ())
-        except Exception as error:  # whatever fails is what the recipe says or points to
-            fail(error)
+    try:
+        read_keys(argv, verb, fields_of(options) if options else ())
+    except Exception as error:  # whatever fails is what the recipe says or points to
+        fail(error)
 
 
 def arguments_of(recipe: Any) -> Any:
@@ -242,8 +241,6 @@ def merge(argv: list[str]) -> None:
     classes: Any = [MergeArguments]
     try:
         parser = Parser(classes, prog="bl-trainer merge", allow_abbrev=False)
-        if {"-h", "--help"} & set(argv):
-            parser.parse_args(["--help"])
         if not argv or argv[0].startswith("-"):
             raise RecipeError("No run is named. Write `bl-trainer merge RUN --output DIR`.")
         parser.check(argv[1:])
@@ -331,6 +328,9 @@ def main(argv: list[str] | None = None) -> None:
         write = "Write `bl-trainer VERB ...`, or `accelerate launch -m bl_trainer train --config recipe.yaml`"
         print(f"error: {wrong} {write}; verbs: {', '.join(verbs)}.", file=sys.stderr)
         sys.exit(2)
+    if {"-h", "--help"} & {*argv}:
+        _show_help(argv[0])
+        return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `objective: my_losses:f` finds a module next to the recipe's user
     from ._util.logs import quieten
@@ -340,6 +340,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with needs_stack(f"bl-trainer {argv[0]}"):
             verbs[argv[0]](argv[1:])
+    except DependencyError as error:
+        fail(error)
+
+
+def _show_help(verb: str) -> None:
+    from .recipe.help import verb_help
+
+    try:
+        print(verb_help(verb, VERBS[verb]), end="")
     except DependencyError as error:
         fail(error)
 

@@ -682,9 +682,7 @@ def test_template_that_raises(math, tmp_path, capsys):
 
 
 def test_help_names_the_data_sets(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["prepare-data", "--help"])
-    assert stopped.value.code == 0
+    main(["prepare-data", "--help"])
     told = capsys.readouterr().out
     assert all(name in told for name in (*SETS, "--label_noise", "--keep_long"))
 

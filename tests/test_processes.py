@@ -235,9 +235,7 @@ def test_unknown_verb(argv, message):
 
 
 def test_help_lists_our_keys(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["train", "--help"])
+    main(["train", "--help"])
     said = capsys.readouterr().out
-    assert not done.value.code
     assert "--objective" in said
     assert "--threshold" in said

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from enum import Enum
 from inspect import signature
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -18,15 +19,22 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from bl_trainer import BLConfig, Threshold
+from bl_trainer.cells.verb import ScoreArguments
 from bl_trainer.cli import arguments_of, main
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.errors import DependencyError, RecipeError
+from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.objective import OBJECTIVES
+from bl_trainer.prepare import PrepareArguments
+from bl_trainer.recipe.convert import ConvertArguments
 from bl_trainer.recipe.fields import KINDS, SOURCES, fields_of, objective_parameters, recipe_fields
+from bl_trainer.recipe.help import OPTIONS
 from bl_trainer.recipe.keys import NEEDS, RENAMED, REPLACED, TRACKERS
-from bl_trainer.recipe.parser import DATACLASSES, Parser, kinds_of
+from bl_trainer.recipe.parser import DATACLASSES, Parser
 from bl_trainer.recipe.reading import load_yaml, read_keys
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.sweep.verb import SweepArguments
+from bl_trainer.training.merge import MergeArguments
 from bl_trainer.training.preview import TrainArguments
 from conftest import fake_checkpoint, write_recipe
 
@@ -545,6 +553,17 @@ def test_the_launcher_is_told_what_went_wrong(write, tmp_path, monkeypatch, caps
     assert failure.message["message"].startswith("Unknown recipe key 'lerning_rate'. Did you mean 'learning_rate'?")
 
 
+def kinds_of(hint):
+    """The classes that a type hint allows; of an enumeration and of `Literal`, those of their values."""
+    if get_origin(hint) in (list, dict):
+        return {get_origin(hint)}
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    if get_args(hint):
+        return set().union(*map(kinds_of, get_args(hint)))
+    return {str} if isinstance(hint, type) and issubclass(hint, Enum) else {hint}
+
+
 def test_fields_are_those_of_the_dataclasses():
     """Names, classes, choices and defaults, as the installed versions' parser has them."""
     actions = {action.dest: action for action in reversed(Parser(DATACLASSES)._actions) if action.dest != "help"}
@@ -553,11 +572,25 @@ def test_fields_are_those_of_the_dataclasses():
     for key, field in recipe_fields().items():
         assert {kind if kind in KINDS.values() else object for kind in kinds_of(hints[key])} == field.kinds, key
         assert tuple(actions[key].choices or ()) == field.choices, key
+        assert " ".join(str(actions[key].help or "").split()) == " ".join(field.text.split()), key
+        item = str if isinstance(actions[key].type, type) and issubclass(actions[key].type, Enum) else actions[key].type
+        assert list not in field.kinds or key == "datasets" or {item} == field.items, key
     for each in (each for cls in DATACLASSES for each in fields(cls) if each.init):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
-    for cls in (DatasetConfig, DiagnoseArguments, TrainArguments):
-        assert {f.name for f in fields(cls)} == fields_of(cls.__name__).keys()
+    verbs = (
+        DiagnoseArguments,
+        TrainArguments,
+        SweepArguments,
+        EvaluateArguments,
+        MergeArguments,
+        PrepareArguments,
+        ScoreArguments,
+    )
+    assert {cls.__name__ for cls in (*verbs, ConvertArguments)} == {*OPTIONS.values()}
+    for cls in (DatasetConfig, ConvertArguments, *verbs):
+        texts = {f.name: f.metadata.get("help", "") for f in fields(cls) if f.init}
+        assert texts == {name: field.text for name, field in fields_of(cls.__name__).items()}
     parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
     assert objective_parameters() == parameters
     assert TRACKERS.keys() >= INTEGRATION_TO_CALLBACK.keys()  # an older version lacks some

@@ -39,9 +39,6 @@ class ScoreArguments:
     @classmethod
     def read(cls, argv: list[str], parser: Any) -> "ScoreArguments":
         """Read the command line: an objective, then options. Raises RecipeError. `parser`: made for this class."""
-        if {"-h", "--help"} & set(argv):
-            parser.description = "Fine-tune small models on cells with known answers, and rank an objective among others."
-            parser.parse_args(["--help"])
         if not argv or argv[0].startswith("--"):
             raise RecipeError("Cannot score: no objective is named. Write `score my_losses:my_objective --output DIR`.")
         name, *argv = argv

@@ -94,9 +94,11 @@ class EvaluateArguments:
     apply_chat_template: bool | None = field(
         default=None, metadata={"help": "Whether to put prompts into the chat template; by default, if the tokenizer has one."}
     )
-    backend: str = field(default="hf", metadata={"help": f"What generates: {', '.join(BACKENDS)}."})
+    backend: str = field(default="hf", metadata={"help": "What generates: hf, vllm."})
     batch_size: str = field(default="8", metadata={"help": "Items at a time on each device, or auto."})
-    dtype: str = field(default="auto", metadata={"help": f"Precision: {', '.join(DTYPES)}; auto is the checkpoint's."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Precision: auto, float32, bfloat16, float16; auto is the checkpoint's."}
+    )
     seed: int = field(default=1234, metadata={"help": "Of few-shot examples and of sampling."})
     confirm_run_unsafe_code: bool = field(
         default=False, metadata={"help": "Run the code that the model writes, for tasks that need it."}

@@ -29,7 +29,7 @@ class PrepareArguments:
     )
     keep_long: bool = field(default=False, metadata={"help": "Only count rows of more tokens, and keep them."})
     limit: int | None = field(default=None, metadata={"help": "Only the first N rows of each split."})
-    seed: int | None = field(default=None, metadata={"help": f"Of figfont, the label noise, and instruction's choice; {SEED}."})
+    seed: int | None = field(default=None, metadata={"help": "Of figfont, the label noise, and instruction's choice; 42."})
     label_noise: float | None = field(default=None, metadata={"help": "Share of openbookqa's training labels to be wrong."})
     source: str | None = field(
         default=None, metadata={"help": "A local file or folder with the columns of the data set on the Hub, in its place."}
@@ -43,9 +43,6 @@ class PrepareArguments:
         classes: Any = [cls]
         parser = Parser(classes, prog="bl-trainer prepare-data", allow_abbrev=False)
         names = ", ".join(SETS)
-        if {"-h", "--help"} & set(argv):
-            parser.description = f"Prepare a data set of the paper, one of: {names}."
-            parser.parse_args(["--help"])
         if not argv or argv[0].startswith("-"):
             raise RecipeError(f"No data set is named. Write `prepare-data NAME --output DIR`; names: {names}.")
         name, *argv = argv

@@ -2,7 +2,7 @@
 
 import argparse
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from .._util.text import listed
 from ..errors import RecipeError
 from .axolotl import AXOLOTL
 from .dialects import TRL, Dialect, Draft
-from .help import verb_help
 from .keys import NEEDS
 from .llama_factory import LLAMA_FACTORY
 from .reading import faults_of, load_yaml
@@ -25,14 +24,14 @@ class ConvertArguments:
     """Options of the convert verb: the recipe to read, and the file to write."""
 
     recipe: Path
-    output: Path
+    output: Path = field(metadata={"help": "The recipe to write, which must not be there yet; -o for short."})
 
     @classmethod
     def read(cls, argv: list[str]) -> "ConvertArguments":
         """Read `OLD.yaml --output NEW.yaml`. Raises RecipeError."""
-        parser = _Parser(prog="bl-trainer convert", allow_abbrev=False, description="Rewrite another recipe as one of ours.")
-        parser.add_argument("recipe", nargs="?", help=argparse.SUPPRESS)
-        parser.add_argument("-o", "--output", help="The recipe to write, which must not be there yet; -o for short.")
+        parser = _Parser(prog="bl-trainer convert", allow_abbrev=False, add_help=False)
+        parser.add_argument("recipe", nargs="?")
+        parser.add_argument("-o", "--output")
         given = parser.parse_args(argv)
         if not given.recipe or not given.output:
             missing = "`--output`" if given.recipe else "The recipe"
@@ -43,10 +42,6 @@ class ConvertArguments:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise RecipeError(f"{message[:1].upper()}{message[1:]}. Write `bl-trainer convert OLD.yaml --output NEW.yaml`.")
-
-    def format_help(self) -> str:
-        options = [action for action in self._actions if action.option_strings]
-        return verb_help(self.prog, options, {"output": {str}}, self.description)
 
 
 def convert(options: ConvertArguments) -> tuple[str, list[str]]:

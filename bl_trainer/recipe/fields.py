@@ -21,6 +21,12 @@ SOURCES = {
     "TrainingArguments": ("transformers", "training_args.py"),
     "TrainArguments": ("bl_trainer", "training/preview.py"),
     "DiagnoseArguments": ("bl_trainer", "diagnosis/options.py"),
+    "SweepArguments": ("bl_trainer", "sweep/verb.py"),
+    "EvaluateArguments": ("bl_trainer", "evaluation/options.py"),
+    "MergeArguments": ("bl_trainer", "training/merge.py"),
+    "PrepareArguments": ("bl_trainer", "prepare/options.py"),
+    "ConvertArguments": ("bl_trainer", "recipe/convert.py"),
+    "ScoreArguments": ("bl_trainer", "cells/verb.py"),
 }
 RECIPE = ("ScriptArguments", "BLConfig", "ModelConfig", "DatasetMixtureConfig")
 OBJECTIVES = ("objectives/functions.py", "objectives/published.py")
@@ -35,17 +41,21 @@ CHOICES = {"log_level": LOG_LEVELS, "log_level_replica": LOG_LEVELS}
 @dataclass(frozen=True)
 class Field:
     """
-    A key of a recipe.
+    A key of a recipe, or an option of a verb.
 
     `owner`: the dataclass that defines it. `kinds`: the classes its value may have; `object` for one that no file can give.
-    `choices`: the values allowed, empty for any. `default`: None where the source computes it.
+    `items`: those of a list's items. `choices`: the values allowed, empty for any. `default`: None where the source computes
+    it. `text` and `metavar`: of its help, empty where it has none.
     """
 
     name: str
     owner: str
     kinds: frozenset[Any]
+    items: frozenset[Any]
     choices: tuple[Any, ...]
     default: Any
+    text: str
+    metavar: str
 
 
 @lru_cache
@@ -115,10 +125,13 @@ def _field(name: str, owner: str, node: ast.AnnAssign, path: Path) -> Field:
     parts = list(_parts(node.annotation))
     choices = [value for part in parts for value in _allowed(part, path) or ()]
     others = [part for part in parts if ast.unparse(part) not in ("str", "None") and _allowed(part, path) is None]
-    metadata = _metadata(node.value).get("choices") or CHOICES.get(name)
+    metadata = _metadata(node.value)
     kinds = frozenset(kind for part in parts for kind in _kinds(part, path))
+    items = frozenset(kind for part in parts if isinstance(part, ast.Subscript) for kind in _kinds(part.slice, path))
     is_closed = not others and not (len(parts) > 2)
-    return Field(name, owner, kinds, tuple(metadata or (choices if is_closed else ())), _default(node.value))
+    allowed = tuple(metadata.get("choices") or CHOICES.get(name) or (choices if is_closed else ()))
+    said = [str(metadata.get(key) or "") for key in ("help", "metavar")]
+    return Field(name, owner, kinds, items, allowed, _default(node.value), *said)
 
 
 def _parts(node: ast.expr) -> Iterator[ast.expr]:

@@ -3,11 +3,21 @@
 import re
 import shutil
 import textwrap
-from argparse import Action
 from collections.abc import Iterator
-from typing import Any
 
-from .fields import fields_of, recipe_fields
+from .fields import Field, fields_of, recipe_fields
+
+# Verbs -> the dataclass of their options
+OPTIONS = {
+    "train": "TrainArguments",
+    "diagnose": "DiagnoseArguments",
+    "sweep": "SweepArguments",
+    "evaluate": "EvaluateArguments",
+    "merge": "MergeArguments",
+    "convert": "ConvertArguments",
+    "prepare-data": "PrepareArguments",
+    "score": "ScoreArguments",
+}
 
 # What must be given stands outside of brackets
 USAGE = {
@@ -21,6 +31,9 @@ USAGE = {
     "prepare-data": "NAME --output FOLDER [--OPTION VALUE ...]",
     "score": "OBJECTIVE --output FOLDER [--OPTION VALUE ...]",
 }
+
+# What stands below a verb's description
+REMARKS = {"prepare-data": "Names: math, medical, figfont, coding, low_resource, instruction, openbookqa."}
 
 # Recipe keys by what a user looks for; a key stands in the first group whose pattern it matches
 GROUPS = {
@@ -42,26 +55,23 @@ INDENT = 30
 METAVARS = {bool: "true|false", float: "X", int: "N", dict: "JSON"}
 
 
-def verb_help(program: str, actions: list[Action], kinds: dict[str, set[Any]], description: str | None) -> str:
-    """Return the help of the verb that `program` ends with.
+def verb_help(verb: str, description: str) -> str:
+    """Return the help of a verb, read from the sources of its options and of the recipe's keys.
 
-    `actions`: of argparse, at least one for each key. `kinds`: the classes that a key may have. `description`: of the verb.
+    Raises DependencyError where these are not in their place.
     """
-    verb = program.split()[-1]
     required = dict(re.findall(r"--(\w+) ([A-Z]+)", re.sub(r"\[.*?\]", "", USAGE[verb])))
-    by_name: dict[str, Action] = {}
-    for action in actions:
-        by_name.setdefault(action.dest, action)  # `--packing`, not `--no_packing`
-    del by_name["help"]
+    options = {name: field for name, field in fields_of(OPTIONS[verb]).items() if field.text}  # not what is given by its place
+    by_name = options | (recipe_fields() if "config" in required else {})
     groups: dict[str, list[str]] = {title: [] for title in ("Required", "Options", *GROUPS)}
     for name, metavar in required.items():
-        what = by_name[name].help if name in by_name else "The recipe: a YAML file of the keys below."
-        groups["Required"] += _entry(f"--{name} {metavar}", str(what))
+        what = by_name[name].text if name in by_name else "The recipe: a YAML file of the keys below."
+        groups["Required"] += _entry(f"--{name} {metavar}", what)
     for name in sorted(by_name, key=_rank):
         if name not in required:
             group = _group(name) if "config" in required else "Options"
-            groups[group] += _entry(_spelled(by_name[name], kinds[name]), _described(by_name[name]))
-    lines = [f"usage: bl-trainer {verb} {USAGE[verb]}", *(["", description] if description else [])]
+            groups[group] += _entry(_spelled(by_name[name]), _described(by_name[name]))
+    lines = [f"usage: bl-trainer {verb} {USAGE[verb]}", "", description, *([REMARKS[verb]] if verb in REMARKS else [])]
     for title, entries in groups.items():
         lines += ["", f"{title}:", *entries] if entries else []
     if "config" in required:
@@ -81,22 +91,22 @@ def _group(key: str) -> str:
     return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, key))
 
 
-def _spelled(action: Action, kinds: set[Any]) -> str:
+def _spelled(field: Field) -> str:
     """Return an option with what it takes: `--seed N`."""
-    choices = [str(choice) for choice in action.choices or ()]
-    if action.metavar:
-        what = str(action.metavar)
+    choices = [str(choice) for choice in field.choices]
+    if field.metavar:
+        what = field.metavar
     elif choices and sum(map(len, choices)) < 60:
         what = "|".join(choices)
     else:
-        taken = {action.type} if list in kinds else kinds
+        taken = field.items if list in field.kinds else field.kinds
         what = next((METAVARS[kind] for kind in METAVARS if kind in taken), "NAME")
-    return f"--{action.dest} {what}" + (f" [{what} ...]" if list in kinds else "")
+    return f"--{field.name} {what}" + (f" [{what} ...]" if list in field.kinds else "")
 
 
-def _described(action: Action) -> str:
-    text = " ".join(str(action.help or "").replace("%%", "%").split())
-    default = str(action.default).lower() if isinstance(action.default, bool) else action.default
+def _described(field: Field) -> str:
+    text = " ".join(field.text.replace("%%", "%").split())
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
     return text if default in (None, "", [], {}) else f"{text} (default: {default})"
 
 

@@ -1,15 +1,13 @@
 """TRL's parser of recipes, whose errors name the key."""
 
 import re
-from enum import Enum
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from .._util.text import listed, sentence
 from ..errors import RecipeError
 from ..training.config import BLConfig
-from .help import verb_help
 from .reading import unknown
 
 DATACLASSES: Any = (ScriptArguments, BLConfig, ModelConfig, DatasetMixtureConfig)
@@ -20,10 +18,6 @@ class Parser(TrlParser):
 
     def error(self, message: str) -> Any:
         raise RecipeError(message[:1].upper() + message[1:] + ".")
-
-    def format_help(self) -> str:
-        hints = {key: hint for each in self.dataclass_types for key, hint in get_type_hints(each).items()}
-        return verb_help(self.prog, self._actions, {key: kinds_of(hint) for key, hint in hints.items()}, self.description)
 
     @property
     def known(self) -> list[str]:
@@ -60,17 +54,6 @@ class Parser(TrlParser):
         parser = type(self)(self.dataclass_types, prog=self.prog, allow_abbrev=False)
         parser.set_defaults_with_config(**config)
         return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-
-
-def kinds_of(hint: Any) -> set[Any]:
-    """The classes that a type hint allows; of an enumeration and of `Literal`, those of their values."""
-    if get_origin(hint) in (list, dict):
-        return {get_origin(hint)}
-    if get_origin(hint) is Literal:
-        return {type(value) for value in get_args(hint)}
-    if get_args(hint):
-        return set().union(*map(kinds_of, get_args(hint)))
-    return {str} if isinstance(hint, type) and issubclass(hint, Enum) else {hint}
 
 
 def _suspects(config: dict[str, Any], message: str) -> str:

@@ -58,8 +58,6 @@ class Recipe:
         `options`: a dataclass of what the verb takes on the command line besides recipe keys.
         """
         parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl-trainer {verb}", allow_abbrev=False)
-        if {"-h", "--help"} & {*argv}:
-            parser.parse_args(["--help"])
         keys = read_keys(argv, verb, [each.name for each in fields(options)] if options else ())
         given = dict(keys.config)
         os.environ.update({key: str(value) for key, value in keys.config.pop("env", {}).items()})

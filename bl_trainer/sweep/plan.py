@@ -4,24 +4,22 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import optuna
-from trl import ModelConfig
 
 from .._util.text import nearest, sentence
 from ..diagnosis.presets import RATE_FACTORS, SEEDS, SHARE
 from ..errors import RecipeError
 from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
+from ..recipe.fields import recipe_fields
 from ..recipe.local_files import local_files
-from ..recipe.parser import DATACLASSES, kinds_of
 from ..recipe.reading import load_yaml
 from ..recipe.recipe import Recipe
-from ..training.config import BLConfig
 from .checks import check
 from .design import Design, Setting, are_whole
 from .samplers import name_of
@@ -32,7 +30,7 @@ OWN_KEYS = ("arms", "preset", "budget", "rank_by", "held_out", "probe", "evaluat
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
 
 # Keys whose values are numbers
-NUMBERS = {key for each in (BLConfig, ModelConfig) for key, hint in get_type_hints(each).items() if float in kinds_of(hint)}
+NUMBERS = {key for key, field in recipe_fields().items() if float in field.kinds}
 
 SEARCH = ("trials", "sampler", "pruner")
 LEAST_SEEDS = 3  # that judge
@@ -174,7 +172,7 @@ def _refuse_taken(recipe: Recipe, given: Iterable[Any], arms: list[Setting]) -> 
 
 
 def _refuse_unknown(key: Any) -> None:
-    allowed = [*OWN_KEYS, *(f.name for each in DATACLASSES for f in fields(each))]
+    allowed = [*OWN_KEYS, *recipe_fields()]
     if key not in allowed:
         near = nearest(str(key), allowed)
         raise RecipeError(
