@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .._util.trl import DataCollatorForLanguageModeling
+from ..errors import BLError, RecipeError
 from .lm_head import Head
 from .ops import score
 from .targets import IGNORED, Targets
@@ -48,7 +49,7 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True, text: boo
             itself, and nothing is refused for that.
 
     Raises:
-        ValueError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
+        RecipeError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
             parameter would get no gradient, if one of the two can't be computed, or if earlier positions see later tokens.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -71,7 +72,7 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True, text: boo
                 _compare(model, name, kind, inputs, *steady)
                 looks_ahead = looks_ahead and _looks_ahead(model, inputs, *steady)  # not of a prefix that trains causally
     if looks_ahead:
-        raise ValueError(
+        raise RecipeError(
             f"Cannot train {name}: its earlier positions see later tokens, so it would learn to copy its targets. Choose a "
             "causal language model, or write `model_init_kwargs: {is_decoder: true}` if its class has this setting."
         )
@@ -85,7 +86,7 @@ def verify_separation(model: Any, *, trains: bool = True) -> None:
         trains: As in `verify_head`; False for a sharded model.
 
     Raises:
-        ValueError: If an example's logits depend on where it stands, or if the model can't compute such rows.
+        RecipeError: If an example's logits depend on where it stands, or if the model can't compute such rows.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     base = inner.get_base_model() if is_peft_model(inner) else inner
@@ -103,7 +104,7 @@ def verify_separation(model: Any, *, trains: bool = True) -> None:
     is_exact = _is_exact(model, precision)
     gap = gaps.max() if is_exact else gaps.median()
     if not gap.item() <= (LEAK if is_exact else COARSE_LEAK) * _size(front):
-        raise ValueError(f"{failure}: an example would see those before it in its row. {advice}")
+        raise RecipeError(f"{failure}: an example would see those before it in its row. {advice}")
 
 
 def _flattened(rows: tuple[list[int], ...], device: Any) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _flattened(rows: tuple[list[int], ...], device: Any) -> dict[str, Any]:
 
 
 def _compare(model: Any, name: str, kind: str, inputs: dict[str, Any], logits: Tensor, precision: float) -> Measured:
-    """Return what the loss head computes. Raises ValueError if it differs from the model's own `logits`."""
+    """Return what the loss head computes. Raises RecipeError if it differs from the model's own `logits`."""
     length = inputs["input_ids"].shape[1]
     labels = _extremes(logits, length)
     with _explained(f"Cannot train {name} with {HEADS[kind]}", _advice(kind)):
@@ -183,10 +184,10 @@ def _explained(what: str, advice: str = "Choose a causal language model, or anot
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(("Cannot", "The LM head")):
+        if isinstance(error, BLError) and str(error).startswith(("Cannot", "The LM head")):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{what}: {reason.rstrip('.')}. {advice}") from error
+        raise RecipeError(f"{what}: {reason.rstrip('.')}. {advice}") from error
 
 
 def _tokens(base: Any) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _trl_head(model: Any, inputs: dict[str, Any], vocabulary: int) -> Measured:
 
 def _refuse_difference(name: str, kind: str, largest: float, bound: float) -> None:
     if not largest <= bound:  # NaN too
-        raise ValueError(
+        raise RecipeError(
             f"Cannot train {name} with {HEADS[kind]}: its log-probabilities differ from the model's own by up to "
             f"{largest:.3g} nats, rounding explains {bound:.1g}. The head multiplies the last hidden states with the LM head, "
             f"the model does more. {_advice(kind)}"
@@ -281,7 +282,7 @@ def _refuse_difference(name: str, kind: str, largest: float, bound: float) -> No
 def _refuse_untrained(name: str, kind: str, model: Any, lost: set[Tensor]) -> None:
     names = [key for key, parameter in model.named_parameters() if parameter in lost]
     if names:
-        raise ValueError(
+        raise RecipeError(
             f"Cannot train {name} with {HEADS[kind]}: {len(names)} trainable parameters of the model's logits would get no "
             f"gradient, among them `{names[0]}`. Freeze them, or remove their adapter. {_advice(kind)}"
         )
