@@ -331,6 +331,21 @@ def test_swift_registers_a_loss_that_scales_as_its_trainer_does_not(monkeypatch)
         loss(outputs, labels, num_items_in_batch=3, loss_scale=torch.ones(1, 4))
 
 
+def test_swift_keeps_4_bit_weights_trainable(monkeypatch):
+    """Its trainer has no model yet when it makes its loss."""
+    layer = torch.nn.Linear(2, 2)
+    layer.support_avx512bf16_for_cpu = True  # as a layer of bitsandbytes has it
+    for first in ("get_batch_samples", "evaluation_loop"):
+        trainer = swift_trainer()
+        del trainer.model
+        trainer.get_batch_samples = trainer.evaluation_loop = lambda *args: args
+        trainer.accelerator.parallelism_config, trainer.accelerator.reduce = None, lambda sums: sums
+        swift.SwiftLoss(trainer, SimpleNamespace(**SWIFT), "neg_p")
+        trainer.model, layer.support_avx512bf16_for_cpu = torch.nn.Sequential(layer), True
+        getattr(trainer, first)([])
+        assert layer.support_avx512bf16_for_cpu is False
+
+
 def test_unsloth_needs_its_logits(monkeypatch, tokenizer, tmp_path):
     trainer, _ = build(tokenizer, tmp_path)
     monkeypatch.delenv("UNSLOTH_RETURN_LOGITS", raising=False)

@@ -21,13 +21,13 @@ from transformers import (
 )
 from trl import SFTTrainer
 
-from bl_trainer import BLConfig, BLTrainer
+from bl_trainer import BLConfig, BLTrainer, Threshold
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.labels import _count_blank, check_ids
 from bl_trainer.tokens.layouts import arrange
-from bl_trainer.training.guards import refuse_dropped, refuse_dropped_sets
+from bl_trainer.training.guards import FEW, refuse_dropped, refuse_dropped_sets, warn_of_few
 from conftest import make_llama, sizes, write_recipe
 from ways import Gradients, build, train, weights
 
@@ -151,6 +151,38 @@ class TestCutOff:
         empty = Dataset.from_dict({"text": []})
         refused(tokenizer, tmp_path, empty, "The train set is empty")
         refused(tokenizer, tmp_path, [TEXT] * 4, "The eval set is empty", eval_data=empty)
+
+
+class TestFewTokens:
+    def said(self, tokenizer, data, tmp_path, monkeypatch, threshold, **options):
+        said = []
+        monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
+        options = {"max_steps": 3, "logging_steps": 1, "learning_rate": 0.0, "threshold": threshold, **options}
+        trainer = train(BLTrainer, tokenizer, data, tmp_path, **options)
+        return [line for line in said if "target tokens train" in line], trainer
+
+    def test_are_told_of_once(self, tokenizer, text_data, tmp_path, monkeypatch):
+        rows = text_data.select(range(8))
+        _, trainer = self.said(tokenizer, rows, tmp_path, monkeypatch, None)
+        trainer.threshold = Threshold(above_percentile=98)
+        trainer.resolve_threshold()
+        above = {"above": trainer.threshold.above}
+        said, trainer = self.said(tokenizer, rows, tmp_path, monkeypatch, above)
+        share = trainer.state.log_history[0]["kept_fraction"]
+        assert 0 < share < FEW
+        assert len(said) == 1
+        assert said[0].startswith(f"Only {100 * share:.2g} % of the target tokens train: the others are outside the threshold")
+        assert "Widen `threshold` unless this is meant" in said[0]
+
+    def test_of_a_percentile_are_meant(self, tokenizer, text_data, tmp_path, monkeypatch):
+        threshold = {"above_percentile": 98}
+        said, trainer = self.said(tokenizer, text_data.select(range(8)), tmp_path, monkeypatch, threshold)
+        assert 0 < trainer.state.log_history[0]["kept_fraction"] < FEW
+        assert not said
+
+    def test_of_most_nothing_is_said(self):
+        warn_of_few({"kept_fraction": 0.5, "target_prob": 0.1}, Threshold(0.1), [])
+        warn_of_few({}, Threshold(0.1), [])
 
 
 class TestFrozen:

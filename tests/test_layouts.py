@@ -10,15 +10,18 @@ import sys
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
+from huggingface_hub import constants
 from packaging.version import Version
 
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer._util.cached import VERSIONS, Cached
+from bl_trainer._util.hub import why_unavailable
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
@@ -726,7 +729,13 @@ def test_a_split_is_advised_that_is_not_trained_on(names, advice, write, tmp_pat
         ({"report_to": "wandb"}, "Cannot report to `report_to: wandb`: wandb is not installed. "),
         ({"report_to": "wandb"}, "installed. Run `pip install wandb`, or set `report_to: none`."),
         ({"attn_implementation": "flash_attention_2"}, "Cannot use `attn_implementation: flash_attention_2`: "),
-        ({"model_init_kwargs": {"attn_implementation": "nosuch"}}, "Cannot use `attn_implementation: nosuch`: "),
+        ({"model_init_kwargs": {"attn_implementation": "nosuch"}}, "Cannot use `attn_implementation: nosuch`: it is unknown."),
+        (
+            {"attn_implementation": "flash_attention_9"},
+            "`attn_implementation: flash_attention_9`: it is unknown. Did you mean 'flash_attention_",
+        ),
+        ({"attn_implementation": "flash_attention_9"}, "sdpa, or a kernel's name on the Hub, `OWNER/NAME`."),
+        ({"attn_implementation": "no/such"}, "Cannot use `attn_implementation: no/such`: "),
         ({"push_to_hub": True}, "Cannot push to the Hub: there is no token. Run `hf auth login`, or set HF_TOKEN."),
     ],
     ids=str,
@@ -738,3 +747,41 @@ def test_what_is_missing_is_said_before_data_and_model_load(changes, message, wr
     monkeypatch.setattr(Recipe, "load_datasets", lambda self: pytest.fail("loaded"))
     assert message in refusal(write([{"text": "a"}], **changes), capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["by a variable", "without a network"])
+def test_a_model_that_is_nowhere_is_said_soon_where_there_is_no_hub(offline, write, tmp_path, capsys, monkeypatch):
+    """The libraries would ask for half a minute, with a line for each time."""
+    asked = []
+
+    def head(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr("bl_trainer._util.hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("bl_trainer._util.hub.get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("bl_trainer._util.hub.PAUSE", 0)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **kwargs: pytest.fail("asked"))
+    said = refusal(write([{"text": "a"}], model_name_or_path="no/such"), capsys)
+    why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} can't be reached"
+    assert said == (
+        "error: `model_name_or_path: no/such` is not a folder here, and has no configuration that can be loaded: it is not in "
+        f"the cache, and {why}. Correct the name, or download the model."
+    )
+    assert len(asked) == (0 if offline else 2)
+    for options in (
+        {"chat_template_path": "no/such"},
+        {"model_name_or_path": "no/such", "attn_implementation": "flex_attention"},
+    ):
+        assert "it is not in the cache, and " in refusal(write([{"text": "a"}], **options), capsys)
+
+
+def test_what_is_in_the_cache_is_taken_from_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("bl_trainer._util.hub.try_to_load_from_cache", lambda *args, **kwargs: "path")
+    assert why_unavailable("some/model") is None
+    monkeypatch.undo()
+    assert why_unavailable(str(tmp_path)) is None
+    assert why_unavailable("no/such/name") is None  # of which transformers says what is wrong
+    monkeypatch.setattr("bl_trainer._util.hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("bl_trainer._util.hub.get_session", lambda: SimpleNamespace(head=lambda *args, **kwargs: None))
+    assert why_unavailable("some/model") is None

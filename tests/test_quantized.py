@@ -10,13 +10,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.pair import warn_of_quantization
+from bl_trainer.diagnosis.run import Diagnosis
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.harness import load_model
 from bl_trainer.evaluation.options import EvaluateArguments
 from bl_trainer.evaluation.results import Results
+from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.sweep.arm import base_evaluation
+from bl_trainer.sweep.plan import Plan
 from bl_trainer.training.checkpoints import RECORD_FILE, quantization_of
-from conftest import make_llama
+from bl_trainer.training.merge import MergeArguments, merge
+from conftest import make_llama, write_recipe
 from ways import LORA, Gradients, Ordered, build, make_quantized, relative_difference
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -106,6 +112,68 @@ def test_results_over_another_base_are_not_taken_for_these(run, tmp_path):
 def test_vllm_takes_no_quantised_base(run, tmp_path):
     with pytest.raises(RecipeError, match=r"its base was quantised for training\. Run `bl-trainer merge "):
         evaluating(run[0], tmp_path, backend="vllm").checkpoints()
+
+
+QLORA = {"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "dtype": "float32"}
+
+
+def planned(tmp_path, data_folder, sweep, **changes):
+    """Return the plan of a sweep of QLoRA runs over the base of `run`."""
+    recipe = write_recipe(tmp_path, tmp_path / "base", data_folder, **{**QLORA, **changes})
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"learning_rate": [1e-3], "seed": [0], **sweep}))
+    return Plan.read(Recipe.read(["--config", str(recipe)]), str(tmp_path / "sweep.yaml"), tmp_path / "s")
+
+
+def test_a_sweep_evaluates_its_base_as_its_runs_have_it(run, data_folder, tmp_path):
+    sweep = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "evaluate": {"tasks": ["completion"], "batch_size": "1"}}
+    command = base_evaluation(planned(tmp_path, data_folder, sweep), tmp_path / "tasks")
+    options = EvaluateArguments.read(command[4:])
+    options.check()
+    (checkpoint,) = options.checkpoints()
+    found = logits(load_model(checkpoint, options).model)
+    with run[1].disable_adapter():
+        wanted = logits(run[1])
+    plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    assert (found - wanted).abs().max() < 1e-4 < (plain - wanted).abs().max()
+    assert Results(options, [checkpoint]).notes() == [f"{tmp_path / 'base'} is evaluated in 4 bits, as `--quantization` asks."]
+
+
+def test_a_sweep_over_ways_to_quantise_has_no_one_base(run, data_folder, tmp_path):
+    types = [{"bnb_4bit_quant_type": kind} for kind in ("nf4", "fp4")]
+    assert len(planned(tmp_path, data_folder, {"arms": types}).bases()) == 2
+    plan = planned(tmp_path, data_folder, {"arms": [{"objective": "nll", **QLORA}, {"objective": "neg_p", "lora_r": 4}]})
+    assert len(plan.bases()) == 1
+    plain = planned(tmp_path, data_folder, {"arms": [{"objective": "nll"}]}, use_peft=False, load_in_4bit=False)
+    assert "--quantization" not in base_evaluation(plain, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize("given", ["4", '{"bits": 4}', '{"bnb_4bit_quant_type": "nf4"}', '{"load_in_4bit": true'])
+def test_settings_that_bitsandbytes_has_not(given, run, tmp_path):
+    options = evaluating(tmp_path / "base", tmp_path, quantization=given)
+    with pytest.raises(RecipeError, match=r"`(--)?quantization"):
+        options.checkpoints()
+
+
+def test_settings_that_quantise_nothing_are_refused(run, tmp_path):
+    four = '{"load_in_4bit": true}'
+    with pytest.raises(RecipeError, match="`--quantization` does nothing"):
+        evaluating(run[0], tmp_path, quantization=four).checkpoints()
+    with pytest.raises(RecipeError, match="`--quantization` is not supported with vLLM"):
+        evaluating(tmp_path / "base", tmp_path, quantization=four, backend="vllm").checkpoints()
+
+
+def test_a_merged_model_is_compared_as_it_was_saved(run, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("bl_trainer.training.merge.write_card", lambda *args: None)  # this run has recorded too little
+    options = MergeArguments(output=str(tmp_path / "merged"))
+    options.run = str(run[0])
+    merge(options)
+    recipe = write_recipe(tmp_path, tmp_path / "base", data_folder, **QLORA)
+    found = []
+    for tuned in (run[0], tmp_path / "merged"):
+        argv = ["--config", str(recipe), "--report", str(tmp_path / "report"), "--compare", str(tuned)]
+        found.append(Diagnosis(Recipe.read(argv, "diagnose", DiagnoseArguments)).run().to_json()["compare"]["train"])
+    for name in ("base_nll", "nll", "kl", "prob"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize(

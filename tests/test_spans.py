@@ -263,6 +263,14 @@ WRONG = [
     ({"input_ids": [5, 6], "token_weight": [1.0, -1.0]}, "`token_weight` of row 1 of the train set, counted from 0, is -1.0"),
     ({"input_ids": [5, 6], "token_weight": [1.0, math.nan]}, "`token_weight` of row 1 .* is nan: it must be a number, 0 or ab"),
     ({"input_ids": [5, 6], "token_weight": [1.0]}, "Cannot train on row 1 .*: `token_weight` has 1 numbers for 2 tokens. Give"),
+    (
+        {"input_ids": [5, 6], "token_weight": [1.0, 0.5], "objective_weight": [1.0]},
+        "Cannot train on row 1 of the train set, counted from 0: `objective_weight` has 1 numbers for 2 tokens. Give one",
+    ),
+    (
+        {"input_ids": [5, 6], "objective_weight": [1.0, 2.0, 3.0]},
+        "Cannot train on row 1 of the train set, counted from 0: `objective_weight` has 3 numbers for 2 tokens. Give one",
+    ),
     ({"input_ids": [5, 6], "token_weight": None}, "`token_weight` of row 1 of the train set, counted from 0, is missing"),
     ({"text": "ab", "token_weight": [1.0, 1.0]}, "Cannot use the column `token_weight` of the train set: it has no"),
     ({"input_ids": [5, 6], "token_weights": [1.0, 1.0]}, "The column 'token_weights' of the train set has no effect. Write"),
@@ -274,7 +282,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("row", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_wrong_weights_are_named_before_the_model_loads(row, message, tokenizer, tmp_path):
-    good = {"token_weight": [2.0, 0.0], "token_weights": [2.0, 0.0], "messages": [turn("user", "a", 1)]}
+    good = {name: [2.0, 0.0] for name in ("token_weight", "token_weights", "objective_weight")}
+    good["messages"] = [turn("user", "a", 1)]
     first = {key: good.get(key, value) for key, value in row.items()}
     if row.get("messages") and isinstance(row["messages"][0]["weight"], str):
         first = {"messages": [turn("user", "a", None)]}

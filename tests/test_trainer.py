@@ -14,8 +14,10 @@ from trl import SFTConfig, SFTTrainer
 
 from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.errors import RecipeError
+from bl_trainer.head.patch import add_scoring
 from bl_trainer.objectives.pricing import METRICS
 from bl_trainer.training.checkpoints import RECORD_FILE
+from bl_trainer.training.loss import ObjectiveLoss, TRLHead
 from conftest import gap_near, make_double, make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
@@ -264,6 +266,20 @@ def test_evaluation_loss_of_a_mixture_of_experts_has_the_auxiliary_loss(tokenize
     )
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)  # one batch: TRL's is exact too
     assert ours["eval_loss"] - ours["eval_nll"] == pytest.approx(0.5 * theirs["eval_aux_loss"], rel=1e-4)
+
+
+def test_auxiliary_loss_comes_to_the_device_of_the_loss(tokenizer, monkeypatch):
+    """As where `device_map` spreads layers over devices: the routers' loss is made where the first layer is."""
+    model, ids, there = make_mixtral(tokenizer), torch.arange(5, 13)[None], torch.device("meta")
+    add_scoring(model)
+    monkeypatch.setattr("bl_trainer.head.patch._aux_loss", lambda *args: SimpleNamespace(to=lambda place: place))
+    found = model(ids, labels=ids, output_router_logits=True, use=lambda *parts: None)
+    assert found.aux_loss == model.lm_head.weight.device
+    outputs = {name: torch.zeros(1, 7, device=there) for name in ("log_probs", "entropy")}
+    flags = {name: torch.ones(1, 7, dtype=torch.bool, device=there) for name in ("label_mask", "is_top1")}
+    trls = lambda **inputs: SimpleNamespace(**outputs, **flags, aux_loss=torch.tensor(0.5))  # noqa: E731
+    tokens = ObjectiveLoss(Objective.parse("neg_p"), Threshold(), TRLHead())(trls, {"input_ids": ids, "labels": ids}, 0.0)
+    assert tokens.aux_loss.device == tokens.cost.device == there
 
 
 def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
 from ..head.targets import IGNORED
 from ..losses.pricing import SPLIT_BATCH
@@ -40,8 +41,8 @@ def refuse_aligned(model: Any) -> None:
 def watch(trainer: Any, loss: Any) -> None:
     """Make `trainer` keep to `loss`: its batches, its own loss, its evaluation, and its log.
 
-    Labels are checked and corrected by `with_targets` before the trainer counts them. A loss that the trainer computes without
-    calling `loss` is a LossError before its gradient is taken. The log gets `loss.metrics`.
+    Labels are checked and corrected by `with_targets` before the trainer counts them, and 4-bit weights stay trainable. A loss
+    that the trainer computes without calling `loss` is a LossError before its gradient is taken. The log gets `loss.metrics`.
     """
     collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
     loop, predict = trainer.evaluation_loop, trainer.prediction_step
@@ -49,6 +50,7 @@ def watch(trainer: Any, loss: Any) -> None:
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
         refuse_aligned(trainer.model)
+        keep_trainable(trainer.model)  # here and below: a trainer may have no model yet when it makes its loss
         return collect(map(with_targets, batches), *args, **kwargs)
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
@@ -59,6 +61,7 @@ def watch(trainer: Any, loss: Any) -> None:
         return found
 
     def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        keep_trainable(trainer.model)
         loss.forget("eval")  # what `predict` has left, which no log takes
         return loop(*args, **kwargs)
 

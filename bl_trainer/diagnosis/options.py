@@ -12,6 +12,7 @@ import torch
 from .._util.process import is_first
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
+from ..training.guards import missing_folders
 from .score_files import refuse_other_files
 
 NAMED = {"model": "model_name_or_path", "data": "dataset_name"}  # options in place of a recipe -> its keys
@@ -106,7 +107,7 @@ def _refuse_unwritable(option: str, folder: Path) -> None:
     """Raise RecipeError if nothing can be written to the folder of an option. Leaves no folder behind."""
     if not is_first():
         return  # the first process writes the report
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

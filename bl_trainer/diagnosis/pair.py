@@ -64,7 +64,7 @@ class Pair:
             trainer.model = PeftModel.from_pretrained(trainer.model, path, adapter_name="tuned")
         else:
             kwargs = trainer.args.model_init_kwargs or {}
-            kwargs = {**kwargs, "revision": None, "quantization_config": recipe.quantization_config}
+            kwargs = {**kwargs, "revision": None, "quantization_config": None}  # as it was saved, whatever the recipe says
             try:
                 self.tuned = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(trainer.model.device).eval()
             except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from .._util.hub import why_unavailable
 from .._util.lm_eval import load_yaml, share_out, without_git
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
@@ -142,6 +143,9 @@ def _is_file(name: str) -> bool:
 
 def find_model(checkpoint: Checkpoint) -> None:
     """Raise RecipeError if there is no such model."""
+    if fault := why_unavailable(checkpoint.model):
+        of = f"its base {checkpoint.model}: " if checkpoint.adapter else ""
+        raise RecipeError(f"Can't load `--model {checkpoint.name}`: {of}{fault}. Correct the name, or download the model.")
     try:
         AutoConfig.from_pretrained(checkpoint.model)
     except Exception as error:  # it can be told in many ways

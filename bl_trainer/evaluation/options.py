@@ -9,17 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .._util.text import sentence
+from .._util.text import from_json, sentence
 from ..errors import RecipeError
 from ..recipe.datasets import find_fault
 from ..recipe.local_files import unreadable_name
 from ..recipe.parser import Parser
 from ..recipe.paths import format_of, is_path
-from ..training.checkpoints import quantization_of, read_record
+from ..training.checkpoints import QUANTIZATION, quantization_of, read_record
 from .task_files import task_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")
+EXAMPLE = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
 
 # What tells whether a checkpoint is still the one that was evaluated
 READ = (
@@ -30,11 +31,15 @@ READ = (
 
 @dataclass
 class Checkpoint:
-    """A model, and an adapter over it or None; `name`: how the user calls it."""
+    """A model, and an adapter over it or None.
+
+    `name`: how the user calls it. `asked`: bitsandbytes' configuration for a model that no run has recorded, or empty.
+    """
 
     name: str
     model: str
     adapter: str | None
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -45,8 +50,9 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Return bitsandbytes' configuration of the base that the adapter was trained over, empty if it was not quantised."""
-        return quantization_of(read_record(self.adapter)) if self.adapter else {}
+        """Bitsandbytes' configuration of the model, as the adapter's run has recorded it; empty if it is not quantised."""
+        record = read_record(self.adapter) if self.adapter else {}
+        return quantization_of(record) if record else self.asked
 
     def fingerprint(self) -> str:
         """Return a hash of the checkpoint's files, whole: some ways of training change a few bytes in a gigabyte."""
@@ -98,6 +104,13 @@ class EvaluateArguments:
     batch_size: str = field(default="8", metadata={"help": "Items at a time on each device, or auto."})
     dtype: str = field(
         default="auto", metadata={"help": "Precision: auto, float32, bfloat16, float16; auto is the checkpoint's."}
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise models that no run has recorded, to compare QLoRA runs with their base: bitsandbytes' settings, "
+            "as JSON."
+        },
     )
     seed: int = field(default=1234, metadata={"help": "Of few-shot examples and of sampling."})
     confirm_run_unsafe_code: bool = field(
@@ -193,14 +206,28 @@ class EvaluateArguments:
         if fault:
             raise RecipeError(f"`--data {task}=...`: {fault}.")
 
+    def asked_quantization(self) -> dict[str, Any]:
+        """Return the settings of `--quantization`. Raises RecipeError if they are none of bitsandbytes' that are recorded."""
+        found = from_json("quantization", self.quantization or "{}", EXAMPLE)
+        if not isinstance(found, dict) or not {*found} <= {*QUANTIZATION} or (self.quantization and not _bits_in(found)):
+            raise RecipeError(
+                f"Cannot quantise as `--quantization {self.quantization}`: it must be a mapping with `load_in_4bit` or "
+                f"`load_in_8bit`. Write e.g. --quantization '{EXAMPLE}'; allowed: {', '.join(QUANTIZATION)}."
+            )
+        return found
+
     def files(self) -> dict[str, Path]:
         """The local file of each task that has one."""
         return {task: Path(path) for task, _, path in (part.partition("=") for part in self.data)}
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints. Raises RecipeError on one that isn't there, or that vLLM can't load as it was trained."""
-        found = list(self._checkpoints())
+        found = list(self._checkpoints(self.asked_quantization()))
+        if self.quantization and not any(each.quantization is each.asked for each in found):
+            raise RecipeError("`--quantization` does nothing: each run is evaluated as it has recorded its base. Remove it.")
         for each in found if self.backend == "vllm" else ():
+            if each.quantization and each.adapter is None:
+                raise RecipeError("`--quantization` is not supported with vLLM. Remove it, or write `--backend hf`.")
             if each.quantization:
                 raise RecipeError(
                     f"Cannot evaluate `--model {each.name}` with vLLM: its base was quantised for training. Run `bl-trainer "
@@ -208,7 +235,7 @@ class EvaluateArguments:
                 )
         return found
 
-    def _checkpoints(self) -> Iterator[Checkpoint]:
+    def _checkpoints(self, asked: dict[str, Any]) -> Iterator[Checkpoint]:
         for name in self.model:
             if is_path(name) and not Path(name).is_dir():
                 raise RecipeError(f"`--model {name}` is not a folder.")
@@ -217,13 +244,13 @@ class EvaluateArguments:
                     raise RecipeError(f"`--adapter {self.adapter}` holds no adapter_config.json. Give an adapter's folder.")
                 if is_adapter(name):
                     raise RecipeError(f"`--model {name}` is an adapter too. Write its base model, or leave `--adapter` out.")
-                yield Checkpoint(f"{name}+{self.adapter}", name, self.adapter)
+                yield Checkpoint(f"{name}+{self.adapter}", name, self.adapter, asked)
             elif is_adapter(name):
-                yield Checkpoint(name, _base(name), name)
+                yield Checkpoint(name, _base(name), name, asked)
             elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
                 raise RecipeError(f"`--model {name}` holds no model: there is no config.json.")
             else:
-                yield Checkpoint(name, name, None)
+                yield Checkpoint(name, name, None, asked)
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
@@ -232,6 +259,10 @@ class EvaluateArguments:
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
         return {**{key: getattr(self, key) for key in (*keys, "dtype", "seed")}, "files": digests}
+
+
+def _bits_in(quantization: dict[str, Any]) -> bool:
+    return any(quantization.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
 
 
 def is_adapter(folder: str) -> bool:

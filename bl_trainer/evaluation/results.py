@@ -31,7 +31,7 @@ class Results:
     def __init__(self, options: EvaluateArguments, checkpoints: list[Checkpoint]):
         self.options, self.folder = options, Path(options.output or ".")
         self.prints = {checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints}
-        self.bits = {checkpoint.name: _bits(checkpoint.quantization) for checkpoint in checkpoints}
+        self.quantised = [note for note in map(_quantised, checkpoints) if note]
         self.replaced = [entry for entry in self._read()[0] if self._is_to_go(entry)]
         self.own: list[dict[str, Any]] = []  # those of this evaluation
         self.earlier: list[tuple[str, ...]] = []  # differences that other evaluations have computed
@@ -151,8 +151,7 @@ class Results:
 
     def notes(self) -> list[str]:
         """Return what makes the checkpoints of this evaluation less comparable: quantised bases, packages of other versions."""
-        quantised = [name for name, bits in self.bits.items() if bits]
-        found = [f"{name} is evaluated over its base in {self.bits[name]} bits, as it was trained." for name in quantised]
+        found = [*self.quantised]
         for task in self.options.tasks:
             for package, versions in mixed_versions(entry.get("versions", {}) for entry in self.of(task)).items():
                 found.append(
@@ -205,9 +204,15 @@ class Results:
         return found
 
 
-def _bits(quantization: dict[str, Any]) -> int:
-    """Return the bits of quantised weights, 0 of others."""
-    return 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else 0
+def _quantised(checkpoint: Checkpoint) -> str | None:
+    """Return what to note of a checkpoint with quantised weights, None of others."""
+    quantization = checkpoint.quantization
+    if not quantization:
+        return None
+    bits = 4 if quantization.get("load_in_4bit") else 8
+    if quantization is checkpoint.asked:
+        return f"{checkpoint.name} is evaluated in {bits} bits, as `--quantization` asks."
+    return f"{checkpoint.name} is evaluated over its base in {bits} bits, as it was trained."
 
 
 def _key(entry: dict[str, Any]) -> tuple[str, str]:

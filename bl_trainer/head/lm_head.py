@@ -110,10 +110,10 @@ def _shard_of(weight: Any) -> Shard | None:
 
 
 def first_token(vocabulary: int, processes: int, rank: int) -> int:
-    """Return the first token of a process's part of the head. Raises ValueError if some process has none, on all of them."""
+    """Return the first token of a process's part of the head. Raises RecipeError if some process has none, on all of them."""
     each = _rows_each(vocabulary, processes)
     if each * (processes - 1) >= vocabulary:
-        raise ValueError(
+        raise RecipeError(
             f"The LM head has {vocabulary} tokens, which leaves some of {processes} processes without any. Use fewer processes "
             "for tensor parallelism."
         )

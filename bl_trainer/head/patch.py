@@ -54,7 +54,8 @@ def add_scoring(model: Any) -> None:
                     f"A label is {ids[is_wrong][0].item()}, outside of the model's vocabulary of {head.vocabulary} tokens."
                     " Labels to leave out are -100; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
                 )
-            return Scored(use(chosen, head, ids), targets.mask, aux_loss)
+            # layers may be spread over devices
+            return Scored(use(chosen, head, ids), targets.mask, None if aux_loss is None else aux_loss.to(place))
 
     model.forward = types.MethodType(forward, model)
 

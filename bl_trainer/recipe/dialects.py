@@ -64,13 +64,12 @@ class Dialect:
 
     def translate(self, draft: Draft) -> None:
         """Give `draft.new` what `draft.old` says."""
-        empty = [key for key, value in draft.old.items() if value is None]
-        for key, value in draft.old.items():
-            if key not in empty:
-                self._take(draft, key, value)
-        if empty:
+        given = {key: value for key, value in draft.old.items() if value is not None}
+        for key, value in given.items():
+            self._take(draft, key, value)
+        if empty := [key for key in draft.old if key not in given]:
             draft.dropped.append(f"without a value: {', '.join(empty)}")
-        for key, value in self.defaults({key: draft.old[key] for key in draft.old if key not in empty}).items():
+        for key, value in self.defaults(given).items():
             before = dict(draft.new)
             self._take(draft, key, value)
             taken = [ours for ours in draft.new if ours not in before]

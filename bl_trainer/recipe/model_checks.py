@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .._util.text import sentence
+from .._util.hub import why_unavailable
+from .._util.text import nearest, sentence
 from ..training.refusals import refuse_lm_head_adapter
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def chat_template_can_be_read(recipe: "Recipe") -> str | None:
         except jinja2.TemplateSyntaxError as error:
             return f"{what}, line {error.lineno}: {error.message}"
         return None
+    if fault := why_unavailable(str(path)):
+        return f"{what} has no tokenizer, and is no .jinja file: {fault}. Correct the name, or download the model."
     try:  # a model whose template is taken
         AutoTokenizer.from_pretrained(path)
     except Exception as error:  # it can be told in many ways that there is no such model
@@ -49,6 +52,14 @@ def attention_is_installed(recipe: "Recipe") -> str | None:
     asked: Any = recipe.model_init_kwargs()["attn_implementation"]
     if not isinstance(asked, str) or asked in ("eager", "sdpa"):
         return None
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if asked not in known and "/" not in asked:
+        names = ", ".join(name for name in known if "|" not in name)  # others are for generation
+        near = nearest(asked, known)
+        return (
+            f"Cannot use `attn_implementation: {asked}`: it is unknown.{near} Write one of {names}, or a kernel's name on the "
+            "Hub, `OWNER/NAME`."
+        )
     config = recipe.pretrained(AutoConfig, "configuration")
     trusted = recipe.training.trust_remote_code
     try:

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig, set_s
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.data_utils import is_conversational
 
+from .._util.hub import why_unavailable
 from .._util.text import sentence, without_secrets
 from ..errors import RecipeError
 from ..objectives.objective import Objective
@@ -230,16 +231,15 @@ class Recipe:
 
     def pretrained(self, loader: Any, what: str) -> Any:
         """Return what an Auto class of transformers makes of the model's name. Raises RecipeError if that fails."""
-        name = self.model.model_name_or_path
+        name, revision = self.model.model_name_or_path, self.model_init_kwargs()["revision"]
+        where = "" if Path(str(name)).is_dir() else "is not a folder here, and "
+        said = f"`model_name_or_path: {name}` {where}has no {what} that can be loaded"
+        if fault := why_unavailable(str(name), revision):
+            raise RecipeError(f"{said}: {fault}. Correct the name, or download the model.")
         try:
-            return loader.from_pretrained(
-                name, revision=self.model_init_kwargs()["revision"], trust_remote_code=self.training.trust_remote_code
-            )
+            return loader.from_pretrained(name, revision=revision, trust_remote_code=self.training.trust_remote_code)
         except Exception as error:  # it can be told in many ways that there is no such model
-            where = "" if Path(str(name)).is_dir() else "is not a folder here, and "
-            raise RecipeError(
-                f"`model_name_or_path: {name}` {where}has no {what} that can be loaded: {sentence(error)}"
-            ) from error
+            raise RecipeError(f"{said}: {sentence(error)}") from error
 
 
 def _as_given(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """One arm of a sweep: the recipe in its folder, trained, measured on held-out data, and evaluated, by commands of their own."""
 
+import json
 import math
 import os
 import re
@@ -19,8 +20,10 @@ from filelock import FileLock
 
 from .._util.files import write_text
 from ..errors import RecipeError
+from ..training.checkpoints import quantization_of
 from ..training.metrics_log import Curve
 from . import guard, study
+from .checks import check_arm
 from .design import MODEL_KEYS, evaluate_argv
 from .outcome import Result, arm_folder, read_held_out, task_scores, task_versions
 from .plan import Plan
@@ -206,14 +209,23 @@ def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
-def evaluation(plan: Plan, model: str | Path, output: Path) -> list[str]:
-    """Return the command that evaluates a checkpoint on a plan's tasks."""
-    options = evaluate_argv(plan.evaluate or {})
+def evaluation(plan: Plan, model: str | Path, output: Path, **others: str) -> list[str]:
+    """Return the command that evaluates a checkpoint on a plan's tasks, with these options of the verb besides."""
+    options = evaluate_argv({**(plan.evaluate or {}), **others})
     return [sys.executable, "-m", "bl_trainer", "evaluate", "--model", str(model), "--output", str(output), *options]
 
 
+def base_evaluation(plan: Plan, output: Path) -> list[str]:
+    """Return the command that evaluates the model that the first run starts from, as that run loads it."""
+    recipe = check_arm(plan.recipe_at(plan.points()[0]))
+    config = recipe.quantization_config
+    recorded = quantization_of({"quantization": config.to_dict()}) if config else {}
+    others = {"quantization": json.dumps(recorded)} if recorded else {}
+    return evaluation(plan, str(recipe.model.model_name_or_path), output, **others)
+
+
 def evaluate_base(plan: Plan, folder: Path, start: Start) -> None:
-    """Evaluate the recipe's model in `folder`/base, once for all workers.
+    """Evaluate the recipe's model in `folder`/base, quantised as the runs' base is, once for all workers.
 
     Raises RecipeError if that fails, or if the ruler is not among what it gives.
     """
@@ -222,7 +234,7 @@ def evaluate_base(plan: Plan, folder: Path, start: Start) -> None:
     log, mark = base / "evaluate.log", str(base.absolute())
     with FileLock(base / "evaluate.lock"):
         place = log.stat().st_size if log.exists() else 0
-        command = evaluation(plan, plan.base["model_name_or_path"], base / "tasks")
+        command = base_evaluation(plan, base / "tasks")
         process = start(mark, command, {**os.environ, guard.MARK: mark}, log)
         try:
             while (code := process.poll()) is None:

@@ -21,7 +21,7 @@ from .design import Design, describe, evaluate_argv
 from .rulers import LOGGED, RULERS
 from .samplers import MODULES, build
 
-REFUSED = ("model", "adapter", "output", "overwrite")  # options of the evaluate verb that a sweep sets itself
+REFUSED = ("model", "adapter", "output", "overwrite", "quantization")  # options of the evaluate verb that a sweep sets itself
 
 
 def check(design: Design, recipe: Recipe) -> None:

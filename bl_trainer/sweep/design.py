@@ -16,6 +16,12 @@ from .budget import shortened, shortened_to
 # What a model is loaded by, and what its target tokens are made by
 MODEL_KEYS = {*(f.name for f in fields(ModelConfig)), "model_init_kwargs", "bf16", "fp16", "use_cpu"}
 
+# What decides the base model's own metrics
+BASE_KEYS = (
+    "model_name_or_path", "model_revision", "model_init_kwargs", "dtype", "bf16", "fp16", "load_in_4bit", "load_in_8bit",
+    "bnb_4bit_quant_type", "use_bnb_nested_quant",
+)  # fmt: skip
+
 DATA_KEYS = {
     "max_length", "truncation_mode", "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "dataset_config",
     "completion_only_loss", "assistant_only_loss", "chat_template_path", "eos_token", "pad_token", "shuffle_dataset",
@@ -72,9 +78,10 @@ class Design:
         values = self.seeds if key == "seed" else [point[key] for point in self.points() if key in point]
         return list({json.dumps(value): value for value in values}.values())
 
-    def varies(self, key: str) -> bool:
-        """Whether runs differ in a key."""
-        return key in self.grid or any(key in arm for arm in self.arms)
+    def bases(self) -> list[Setting]:
+        """Return the keys that decide the base model's own metrics, each combination that runs have once."""
+        starts = [{key: {**self.base, **point}.get(key) or None for key in BASE_KEYS} for point in self.points()]
+        return list({json.dumps(each): each for each in starts}.values())
 
     @property
     def is_staged(self) -> bool:

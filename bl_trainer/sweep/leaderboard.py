@@ -121,7 +121,7 @@ def rank(plan: Plan, arms: Arms, values_of: Callable[[int], Values | None], fail
     for row in rows[1:]:
         row.behind = compare(plan.rank_by, arms, values_of, rows[0].arms, row.arms)
     holm([row.behind for row in rows[1:] if row.behind is not None])
-    base = None if plan.varies("model_name_or_path") else next((result.base for result in arms.values()), None)
+    base = next((result.base for result in arms.values()), None) if len(plan.bases()) == 1 else None
     return Leaderboard(plan, rows, arms, failed, base, stopped)
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from ..head.targets import IGNORED
-from .names import TOKEN_WEIGHT
+from .names import TOKEN_WEIGHT, WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
@@ -63,7 +63,7 @@ def check_rows(dataset: Any, name: str) -> Any:
     Raises RecipeError with the number of the first row that is wrong.
     """
     present = columns_of(dataset)
-    columns = [column for column in (*SIZED, "attention_mask") if column in present]
+    columns = [column for column in (*SIZED, WEIGHT, "attention_mask") if column in present]
     if "input_ids" not in present or not columns:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -81,7 +81,8 @@ def check_rows(dataset: Any, name: str) -> Any:
 def _is_aligned(table: pa.Table, columns: list[str]) -> bool:
     """Whether nothing in a table needs a look, row by row: much faster than that look."""
     sizes = _sizes(table["input_ids"])
-    aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in columns)
+    sized = [column for column in columns if column != WEIGHT or pa.types.is_nested(table[column].type)]
+    aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in sized)
     return aligned and ("attention_mask" not in columns or pc.min(pc.list_flatten(table["attention_mask"])).as_py() != 0)
 
 
@@ -94,7 +95,8 @@ def _sizes(lists: pa.ChunkedArray) -> pa.ChunkedArray:
 def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:
     which = f"row {row} of the {name} set, counted from 0" if row is not None else f"an example of the {name} set"
     size = len(example["input_ids"])
-    for column in SIZED:
+    sized = (*SIZED, WEIGHT) if isinstance(example.get(WEIGHT), list) else SIZED
+    for column in sized:
         if column in example and (not hasattr(example[column], "__len__") or len(example[column]) != size):
             value = example[column]
             count = f"{len(value)} numbers" if hasattr(value, "__len__") else repr(value)

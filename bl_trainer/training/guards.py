@@ -23,6 +23,8 @@ from ..tokens.names import WEIGHT
 
 logger = get_logger(__name__)
 
+FEW = 0.05  # share of the target tokens within a threshold below which a user is told
+
 
 def leaves_no_empty_folder(method: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a trainer's method that may refuse: empty folders that the trainer has made for its output go away again."""
@@ -139,6 +141,20 @@ def warn_of_idle(means: dict[str, float], threshold: Threshold, grad_norm: float
         logger.warning(
             f"grad_norm is {grad_norm}: this step changes nothing, or breaks the optimizer's state. If `alpha` is negative "
             "keep the least probable tokens out, e.g. by `threshold: 1.0e-6`."
+        )
+
+
+def warn_of_few(means: dict[str, float], threshold: Threshold, history: list[dict[str, float]]) -> None:
+    """Warn in the first log of a run, which `history` shows, if next to nothing trains by its `means`.
+
+    Of a percentile nothing is said, since it asks for its share.
+    """
+    share, is_first = means.get("kept_fraction", math.nan), not any("loss" in entry for entry in history)
+    if is_first and 0 < share < FEW and threshold.above_percentile is None:
+        logger.warning(
+            f"Only {100 * share:.2g} % of the target tokens train: the others are outside the threshold {threshold.to_dict()} "
+            f"(mean target_prob {means['target_prob']:.2g}). Widen `threshold` unless this is meant; `bl-trainer diagnose` "
+            "shows how probable the tokens are."
         )
 
 

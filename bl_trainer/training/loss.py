@@ -152,9 +152,9 @@ class TRLHead:
         }
         statistics = {name: available[name]() for name in loss.objective.statistics}
         cost, weight = masked_cost(loss.objective, kept, logp, known.get(LOSS_WEIGHT), **statistics)
-        return TokenLoss(
-            cost, logp, weight, kept, outputs.entropy, outputs.is_top1, is_target, getattr(outputs, "aux_loss", None)
-        )
+        aux_loss = getattr(outputs, "aux_loss", None)
+        aux_loss = None if aux_loss is None else aux_loss.to(cost.device)  # layers may be spread over devices
+        return TokenLoss(cost, logp, weight, kept, outputs.entropy, outputs.is_top1, is_target, aux_loss)
 
 
 def _at_targets(column: Tensor, fill: float, labels: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 
 from .._util.files import write_text
+from .._util.hub import why_unavailable
 from .._util.peft import LoraLayer
 from .._util.text import sentence
 from ..errors import RecipeError
@@ -101,6 +102,8 @@ def _config(run: Path, base: str | None) -> PeftConfig:
     name = config.base_model_name_or_path
     if not name:
         raise RecipeError(f"Cannot merge {run}: its {ADAPTER} names no base model. Add `--base MODEL`.")
+    if fault := why_unavailable(name, config.revision):
+        raise RecipeError(f"Cannot load {name}, the base model of {run}: {fault}. Add `--base MODEL` if it is elsewhere.")
     return config
 
 

@@ -33,7 +33,7 @@ class ScoringTrainer(SFTTrainer):
     [`~trl.SFTTrainer`] whose model scores target tokens by a verified head, and whose data sets keep our columns.
 
     `observe` runs anything over batches in place of an evaluation, `prepare_rows` makes a data set ready as training has it.
-    Takes [`~trl.SFTTrainer`]'s arguments by name. Raises ValueError as [`Setup`] does before the model loads, and after it as
+    Takes [`~trl.SFTTrainer`]'s arguments by name. Raises RecipeError as [`Setup`] does before the model loads, and after it as
     `check_loaded` and `verify_head`.
     """
 
@@ -66,7 +66,7 @@ class ScoringTrainer(SFTTrainer):
         return bool(self._is_vision_dataset)
 
     def add_heads(self, model: Any) -> None:
-        """Let `model` compute the loss. Raises ValueError if neither our head nor TRL's gives its logits."""
+        """Let `model` compute the loss. Raises RecipeError if neither our head nor TRL's gives its logits."""
         keep_trainable(model)
         base = model.get_base_model() if is_peft_model(model) else model
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
@@ -101,7 +101,7 @@ class ScoringTrainer(SFTTrainer):
         return {self.loss_head} | (set() if self.threshold.resolved else {"own"})
 
     def verify(self, model: Any) -> None:
-        """Verify the heads in use, and packed rows. Raises ValueError as `verify_head` and `verify_separation`."""
+        """Verify the heads in use, and packed rows. Raises RecipeError as `verify_head` and `verify_separation`."""
         self._is_verified = True
         for kind in sorted(self.heads_in_use()):
             with self.accelerator.autocast():
@@ -116,7 +116,7 @@ class ScoringTrainer(SFTTrainer):
             self.verify(self.model)
 
     def ensure_verified(self) -> None:
-        """Verify the loss head of a sharded model once it is in place. Raises ValueError as `verify_head`."""
+        """Verify the loss head of a sharded model once it is in place. Raises RecipeError as `verify_head`."""
         if not self._is_verified:
             self._is_verified = True  # the measurement below asks again
             ids = torch.zeros(1, 2, dtype=torch.long)
@@ -190,4 +190,7 @@ class ScoringTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [key for key in (ROW, WEIGHT, TEMPLATE, REFERENCE) if key not in self._signature_columns]
+        own = [ROW, WEIGHT, TEMPLATE, REFERENCE]
+        if self.sees_images:  # of whose rows TRL's collator reads this column, which TRL would remove
+            own.append(self.args.dataset_text_field)
+        self._signature_columns += [key for key in own if key not in self._signature_columns]

@@ -43,6 +43,7 @@ from .guards import (
     refuse_frozen,
     refuse_unevaluated,
     refuse_unlearnt,
+    warn_of_few,
     warn_of_idle,
     warn_of_repeats,
 )
@@ -206,6 +207,7 @@ class BLTrainer(ScoringTrainer):
             means = self._pop_means("train")
             logs.update({name: means[name] for name in METRICS if name in means})
             warn_of_idle(means, self.threshold, logs.get("grad_norm"))
+            warn_of_few(means, self.threshold, self.state.log_history)
             logs.update(self.objective_loss.scheduled_at(progress_of(self.state, before=1)))  # by which the last step was made
         with tracked_as(group):
             super().log(logs, start_time)
