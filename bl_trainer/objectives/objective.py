@@ -7,25 +7,29 @@ its parameters filled in, `Threshold` says which target tokens train.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .arrays import refuse_probabilities, takes_arrays
-from .composition import Schedule, chosen, floored, value_at
+from .composition import Schedule, chosen, floored, spell, value_at
 from .contract import STATISTICS, check_contract, check_parameters
 from .functions import anneal, annealed_alpha
+from .plot import plot_objective
 from .pricing import masked_cost
 from .spec import OBJECTIVES, function_of, read_composition, read_spec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["OBJECTIVES", "Objective"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Objective:
     """An objective function with its parameters filled in, and what it is composed with.
 
@@ -76,6 +80,9 @@ class Objective:
             return spec
         name, parameters, composition = read_spec(spec)
         return cls(name, parameters, **read_composition(composition, cls.read))
+
+    def __repr__(self) -> str:
+        return spell(self.to_dict())
 
     @takes_arrays
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
@@ -167,6 +174,16 @@ class Objective:
         Takes and returns tensors or NumPy arrays. Raises LossError if `logp` is above 0, as probabilities are.
         """
         return self.gradient_weight(logp, **statistics) * -torch.expm1(logp.detach())
+
+    def plot(self, axes: "Axes | None" = None, **statistics: "float | Sequence[float]") -> "Axes":
+        """Plot -f'(p) p, the weight on the NLL gradient, against p, and return the matplotlib axes.
+
+        `axes`: where to plot; by default a new figure. `statistics`: a number, or several, for what the objective looks at
+        besides p, e.g. `entropy=[0, 2]` in nats or `progress=1`. Each combination is one curve, and a statistic that you do
+        not give has a few values. The axis ends at a weight of 4. Raises DependencyError without matplotlib, and LossError
+        on a statistic that the objective does not look at.
+        """
+        return plot_objective(self, axes, statistics)
 
     @cached_property
     def function(self) -> Callable[..., Tensor]:
