@@ -327,10 +327,18 @@ def test_reference_of_commands(tmp_path):
 )
 def test_prose_check_finds(text, fault, tmp_path, capsys):
     prose = runpy.run_path(str(ROOT / "tools" / "prose.py"))
-    sources = {"a.md": text, "a.py": f"raise ValueError({text!r})", "a.j2": f"<p>{text}</p>"}
+    notebook = {"cells": [{"cell_type": "markdown", "source": [text]}]}
+    documented = (
+        f'class A:\n    def b(self):\n        """Return b.\n\n        Args:\n            c: A.\n            d: {text}"""'
+    )
+    sources = {"a.md": text, "a.py": f"raise ValueError({text!r})", "a.j2": f"<p>{text}</p>", "c.py": documented}
+    sources["a.ipynb"] = json.dumps(notebook)
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
         assert prose["main"]([tmp_path / name]) == 1
         assert fault in capsys.readouterr().out
     (tmp_path / "b.md").write_text(f"Training stops.\n\n```\n{text}\n```\n\nWrite `{text}`.")
-    assert prose["main"]([tmp_path / "b.md"]) == 0
+    (tmp_path / "b.py").write_text(
+        documented.replace("b(", "_b(") + f'\n\ndef c():\n    """Return c.\n\n    As:\n\n        {text}"""'
+    )
+    assert prose["main"]([tmp_path / "b.md", tmp_path / "b.py"]) == 0

@@ -33,12 +33,12 @@ __all__ = ["OBJECTIVES", "Objective"]
 class Objective:
     """An objective function with its parameters filled in, and what it is composed with.
 
-    The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
-    exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
-    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `ref_logp` (log p under a reference model, without
-    gradient), `label` (token ids), and the float `progress`, from 0 to 1 over training. Its other parameters come from the
-    recipe. It returns one cost per token, and the cost of a token must not depend on other tokens, or the gradient would
-    depend on how a batch is cut up.
+    The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and gets exactly
+    those that it names, each of the shape of `logp`. `entropy` is in nats and has a gradient; detach it to use it as a weight.
+    `log_sum_sq_probs` is log sum_v p_v^2, and `is_top1` a bool. `ref_logp` is log p under a reference model, without gradient.
+    `label` holds token ids. The float `progress` rises from 0 to 1 over training. Its other parameters come from the recipe.
+    It returns one cost per token. That cost must not depend on other tokens: else the gradient would depend on how a batch is
+    cut up.
 
     `name` is a key of `OBJECTIVES` or an import path `package.module:function`. Any number among
     the parameters, `floor` and the weights of `mix` may be a `Schedule`, whose value then depends on `progress`.
@@ -62,8 +62,8 @@ class Objective:
         `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`, `special_tokens: nll` (any objective), and
         `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
 
-        Raises RecipeError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
-        that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
+        A function is tried on a few tokens, from impossible to certain. Raises RecipeError on an unknown name, a missing or
+        surplus parameter, a composition that means nothing, or a function that doesn't keep the contract above.
         """
         if isinstance(spec, Objective):
             return spec

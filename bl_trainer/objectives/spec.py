@@ -92,7 +92,7 @@ def read_composition(spec: Mapping[str, Any], parse: "Callable[[Any], Objective]
 
 
 def function_of(name: str) -> Callable[..., Tensor]:
-    """Return the function that a name in `OBJECTIVES`, or an import path, stands for. Raises RecipeError."""
+    """Return the function behind a name in `OBJECTIVES` or an import path. Raises RecipeError."""
     if ":" in name:
         return _import(name)
     if name not in OBJECTIVES:

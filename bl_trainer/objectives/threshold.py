@@ -142,7 +142,7 @@ def _rounding(p: float, dtype: torch.dtype) -> float:
 
 
 def spell_probability(p: float, digits: int = 3) -> str:
-    """Return p with so many digits, those of 1 - p if p would look like 1."""
+    """Return p with `digits` digits, those of 1 - p if p would look like 1."""
     rest = 1 - p
     return f"1 - {rest:.{digits}g}" if 0 < rest < 10**-digits else f"{p:.{digits}g}"
 

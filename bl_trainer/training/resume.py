@@ -217,7 +217,7 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:
-    """Raise CheckpointError if the installed libraries would go on from within a later epoch with the first one's examples.
+    """Raise CheckpointError if the installed libraries would resume within a later epoch with the first one's examples.
 
     accelerate below 1.15 begins to count epochs anew when it skips what was trained, and transformers below 5 doesn't tell it
     the epoch afterwards.
