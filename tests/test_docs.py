@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
+from bl_trainer.cli import VERBS
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.contract import STATISTICS
@@ -216,6 +218,44 @@ def test_file_map_and_commands():
     for page, text in PAGES.items():
         for target in re.findall(r"`make ([\w-]+)|^make ([\w-]+)", text, re.MULTILINE):
             assert (target[0] or target[1]) in targets, (page, target)
+
+
+def commands():
+    """(page, words) of each shell command of README and docs."""
+    for page in PAGES:
+        for block in blocks("bash", page):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield page, shlex.split(line, comments=True)
+
+
+def verb_of(words):
+    """The verb of bl_trainer that a command starts, and its arguments; None if another program."""
+    for place, word in enumerate(words):
+        script = re.fullmatch(r"scripts/(\w+)\.py", word)
+        if script or word in ("bl_trainer", "bl-trainer"):
+            verb, *rest = words[place + (not script) :]
+            return script[1].replace("_", "-") if script else verb, rest
+    return None, []
+
+
+def test_commands_are_written_right():
+    """Verbs, options and files of the repository exist; the tests of each verb run it."""
+    reference = PAGES["docs/reference/cli.md"]
+    sections = {verb: re.search(rf"^## {verb}\n(.*?)(?=^## |\Z)", reference, re.M | re.S)[1] for verb in VERBS}
+    options = {verb: set(re.findall(r"--([\w-]+)", text)) for verb, text in sections.items()}
+    seen = set()
+    for page, words in commands():
+        for word in words:
+            if re.match(r"(configs|examples|scripts|studies|tools|benchmarks)/", word):
+                assert (ROOT / word).exists(), (page, word)
+        verb, arguments = verb_of(words)
+        if verb is None or verb == "quickstart":
+            continue
+        seen.add(verb)
+        known = options[verb] | (options["train"] if verb in ("diagnose", "sweep") else set())
+        given = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
+        assert given <= known | {"help"}, (page, words)
+    assert seen == set(VERBS)
 
 
 def test_figures_are_the_measured_ones():
