@@ -253,7 +253,7 @@ def test_commands_are_written_right():
             continue
         seen.add(verb)
         known = options[verb] | (options["train"] if verb in ("diagnose", "sweep") else set())
-        given = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
+        given = {found[1] for word in arguments if (found := re.fullmatch(r"--([\w-]+)(=.*)?", word))}
         assert given <= known | {"help"}, (page, words)
     assert seen == set(VERBS)
 
@@ -350,6 +350,20 @@ def test_every_page_is_on_the_site():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = [page for part in site["nav"] for page in ([part] if isinstance(part, str) else next(iter(part.values())))]
     assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")
+
+
+def test_description_of_the_package_has_no_link_that_leads_nowhere():
+    """It is README.md, read where the repository's files are not."""
+    description = runpy.run_path(str(ROOT / "setup.py"))["description"]
+    relative = r"\]\((?!https?://|#)"
+    assert re.search(relative, README)
+    for address in ("", "https://example.org/raw/main/"):
+        made = description(README, address)
+        assert not re.search(relative, made)
+        assert "all documentation" in made
+        assert "](https://arxiv.org/abs/2510.00526)" in made
+        assert ("![W(p) of the objectives](https://example.org/raw/main/docs/weights.svg)" in made) == bool(address)
+    assert "![" not in description(README, "")
 
 
 def test_readme_fits_a_screen():
