@@ -44,7 +44,7 @@ def writing(path: str) -> Iterator[None]:
         if not unwritten:  # it has another cause, such as a push to the Hub or a lost process
             raise
         raise CheckpointError(
-            f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
+            f"Cannot write {path}: {error}. Earlier checkpoints are complete. Set `resume_from_checkpoint: true`, and the same "
             "command resumes from the last one."
         ) from error
 
