@@ -186,10 +186,11 @@ def test_sweep_file_is_read(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "sweep.yaml").write_text(given.replace("data/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
-    plan = Plan.read(
-        Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path / "out-sweep"
-    )
-    assert plan.count == 27
+    recipe = Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"])
+    assert Plan.read(recipe, str(tmp_path / "sweep.yaml"), tmp_path / "out-sweep").count == 27
+    (short,) = blocks("yaml", "docs/guide/sweep-presets.md")
+    (tmp_path / "short.yaml").write_text(short)
+    assert len(Plan.read(recipe, str(tmp_path / "short.yaml"), tmp_path / "short").points()) == 6
 
 
 def test_recipe_keys_in_the_text_exist():
