@@ -389,7 +389,7 @@ BAD_OBJECTIVES = [
     ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),
     ({"name": "power", "alpha": True}, "must be a finite number, got True"),
     ({"name": "log_one_minus_p", "epsilon": 0}, "`epsilon` of objective 'log_one_minus_p' must be positive, got 0"),
-    ("no_such_module:f", "Can't import objective 'no_such_module:f': ModuleNotFoundError: No module named 'no_such_module'"),
+    ("no_such_module:f", "Cannot import objective 'no_such_module:f': ModuleNotFoundError: No module named 'no_such_module'"),
     (f"{HERE}:gate", f"Module '{HERE}' has no 'gate'. Did you mean 'gated'"),
     (f"{HERE}:NOT_A_FUNCTION", "is a int, not a function"),
     (f"{HERE}:wrong_first", "first parameter of objective .* must be `logp`, got 'p'"),
@@ -425,7 +425,7 @@ def test_wrong_objective_says_what_to_write(spec, message):
 def test_a_broken_module_is_named(text, error, tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError, match=f"Can't import objective 'broken_module:f': {error}"):
+    with pytest.raises(RecipeError, match=f"Cannot import objective 'broken_module:f': {error}"):
         Objective.parse("broken_module:f")
 
 

@@ -162,7 +162,7 @@ def _import(path: str) -> Callable[..., Tensor]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise RecipeError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
+        raise RecipeError(f"Cannot import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
     try:
         function = attrgetter(attribute)(module)
     except AttributeError as error:
