@@ -15,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -106,6 +106,15 @@ $(DOCS)/installed: constraints.txt
 # The site, in site/; strict, and without a network
 docs: $(DOCS)/installed
 	$(DOCS)/bin/zensical build --clean --strict
+
+$(VENV)/notebook: $(VENV)/weights $(VENV)/tests
+	$(BIN)/python -m pip install --quiet --editable ".[notebook]" --constraint constraints.txt
+	touch $@
+
+# Executes examples/choose_an_objective.ipynb on SmolLM2-135M and keeps its outputs: about ten minutes on two cores
+notebook: $(VENV)/notebook
+	$(BIN)/python scripts/quickstart.py prepare
+	$(BIN)/python tools/notebook.py examples/choose_an_objective.ipynb
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
+from bl_trainer.cli import VERBS
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.objectives.contract import STATISTICS
@@ -184,10 +186,11 @@ def test_sweep_file_is_read(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "sweep.yaml").write_text(given.replace("data/test.jsonl", str(tmp_path / "test.jsonl")))
     keys = ["--model_name_or_path", "org/model", "--dataset_name", "org/data", "--output_dir", str(tmp_path / "out")]
-    plan = Plan.read(
-        Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"]), str(tmp_path / "sweep.yaml"), tmp_path / "out-sweep"
-    )
-    assert plan.count == 27
+    recipe = Recipe.read([*keys, "--use_cpu", "true", "--bf16", "false"])
+    assert Plan.read(recipe, str(tmp_path / "sweep.yaml"), tmp_path / "out-sweep").count == 27
+    (short,) = blocks("yaml", "docs/guide/sweep-presets.md")
+    (tmp_path / "short.yaml").write_text(short)
+    assert len(Plan.read(recipe, str(tmp_path / "short.yaml"), tmp_path / "short").points()) == 6
 
 
 def test_recipe_keys_in_the_text_exist():
@@ -216,6 +219,44 @@ def test_file_map_and_commands():
     for page, text in PAGES.items():
         for target in re.findall(r"`make ([\w-]+)|^make ([\w-]+)", text, re.MULTILINE):
             assert (target[0] or target[1]) in targets, (page, target)
+
+
+def commands():
+    """(page, words) of each shell command of README and docs."""
+    for page in PAGES:
+        for block in blocks("bash", page):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield page, shlex.split(line, comments=True)
+
+
+def verb_of(words):
+    """The verb of bl_trainer that a command starts, and its arguments; None if another program."""
+    for place, word in enumerate(words):
+        script = re.fullmatch(r"scripts/(\w+)\.py", word)
+        if script or word in ("bl_trainer", "bl-trainer"):
+            verb, *rest = words[place + (not script) :]
+            return script[1].replace("_", "-") if script else verb, rest
+    return None, []
+
+
+def test_commands_are_written_right():
+    """Verbs, options and files of the repository exist; the tests of each verb run it."""
+    reference = PAGES["docs/reference/cli.md"]
+    sections = {verb: re.search(rf"^## {verb}\n(.*?)(?=^## |\Z)", reference, re.M | re.S)[1] for verb in VERBS}
+    options = {verb: set(re.findall(r"--([\w-]+)", text)) for verb, text in sections.items()}
+    seen = set()
+    for page, words in commands():
+        for word in words:
+            if re.match(r"(configs|examples|scripts|studies|tools|benchmarks)/", word):
+                assert (ROOT / word).exists(), (page, word)
+        verb, arguments = verb_of(words)
+        if verb is None or verb == "quickstart":
+            continue
+        seen.add(verb)
+        known = options[verb] | (options["train"] if verb in ("diagnose", "sweep") else set())
+        given = {found[1] for word in arguments if (found := re.fullmatch(r"--([\w-]+)(=.*)?", word))}
+        assert given <= known | {"help"}, (page, words)
+    assert seen == set(VERBS)
 
 
 def test_figures_are_the_measured_ones():
@@ -312,6 +353,20 @@ def test_every_page_is_on_the_site():
     assert sorted(f"docs/{page}" for page in listed) == sorted(page for page in PAGES if page != "README.md")
 
 
+def test_description_of_the_package_has_no_link_that_leads_nowhere():
+    """It is README.md, read where the repository's files are not."""
+    description = runpy.run_path(str(ROOT / "setup.py"))["description"]
+    relative = r"\]\((?!https?://|#)"
+    assert re.search(relative, README)
+    for address in ("", "https://example.org/raw/main/"):
+        made = description(README, address)
+        assert not re.search(relative, made)
+        assert "all documentation" in made
+        assert "](https://arxiv.org/abs/2510.00526)" in made
+        assert ("![W(p) of the objectives](https://example.org/raw/main/docs/weights.svg)" in made) == bool(address)
+    assert "![" not in description(README, "")
+
+
 def test_readme_fits_a_screen():
     assert len(README.splitlines()) <= 150
 
@@ -327,10 +382,18 @@ def test_reference_of_commands(tmp_path):
 )
 def test_prose_check_finds(text, fault, tmp_path, capsys):
     prose = runpy.run_path(str(ROOT / "tools" / "prose.py"))
-    sources = {"a.md": text, "a.py": f"raise ValueError({text!r})", "a.j2": f"<p>{text}</p>"}
+    notebook = {"cells": [{"cell_type": "markdown", "source": [text]}]}
+    documented = (
+        f'class A:\n    def b(self):\n        """Return b.\n\n        Args:\n            c: A.\n            d: {text}"""'
+    )
+    sources = {"a.md": text, "a.py": f"raise ValueError({text!r})", "a.j2": f"<p>{text}</p>", "c.py": documented}
+    sources["a.ipynb"] = json.dumps(notebook)
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
         assert prose["main"]([tmp_path / name]) == 1
         assert fault in capsys.readouterr().out
     (tmp_path / "b.md").write_text(f"Training stops.\n\n```\n{text}\n```\n\nWrite `{text}`.")
-    assert prose["main"]([tmp_path / "b.md"]) == 0
+    (tmp_path / "b.py").write_text(
+        documented.replace("b(", "_b(") + f'\n\ndef c():\n    """Return c.\n\n    As:\n\n        {text}"""'
+    )
+    assert prose["main"]([tmp_path / "b.md", tmp_path / "b.py"]) == 0

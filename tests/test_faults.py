@@ -269,8 +269,8 @@ def test_full_disk(make, kind, uninterrupted, tmp_path):
     code, said = run(recipe, crashing.fill_disk, "step", 6)
     assert code == 2, said
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
-    assert line.startswith(f"error: Can't write {tmp_path / 'out'}/checkpoint-4: ")
-    assert "Checkpoints that were whole still are" in line
+    assert line.startswith(f"error: Cannot write {tmp_path / 'out'}/checkpoint-4: ")
+    assert "Earlier checkpoints are complete." in line
     assert "Traceback" not in said
     assert why_broken(tmp_path / "out" / "checkpoint-2") is None
     code, said = run(recipe)
@@ -288,7 +288,7 @@ def test_resuming_in_python_takes_the_last_whole_checkpoint(tokenizer, text_data
     for name, p in weights(whole).items():
         assert torch.equal(weights(again)[name], p), name
     nothing = build(Ordered, tokenizer, text_data, tmp_path / "nothing", **options)
-    with pytest.raises(CheckpointError, match=r"There is no whole checkpoint in .*nothing/out to resume from"):
+    with pytest.raises(CheckpointError, match=r"Cannot resume: .*nothing/out has no complete checkpoint"):
         nothing.train(resume_from_checkpoint=True)
 
 

@@ -3,13 +3,14 @@
 import math
 import pickle
 import re
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from bl_trainer.errors import LossError, RecipeError
+from bl_trainer.errors import DependencyError, LossError, RecipeError
 from bl_trainer.objectives import neg_p, nll
 from bl_trainer.objectives.objective import Objective
 from bl_trainer.objectives.pricing import masked_cost
@@ -388,7 +389,7 @@ BAD_OBJECTIVES = [
     ({"name": "power", "alpha": float("nan")}, "must be a finite number, got nan"),
     ({"name": "power", "alpha": True}, "must be a finite number, got True"),
     ({"name": "log_one_minus_p", "epsilon": 0}, "`epsilon` of objective 'log_one_minus_p' must be positive, got 0"),
-    ("no_such_module:f", "Can't import objective 'no_such_module:f': ModuleNotFoundError: No module named 'no_such_module'"),
+    ("no_such_module:f", "Cannot import objective 'no_such_module:f': ModuleNotFoundError: No module named 'no_such_module'"),
     (f"{HERE}:gate", f"Module '{HERE}' has no 'gate'. Did you mean 'gated'"),
     (f"{HERE}:NOT_A_FUNCTION", "is a int, not a function"),
     (f"{HERE}:wrong_first", "first parameter of objective .* must be `logp`, got 'p'"),
@@ -424,7 +425,7 @@ def test_wrong_objective_says_what_to_write(spec, message):
 def test_a_broken_module_is_named(text, error, tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError, match=f"Can't import objective 'broken_module:f': {error}"):
+    with pytest.raises(RecipeError, match=f"Cannot import objective 'broken_module:f': {error}"):
         Objective.parse("broken_module:f")
 
 
@@ -488,3 +489,92 @@ def test_every_objective_of_the_paper_and_anneal_fall_in_p():
         given = {"progress": 0.6, "entropy": torch.full_like(GRID, 0.5)}
         cost = Objective.parse({"name": name, **({"alpha": 2} if name == "power" else {})})(GRID, **given)
         assert (cost.diff() <= 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("neg_p", "neg_p"),
+        ({"name": "power", "alpha": 10}, "power 10"),
+        (
+            {"name": "power", "alpha": {"from": 0, "to": 2, "over": [0.3, 1]}, "floor": 0.1},
+            "power 0 to 2 over 0.3 to 1, floor 0.1",
+        ),
+    ],
+)
+def test_an_objective_shows_as_its_label(spec, words):
+    assert repr(Objective.parse(spec)) == str(Objective.parse(spec)) == words
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (None, "no threshold"),
+        (0.2, "p >= 0.2"),
+        ({"above": 0.2, "below": 0.9, "normalize": "kept"}, "p >= 0.2, p <= 0.9, normalize kept"),
+        ({"normalize": "kept"}, "no threshold, normalize kept"),
+        ({"above_percentile": 10}, "p >= percentile 10"),
+        (Threshold(0.01, above_percentile=10), "p >= percentile 10, p >= 0.01"),
+    ],
+)
+def test_a_threshold_shows_as_its_label(spec, words):
+    assert repr(Threshold.parse(spec)) == words
+
+
+@pytest.fixture
+def pyplot():
+    import matplotlib.pyplot as pyplot
+
+    pyplot.switch_backend("agg")
+    yield pyplot
+    pyplot.close("all")
+
+
+def curves(axes):
+    """Label -> (p, weight) of each line."""
+    return {line.get_label(): tuple(map(np.asarray, line.get_data())) for line in axes.lines}
+
+
+def test_an_objective_plots_its_weight(pyplot):
+    axes = Objective.parse("neg_p").plot()
+    assert Objective.parse({"name": "power", "alpha": 10}).plot(axes) is axes
+    found = curves(axes)
+    assert list(found) == ["neg_p", "power 10"]
+    for label, exponent in (("neg_p", 1), ("power 10", 10)):
+        p, weight = found[label]
+        np.testing.assert_allclose(weight, p**exponent)
+    assert axes.get_xlabel() == "probability p of the target token"
+    assert axes.get_ylim()[1] < 1.1
+    assert Threshold.parse({"above": 0.2, "below": 0.9}).plot(axes) is axes
+    assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches] == [(0, 0.2), (0.9, 1)]
+    assert Objective.parse("log_one_minus_p").plot().get_ylim()[1] < 5, "its weight of 1000 at p = 1 leaves the axes"
+    assert Threshold(0.5).plot() is not axes
+
+
+def test_an_objective_that_looks_at_more_plots_a_curve_for_each(pyplot):
+    axes = Objective.parse("anneal").plot(entropy=[0, 2], progress=1)
+    found = curves(axes)
+    assert list(found) == ["anneal, entropy 0, progress 1", "anneal, entropy 2, progress 1"]
+    for entropy, (p, weight) in zip((0, 2), found.values(), strict=True):
+        np.testing.assert_allclose(weight, p ** (5 * math.exp(-entropy)))
+    everything = {"mix": {"asft": 1, "deft": 1}, "special_tokens": "nll"}
+    for spec, count in (("eaft", 3), ("anneal", 9), ("psft", 3), ({"name": "nll", **everything}, 18)):
+        axes = Objective.parse(spec).plot()
+        assert len(axes.lines) == len(set(curves(axes))) == count, spec
+    assert "nll + 1 asft + 1 deft, special tokens nll, sum of p² 0.1, reference's p 0.1, no special token" in curves(axes)
+    scheduled = Objective.parse({"name": "power", "alpha": {"from": 0, "to": 2}}).plot()
+    assert [label.rpartition(", ")[2] for label in curves(scheduled)] == ["progress 0", "progress 0.5", "progress 1"]
+
+
+def test_what_cannot_be_plotted(pyplot, monkeypatch):
+    for act, message in (
+        (lambda: Objective.parse("neg_p").plot(entropy=1), "Cannot plot neg_p: it does not depend on 'entropy'. Leave it out."),
+        (lambda: Objective.parse("eaft").plot(entropi=1), "'entropi'. Did you mean 'entropy'? Give entropy."),
+        (lambda: Threshold.parse({"above_percentile": 10}).plot(), "Cannot plot p >= percentile 10: the percentile is not"),
+    ):
+        with pytest.raises(LossError, match=re.escape(message)):
+            act()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for drawn in (Objective.parse("neg_p"), Threshold(0.1)):
+        with pytest.raises(DependencyError, match=re.escape("Cannot plot: matplotlib is not installed. Run `pip install")):
+            drawn.plot()

@@ -386,9 +386,9 @@ def test_earlier_run_is_neither_lost_nor_silently_resumed(write, tmp_path):
     assert found(write(resume_from_checkpoint=True)) == last
     assert found([*write(), "--resume_from_checkpoint", "true"]) == last
     assert found(write(resume_from_checkpoint=str(last))) == last
-    with pytest.raises(RecipeError, match="`resume_from_checkpoint: nowhere` is not a folder"):
+    with pytest.raises(RecipeError, match="Cannot resume from nowhere: it is not a folder"):
         found(write(resume_from_checkpoint="nowhere"))
-    with pytest.raises(RecipeError, match=r"out/checkpoint-60` can't be done, since its trainer_state.json is missing"):
+    with pytest.raises(RecipeError, match=r"out/checkpoint-60: its trainer_state.json is missing"):
         found(write(resume_from_checkpoint=str(out / "checkpoint-60")))
     record = {"objective": {"name": "neg_p"}, "threshold": Threshold().to_dict()}
     (last / "bl_trainer.json").write_text(json.dumps(record))

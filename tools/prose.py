@@ -1,13 +1,15 @@
 """Find wording that readers must read twice: `python tools/prose.py [FILE ...]`, by default all that a person reads.
 
-It looks at README.md, docs/, the pages' templates, and the strings of bl_trainer/ but for docstrings. It prints file, line and
-a better wording, and exits with 1 if it finds anything.
+It looks at README.md, docs/, the pages' templates, the notebook, and bl_trainer/: every string, and the docstrings of public
+names. It prints file, line and a better wording, and exits with 1 if it finds anything.
 """
 
 import ast
+import inspect
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,8 @@ TELL_TALES = {
     r"\bmean of means\b": "average",
     r"\brulers?\b": "metric",
 }
+OF_CODE = {r"\bheld-out\b", r"\brulers?\b"}  # that docstrings have for `held_out` and `Ruler`
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -34,13 +38,16 @@ def sentences(text: str) -> Iterator[str]:
     yield from re.split(r"(?<=[.:;!?])(?:\*\*)?\s+|\n+", text)
 
 
-def faults(text: str) -> Iterator[str]:
-    """Yield what is wrong with a paragraph, but for what is code in it; a name or a pattern is all code."""
+def faults(text: str, allowed: Iterable[str] = ()) -> Iterator[str]:
+    """Yield what is wrong with a paragraph, but for what is code in it; a name or a pattern is all code.
+
+    `allowed`: keys of `TELL_TALES` to pass.
+    """
     if " " not in text or "(?" in text:
         return
     text = re.sub(r"`[^`]*`|\[([^\]]*)\]\([^)]*\)", lambda found: found[1] or "X", text)
     for pattern, better in TELL_TALES.items():
-        for found in re.findall(pattern, text, re.IGNORECASE):
+        for found in () if pattern in allowed else re.findall(pattern, text, re.IGNORECASE):
             yield f"{found!r}: write {better}"
     for sentence in sentences(text):
         count = len(re.findall(r"[A-Za-z][\w'-]*", sentence))
@@ -86,8 +93,7 @@ def template_texts(template: str) -> Iterator[tuple[int, str]]:
 def strings(source: str) -> Iterator[tuple[int, str]]:
     """Yield line number and text of every string that is no docstring: messages and help texts among them."""
     tree = ast.parse(source)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    firsts = [node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body]
+    firsts = [node.body[0] for node in ast.walk(tree) if isinstance(node, DOCUMENTED) and node.body]
     docstrings = {id(first.value) for first in firsts if isinstance(first, ast.Expr)}
     parts: set[int] = set()
     for node in ast.walk(tree):
@@ -97,25 +103,57 @@ def strings(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, _text(node)
 
 
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of each paragraph, or item of a list, in the docstrings of public names; formulas are none."""
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef):
+            waiting += [
+                child
+                for child in ast.iter_child_nodes(node)
+                if isinstance(child, DOCUMENTED) and not getattr(child, "name", "").startswith("_")
+            ]
+        text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+        for block in re.split(r"\n\s*\n", inspect.cleandoc(text or "")):
+            if not block.startswith("    "):
+                for item in re.split(r"\n    (?=\S)", block):
+                    yield getattr(node, "lineno", 1), " ".join(item.split())
+
+
+def cells(source: str) -> Iterator[tuple[int, str]]:
+    """Yield cell number and text of each paragraph of a notebook's prose."""
+    for number, cell in enumerate(json.loads(source)["cells"], 1):
+        if cell["cell_type"] == "markdown":
+            yield from ((number, text) for _, text in paragraphs("".join(cell["source"])))
+
+
 def _text(node: ast.AST) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(_text(value) if isinstance(value, ast.Constant) else "X" for value in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
-READERS = {".py": strings, ".j2": template_texts, ".md": paragraphs}
+READERS = {".py": strings, ".j2": template_texts, ".md": paragraphs, ".ipynb": cells}
+
+
+def faults_of(path: Path) -> set[tuple[int, str]]:
+    """Return the line and the wording of every fault in a file."""
+    text = path.read_text(encoding="utf-8")
+    found = {(line, fault) for line, part in READERS[path.suffix](text) for fault in faults(part)}
+    if path.suffix == ".py":
+        found |= {(line, fault) for line, part in docstrings(text) for fault in faults(part, OF_CODE)}
+    return found
 
 
 def main(paths: list[Path]) -> int:
     """Print every fault in the files, and return how many there are."""
     count = 0
     for path in paths:
-        text = path.read_text(encoding="utf-8")
-        found = READERS[path.suffix](text)
-        seen = {(line, fault) for line, part in found for fault in faults(part)}
-        for line, fault in sorted(seen):
+        found = faults_of(path)
+        for line, fault in sorted(found):
             print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}: {fault}")
-        count += len(seen)
+        count += len(found)
     return count
 
 
@@ -123,4 +161,5 @@ if __name__ == "__main__":
     given = [Path(name) for name in sys.argv[1:]]
     everything = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     everything += [*sorted((ROOT / "bl_trainer").rglob("*.j2")), *sorted((ROOT / "bl_trainer").rglob("*.py"))]
+    everything += sorted((ROOT / "examples").glob("*.*"))
     sys.exit(1 if main(given or everything) else 0)

@@ -106,8 +106,8 @@ def run(
     """Fine-tune models on cells under each entry, at each rate and with each seed, and return the results.
 
     `folder` keeps pretrained models, and each block of results once it is done: the same call resumes. Blocks of a user's own
-    function run each time, since its code may change. `models`: by default
-    eight, four of each size. `seeds`: of the training rows. `done` is told how many blocks of how many are done. On one thread.
+    function run each time, since its code may change. `models`: by default eight, four of each size. `seeds`: of the training
+    rows. `done` gets how many blocks are done, and how many there are. On one thread.
     """
     models = models_of(range(MODELS)) if models is None else models
     blocks = list(_blocks(entries, cells, models, tuple(rates), tuple(seeds), course))

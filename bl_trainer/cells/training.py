@@ -136,7 +136,7 @@ class StackLoss:
 
 def losses_of(arms: Sequence[Arm]) -> list[StackLoss]:
     """Return the losses of a stack, each with its models."""
-    keys = [repr((arm.objective.to_dict(), arm.threshold)) for arm in arms]
+    keys = [repr((arm.objective.to_dict(), arm.threshold.to_dict())) for arm in arms]
     firsts = {key: keys.index(key) for key in keys}
     return [
         StackLoss(arms[i].objective, arms[i].threshold, torch.tensor([j for j, other in enumerate(keys) if other == key]))

@@ -78,7 +78,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class Norm(torch.autograd.Function):
-    """x over the root of its mean square, plus a little; autograd's own takes three times as many passes over memory."""
+    """x over the root of its mean square, plus a little; autograd's own reads memory three times as often."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

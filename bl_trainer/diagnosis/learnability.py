@@ -1,8 +1,8 @@
 """The learnability probe: are the improbable target tokens of a data set knowledge that the model lacks, or noise?
 
-A LoRA adapter is trained by NLL for a few steps on one half of the data, and both models are asked about the improbable
-targets of the other half. A target that has gained more in log p at its place than the same token has elsewhere is
-predictable from its context, as knowledge is and noise isn't.
+A LoRA adapter trains by NLL for a few steps on one half of the data. Both models then score the improbable targets of the
+other half. Some gain more in log p at their place than the same token gains elsewhere. Such a target is predictable from its
+context, as knowledge is and noise isn't.
 """
 
 import hashlib
@@ -77,8 +77,8 @@ def probe_arguments(args: BLConfig, steps: int, learning_rate: float) -> BLConfi
 def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") -> tuple[Dataset, Dataset]:
     """Return up to `num_train` examples of one half of the data set, and up to `PROBE_EXAMPLES` of the other.
 
-    Taken in random order; of a stream, from its beginning. Examples that begin alike, with the same prompt, the same messages
-    up to the first answer, or the same text, are in the same half, whatever their other columns. Raises RecipeError if
+    Taken in random order; of a stream, from its beginning. Examples that begin alike are in the same half, whatever their other
+    columns: those with the same prompt, the same messages up to the first answer, or the same text. Raises RecipeError if
     either half has fewer than `FEWEST`.
     """
     parts: tuple[list[Any], list[Any]] = [], []
@@ -116,8 +116,8 @@ class Probe:
 
     A target is improbable if p < `BELOW` under the base model; end tokens, special ones and the chat template's own are left
     out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
-    taken at random, that at which its log p is nearest. With s the sign of the token's gain in log p at its own place less its
-    gain at the other, training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
+    taken at random, that at which its log p is nearest. s is the sign of the token's gain in log p at its own place less its
+    gain at the other. Training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
     the token is. An improbable target none of whose places will do has no control: it is neither learnable nor noise, and
     counts in `without_control`.
 

@@ -224,7 +224,7 @@ class Report:
 
     `percentiles`: p by percentile, "1" to "99" and those asked for. `histogram`: tokens in 50 equal parts of [0, 1].
     `groups_cut`: whether some groups are counted together as the others. `is_weighed`: whether the data set has weights, which
-    are not measured. `unmarked`: share of tokens of which it can't be told whether they are the chat template's own.
+    are not measured. `unmarked`: share of tokens that may or may not be the chat template's own: nobody knows.
     """
 
     schema: int

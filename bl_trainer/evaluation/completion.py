@@ -18,7 +18,7 @@ SPARE = 8  # new tokens beyond the longest gold answer, so that an answer that g
 
 
 class Completion(Generation):
-    """Rows as TRL trains on them: prompt and completion, or messages, of which the last of the assistant is the gold answer."""
+    """Rows as TRL trains on them: prompt and completion, or messages, whose last one by the assistant is the gold answer."""
 
     def own_prompt(self, doc: dict[str, Any]) -> Any:
         """The prompt, a text or messages."""

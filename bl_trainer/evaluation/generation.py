@@ -21,7 +21,7 @@ ANSWER = "ANSWER"  # stands where a rendered conversation has an answer
 
 
 class Generation(ConfigurableTask):
-    """A task of the harness whose rows bring their prompt, or a question, of which one is made as `prepare-data` makes it.
+    """A task of the harness whose rows bring their prompt, or a question that becomes one as in `prepare-data`.
 
     Both are rendered as TRL renders them in training.
 
@@ -124,7 +124,7 @@ class Generation(ConfigurableTask):
         return self.format.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def apply_filters(self) -> None:
-        """Keep all answers to an item, of which the harness would take the first."""
+        """Keep all answers to an item. The harness would take the first."""
         for instance in self._instances:
             instance.filtered_resps["none"] = instance.resps
 

@@ -250,7 +250,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def mixed_versions(used: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Return the versions of each of `MEASURING` of which several were used, of which there may be none."""
+    """Return the versions of each package of `MEASURING` with more than one version; there may be none."""
     used = list(used)
     found = {name: sorted({each[name] for each in used if name in each}) for name in MEASURING}
     return {name: versions for name, versions in found.items() if len(versions) > 1}

@@ -122,8 +122,8 @@ def objective_head(
     elementwise, from their `logp`, `entropy`, `is_top1`, `label`, `log_sum_sq_probs` where `extras` names it, and `columns`,
     (N,) each: what else is known of the tokens.
 
-    The gradient of the sum of costs in the logits is w (softmax - onehot), w being `Price.weight`, so a block of logits is
-    formed once, by one product, and rows with w = 0 stay out of the two products that make the gradients. Products are in
+    The gradient of the sum of costs in the logits is w (softmax - onehot), where w is `Price.weight`. So a block of logits is
+    formed once, by one product. Rows with w = 0 stay out of the two products that make the gradients. Products are in
     the autocast type, or else the weight's; logits, costs and sums over blocks in float32 or wider.
 
     The incoming gradient must be the same for all tokens: where it isn't, the result is NaN. The gradient can be taken once,

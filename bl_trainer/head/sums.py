@@ -61,7 +61,7 @@ class Sums(NamedTuple):
         return TokenScores(self.at_target - self.top - log_total, entropy, self.top1, -log_total, self.rank, squares)
 
     def joined(self, shard: "Shard") -> "Sums":
-        """Return the sums over the whole vocabulary, of which these are over the part `shard`; one exchange of six numbers.
+        """Return the sums over the whole vocabulary from those over the part `shard`, by one exchange of six numbers.
 
         `at_target`: -inf where the target is in another part. `top1` and `rank`: of the whole vocabulary.
         """

@@ -49,8 +49,8 @@ def verify_head(model: Any, kind: str = "own", *, trains: bool = True, text: boo
             itself, and nothing is refused for that.
 
     Raises:
-        RecipeError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, if a trainable
-            parameter would get no gradient, if one of the two can't be computed, or if earlier positions see later tokens.
+        RecipeError: If log-probabilities of `TOKENS` tokens differ beyond the rounding of the model's type, or one of the two
+            can't be computed. If a trainable parameter would get no gradient. If earlier positions see later tokens.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     base = inner.get_base_model() if is_peft_model(inner) else inner

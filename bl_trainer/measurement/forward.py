@@ -40,7 +40,7 @@ class Lockstep:
     Deals a process's batches out in step with all other processes; has no length.
 
     Stops after the batch with which `max_tokens` target tokens are reached over all processes. A process that runs out of
-    batches gets its last one again with no target in it, so that all processes make as many forward passes, as sharded models
+    batches gets its last one again with no target in it. So all processes make as many forward passes, as sharded models
     need. Raises MeasurementError if a process gets no batch at all. `bar`: of progress, in target tokens.
     """
 

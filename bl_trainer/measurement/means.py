@@ -30,8 +30,8 @@ MAX_PARTS = 10_000  # examples, cut up by packing, of which further parts are wa
 class Means:
     """Means over tokens whose uncertainty counts examples, not tokens, since the tokens of one example are alike.
 
-    With s_i the sum of a value over the n_i tokens of example i, the mean is R = sum s_i / sum n_i, and its variance, by
-    linearisation, c sum (s_i - R n_i)^2 / (sum n_i)^2, with c of `unequal`. All that is kept is the Gram matrix of
+    With s_i the sum of a value over the n_i tokens of example i, the mean is R = sum s_i / sum n_i. Its variance, by
+    linearisation, is c sum (s_i - R n_i)^2 / (sum n_i)^2, with c of `unequal`. All that is kept is the Gram matrix of
     (1, n_i, s_i, ..., n_i^2, n_i^3).
     """
 
@@ -112,7 +112,7 @@ class ExampleSums:
         return num_tokens, sums
 
     def finish(self, keep: int = 0) -> None:
-        """Count the examples of which no part has come for longest, down to `keep`."""
+        """Count the examples whose last part came longest ago, down to `keep`."""
         keys = list(itertools.islice(self.waiting, max(0, len(self.waiting) - keep)))
         if keys:
             tokens, sums = zip(*(self.waiting.pop(key) for key in keys), strict=True)

@@ -1,7 +1,7 @@
 """Streaming statistics of target-token probabilities: bounded memory, mergeable, the same however the tokens are dealt out.
 
-Everything is a sum in float64 or a count, on the CPU, so that statistics of two parts of the data add up to those of the
-whole, on one process or many.
+Everything is a sum in float64 or a count, on the CPU. So statistics of two parts of the data add up to those of the whole,
+on one process or many.
 """
 
 from collections.abc import Sequence

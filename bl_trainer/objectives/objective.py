@@ -7,34 +7,38 @@ its parameters filled in, `Threshold` says which target tokens train.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .arrays import refuse_probabilities, takes_arrays
-from .composition import Schedule, chosen, floored, value_at
+from .composition import Schedule, chosen, floored, spell, value_at
 from .contract import STATISTICS, check_contract, check_parameters
 from .functions import anneal, annealed_alpha
+from .plot import plot_objective
 from .pricing import masked_cost
 from .spec import OBJECTIVES, function_of, read_composition, read_spec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["OBJECTIVES", "Objective"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Objective:
     """An objective function with its parameters filled in, and what it is composed with.
 
-    The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and is given
-    exactly those that it names, each of the shape of `logp`: `entropy` in nats (with gradient: detach it to use it as a
-    weight), `log_sum_sq_probs` = log sum_v p_v^2, `is_top1` (bool), `ref_logp` (log p under a reference model, without
-    gradient), `label` (token ids), and the float `progress`, from 0 to 1 over training. Its other parameters come from the
-    recipe. It returns one cost per token, and the cost of a token must not depend on other tokens, or the gradient would
-    depend on how a batch is cut up.
+    The function's first parameter is `logp`. It may name further statistics of the next-token distribution, and gets exactly
+    those that it names, each of the shape of `logp`. `entropy` is in nats and has a gradient; detach it to use it as a weight.
+    `log_sum_sq_probs` is log sum_v p_v^2, and `is_top1` a bool. `ref_logp` is log p under a reference model, without gradient.
+    `label` holds token ids. The float `progress` rises from 0 to 1 over training. Its other parameters come from the recipe.
+    It returns one cost per token. That cost must not depend on other tokens: else the gradient would depend on how a batch is
+    cut up.
 
     `name` is a key of `OBJECTIVES` or an import path `package.module:function`. Any number among
     the parameters, `floor` and the weights of `mix` may be a `Schedule`, whose value then depends on `progress`.
@@ -58,8 +62,8 @@ class Objective:
         `mix: {nll: 0.1}` or `mix: [{name: power, alpha: 10, weight: 0.1}]`, `special_tokens: nll` (any objective), and
         `{from: 0, to: 2, over: [0.3, 1.0], shape: linear}` for a number.
 
-        Raises RecipeError on an unknown name, a missing or surplus parameter, a composition that means nothing, or a function
-        that doesn't keep the contract above, which is tried on a few tokens, from impossible to certain.
+        A function is tried on a few tokens, from impossible to certain. Raises RecipeError on an unknown name, a missing or
+        surplus parameter, a composition that means nothing, or a function that doesn't keep the contract above.
         """
         if isinstance(spec, Objective):
             return spec
@@ -76,6 +80,9 @@ class Objective:
             return spec
         name, parameters, composition = read_spec(spec)
         return cls(name, parameters, **read_composition(composition, cls.read))
+
+    def __repr__(self) -> str:
+        return spell(self.to_dict())
 
     @takes_arrays
     def __call__(self, logp: Tensor, **statistics: Any) -> Tensor:
@@ -167,6 +174,16 @@ class Objective:
         Takes and returns tensors or NumPy arrays. Raises LossError if `logp` is above 0, as probabilities are.
         """
         return self.gradient_weight(logp, **statistics) * -torch.expm1(logp.detach())
+
+    def plot(self, axes: "Axes | None" = None, **statistics: "float | Sequence[float]") -> "Axes":
+        """Plot -f'(p) p, the weight on the NLL gradient, against p, and return the matplotlib axes.
+
+        `axes`: where to plot; by default a new figure. `statistics`: a number, or several, for what the objective looks at
+        besides p, e.g. `entropy=[0, 2]` in nats or `progress=1`. Each combination is one curve, and a statistic that you do
+        not give has a few values. The axis ends at a weight of 4. Raises DependencyError without matplotlib, and LossError
+        on a statistic that the objective does not look at.
+        """
+        return plot_objective(self, axes, statistics)
 
     @cached_property
     def function(self) -> Callable[..., Tensor]:

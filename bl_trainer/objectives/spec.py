@@ -92,7 +92,7 @@ def read_composition(spec: Mapping[str, Any], parse: "Callable[[Any], Objective]
 
 
 def function_of(name: str) -> Callable[..., Tensor]:
-    """Return the function that a name in `OBJECTIVES`, or an import path, stands for. Raises RecipeError."""
+    """Return the function behind a name in `OBJECTIVES` or an import path. Raises RecipeError."""
     if ":" in name:
         return _import(name)
     if name not in OBJECTIVES:
@@ -162,7 +162,7 @@ def _import(path: str) -> Callable[..., Tensor]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise RecipeError(f"Can't import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
+        raise RecipeError(f"Cannot import objective {path!r}: {type(error).__name__}: {error}. {hint}") from error
     try:
         function = attrgetter(attribute)(module)
     except AttributeError as error:

@@ -117,7 +117,7 @@ class Flow:
         return math.log(self.share * self.others / (1 - self.share))
 
     def rest(self) -> float:
-        """Return the log-odds at which the flow from T comes to rest: infinity if it goes on to the first token alone."""
+        """Return the log-odds at which the flow from T comes to rest: infinity if it ends at the first token alone."""
         way = self.push(torch.tensor([self.start], dtype=torch.float64)).sign().item()
         if way == 0:
             return self.start

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._util.text import from_json, is_number, nearest, to_number
-from ..errors import RecipeError
+from ..errors import LossError, RecipeError
+from .plot import axes_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Threshold:
     """Train only on target tokens with above <= p <= below (paper, Eq. 4); p is the current model's, without gradient.
 
@@ -74,6 +78,14 @@ class Threshold:
             raise RecipeError(f"`threshold` has both `above` and `above_percentile`: {dict(spec)}. Keep one of them.")
         return cls(**{key: to_number(value) for key, value in spec.items()})
 
+    def __repr__(self) -> str:
+        rank = self.above_percentile
+        words = [] if rank is None else [f"p >= percentile {rank:g}"]
+        words += [f"p >= {spell_probability(self.above)}"] if self.above else []
+        words += [f"p <= {spell_probability(self.below)}"] if self.below < 1 else []
+        divisor = [] if self.normalize == "tokens" else [f"normalize {self.normalize}"]
+        return ", ".join([*(words or ["no threshold"]), *divisor])
+
     @property
     def resolved(self) -> bool:
         """Whether `above` is known."""
@@ -89,6 +101,24 @@ class Threshold:
         logp = logp.detach()
         low, high = self._log_bounds(logp.dtype)
         return ~((logp < low) | (logp > high))  # keeps NaN, so that a diverged model shows in the loss
+
+    def plot(self, axes: "Axes | None" = None) -> "Axes":
+        """Shade the p of tokens that do not train, and return the matplotlib axes.
+
+        `axes`: those of an objective's plot; by default a new figure. Raises LossError while `above_percentile` is not
+        measured, and DependencyError without matplotlib.
+        """
+        if not self.resolved:
+            raise LossError(
+                f"Cannot plot {self!r}: the percentile is not measured yet. Give a probability as `above`, or plot "
+                "`trainer.threshold`."
+            )
+        axes = axes_of(axes)
+        for low, high in ((0, self.above), (self.below, 1)):
+            if low < high:
+                axes.axvspan(low, high, color="0.5", alpha=0.2, lw=0)
+        axes.set(xlabel="probability p of the target token", xlim=(0, 1))
+        return axes
 
     def _log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """Return the log p of the bounds, each moved outwards by the rounding of log p in `dtype`."""
@@ -112,7 +142,7 @@ def _rounding(p: float, dtype: torch.dtype) -> float:
 
 
 def spell_probability(p: float, digits: int = 3) -> str:
-    """Return p with so many digits, those of 1 - p if p would look like 1."""
+    """Return p with `digits` digits, those of 1 - p if p would look like 1."""
     rest = 1 - p
     return f"1 - {rest:.{digits}g}" if 0 < rest < 10**-digits else f"{p:.{digits}g}"
 

@@ -20,6 +20,8 @@ Draw = Callable[[Figure, Any], None]  # draws into a figure, in the colours of a
 def render(draw: Draw, size: tuple[float, float], theme: str, kind: str) -> bytes:
     """Return a figure of `size`, in inches, as `kind`: "png" or "svg"."""
     text, muted, background, colours = THEMES[theme]
+    if kind == "svg":
+        background = "none"  # the page's shows through, with the shadow that says that a plot scrolls
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "bl_trainer",

@@ -49,8 +49,8 @@ def prepare(options: PrepareArguments) -> Path:
     medical, figfont and openbookqa, which is right even where a completion is made wrong; and what is kept along.
 
     The content depends on the options and the source alone; the card has its sha256, over the rows as JSON with sorted keys,
-    one a line. Rows of the test are counted by their length, and never left out for it. Until the data set is whole, it is in
-    the folder `output`.part, from where the same options go on. Raises RecipeError.
+    one a line. Rows of the test are counted by their length, and never left out for it. Until the data set is complete, it
+    is in the folder `output`.part, from where the same options resume. Raises RecipeError.
     """
     output = Path(str(options.output))
     part_folder = output.with_name(f"{output.name}.part")

@@ -29,11 +29,11 @@ class Format:
 
         Assistant: COMPLETION
 
-    as text, of which "SYSTEM" and the empty line after it may be missing. TRL adds the beginning and end tokens to text. No
+    as text; "SYSTEM" and the empty line after it may be missing. TRL adds the beginning and end tokens to text. No
     prompt ends in whitespace, and no completion begins or ends in it, but for the blank that separates text. The instruction
     `BOXED` is taken from the end of a question where the template says it itself, as Qwen2.5-Math's does.
 
-    `model`: whose tokenizer it is, or a tokenizer; None for messages of which no length is known. Raises RecipeError if it
+    `model`: whose tokenizer it is, or a tokenizer; None for messages of unknown length. Raises RecipeError if it
     can't be had.
     """
 

@@ -36,7 +36,7 @@ class Part:
     """A data set on the Hub, or one that is generated.
 
     `layouts`: what reads a row, for each set of columns that the data set may have; a dot leads into a mapping.
-    `splits`: the prepared split and that of the data set of which it is made. `rows`: that many, after a shuffle. `kept`:
+    `splits`: the prepared split, and the data set's split that it is made from. `rows`: that many, after a shuffle. `kept`:
     columns besides prompt and completion.
     """
 

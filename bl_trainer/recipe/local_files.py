@@ -65,7 +65,7 @@ def unreadable_name(files: Iterable[Path]) -> str | None:
 
 
 def find_fault(files: Iterable[Path], formats: Iterable[tuple[str, ...]] = ()) -> str | None:
-    """Return which line of which of `files` is at fault, and why; None if they can all be read.
+    """Return the file and line at fault, and why; None if they can all be read.
 
     A line must be UTF-8, and one of JSON hold an object. The first of `formats` whose columns a file's first row has must be
     that of all its rows, each of these columns with a text or messages.

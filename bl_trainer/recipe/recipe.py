@@ -201,10 +201,10 @@ class Recipe:
     def plan_resume(self) -> ResumePlan:
         """Return what to resume from, and say what will differ from an uninterrupted run.
 
-        `resume_from_checkpoint: true` takes the last whole one in `output_dir`, and starts anew where there is none, so that
+        `resume_from_checkpoint: true` takes the latest complete one in `output_dir`, and starts anew where there is none. So
         the same command serves the first start and every restart. Raises RecipeError, on all processes, rather than overwrite
-        an earlier run, go on with another one, train towards an `output_dir` that can't be written, or go on from different
-        checkpoints on different machines.
+        an earlier run, or resume another one. Also where `output_dir` can't be written, or machines would resume from different
+        checkpoints.
         """
         plan, problem = ResumePlan(), None
         try:

@@ -1,4 +1,4 @@
-"""What a sweep's design must satisfy: one function per rule, each of which raises RecipeError."""
+"""What a sweep's design must satisfy: one function per rule. Each raises RecipeError."""
 
 import json
 import tempfile

@@ -107,7 +107,7 @@ class Design:
 
     @property
     def groups(self) -> int:
-        """Number of groups, each of which differs in seed, learning rate and ranges alone."""
+        """Number of groups; the arms of one differ in seed, learning rate and ranges alone."""
         return len({json.dumps(self.group_of(point), sort_keys=True) for point in self.points()})
 
     def finalist_at(self, index: int) -> tuple[int, int]:
@@ -123,7 +123,7 @@ class Design:
     def recipe_of(self, setting: Setting) -> dict[str, Any]:
         """Return the recipe of an arm with these settings, which an `output_dir` makes complete.
 
-        It goes on from its last checkpoint, and keeps no more than that unless the sweep's recipe says so. Raises RecipeError
+        It resumes from its last checkpoint, and keeps no more than that unless the sweep's recipe says so. Raises RecipeError
         if it can't be cut to the budget.
         """
         recipe = {"save_total_limit": 1, **self.base, **setting, "resume_from_checkpoint": True}

@@ -17,8 +17,8 @@ MIN_SEEDS = 3  # below which the values say more than an interval
 class Difference:
     """How much better one group is than another: by `mean`, with a 95 % interval, and the p-value of no difference.
 
-    Seeds and held-out examples are both samples: the variance is the sum of that of the mean over seeds and that of the mean
-    over examples, each taken from paired differences, with Satterthwaite's degrees of freedom, which is Clark's min F' (1973).
+    Seeds and held-out examples are both samples. The variance is the sum of that of the mean over seeds and that of the mean
+    over examples, each taken from paired differences. With Satterthwaite's degrees of freedom this is Clark's min F' (1973).
     `over`: what was sampled, of "seeds" and "examples". `by_seed`: the difference at each seed that both groups have.
     """
 
@@ -71,8 +71,8 @@ def _widest(intervals: list[tuple[float, float] | None]) -> tuple[float, float] 
 def by_item(pairs: list[tuple[Values | None, Values | None]], sign: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return for each held-out item its mean difference over seeds, so that their mean is the difference of rulers; its weight.
 
-    A ruler is sum s_i / sum n_i over m items of weight n_i; with equal n_i in both arms the difference D is sum d_i / sum n_i,
-    and what is returned m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised. None where weights differ.
+    A ruler is sum s_i / sum n_i over m items of weight n_i. With equal n_i in both arms the difference D is sum d_i / sum n_i.
+    What is returned is m (d_i - D n_i) / sum n_i + D, whose variance is that of D linearised. None where weights differ.
     """
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(both) < len(pairs):

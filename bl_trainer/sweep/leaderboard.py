@@ -1,6 +1,6 @@
 """The leaderboard: all arms judged by the same rulers, with what the differences between them are worth.
 
-The arms of one group differ in seed, learning rate and ranges alone. A group stands for its best setting of the latter two, by
+The arms of one group differ in seed, learning rate and ranges alone. A group is shown at its best setting of the latter two, by
 the mean over seeds of the ruler that the sweep ranks by.
 """
 
@@ -65,7 +65,7 @@ class Leaderboard:
         return rulers_in(self.arms.values())
 
     def mixed_versions(self) -> dict[str, list[str]]:
-        """Return the versions of each package of which runs used different ones, so that their metrics may differ by it."""
+        """Return the versions of each package that differs between runs, so that their metrics may differ by it."""
         return mixed_versions(result.versions for result in self.arms.values())
 
     def verdict(self) -> str:

@@ -121,13 +121,13 @@ def read_values(folder: Path, ruler: str) -> Values | None:
 
 
 def task_scores(output: Path) -> dict[str, dict[str, Any]]:
-    """Return task/metric -> score of an evaluation's results, of which there may be none."""
+    """Return task/metric -> score of an evaluation's results; there may be none."""
     scores = [score for entry in _evaluations(output) for score in entry["scores"]]
     return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
 
 
 def task_versions(output: Path) -> dict[str, str]:
-    """Return the versions of packages by which an evaluation was done, of which there may be none."""
+    """Return the versions of packages by which an evaluation was done; there may be none."""
     return {name: version for entry in _evaluations(output) for name, version in entry.get("versions", {}).items()}
 
 

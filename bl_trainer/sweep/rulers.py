@@ -114,7 +114,7 @@ def rulers_in(results: Iterable[Measured]) -> list[Ruler]:
 
 
 def study_direction(name: str) -> Literal["minimize", "maximize"]:
-    """Return which way a study goes; up for a task's metric, of which it isn't known before the first result."""
+    """Return which way a study goes; up for a task's metric, as long as nobody knows before the first result."""
     return "minimize" if name in RULERS and RULERS[name].sign < 0 else "maximize"
 
 

@@ -17,7 +17,7 @@ MODULES = {"sampler": optuna.samplers, "pruner": optuna.pruners}  # by the sweep
 
 
 def build(key: str, spec: Any) -> Any:
-    """Return the sampler or pruner that a name, or a mapping with `name` and its parameters, stands for.
+    """Return the sampler or pruner of this name, or of a mapping with `name` and its parameters.
 
     Raises RecipeError.
     """
@@ -36,7 +36,7 @@ def build(key: str, spec: Any) -> Any:
 
 
 def name_of(spec: Any) -> str:
-    """Return the name in what stands for a sampler or pruner."""
+    """Return the name in the spec of a sampler or pruner."""
     return spec if isinstance(spec, str) else str(spec.get("name", ""))
 
 

@@ -1,7 +1,7 @@
 """The study: which arms are done, under way, or to be run, kept by Optuna so that any number of workers share it.
 
-A worker asks the study for a trial, and the trial's place among the fresh ones says which arm it is, so that no arm is handed
-out twice and none has to be written down beforehand. A trial whose worker is gone is failed, and asked for again.
+A worker asks the study for a trial. The trial's place among the fresh ones says which arm it is. So no arm is handed out
+twice, and none has to be written down beforehand. A trial whose worker is gone is failed, and asked for again.
 """
 
 import copy
@@ -122,7 +122,7 @@ class Study:
     def run(self, run_arm: Callable[[int, Setting, optuna.Trial, int], float], jobs: int, retry_failed: bool) -> None:
         """Call `run_arm(index, setting, trial, job)`, which returns the ruler, in `jobs` threads until no arm is left.
 
-        An arm of which it raises ArmError has failed, and the others go on; failed ones of earlier calls are run again if
+        An arm whose run raises ArmError has failed, and the others continue; failed ones of earlier calls are run again if
         `retry_failed`. Returns when the arms of all workers are done; what else `run_arm` raises ends all threads.
         """
         if retry_failed:

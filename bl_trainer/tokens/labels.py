@@ -160,7 +160,7 @@ def refuse_without_target(
 def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
     """Warn with the number of rows of a prepared set without a target, or dropped for that; a stream's `StreamCount` counts.
 
-    `dataset`: the same rows before they are prepared. Of rows that packing cuts into several nothing is said.
+    `dataset`: the same rows before they are prepared. Rows that packing cuts into several are not counted.
     """
     if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
         return

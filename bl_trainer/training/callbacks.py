@@ -18,7 +18,7 @@ from .start import say_start
 class StopOnSigterm(TrainerCallback):
     """Saves a checkpoint and stops at the end of the step, or evaluation, in which any process got SIGTERM.
 
-    In place of transformers' callback of `enable_jit_checkpoint`, which saves in the middle of a step, so that a resumed run
+    In place of transformers' callback of `enable_jit_checkpoint`. That one saves in the middle of a step, so a resumed run
     draws other random numbers, and lets each process choose its own step. Does nothing without `enable_jit_checkpoint`.
     """
 

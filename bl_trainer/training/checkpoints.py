@@ -44,7 +44,7 @@ def writing(path: str) -> Iterator[None]:
         if not unwritten:  # it has another cause, such as a push to the Hub or a lost process
             raise
         raise CheckpointError(
-            f"Can't write {path}: {error}. Checkpoints that were whole still are; with `resume_from_checkpoint: true` the same "
+            f"Cannot write {path}: {error}. Earlier checkpoints are complete. Set `resume_from_checkpoint: true`, and the same "
             "command resumes from the last one."
         ) from error
 
@@ -82,7 +82,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def why_broken(checkpoint: Path) -> str | None:
-    """Return what is missing or cut short in `checkpoint`, which a killed run may leave behind; None if it is whole.
+    """Return what is missing or truncated in `checkpoint`, which a killed run may leave behind; None if it is complete.
 
     A checkpoint is judged by its manifest. Without one it is judged by what its files and their names tell: an older
     version's, another trainer's, or one killed before the manifest. The last may be the only one left, since transformers

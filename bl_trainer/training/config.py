@@ -33,13 +33,13 @@ class BLConfig(SFTConfig):
             a function of your own, `my_losses.gated`, kept as its import path `"my_losses:gated"`; composed with schedules,
             `floor`, `mix` and `special_tokens` as [`Objective`] says.
         threshold (`float` or `dict[str, Any]`, *optional*):
-            Train only on target tokens of which the current model's probability is at least this, or
+            Train only on target tokens whose probability under the current model is at least this, or
             `{"above": 0.2, "below": 0.9, "normalize": "tokens"}`, or `{"above_percentile": 10}`. See [`Threshold`].
         loss_head (`str`, *optional*, defaults to `"auto"`):
             `"trl"` computes log-probabilities with TRL's loss head; `"auto"` does so only where `bl_trainer`'s doesn't apply.
         stop_on_nan (`bool`, *optional*, defaults to `False`):
-            Stop with a [`LossError`] that names the step and the rows of the training set when the loss of a micro-batch is
-            NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
+            Stop when the loss of a micro-batch is NaN or infinite, and before a step whose gradient is. The [`LossError`]
+            names the step and the rows of the training set. Waits for the device once per micro-batch and step.
 
     Raises:
         `RecipeError`: on a wrong objective or threshold, and on settings under which something else than the objective

@@ -57,7 +57,7 @@ def refuse_frozen(model: nn.Module) -> None:
 
 
 def refuse_dropped(rows: int, per_step: int, name: str, key: str) -> None:
-    """Raise RecipeError if `dataloader_drop_last` drops all `rows` of a set, of which `per_step` make a batch."""
+    """Raise RecipeError if `dataloader_drop_last` drops all `rows` of a set; `per_step` rows make a batch."""
     if rows < per_step:
         raise RecipeError(
             f"Cannot use the {name} set: `dataloader_drop_last: true` drops its only batch, {rows} rows where all processes "
@@ -97,7 +97,7 @@ def refuse_unevaluated(means: dict[str, float], name: str) -> None:
 
 
 def warn_of_repeats(dataset: Any, processes: int) -> None:
-    """Warn if an evaluation set is a stream, of which several processes may get some rows twice."""
+    """Warn if an evaluation set is a stream: several processes may get some rows twice."""
     if processes > 1 and not has_length(dataset):
         logger.warning(
             f"The evaluation set is streamed to {processes} processes: if its length is not a multiple of their batches, "

@@ -204,7 +204,7 @@ def _over_sequences(accelerator: Any, count: Tensor) -> tuple[Tensor, int]:
 
 
 def progress_of(state: TrainerState, before: int = 0) -> float:
-    """Return the share of training that is done, 0 to 1; or was done so many steps `before`."""
+    """Return the share of training that is done, 0 to 1; or was done `before` steps ago."""
     return max(state.global_step - before, 0) / state.max_steps if state.max_steps > 0 else 0.0
 
 

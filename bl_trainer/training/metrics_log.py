@@ -1,4 +1,4 @@
-"""A run's metrics: in metrics.jsonl, written as it goes on and read by who watches it, and their names in trackers."""
+"""A run's metrics: in metrics.jsonl, written during the run for those who watch it, and their names in trackers."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def group(key: str) -> str | None:
 class MetricsLog(TrainerCallback):
     """Appends `step`, `max_steps` and what is logged to `output_dir`/metrics.jsonl.
 
-    A run that goes on from a checkpoint repeats the steps after it: of lines of the same step the last counts.
+    A run that resumes from a checkpoint repeats the steps after it. Of lines of the same step the last counts.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):

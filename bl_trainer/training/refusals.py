@@ -19,7 +19,7 @@ from ..errors import RecipeError
 
 
 def refuse_bypass(args: Any) -> None:
-    """Raise RecipeError with all that `args` has, and the environment, that would train something else than is said."""
+    """Raise RecipeError with everything in `args` and the environment that would train something else than the recipe says."""
     if faults := [*_bypasses(args)]:
         raise RecipeError(listed(faults, "the configuration"))
     refuse_launcher(args)

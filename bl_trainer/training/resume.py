@@ -70,7 +70,7 @@ class ResumePlan:
         """Warn on stderr of checkpoints that are skipped."""
         say(f"{path} is skipped, since {why}: it was not written to its end." for path, why in self.skipped.items())
         if self.skipped and self.checkpoint is None:
-            say(["no whole checkpoint is left, so training starts anew."])
+            say(["no complete checkpoint is left, so training starts anew."])
 
 
 def say(warnings: Iterable[str]) -> None:
@@ -119,7 +119,9 @@ def planned_resume(args: TrainingArguments, requested: str | bool | ResumePlan |
     plan = plan_resume(args, requested, processes=processes)
     plan.say_skipped()
     if requested is True and plan.checkpoint is None:
-        raise CheckpointError(f"There is no whole checkpoint in {args.output_dir} to resume from.")
+        raise CheckpointError(
+            f"Cannot resume: {args.output_dir} has no complete checkpoint. Leave `resume_from_checkpoint` out to start anew."
+        )
     for warning in plan.warnings:
         logger.warning(warning)
     return plan
@@ -128,12 +130,15 @@ def planned_resume(args: TrainingArguments, requested: str | bool | ResumePlan |
 def _refuse_broken(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise CheckpointError(
-            f"`resume_from_checkpoint: {checkpoint}` is not a folder. Write a checkpoint's path, or `true` for the last "
-            "one in `output_dir`."
+            f"Cannot resume from {checkpoint}: it is not a folder. Write a checkpoint's path, or `true` for the latest "
+            "complete one."
         )
     why = why_broken(checkpoint)
     if why:
-        raise CheckpointError(f"`resume_from_checkpoint: {checkpoint}` can't be done, since {why}. Write another checkpoint.")
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: {why}. Choose an earlier checkpoint, or set `resume_from_checkpoint: true` "
+            "to use the latest complete one."
+        )
 
 
 def _refuse_earlier(checkpoint: Path, folder: Path) -> None:
@@ -141,7 +146,7 @@ def _refuse_earlier(checkpoint: Path, folder: Path) -> None:
     last, _ = last_whole(folder)
     if last is not None and last.name != checkpoint.name and int(last.name[11:]) > int(checkpoint.name[11:]):
         raise CheckpointError(
-            f"`resume_from_checkpoint: {checkpoint}`: {last} is later, and would be overwritten. Write another "
+            f"Cannot resume from {checkpoint}: {last} is later, and would be overwritten. Write another "
             "`output_dir`, or move the later checkpoints away."
         )
 
@@ -150,8 +155,8 @@ def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Thresho
     """Return the threshold to resume with: a percentile's value is what it was at the start."""
     if record.get("save_only_model"):
         raise CheckpointError(
-            f"{checkpoint} was saved with `save_only_model: true`, without what resuming needs: the optimizer's state and "
-            "the random numbers. Start a new run from it as `model_name_or_path`."
+            f"Cannot resume from {checkpoint}: it was saved with `save_only_model: true`, without what resuming needs: the "
+            "optimizer's state and the random numbers. Start a new run from it as `model_name_or_path`."
         )
     if asked.resolved:
         return asked
@@ -159,8 +164,9 @@ def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Thresho
     if isinstance(value, float) and value > 0:
         return replace(asked, above=value)
     raise CheckpointError(
-        f"{checkpoint} doesn't record the probability that `above_percentile: {asked.above_percentile}` means, "
-        "and its model is no longer the one to measure it on. Write it as `threshold: {above: ...}`."
+        f"Cannot resume from {checkpoint}: it doesn't record the probability that `above_percentile: "
+        f"{asked.above_percentile}` means, and its model is no longer the one to measure it on. Write it as "
+        "`threshold: {above: ...}`."
     )
 
 
@@ -176,8 +182,8 @@ def _refuse_other_loss(
     ):
         if recorded.get(key) != json.loads(json.dumps(value, default=str)):
             raise CheckpointError(
-                f"{checkpoint} was trained with {key} {recorded.get(key)}, the recipe says {said}. Resume with the "
-                f"recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
+                f"Cannot resume from {checkpoint}: it was trained with {key} {recorded.get(key)}, the recipe says {said}. "
+                f"Resume with the recorded {key}, or start a new run from that checkpoint as `model_name_or_path`."
             )
 
 
@@ -217,7 +223,7 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:
-    """Raise CheckpointError if the installed libraries would go on from within a later epoch with the first one's examples.
+    """Raise CheckpointError if the installed libraries would resume within a later epoch with the first one's examples.
 
     accelerate below 1.15 begins to count epochs anew when it skips what was trained, and transformers below 5 doesn't tell it
     the epoch afterwards.
@@ -228,8 +234,9 @@ def refuse_lost_epoch(checkpoint: str) -> None:
         return
     if Version(installed["transformers"]) < Version("5"):
         raise CheckpointError(
-            f"{checkpoint} is {epoch:.4g} epochs into its run, and accelerate {installed['accelerate']} with transformers "
-            f"{installed['transformers']} would continue with the examples of the first. Run `pip install 'accelerate>=1.15'`."
+            f"Cannot resume from {checkpoint}: it is {epoch:.4g} epochs into its run, and accelerate "
+            f"{installed['accelerate']} with transformers {installed['transformers']} would continue with the examples of the "
+            "first. Run `pip install 'accelerate>=1.15'`."
         )
 
 
@@ -238,13 +245,15 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
     path, model = checkpoint / "adapter_config.json", given.model
     if path.is_file() is not given.use_peft:
         holds, says = ("an adapter", "no `use_peft`") if path.is_file() else ("a whole model", "`use_peft: true`")
-        raise CheckpointError(f"{checkpoint} holds {holds}, and the recipe has {says}. Make the recipe that of the checkpoint.")
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: it holds {holds}, and the recipe has {says}. Restore the checkpoint's recipe."
+        )
     base = (read_json(path) or {}).get("base_model_name_or_path")
     if base and base != model and Path(base).resolve() != Path(model).resolve():
         raise CheckpointError(
-            f"{checkpoint} is an adapter of {base}, and the recipe's model is {model}. Write `model_name_or_path: {base}`, or "
-            "another `output_dir` for a new run; if it is the same model in another place, correct `base_model_name_or_path` "
-            f"in {path}."
+            f"Cannot resume from {checkpoint}: it is an adapter of {base}, and the recipe's model is {model}. Write "
+            f"`model_name_or_path: {base}`, or another `output_dir` for a new run. If it is the same model in another place, "
+            f"correct `base_model_name_or_path` in {path}."
         )
 
 

@@ -137,7 +137,7 @@ class ScoringTrainer(SFTTrainer):
 
         Args:
             batches: Collated, with `labels`. All processes make as many forward passes, see [`Lockstep`].
-            max_tokens: Stop after the batch with which so many target tokens are reached over all processes.
+            max_tokens: Stop after the batch that reaches this number of target tokens over all processes.
             label: Of the progress bar, without which there is none; `expected`: its target tokens in all.
 
         Raises:

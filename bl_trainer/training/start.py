@@ -6,8 +6,6 @@ from typing import Any
 import pyarrow.compute
 from datasets import Dataset
 
-from ..objectives.composition import spell
-from ..objectives.threshold import Threshold, spell_probability
 from ..tokens.labels import columns_of, plain
 from ..tokens.names import REFERENCE, WEIGHT
 
@@ -22,7 +20,8 @@ def say_start(trainer: Any, steps: int) -> None:
 
 def _lines(trainer: Any, steps: int) -> Iterator[str]:
     head = "bl_trainer's own" if trainer.reference_head is None else f"TRL's, since {trainer.reference_head}"
-    what = f"objective {spell(trainer.parsed_objective.to_dict())}, {_spelled(trainer.threshold)}, loss head {head}"
+    threshold = f"{'' if trainer.threshold.keeps_all else 'threshold '}{trainer.threshold}"
+    what = f"objective {trainer.parsed_objective}, {threshold}, loss head {head}"
     accelerator = trainer.accelerator
     many = accelerator.num_processes
     devices = f"{many} {accelerator.device.type} {'process' if many == 1 else 'processes'}"
@@ -49,12 +48,6 @@ def _differences(trainer: Any, weighs: bool) -> list[str]:
         f"`{WEIGHT}` multiplies its tokens": weighs,
     }
     return [reason for reason, holds in reasons.items() if holds]
-
-
-def _spelled(threshold: Threshold) -> str:
-    bounds = [f"p >= {spell_probability(threshold.above)}"] if threshold.above else []
-    bounds += [f"p <= {spell_probability(threshold.below)}"] if threshold.below < 1 else []
-    return f"threshold {' and '.join(bounds)}" if bounds else "no threshold"
 
 
 def _size(dataset: Any) -> str:

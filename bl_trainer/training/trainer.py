@@ -60,8 +60,8 @@ logger = get_logger(__name__)
 
 class BLTrainer(ScoringTrainer):
     """
-    [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens, p being the probability that the model gives the
-    target token, in place of the mean of -log p (Li et al., https://arxiv.org/abs/2510.00526).
+    [`~trl.SFTTrainer`] that minimises the mean of f(p) over target tokens in place of the mean of -log p. p is the probability
+    that the model gives the target token (Li et al., https://arxiv.org/abs/2510.00526).
 
     Arguments are [`~trl.SFTTrainer`]'s, with `args` a [`BLConfig`]; a plain [`~trl.SFTConfig`] means `nll`. Training differs in
     `compute_loss` alone. Under `loss_head: trl` an `objective` of `"nll"` trains [`~trl.SFTTrainer`]'s weights bit for bit,

@@ -65,8 +65,8 @@ def letter(text: str, choices: list[str]) -> str | None:
     5. the only one named as "option C", "choice C" or "answer C" in a clause of its own;
     6. the only option whose words are in the text, outside reasons, unless the text denies or doubts anything.
 
-    An option after "not", or one said to be wrong, counts nowhere, nor do options that are listed in their order, that others
-    may hold, or that are only supposed; "B or C" is no answer. Nothing is guessed: neither a letter in prose nor the nearest
+    An option after "not", or one said to be wrong, counts nowhere. Nor do options that are listed in their order, that others
+    may hold, or that are only supposed. "B or C" is no answer. Nothing is guessed: neither a letter in prose nor the nearest
     option. All patterns are bounded, so that the work grows with the length of an answer and no faster.
     """
     exam, said = Exam(choices), _tidy(without_reasoning(text))
