@@ -147,7 +147,7 @@ def warn_of_idle(means: dict[str, float], threshold: Threshold, grad_norm: float
 def warn_of_few(means: dict[str, float], threshold: Threshold, history: list[dict[str, float]]) -> None:
     """Warn in the first log of a run, which `history` shows, if next to nothing trains by its `means`.
 
-    Of a percentile nothing is said, since it asks for its share.
+    A percentile gets no warning, since it asks for its share.
     """
     share, is_first = means.get("kept_fraction", math.nan), not any("loss" in entry for entry in history)
     if is_first and 0 < share < FEW and threshold.above_percentile is None:
