@@ -117,7 +117,7 @@ def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None 
     from .recipe.reading import read_keys
 
     try:
-        read_keys(argv, verb, fields_of(options) if options else ())
+        read_keys(argv, verb, fields_of(options) if options else (), tries=True)
     except Exception as error:  # whatever fails is what the recipe says or points to
         fail(error)
 

@@ -516,12 +516,12 @@ def test_a_wrong_objective_is_told_with_the_wrong_keys(write):
 def test_an_objective_is_wrong_before_trl_loads(write):
     """In `read_keys`, which needs torch alone; a user's function is left to the trainer, which tries it once."""
     with pytest.raises(RecipeError) as caught:
-        read_keys(write(objective="negp", threshold=2))
+        read_keys(write(objective="negp", threshold=2), tries=True)
     first, *lines = str(caught.value).splitlines()
     assert first.startswith("There are 2 mistakes in ")
     for line, start in zip(lines, ["`objective`: Unknown objective 'negp'.", "`threshold` `above` must be"], strict=True):
         assert line.startswith(f"  - {start}")
-    read_keys(write(objective={"name": "nowhere:to_be_found"}))
+    read_keys(write(objective={"name": "nowhere:to_be_found"}), tries=True)
 
 
 def test_what_the_libraries_find_is_told_at_once_too(write):

@@ -29,7 +29,7 @@ from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.evaluation.task_files import metrics_of
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard, process
-from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH
+from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH, Arm
 from bl_trainer.sweep.budget import shortened, shortened_to
 from bl_trainer.sweep.cost import Spent, time_text
 from bl_trainer.sweep.design import describe
@@ -43,7 +43,7 @@ from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direct
 from bl_trainer.sweep.study import ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
-from forking import Forked
+from forking import Forked, launching
 from test_statistics import quadratic_form
 
 GRID = {"arms": [{"objective": "nll"}, {"objective": "neg_p"}], "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
@@ -1090,6 +1090,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GRID, "arms": [{"objective": "nll"}, {"objective": "asft"}]}))
     assert "In the run asft, learning_rate 0.01: Objective 'asft' needs a reference" in verb(capsys, *both, "--dry_run", "true")
     assert "Objective 'asft' needs a reference model" in verb(capsys, *both)
+    assert "Cannot use `--gpu_ids` in `--launch`" in verb(capsys, *both, "--launch", "--gpu_ids 0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "A sweep launches its runs itself" in verb(capsys, *both)
     assert not (tmp_path / "out-sweep").exists()
@@ -1126,6 +1127,14 @@ def test_gpus_are_shared_out(monkeypatch):
     assert device_shares(3, False) == ["3", "5", "7"]
     with pytest.raises(RecipeError, match=r"`--jobs 4`: there are 3 GPUs\. Write at most 3 jobs"):
         device_shares(4, False)
+
+
+def test_a_run_keeps_its_share_whatever_the_launchers_configuration_names(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = Path(__file__).parents[1] / "configs" / "accelerate" / "single_gpu.yaml"
+    runner = SimpleNamespace(launch=f"--config_file {config}", devices=["3"], jobs=1)
+    _, environment = launching(*Arm._launched(SimpleNamespace(runner=runner), "train")[3:])
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 # Real arms

@@ -45,10 +45,10 @@ class Keys:
         return self.values.get(key, recipe_fields()[key].default)
 
 
-def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> Keys:
+def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tries: bool = False) -> Keys:
     """Read `--config recipe.yaml --any_key value ...`. Raises RecipeError, which lists every mistake.
 
-    `own`: options of the verb, which are no recipe keys.
+    `own`: options of the verb, which are no recipe keys. `tries`: also parse the objective where nothing else is wrong.
     """
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     keys, own = Keys(), {*own}
@@ -66,7 +66,8 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = ()) -> 
     _read_command_line(keys, argv, own, verb)
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
-    keys.faults += _faults_of_objective(keys)
+    if keys.faults or tries:
+        keys.faults += _faults_of_objective(keys)
     if keys.faults:
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1

@@ -122,6 +122,8 @@ class Arm:
         options = shlex.split(launch or "")
         if self.runner.jobs > 1 and "--main_process_port" not in options:
             options += ["--main_process_port", str(_free_port())]
+        if self.runner.devices is not None:
+            options += ["--gpu_ids", "all"]  # of its share; a configuration may name one for all runs
         return [sys.executable, "-m", LAUNCHER, *options, "-m", "bl_trainer", *command]
 
     def _environment(self, step: str) -> dict[str, str]:

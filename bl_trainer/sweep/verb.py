@@ -94,9 +94,11 @@ def _check(options: SweepArguments, recipe: Recipe) -> None:
     if recipe.training.push_to_hub:
         raise RecipeError("`push_to_hub: true` would push every run. Remove it, and push the winner.")
     try:
-        shlex.split(options.launch or "")
+        words = shlex.split(options.launch or "")
     except ValueError as error:
         raise RecipeError(f"Cannot read `--launch {options.launch}`: {sentence(error)}. Close the quotation.") from error
+    if any(word.split("=")[0] in ("--gpu_ids", "--gpu-ids") for word in words):
+        raise RecipeError("Cannot use `--gpu_ids` in `--launch`: each run gets a share of the GPUs. Set CUDA_VISIBLE_DEVICES.")
 
 
 def _folder(options: SweepArguments, recipe: Recipe) -> Path:

@@ -6,6 +6,7 @@ processes, and fails above the tolerance, or where a token is so near a threshol
 
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def expected(model: Path, case: dict[str, Any], rows: list[list[dict[str, Any]]]
         weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         weights = weights.double() if dtype == "double" else weights
         tokenizer = AutoTokenizer.from_pretrained(model)
-        InOrder(weights, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[seen]).train()
+        with redirect_stdout(sys.stderr):  # stdout is for the results
+            InOrder(weights, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[seen]).train()
     return seen.all
 
 
