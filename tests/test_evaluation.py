@@ -355,11 +355,11 @@ def test_broken_off_evaluation_goes_on(models, tmp_path, capital, monkeypatch):
     whole = run(models, tmp_path, "plain", "adapter", out="whole", **options)
     plain, done = harness.run, []
 
-    def breaks(lm, loaded, tasks):
+    def breaks(lm, loaded, tasks, options):
         if len(done) == 1:
             raise KeyboardInterrupt
         done.append(loaded)
-        return plain(lm, loaded, tasks)
+        return plain(lm, loaded, tasks, options)
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "run", breaks)
@@ -1000,7 +1000,7 @@ def test_without_a_grader(task, package, models, tmp_path, monkeypatch, capsys):
 
 
 def test_stopped_by_hand(models, tmp_path, monkeypatch, capsys):
-    def breaks(lm, loaded, tasks):
+    def breaks(lm, loaded, tasks, options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "run", breaks)

@@ -79,7 +79,9 @@ def judge(probe: Learnability) -> tuple[str, str]:
         return "undecided", "the predictable share was still rising: give more `--probe_steps`"
     if high >= SOME:
         either = ", and targets without a control may be either" if lost else ""
-        reached = f"{found.learnable:.3f} is not sure to reach the cut {LEARNABLE:g}, but may be enough for objectives to differ"
+        reached = (
+            f"{found.learnable:.3f} is not sure to reach the cut {LEARNABLE:g}, but may be enough for objectives to differ"
+        )
         return "undecided", reached + either
     if is_noisy or is_clean:
         return ("noise" if is_noisy else "little"), ""

@@ -120,7 +120,7 @@ class Gradient:
     scale: float
     gradient_weight: float
     kept: float
-    temperatures: list[float]  # the effective one under each of `temperature.CHOICES`; None is infinity
+    temperatures: list[float]  # the effective one under each of `temperature.CHOICES`; in JSON null is infinity
 
     @property
     def name(self) -> str:

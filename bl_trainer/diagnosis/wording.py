@@ -47,7 +47,7 @@ def placement_text(placement: Placement) -> str:
 
 def temperature_text(values: list[float]) -> str:
     """Return an effective temperature: one figure if it is fixed, else one for each distribution."""
-    shown = ["infinity" if value is None or math.isinf(value) else f"{value:.2f}" for value in values]
+    shown = ["infinity" if math.isinf(value) else f"{value:.2f}" for value in values]
     return shown[0] if len({*shown}) == 1 else ", ".join(shown)
 
 

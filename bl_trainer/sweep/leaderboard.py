@@ -171,7 +171,8 @@ def _best_temperatures(rulers: list[Ruler], values: Mapping[str, tuple[float, An
     for ruler in rulers:
         others = temperatures_of(ruler.name, values)
         if others:
-            found[ruler.name] = others[max(others, key=lambda name, way=ruler.sign: way * values[name][0])]
+            best = max if ruler.sign > 0 else min
+            found[ruler.name] = others[best(others, key=lambda name: values[name][0])]
     return found
 
 
