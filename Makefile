@@ -149,6 +149,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/loss_head_page.py
 	$(BIN)/python tools/temperature_page.py
 	$(BIN)/python tools/cells_page.py
+	$(BIN)/python tools/verdict_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

@@ -36,6 +36,7 @@ from forking import ranks
 pytest.importorskip("lm_eval")
 from bl_trainer.evaluation import harness
 from bl_trainer.evaluation.completion import normalise, score
+from bl_trainer.evaluation.exploration import at_temperature
 from bl_trainer.evaluation.grading import grade_math
 
 GENERATION_PROMPT = "{% if add_generation_prompt %}{{ 'answer:' }}{% endif %}"
@@ -179,6 +180,31 @@ def test_completion_is_the_plain_greedy_loop(kind, name, models, tmp_path, capsy
     assert entry["chat_template"] == (kind != "plain")
     assert f"chat template {'not ' if kind == 'plain' else ''}applied" in capsys.readouterr().out
     assert entry["versions"]["lm_eval"] == importlib.metadata.version("lm_eval")
+
+
+def test_temperatures_are_evaluations_of_their_own(models, tmp_path):
+    """Greedy answers, and those sampled at each temperature, are those of commands for one of them; each has its items."""
+    path = write_rows(tmp_path / "test.jsonl", [{"prompt": each, "completion": "c"} for each in ("ab", "b", "ca", "bb")])
+    options = {"data": [f"completion={path}"], "max_new_tokens": 4}
+    for name in ("plain", "adapter"):
+        found = run(models, tmp_path, name, out=f"all-{name}", temperatures=[1.0, 0.5], samples=3, **options)["evaluations"][0]
+        items = {}
+        for one in found["scores"]:
+            lines = (tmp_path / f"all-{name}" / one["samples"]).read_text().splitlines()
+            items[one["metric"]] = [json.loads(line) for line in lines]
+        for suffix, single in (("", {}), ("@T1", {"samples": 3}), ("@T0.5", {"samples": 3, "temperature": 0.5})):
+            out = f"one-{name}{suffix}"
+            alone = run(models, tmp_path, name, out=out, **single, **options)["evaluations"][0]
+            for one in alone["scores"]:
+                metric = at_temperature(one["metric"], float(suffix[2:]) if suffix else None)
+                (own,) = [each for each in found["scores"] if each["metric"] == metric]
+                assert {**own, "metric": "", "samples": ""} == {**one, "metric": "", "samples": ""}
+                expected = [json.loads(line) for line in (tmp_path / out / one["samples"]).read_text().splitlines()]
+                assert [item["answer"] for item in items[metric]] == [item["answer"] for item in expected]
+                assert [item["metrics"][metric] for item in items[metric]] == [i["metrics"][one["metric"]] for i in expected]
+        names = {one["metric"] for one in found["scores"]}
+        assert {"exact_match", "exact_match@T1", "exact_match@T0.5,pass@2", "distinct_answers@T1"} <= names
+        assert "distinct_answers" not in names
 
 
 def test_adapter_over_a_named_base_and_the_default_length(models, tmp_path):
@@ -329,11 +355,11 @@ def test_broken_off_evaluation_goes_on(models, tmp_path, capital, monkeypatch):
     whole = run(models, tmp_path, "plain", "adapter", out="whole", **options)
     plain, done = harness.run, []
 
-    def breaks(lm, loaded, tasks):
+    def breaks(lm, loaded, tasks, options):
         if len(done) == 1:
             raise KeyboardInterrupt
         done.append(loaded)
-        return plain(lm, loaded, tasks)
+        return plain(lm, loaded, tasks, options)
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "run", breaks)
@@ -508,6 +534,13 @@ def files(folder, models):
         (
             {"samples": "4", "temperature": "0"},
             "`--temperature 0` gives 4 equal answers. Write a higher one, or `--samples 1`.",
+        ),
+        ({"temperatures": "0"}, "`--temperatures 0` must be different numbers above 0, e.g. `--temperatures 1 0.5 0.25`."),
+        ({"temperatures": "nan"}, "`--temperatures nan` must be different numbers above 0"),
+        ({"temperatures": "1", "temperature": "1"}, "`--temperatures` has greedy answers beside it. Remove `--temperature`"),
+        (
+            {"temperatures": "1", "tasks": "TMP/capital.yaml", "data": None},
+            "`--temperatures 1.0`: the harness's task 'capital' says itself how to answer.",
         ),
         (
             {"samples": "4", "tasks": "TMP/capital.yaml", "data": None},
@@ -967,7 +1000,7 @@ def test_without_a_grader(task, package, models, tmp_path, monkeypatch, capsys):
 
 
 def test_stopped_by_hand(models, tmp_path, monkeypatch, capsys):
-    def breaks(lm, loaded, tasks):
+    def breaks(lm, loaded, tasks, options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness, "run", breaks)

@@ -10,7 +10,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.exploration import diversity, is_of_all, names_of, pass_at
 from bl_trainer.evaluation.items import item_rows, read_items
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
-from bl_trainer.evaluation.results import Results
+from bl_trainer.evaluation.results import Answered, Results
 from bl_trainer.evaluation.table import table
 from bl_trainer.sweep.checks import rank_is_measured
 from bl_trainer.sweep.outcome import task_scores
@@ -73,7 +73,8 @@ def add(results, name, graded, **rest):
         "samples": {"t": samples_of(graded, **rest)}, "results": {"t": scores},
         "configs": {"t": {"metadata": {"by": "source"}}}, "higher_is_better": {}, "n-shot": {"t": 0}, "versions": {"t": 1},
     }  # fmt: skip
-    results.add(Checkpoint(name, name, None), "t", found, chat=False)
+    ways = [Answered(at, own, found) for at, own in results.options.decodings()]
+    results.add(Checkpoint(name, name, None), "t", ways, chat=False)
 
 
 def test_results_have_them_with_their_errors_and_differences(tmp_path):

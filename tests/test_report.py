@@ -1,6 +1,7 @@
 """The report on made-up figures: its schema, the warnings, the advice, the page's escapes."""
 
 import errno
+import math
 import os
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def total(prob=0.5, interval=(0.45, 0.55), conflicts=0.0):
 def gradient(spec, above=0.0):
     shares = dict(zip(NAMES, (1.0, 0.25, 0.25, 0.125, 0.625), strict=True))
     objective, threshold = Objective.parse(spec).to_dict(), Threshold(above=above).to_dict()
-    return Gradient(objective, threshold, [0.1] * 10, shares, 10.0, 0.5, 0.5, 1.0)
+    return Gradient(objective, threshold, [0.1] * 10, shares, 10.0, 0.5, 0.5, 1.0, [0.5, 0.5, 0.5])
 
 
 def made(**changes):
@@ -96,7 +97,7 @@ def compared():
 
 def full():
     """A report with all its parts."""
-    found = Foretold(10, 100, 0.3, 0.05, 0.4, 0.2, (0.25, 0.35), (0.0, 0.1))
+    found = Foretold(10, 100, 0.3, 0.05, 0.0, 0.4, 0.2, (0.25, 0.35), (0.0, 0.1), (0.0, 0.0))
     compare = Compare("a checkpoint", compared(), ComparedElsewhere("other data", "test", compared()))
     probe = Learnability(40, 1e-4, 0.1, 0, Trained(10, 100), found, found, "knowledge")
     report = made(compare=compare, learnability=probe, groups={"g": total()}, rows={"compare": [(0, 1)]})
@@ -118,7 +119,7 @@ COMPARED = (
     "examples tokens kl reverse_kl js base_prob prob base_nll nll base_top1 top1 kl_interval intervals.* calibration.*.error "
     "calibration.*.curve[].tokens calibration.*.curve[].confidence calibration.*.curve[].accuracy moved"
 )
-FORETOLD = "examples tokens learnable noise low gain learnable_interval noise_interval"
+FORETOLD = "examples tokens learnable noise contradicted low gain learnable_interval noise_interval contradicted_interval"
 RECIPES = {"objectives[].objective", "objectives[].threshold", "recommendation.arms"}  # as recipes write them
 OPEN = {
     "versions", "percentiles", "examples.percentiles", "kinds", "groups", "objectives[].kinds",
@@ -138,7 +139,7 @@ CONTRACT = {
     "groups": " ".join(f"*.{name}" for name in f"examples tokens {VALUES} prob_interval".split()),
     "learnability": f"steps learning_rate below without_control trained.rows trained.tokens {FORETOLD} verdict why "
     + " ".join(f"half_way.{name}" for name in FORETOLD.split()),
-    "objectives[]": "objective threshold buckets kinds.* effective_tokens scale gradient_weight kept",
+    "objectives[]": "objective threshold buckets kinds.* effective_tokens scale gradient_weight kept temperatures",
     "recommendation": "headline confidence arms learning_rate seed reasons warnings",
     "compare": "checkpoint probe.data probe.split",
     "compare.train": COMPARED,
@@ -200,7 +201,8 @@ CAUSES = {
     "improbable_opening": ({"positions": Positions([(20, 0.05)], [], [])}, "The first token of a response has mean p 0.05"),
     "gradient_not_shown": (
         {"recipe": RecipeFacts("anneal", None, 1e-5, False)},
-        "gradient of anneal comes from is not shown: it depends on more than p (entropy, training progress)",
+        "gradient of anneal comes from is not shown: it depends on more than p (entropy, training progress). Its effective "
+        "temperature: 0.00.",
     ),
     "template_not_told": ({"unmarked": 0.25}, "In 25.0% of the tokens the chat template's own could not be told"),
 }
@@ -294,7 +296,6 @@ def test_advice(changes, arms, reason):
         (0.8, (0.79, 0.81), "knowledge", 0.3, "Keep `nll`, and try `power 0.5` against it.", BY_PROBE),
         (0.8, (0.79, 0.81), "both", 0.3, "Try `anneal` and `power 0.5`, with `nll` as the control.", BY_PROBE),
         (0.1, (0.05, 0.15), "noise", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
-        (0.1, (0.05, 0.15), "noise", 0.15, NO_CHOICE, BY_PROBE),
         (0.8, (0.79, 0.81), "little", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
         (0.3, (0.2, 0.4), "undecided", 0.15, NO_CHOICE, UNDECIDED),
     ],
@@ -304,6 +305,17 @@ def test_decision(mean, interval, verdict, learnable, headline, confidence):
     judged = verdict and replace(probe, verdict=verdict, found=replace(probe.found, learnable=learnable))
     advice = recommend(made(placement=place(mean, interval), learnability=judged))
     assert (advice.headline, advice.confidence) == (headline, confidence)
+
+
+def test_effective_temperatures_are_shown():
+    """One figure where it is fixed, three where it depends on the distribution; infinity is null in the file."""
+    uneven = replace(made().objectives[0], temperatures=[0.5, math.inf, 0.0])
+    report = made(objectives=[made().objectives[0], uneven])
+    text = page(report, Path("out"))
+    assert "<td>0.50</td>" in text
+    assert "<td>0.50, infinity, 0.00</td>" in text
+    assert report.to_json()["objectives"][1]["temperatures"] == [0.5, None, 0.0]
+    assert "equals nll sampled at its effective temperature" in text
 
 
 def test_readers_take_every_report():

@@ -8,7 +8,7 @@ import pytest
 
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
-from bl_trainer.evaluation.results import Results
+from bl_trainer.evaluation.results import Answered, Results
 from bl_trainer.evaluation.table import table
 
 ITEMS = 12
@@ -38,7 +38,7 @@ def found(task, value):
 
 def add(results, model, task, value):
     (checkpoint,) = (Checkpoint(name, name, None) for name in results.prints if name == model)
-    results.add(checkpoint, task, found(task, value), chat=False)
+    results.add(checkpoint, task, [Answered(None, results.options, found(task, value))], chat=False)
 
 
 def stored(tmp_path):

@@ -36,11 +36,11 @@ from bl_trainer.sweep.design import describe
 from bl_trainer.sweep.differences import difference
 from bl_trainer.sweep.figures import alpha_curves
 from bl_trainer.sweep.leaderboard import rank
-from bl_trainer.sweep.outcome import Result, read_held_out
+from bl_trainer.sweep.outcome import Result, base_scores, read_held_out
 from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
-from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value
-from bl_trainer.sweep.study import ArmError, Study
+from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value, with_best
+from bl_trainer.sweep.study import FORGETTING, ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
 from conftest import write_recipe
 from forking import Forked, launching
@@ -99,9 +99,18 @@ MISTAKES = {
     "rank_by: loss": "`rank_by: loss` is not a metric",
     "{evaluate: {tasks: [completion]}, rank_by: other/exact_match}": "is not a metric.*, completion/normalised_match",
     "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/acuracy}": "is not a metric. Did you mean 'gsm8k/accuracy'",
-    "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/exact_mtach}": "is not a metric.* drift, gsm8k/accuracy",
+    "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/exact_mtach}": "is not a metric.* drift, forgetting, gsm8k/accuracy",
     "{evaluate: {tasks: [gsm8k]}, rank_by: gsm8k/}": "`rank_by: gsm8k/` is not a metric",
     "{evaluate: {tasks: [arc_easy, gsm8k]}, rank_by: math500/acc}": "Allowed: .*, gsm8k/accuracy, arc_easy/METRIC",
+    "{evaluate: {tasks: [gsm8k]}, retain: gsm8k/acuracy}": "`retain: gsm8k/acuracy` is not a metric. Did you mean 'gsm8k/accur",
+    "retain: accuracy": "`retain: accuracy` is not a metric. Allowed: none, without `evaluate`",
+    "retain: 3": "`retain: 3` must be a text",
+    "max_drift: 0.1": "`max_drift` needs what was known before. Write `probe: old.jsonl`, or `retain: TASK/METRIC`",
+    "rank_by: forgetting": "`rank_by: forgetting` needs what was known before",
+    "{max_drift: -1, probe: org/data}": "`max_drift: -1` must be a number of at least 0",
+    "{max_drift: much, probe: org/data}": "`max_drift: much` must be a number of at least 0",
+    "{evaluate: {tasks: [gsm8k], temperatures: [1]}, rank_by: gsm8k/accuracy@T0.5}": "Did you mean 'gsm8k/accuracy@T1'",
+    "{evaluate: {tasks: [gsm8k], temperatures: [0]}}": "`--temperatures 0` must be different numbers above 0",
     "evaluate: [completion]": r"`evaluate: \['completion'\]` must be a mapping of options",
     "evaluate: {task: [completion]}": "`evaluate` has no option 'task'. Did you mean 'tasks'",
     "evaluate: {tasks: [completion], output: x}": "`evaluate` has no option 'output'",
@@ -870,6 +879,89 @@ def test_a_group_stands_for_its_best_rate_and_is_paired_by_seed_and_row(make):
     assert board.verdict() == "neg_p is ahead by accuracy, but with no significant difference from nll."
 
 
+def forgetting_board(make, lost, **plan):
+    """Two objectives at two rates, of which the higher is better by accuracy; `lost`: what each of the four forgets."""
+    settings = [{"objective": name, "learning_rate": rate, "seed": 0} for name in ("nll", "neg_p") for rate in (1e-3, 1e-2)]
+    values = [(setting, (hits,)) for setting, hits in zip(settings, (3, 5, 2, 4), strict=True)]
+    board = board_of(make, values, (10,), seed=[0], probe="org/old", **plan)
+    for result, each in zip(board.arms.values(), lost, strict=True):
+        result.rulers["forgetting"] = each
+    return rank(board.plan, board.arms, lambda index: None, {})
+
+
+FORGETS = "nll: its best by accuracy, learning_rate 0.01, forgets 0.4: "
+
+
+@pytest.mark.parametrize(
+    ("lost", "plan", "names", "rates", "said"),
+    [
+        ((0.0, 0.04, 0.0, 0.04), {}, ["nll", "neg_p"], [1e-2, 1e-2], None),  # all within the default
+        ((0.0, 0.4, 0.0, 0.04), {}, ["neg_p", "nll"], [1e-2, 1e-3], FORGETS + "another setting is shown."),
+        ((0.5, 0.4, 0.0, 0.4), {}, ["neg_p", "nll"], [1e-3, 1e-2], FORGETS + "no setting forgets less."),
+        ((0.0, 0.4, 0.0, 0.04), {"max_drift": 0.5}, ["nll", "neg_p"], [1e-2, 1e-2], None),
+        ((0.0, -0.4, 0.0, 0.0), {"max_drift": 0}, ["nll", "neg_p"], [1e-2, 1e-2], None),  # who gains forgets nothing
+    ],
+)
+def test_what_forgets_too_much_stands_behind(lost, plan, names, rates, said, make, tmp_path):
+    board = forgetting_board(make, lost, **plan)
+    assert [row.name for row in board.rows] == names
+    assert [row.best["learning_rate"] for row in board.rows] == rates
+    text = markdown(board, tmp_path, "accelerate launch")
+    assert f"A setting that forgets more than {plan.get('max_drift', 0.05):g} (`max_drift`) stands behind" in text
+    assert said in text if said else "forgets 0." not in text
+    assert "accuracy lost since the base model on the probe set" in text
+
+
+def test_a_sweep_without_old_data_says_so(make, tmp_path):
+    board = board_of(make, [({"objective": "nll", "learning_rate": 1e-3, "seed": 0}, (1, 1, 1))])
+    assert "Forgetting is not measured: add `probe: DATA`, or" in markdown(board, tmp_path, "accelerate launch")
+
+
+def test_finalists_do_not_forget(make, tmp_path):
+    """The second stage runs the best setting that keeps within the limit; without one, that which forgets least."""
+    lost = {("nll", 1e-3): 0.01, ("nll", 1e-2): 0.3, ("neg_p", 1e-3): 0.3, ("neg_p", 1e-2): 0.2}
+    plan = make({**GRID, "preset": "short", "seed": [0, 1], "probe": "org/old"})
+    study, asked = Study(plan, tmp_path / "s"), []
+
+    def run_arm(index, setting, trial, job):
+        asked.append((setting["objective"], setting["learning_rate"], setting["seed"]))
+        trial.set_user_attr(FORGETTING, lost[asked[-1][:2]])
+        return setting["learning_rate"]
+
+    study.run(run_arm, 1, False)
+    assert asked[4:] == [("nll", 1e-3, 1), ("neg_p", 1e-2, 1)]
+    more = make({**GRID, "preset": "short", "seed": [0, 1], "probe": "org/old", "max_drift": 0.3})
+    assert {name for name in more.fingerprint() if more.fingerprint()[name] != plan.fingerprint().get(name)} == {"max_drift"}
+
+
+def test_each_is_shown_at_its_best_temperature(make, tmp_path):
+    values = [
+        ({"objective": name, "learning_rate": 1e-3, "seed": seed}, (1, 1, 1)) for name in ("nll", "neg_p") for seed in (0, 1)
+    ]
+    board = board_of(make, values)
+    for index, result in enumerate(board.arms.values()):
+        sampled = {
+            "t/m": 0.9,
+            "t/m@T1": 0.1 * index,
+            "t/m@T0.5": 0.3,
+            "t/m@T0.25,pass@2": 0.5,
+            "t/loss@T0.5": 2.0,
+            "t/loss@T1": 1.0,
+        }
+        result.rulers.update(with_best(sampled, ["t/loss@T0.5", "t/loss@T1"]))
+        result.lower_is_better.extend(["t/loss@T0.5", "t/loss@T1", "t/loss@best"])
+    board = rank(replace(board.plan, rank_by="t/m@best"), board.arms, lambda index: None, {})
+    nll, neg_p = sorted(board.rows, key=lambda row: row.name, reverse=True)
+    assert (nll.values["t/m@best"][0], nll.temperatures["t/m@best"]) == (pytest.approx(0.3), 0.5)
+    assert (neg_p.values["t/m@best"][0], neg_p.temperatures["t/m@best"]) == (pytest.approx(0.3), 0.5)
+    assert (nll.values["t/loss@best"][0], nll.temperatures["t/loss@best"]) == (1.0, 1.0)
+    header, rows = comparison(board)
+    assert [name for name in header if name.startswith("t/")] == ["t/m@best", "t/m", "t/m@best,pass@2", "t/loss@best"]
+    assert rows[0][header.index("t/m@best")] == "0.3 (0.3, 0.3) at temperature 0.5"
+    assert "t/m@T0.5" in arms_csv(board).splitlines()[0]
+    assert "METRIC@best is each run's best" in markdown(board, tmp_path, "accelerate launch")
+
+
 def test_intervals_of_shares_stay_within_their_bounds(make, tmp_path):
     hits = {"nll": [(9, 9, 9), (0, 1, 0), (0, 0, 0)], "neg_p": [(9, 9, 8), (9, 9, 9), (1, 0, 0)]}
     settings = [
@@ -986,11 +1078,13 @@ def test_a_report_on_held_out_data_is_read_whole_or_not_at_all(tmp_path):
     path.parent.mkdir()
     part = dict.fromkeys(("kl", "base_prob", "prob", "base_nll", "nll", "base_top1", "top1"), 0.5)
     part |= {"calibration": {"base": {"error": 0.1}, "tuned": {"error": 0.2}}, "examples": 3, "tokens": 9}
-    report = {"compare": {"train": part, "probe": {"kl": 0.7}}, "versions": {"torch": "2"}}
+    probe = {"kl": 0.7, "base_top1": 0.8, "top1": 0.5}
+    report = {"compare": {"train": part, "probe": probe}, "versions": {"torch": "2"}}
     path.write_text(json.dumps(report))
     found = read_held_out(tmp_path)
     assert (found.examples, found.tokens, found.versions) == (3, 9, {"torch": "2"})
     assert (found.rulers["drift"], found.base["drift"], found.rulers["calibration_error"]) == (0.7, 0.0, 0.2)
+    assert (found.rulers["forgetting"], found.base["forgetting"]) == (pytest.approx(0.3), 0.0)
     for text, why in (
         ("{", "Expecting property name"),
         ("[]", "list indices must be"),
@@ -1146,7 +1240,8 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
     arms = [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": "nll", "learning_rate": 1e30}]
     sweep = {"arms": arms, "learning_rate": [1e-2], "seed": [0], "probe": str(data_folder / "train.jsonl")}
     sweep["evaluate"] = {"tasks": ["completion"], "data": [f"completion={data_folder / 'test.jsonl'}"], "max_new_tokens": 3}
-    sweep["rank_by"] = "completion/exact_match"
+    sweep["evaluate"] |= {"temperatures": [1.0, 0.5], "samples": 2}
+    sweep |= {"rank_by": "completion/exact_match", "retain": "completion/normalised_match", "max_drift": 0.5}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
 
     argv = ["--config", str(recipe), "--sweep", str(tmp_path / "sweep.yaml"), "--sweep_dir", str(tmp_path / "s")]
@@ -1188,6 +1283,11 @@ def test_real_arms_survive_a_kill_and_are_judged_by_what_they_left(checkpoint, d
         hits = [json.loads(line)["metrics"]["exact_match"] for line in samples.read_text().splitlines()]
         assert len(hits) == 8
         assert float(row["completion/exact_match"]) == pytest.approx(sum(hits) / 8)
+        sampled = [float(row[f"completion/exact_match@{at}"]) for at in ("T1", "T0.5", "best")]
+        assert sampled[2] == max(sampled[:2])
+        assert {"completion@T1.jsonl", "completion@T0.5.jsonl"} <= {path.name for path in tasks.glob("samples/*/*")}
+        base = base_scores(tmp_path / "s")["completion/normalised_match"]
+        assert float(row["forgetting"]) == pytest.approx(base - float(row["completion/normalised_match"]))
     assert "| the base model |" in (tmp_path / "s" / "leaderboard.md").read_text()
     page = (tmp_path / "s" / "leaderboard.html").read_text()
     assert page.count("<picture>") == 3

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from bl_trainer import Objective
+from bl_trainer.objectives import effective_temperature
 from bl_trainer.objectives.contract import STATISTICS
 from bl_trainer.objectives.objective import OBJECTIVES
 
@@ -37,6 +38,13 @@ CURVES: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "psft": [(f"reference's p {p:g}", {}, {"ref_logp": math.log(p)}) for p in (0.1, 0.5, 0.9)],
 }
 PLAIN: list[tuple[str, dict[str, Any], dict[str, float]]] = [("", {}, {})]
+# Parameters that must be given, for the effective temperature
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "power": {"alpha": 0.5},
+    "talr": {"tau": 1},
+    "profit": {"tau": 0.3},
+    "deft_cayley": {"mean_p": 0.8},
+}
 COSTS = {
     "entropy": "nothing: every run reports it",
     "log_sum_sq_probs": "one more sum over the vocabulary, while a block of logits is there",
@@ -53,6 +61,10 @@ Every objective that can be named in a recipe. The gradient of a target token is
 its weight.
 
 {table}
+
+The **effective temperature** is where an objective comes to rest: at its optimum it equals `nll` sampled at that temperature.
+1 is the data's own distribution, 0 the most probable token alone. Three values are for two tokens of 70 and 30 %, two of 50 %,
+and one of 90 % among 25 others: [derivation and check](../results/temperature.md).
 
 *sg* is stop-gradient: the factor counts as a number, without gradient of its own. Parameters without a default must be given:
 `objective: {{name: talr, tau: 1.5}}`.
@@ -160,17 +172,26 @@ def recipe(name: str) -> str:
     return f"objective: {{name: {name}{given}}}" if given else f"objective: {name}"
 
 
+def temperature(name: str) -> str:
+    """Return the effective temperature of an objective, by its defaults or `EXAMPLES`."""
+    given = EXAMPLES.get(name, {})
+    found = effective_temperature({"name": name, **given})
+    values = [found.fixed] if found.fixed is not None else [rest.temperature for rest in found.rests]
+    shown = ", ".join("infinity" if math.isinf(value) else f"{value:.2f}" for value in values)
+    return shown + "".join(f" ({key} {value:g})" for key, value in given.items())
+
+
 def page() -> str:
     """Return the page."""
     rows, sections = [], []
     for name in OBJECTIVES:
         f, weight, texts = described(name)
         asks = ", ".join(f"`{statistic}`" for statistic in Objective(name).statistics)
-        rows.append(f"| [`{name}`](#{name}) | `{f}` | `{weight}` | {asks} |")
+        rows.append(f"| [`{name}`](#{name}) | `{f}` | `{weight}` | {asks} | {temperature(name)} |")
         needs = f"Asks for {asks}." if asks else "Needs p alone."
         lines = [f"### {name}", f"```yaml\n{recipe(name)}\n```", f"f(p) = `{f}`; weight `{weight}`. {needs}", *texts]
         sections.append("\n\n".join(lines))
-    header = "| objective | f(p) | weight on the NLL gradient | asks for |\n|---|---|---|---|\n"
+    header = "| objective | f(p) | weight on the NLL gradient | asks for | effective temperature |\n|---|---|---|---|---|\n"
     costs = "".join(f"| `{name}` | {COSTS[name]} |\n" for name in STATISTICS)
     return PAGE.format(
         table=header + "\n".join(rows),

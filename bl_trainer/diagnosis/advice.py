@@ -29,7 +29,9 @@ SWEPT: dict[str, list[dict[str, Any]]] = {
 # much to learn: both lie in the gaps between the miniature's cells of different winners (docs/results/continuum.md)
 LEARNABLE, NOISE = 0.2, 0.1
 
-DOUBTFUL = 0.1  # of what is predictable, from which a verdict of noise was wrong on one of the miniature's models
+SOME = 0.1  # of what is predictable, from which objectives differ, if less clearly
+
+CONTRADICTED = 0.05  # of what other rows of the same context contradict, from which there is noise for certain
 
 RISING = LEARNABLE / 10  # growth of the former over the probe's second half, from which it is not done
 
@@ -45,41 +47,51 @@ VERDICTS = {
     "noise": "mostly noise to this model. Prior-leaning objectives discard that, and forgo little that they could not learn",
     "little": "too little of either for objectives to differ much",
 }
+UNSEEN = (
+    "The probe can't tell consistent errors from knowledge. It can't tell a rare valid answer, or a fact that one row alone "
+    "states, from noise."
+)
 
 
 def judge(probe: Learnability) -> tuple[str, str]:
     """Return what the probe says of a data set's improbable targets, and, if it can't tell, why.
 
-    `knowledge`: the predictable share reaches `LEARNABLE`; `noise`: the rest reaches `NOISE`; `both`, and `little` of either.
-    `undecided` where an interval crosses its cut, or the predictable share may still rise across it. Improbable targets
-    without a control may be either.
+    There is knowledge where the predictable share reaches `LEARNABLE`, and none below `SOME`. There is noise where rows of the
+    same context contradict a share of `CONTRADICTED`. There is none where the share that is not predictable, an upper bound, is
+    below `NOISE`. `knowledge`, `noise`, `both`, or `little` of either; `undecided` in between, where an interval crosses a
+    cut, or where training has not ended what it can predict. Improbable targets without a control may be either.
     """
     found, lost = probe.found, probe.without_control
-    if found.learnable_interval is None or found.noise_interval is None:
+    if found.learnable_interval is None or found.noise_interval is None or found.contradicted_interval is None:
         return "undecided", "there are too few examples for an interval: measure more"
-    (low, high), (low_noise, high_noise) = found.learnable_interval, found.noise_interval
-    rise = math.inf if probe.half_way is None else found.learnable - probe.half_way.learnable
-    is_rising = rise > max(RISING, (high - low) / 2)
-    unknown = lost / found.tokens if lost else 0.0
-    high, high_noise = high + unknown, high_noise + unknown
-    if low < LEARNABLE and abs(found.gain) < MOVED:
-        return "undecided", "training has hardly moved the model: give more `--probe_steps`, or a higher `--learning_rate`"
-    if low < LEARNABLE and is_rising and found.low >= LEARNABLE:
-        return "undecided", "the predictable share was still rising: give more `--probe_steps`"
-    if low < LEARNABLE < high or (low_noise < NOISE < high_noise and not is_rising):
-        either = ", since targets without a control may be either" if lost else ""
-        return "undecided", f"an interval crosses its cut{either}: measure more tokens by `--max_tokens`, or sweep"
-    is_noisy = low_noise >= NOISE and not (low >= LEARNABLE and is_rising)  # the rest may yet be learnt
+    low, high = found.learnable_interval
+    is_noisy, is_clean = found.contradicted_interval[0] >= CONTRADICTED, found.noise_interval[1] < NOISE
+    bound = f"at most {found.noise:.3f} is noise: more steps or other rows may predict it"
     if low >= LEARNABLE:
-        return ("both" if is_noisy else "knowledge"), ""
-    return ("noise" if is_noisy else "little"), ""
+        if is_noisy or is_clean:
+            return ("both" if is_noisy else "knowledge"), ""
+        return "undecided", f"there is knowledge, and {bound}"
+    high += lost / found.tokens if lost else 0.0
+    rise = math.inf if probe.half_way is None else found.learnable - probe.half_way.learnable
+    if abs(found.gain) < MOVED:
+        return "undecided", "training has hardly moved the model: give more `--probe_steps`, or a higher `--learning_rate`"
+    if rise > max(RISING, (high - low) / 2) and found.low >= LEARNABLE:
+        return "undecided", "the predictable share was still rising: give more `--probe_steps`"
+    if high >= SOME:
+        either = ", and targets without a control may be either" if lost else ""
+        reached = (
+            f"{found.learnable:.3f} is not sure to reach the cut {LEARNABLE:g}, but may be enough for objectives to differ"
+        )
+        return "undecided", reached + either
+    if is_noisy or is_clean:
+        return ("noise" if is_noisy else "little"), ""
+    return "undecided", bound
 
 
 def recommend(report: Report) -> Advice:
     """Say what to sweep and why, and what to beware of."""
     regions = _regions(report)
-    probe = report.learnability
-    headline, confidence = decide(report, is_doubtful=probe is not None and _is_doubtful(probe))
+    headline, confidence = decide(report)
     return Advice(
         headline=headline,
         confidence=confidence,
@@ -96,22 +108,24 @@ def _regions(report: Report) -> list[str]:
 
     Where the improbable targets are knowledge, only what learns them; where they are noise, only what leaves them.
     """
-    possible, verdict = report.placement.possible, report.learnability.verdict if report.learnability else None
-    if verdict in ("knowledge", "both"):
+    possible, probe = report.placement.possible, report.learnability
+    if _has_knowledge(probe):
         return ["weak"]
-    if verdict == "noise":
+    if probe and probe.verdict == "noise":
         return [region for region in possible if region != "weak"] or ["intermediate"]
     return possible
 
 
+def _has_knowledge(probe: Learnability | None) -> bool:
+    """Whether the predictable share reaches `LEARNABLE` for certain, whatever the rest is."""
+    return probe is not None and probe.found.learnable_interval is not None and probe.found.learnable_interval[0] >= LEARNABLE
+
+
 def _is_open(report: Report, regions: list[str]) -> bool:
     """Whether nothing says which fixed objective to take."""
-    return (report.learnability is None or report.learnability.verdict == "undecided") and "intermediate" in regions
-
-
-def _is_doubtful(probe: Learnability) -> bool:
-    """Whether so much is predictable that a verdict of noise may be wrong."""
-    return probe.verdict == "noise" and probe.found.learnable >= DOUBTFUL
+    probe = report.learnability
+    is_undecided = probe is None or probe.verdict == "undecided"
+    return is_undecided and ("intermediate" in regions or _has_knowledge(probe))
 
 
 def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
@@ -120,7 +134,7 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
     arms: list[dict[str, Any]] = []
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
-    if _is_open(report, regions) or (probe and (probe.verdict == "both" or _is_doubtful(probe))):
+    if _is_open(report, regions) or (probe and probe.verdict == "both"):
         arms.append({"objective": "anneal"})  # docs/results/anneal.md
     if regions != ["weak"]:
         arms.append({"objective": "nll", "threshold": max(report.percentiles[str(SWEPT_PERCENTILE)], TINY)})
@@ -170,14 +184,11 @@ def _learnability_reason(probe: Learnability) -> str:
     found, interval, lost = probe.found, probe.found.learnable_interval, probe.without_control
     shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
     said = VERDICTS.get(probe.verdict, f"undecided, since {probe.why}")
-    if probe.verdict == "little" and found.learnable >= DOUBTFUL:
-        said = "less knowledge than the cut, but enough for objectives to differ. Keep nll in the sweep"
-    if _is_doubtful(probe):
-        said += ". But on one of three small models nll learnt so much, and neg_p did not: keep nll in the sweep"
     left_out = f" {lost:,} improbable targets are left out: no place serves them as a control." if lost else ""
     return (
         f"Of the content {found.low:.3f} is improbable (p < {probe.below:g}). After {probe.steps} steps on other "
-        f"examples {found.learnable:.3f}{shown} are predictable, {found.noise:.3f} are not: {said}.{left_out}"
+        f"examples {found.learnable:.3f}{shown} are predictable, and {found.noise:.3f} are not, which bounds the noise. Rows "
+        f"of the same context contradict {found.contradicted:.3f}. It is {said}.{left_out} {UNSEEN}"
     )
 
 

@@ -18,11 +18,11 @@ BY_PLACEMENT = (
 UNDECIDED = "The measurement does not decide. Measure more examples, add `--probe_steps 80`, or sweep."
 
 
-def decide(report: Report, is_doubtful: bool) -> tuple[str, str]:
-    """Return what to try first, and how sure that is; `is_doubtful`: whether a verdict of noise may be wrong."""
+def decide(report: Report) -> tuple[str, str]:
+    """Return what to try first, and how sure that is."""
     verdict = report.learnability.verdict if report.learnability else None
     if verdict in FIRST:
-        return (OPEN if is_doubtful else FIRST[verdict]), BY_PROBE
+        return FIRST[verdict], BY_PROBE
     placement = report.placement
     if not placement.decided:
         return OPEN, UNDECIDED

@@ -34,9 +34,9 @@ from ..training.config import BLConfig
 from ..training.trainer import BLTrainer
 from .advice import judge
 from .diagnoser import Diagnoser
+from .evidence import BELOW, Evidence, contexts, evidence, foretold, matched, shares, summed
 from .report import Foretold, Learnability, Trained
 
-BELOW = 0.1  # p under the base model below which a target is improbable
 CANDIDATES = 64  # places of which a control is the best match
 PROBE_TOKENS = 20_000  # target tokens of the second half that are asked about
 PROBE_EXAMPLES = 4096  # the most examples that they are taken from
@@ -115,22 +115,21 @@ class Probe:
     """Trains the adapter of `diagnoser`, which does nothing yet, and measures. Nothing else can be measured with it afterwards.
 
     A target is improbable if p < `BELOW` under the base model; end tokens, special ones and the chat template's own are left
-    out. Its control is the same token at another place, at which it is not the target and as improbable: of `CANDIDATES` places
-    taken at random, that at which its log p is nearest. s is the sign of the token's gain in log p at its own place less its
-    gain at the other. Training that says nothing of where the token belongs gives s = 1 as often as s = -1, however common
-    the token is. An improbable target none of whose places will do has no control: it is neither learnable nor noise, and
-    counts in `without_control`.
+    out. What the rows themselves say of it comes first (`evidence`): a format's token, and one that rows of the same context
+    repeat, are predictable; one that these contradict is not. Of the rest training decides. Its control is the same token at
+    another place, at which it is not the target and as improbable: of `CANDIDATES` places taken at random, that at which its
+    log p is nearest. s is the sign of the token's gain in log p at its own place less its gain at the other. Training that says
+    nothing of where the token belongs gives s = 1 as often as s = -1, however common the token is. An improbable target none of
+    whose places will do has no control, s = 0, and counts in `without_control`.
 
-    Found are means over the second half's content, `VALUES`: `learnable`, the mean of s on improbable targets, 0 on others;
-    `low`, the share of improbable targets; `noise`, the share of those with a control, less `learnable`; `gain`, the mean rise
-    of log p, in nats. `learnable` is the share of targets that are improbable and predictable, if training predicts those for
-    sure and knows nothing of the rest.
+    Found are means over the second half's content, `VALUES`: `learnable`, the mean of 1 for what the rows show to be
+    predictable, 0 for what they contradict, s for other improbable targets, 0 for others; `low`, the share of improbable
+    targets; `noise`, `low` less `learnable`, an upper bound; `contradicted`, a share of it; `gain`, the mean rise
+    of log p, in nats.
 
     `first`: tokenised examples to train on. `batches`: of the second half, as diagnosis collates them; this process's. `most`:
     target tokens of all processes to ask about, at most `PROBE_TOKENS`; 0 for those. Raises MeasurementError if there are none.
     """
-
-    VALUES = ("learnable", "noise", "low", "gain")
 
     def __init__(
         self,
@@ -159,20 +158,24 @@ class Probe:
         unlike = torch.tensor(sorted(end_ids(self.trainer) | special_ids(tokenizer_of(self.trainer.processing_class))))
         self.batches: list[dict[str, Any]] = []
         none = torch.empty(0, dtype=torch.long)
-        columns: list[tuple[Tensor, ...]] = [(none, none, none, none, none.bool())]  # a process may have no batch
+        columns: list[tuple[Tensor, ...]] = [(none, none, none, none, none, none.bool())]  # a process may have no batch
         tokens, examples = 0, 0
         for batch in batches:
             tokens += int(count_targets(batch))
             own = token_batch(batch)
             rows = torch.arange(len(own.token))
             is_content = ~own.is_template & ~torch.isin(own.token, unlike)
-            columns.append((torch.full_like(rows, len(self.batches)), rows, own.token, own.example + examples, is_content))
+            before = contexts([example["input_ids"] for example in own.examples], own.example, own.place)
+            columns.append(
+                (torch.full_like(rows, len(self.batches)), rows, own.token, own.example + examples, before, is_content)
+            )
             self.batches.append(batch)
             examples += len(own.examples)
             if tokens >= most:
                 break
-        self.batch, self.row, self.token, self.example, is_content = (torch.cat(c) for c in zip(*columns, strict=True))
+        self.batch, self.row, self.token, self.example, before, is_content = map(torch.cat, zip(*columns, strict=True))
         self.content = is_content.nonzero().flatten()
+        self.evidence = Evidence(*(each[self.content] for each in evidence(self.token, self.example, before)))
         return tokens, examples, len(self.content)
 
     def cost(self) -> str:
@@ -192,7 +195,8 @@ class Probe:
         base = self._base()
         low = self.content[base < math.log(BELOW)]
         places, before = self._controls(low)
-        left_out = sum(gather_object([int(before.isnan().sum())]))
+        is_decided = self.evidence.is_decided[base < math.log(BELOW)]
+        left_out = sum(gather_object([int((before.isnan() & ~is_decided).sum())]))
         found: list[Means] = []
 
         def measure() -> None:
@@ -207,7 +211,7 @@ class Probe:
         self.trainer.add_callback(HalfWay())
         self.trainer.train()
         measure()
-        return self._judged([Foretold(**each.summary(), noise_interval=each.interval("noise")) for each in found], left_out)
+        return self._judged([*map(foretold, found)], left_out)
 
     def _judged(self, found: list[Foretold], left_out: int) -> Learnability:
         probe = Learnability(
@@ -259,11 +263,7 @@ class Probe:
         drawn = self.content[torch.randint(max(len(self.content), 1), (len(low), CANDIDATES), generator=generator)]
         places = torch.cat([low[:, None], drawn], dim=1)
         logp = self._ask("Controls", places.flatten(), token.repeat_interleave(CANDIDATES + 1), False).view(places.shape)
-        gap = (logp[:, 1:] - logp[:, :1]).abs()
-        gap[(self.token[drawn] == token[:, None]) | (logp[:, 1:] >= math.log(BELOW))] = math.inf
-        nearest, best = gap.min(dim=1, keepdim=True)
-        found = logp[:, 1:].gather(1, best).masked_fill(nearest.isinf(), math.nan)
-        return drawn.gather(1, best)[:, 0], found[:, 0]
+        return matched(drawn, logp, self.token[drawn] == token[:, None])
 
     def _measure(self, base: Tensor, low: Tensor, controls: Tensor, before: Tensor) -> Means:
         tokens = torch.cat([self.token[self.content], self.token[low]])
@@ -273,15 +273,8 @@ class Probe:
                 "The learnability probe's training diverged: probabilities are NaN or infinite. Lower `--learning_rate`."
             )
         gain, control = (after[: len(base)] - base).double(), (after[len(base) :] - before).double()
-        is_low = base < math.log(BELOW)
-        learnable, has_control = torch.zeros_like(gain), torch.zeros_like(gain)
-        has_control[is_low] = (~control.isnan()).double()
-        learnable[is_low] = (gain[is_low] - control).nan_to_num().sign()
-        values = torch.stack([learnable, has_control - learnable, is_low.double(), gain])
-        owner, size = self.example[self.content], int(self.example.max()) + 1 if len(self.example) else 0
-        sums = torch.zeros(len(values), size, dtype=torch.float64).index_add_(1, owner, values)
-        means = Means(self.VALUES)
-        means.add(torch.bincount(owner, minlength=size), sums)
+        owner, count = self.example[self.content], int(self.example.max()) + 1 if len(self.example) else 0
+        means = summed(shares(base, gain, control, self.evidence), owner, count)
         accelerator = self.trainer.accelerator
         means.gram.copy_(accelerator.reduce(means.gram.to(accelerator.device), reduction="sum").cpu())
         return means

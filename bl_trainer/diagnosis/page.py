@@ -14,10 +14,19 @@ from .._util.files import write_bytes, write_text
 from ..measurement.results import Comparison
 from ..pages.figures import render
 from ..pages.html import fill, script_json, to_json
-from .advice import LEARNABLE, NOISE, SWEPT_PERCENTILE, sweep_cost, sweep_yaml
+from .advice import CONTRADICTED, LEARNABLE, NOISE, SOME, SWEPT_PERCENTILE, UNSEEN, sweep_cost, sweep_yaml
 from .figures import ALT_TEXTS, figure, figure_size, figures
 from .report import Learnability, Report
-from .wording import KIND_NAMES, arm_name, asked_percentiles, interval_text, kinds_shown, placement_text, sample_text
+from .wording import (
+    KIND_NAMES,
+    arm_name,
+    asked_percentiles,
+    interval_text,
+    kinds_shown,
+    placement_text,
+    sample_text,
+    temperature_text,
+)
 
 SHOWN_PERCENTILES = ("1", "2", "5", "10", "20", "30", "40", "50", "60", "70", "80", "90", "95", "99")
 IN_A_ROW = 7  # percentiles
@@ -72,7 +81,10 @@ def page(report: Report, folder: Path) -> str:
         sweep_cost=sweep_cost(report),
         swept_percentile=SWEPT_PERCENTILE,
         learnable=LEARNABLE,
+        some=SOME,
         noise=NOISE,
+        contradicted=CONTRADICTED,
+        unseen=UNSEEN,
         figure=partial(figure, report=report),
         halves=_halves(report.learnability) if report.learnability else None,
         numbers=_numbers(report),
@@ -102,10 +114,11 @@ def _next(report: Report, folder: Path) -> dict[str, str]:
 
 def _halves(probe: Learnability) -> Table:
     parts = {f"after {probe.steps // 2} steps": probe.half_way, f"after {probe.steps} steps": probe.found}
-    header = ["share of the content", "improbable", "predictable", "the rest", "mean rise of log p"]
+    header = ["share of the content", "improbable", "predictable", "noise, at most", "contradicted", "mean rise of log p"]
     rows = [
         [name, f"{part.low:.4f}", interval_text(part.learnable, part.learnable_interval),
-         interval_text(part.noise, part.noise_interval), f"{part.gain:+.3f}"]
+         interval_text(part.noise, part.noise_interval), interval_text(part.contradicted, part.contradicted_interval),
+         f"{part.gain:+.3f}"]
         for name, part in parts.items() if part
     ]  # fmt: skip
     return Table(header, rows)
@@ -138,10 +151,12 @@ def _objectives(report: Report) -> Table:
         "effective tokens",
         "from p < 0.1",
         "end tokens",
+        "effective temperature",
     ]
     rows = [
         [item.name, f"{item.scale:.3g}", f"{item.gradient_weight:.3g}", f"{item.effective_tokens:,.0f}",
-         f"{item.buckets[0]:.1%}", f"{item.kinds['eos']:.2%}"]
+         f"{item.buckets[0]:.1%}", f"{item.kinds['eos']:.2%}",
+         temperature_text(item.temperatures)]
         for item in report.objectives
     ]  # fmt: skip
     return Table(header, rows)

@@ -120,6 +120,7 @@ class Gradient:
     scale: float
     gradient_weight: float
     kept: float
+    temperatures: list[float]  # the effective one under each of `temperature.CHOICES`; in JSON null is infinity
 
     @property
     def name(self) -> str:
@@ -142,10 +143,12 @@ class Foretold:
     tokens: int
     learnable: float
     noise: float
+    contradicted: float
     low: float
     gain: float
     learnable_interval: Interval
     noise_interval: Interval
+    contradicted_interval: Interval
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ..measurement.means import VALUES
 from ..measurement.reader import CONFLICT_ENTROPY, CONFLICT_PROB
 from ..measurement.results import EDGE, KINDS, OTHER, RELATIVE, Calibration, Comparison, Measurement
 from ..objectives.objective import Objective
+from ..objectives.temperature import effective_temperature
 from ..objectives.threshold import Threshold
 from ..recipe.recipe import Recipe
 from ..tokens.vocabulary import token_texts
@@ -43,7 +44,8 @@ def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, thresho
 
     A token's pull on its own logit is W = -f'(p) p (1 - p), 0 outside the threshold. `buckets`: share of the sum of W by tenth
     of p; `kinds`: share by kind of token; `effective_tokens`: (sum W)^2 / sum W^2; `scale`: sum W relative to NLL's;
-    `gradient_weight`: mean of -f'(p) p, as training reports it. Exact to the histogram's resolution, in float64.
+    `gradient_weight`: mean of -f'(p) p, as training reports it. These are exact to the histogram's resolution, in float64.
+    `temperatures`: the effective ones, of the objective alone.
     """
     log_p, log_rest = histogram.values()
     used = histogram.counts[0] > 0
@@ -64,6 +66,7 @@ def gradient_mass(histogram: ProbabilityHistogram, objective: Objective, thresho
         scale=(total / (counts[0] * rest).sum()).nan_to_num().item(),
         gradient_weight=((counts[0] * weight).sum() / counts[0].sum()).item(),
         kept=(counts[0][threshold.keep(log_p)].sum() / counts[0].sum()).item(),
+        temperatures=[rest.temperature for rest in effective_temperature(objective, threshold).rests],
     )
 
 

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from ..measurement.reader import CONFLICT_ENTROPY, CONFLICT_PROB
 from ..objectives.composition import spell
 from ..objectives.objective import Objective
+from ..objectives.temperature import effective_temperature
+from ..objectives.threshold import Threshold
 from ..tokens.names import WEIGHT
 from .continuum import region_of
 from .report import Report
+from .wording import temperature_text
 
 SHIFTED = 0.05  # difference between mean p with and without tokens that aren't content, from which it is said
 RARE = 0.1  # mean p below which a kind of token is called unlearnt
@@ -126,9 +129,11 @@ def gradient_not_shown(report: Report) -> str | None:
     others = [name for name in objective.statistics if name not in ("progress", "is_special")]
     others += ["which tokens are special"] if "is_special" in objective.statistics else []
     others += ["training progress"] if "progress" in objective.at(0).statistics else []
+    limits = Threshold.parse(report.recipe.threshold)
+    rests = effective_temperature(objective, limits if limits.resolved else None).rests
     return (
         f"Where the gradient of {spell(objective.to_dict())} comes from is not shown: it depends on more than p "
-        f"({', '.join(others)})."
+        f"({', '.join(others)}). Its effective temperature: {temperature_text([rest.temperature for rest in rests])}."
     )
 
 

@@ -1,5 +1,6 @@
 """How figures of a report are said, on the page and in the terminal."""
 
+import math
 from typing import Any
 
 from .continuum import Placement, objective_name, record_of
@@ -42,6 +43,12 @@ def placement_text(placement: Placement) -> str:
     near = ", ".join(f"{abs(d):.3f} {'above' if d >= 0 else 'below'} the cut at {c:.3f}"
                      for d, c in zip(placement.distance_to_cuts, placement.cuts, strict=True))  # fmt: skip
     return f"model-{placement.region} ({near})"
+
+
+def temperature_text(values: list[float]) -> str:
+    """Return an effective temperature: one figure if it is fixed, else one for each distribution."""
+    shown = ["infinity" if math.isinf(value) else f"{value:.2f}" for value in values]
+    return shown[0] if len({*shown}) == 1 else ", ".join(shown)
 
 
 def arm_name(arm: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from .._util.process import is_first
 from ..errors import RecipeError
 from .items import read_items
 from .options import EvaluateArguments
-from .results import Results
+from .results import Answered, Results
 from .scores import paired_difference
 from .table import table
 
@@ -51,9 +51,11 @@ def run_tasks(options: EvaluateArguments, say: Callable[[str], None] = lambda li
     for checkpoint in checkpoints:
         lm = load_model(checkpoint, options) if missing[checkpoint.name] else None
         for task in missing[checkpoint.name]:
-            found, chat = run(lm, loaded[task], tasks)
-            if found is not None:  # None in all processes but the first
-                results.add(checkpoint, task, found, chat)
+            ways = [(at, own, *run(lm, loaded[task], tasks, own)) for at, own in options.decodings()]
+            answered = [Answered(at, own, found) for at, own, found, _ in ways if found is not None]
+            if answered:  # in no process but the first
+                chat = ways[0][-1]
+                results.add(checkpoint, task, answered, chat)
                 say(f"{checkpoint.name}, {task}: chat template {'' if chat else 'not '}applied.")
         del lm  # before the next one is loaded
     if is_first():

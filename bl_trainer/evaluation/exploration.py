@@ -29,9 +29,15 @@ def names_of(metrics: Iterable[str], ks: Collection[int], samples: int) -> list[
     return [pass_name(metric, k) for metric in metrics for k in ks] + ([DISTINCT, ENTROPY] if samples > 1 else [])
 
 
+def at_temperature(metric: str, temperature: float | None) -> str:
+    """Return the name of a metric of answers sampled at a temperature: `accuracy@T0.5,pass@2:macro`; of None, as it is."""
+    name, rest = re.match(r"([^,:]*)(.*)", metric, re.DOTALL).groups()  # type: ignore[union-attr]
+    return metric if temperature is None else f"{name}@T{temperature:g}{rest}"
+
+
 def is_of_all(metric: str) -> bool:
     """Whether a metric, maybe of a group of items, is one of all answers together, not the mean of those of each."""
-    return metric.partition(":")[0] in (DISTINCT, ENTROPY) or is_pass(metric)
+    return re.split("[:@]", metric)[0] in (DISTINCT, ENTROPY) or is_pass(metric)
 
 
 def is_pass(metric: str) -> bool:

@@ -120,7 +120,7 @@ class Tasks:
                 raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
 
     def _check_generation(self, task: Any) -> None:
-        for key in ("samples", "pass_at", "temperature", "max_new_tokens"):
+        for key in ("samples", "pass_at", "temperature", "temperatures", "max_new_tokens"):
             value = getattr(self.options, key)
             if value != EvaluateArguments.__dataclass_fields__[key].default:
                 shown = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -204,9 +204,9 @@ def _end_at_all_ends(model: Any, tokenizer: Any) -> None:
     config.eos_token_id = sorted({end for end in ends if end is not None}) or None
 
 
-def run(lm: Any, loaded: Loaded, tasks: Tasks) -> tuple[dict[str, Any] | None, bool]:
+def run(lm: Any, loaded: Loaded, tasks: Tasks, options: EvaluateArguments) -> tuple[dict[str, Any] | None, bool]:
     """Run a task; return what the harness makes of it, None but in the first process, and whether the template was applied."""
-    options, limit = tasks.options, tasks.options.limit
+    limit = options.limit
     own = [task for task in loaded.tasks.values() if isinstance(task, Generation)]
     chat = _is_chat(lm, own, options)
     lm.add_bos_token = False if chat else None  # as in training: a template brings its own special tokens

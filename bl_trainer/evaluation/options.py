@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ class EvaluateArguments:
     temperature: float | None = field(
         default=None, metadata={"help": "Of sampling; by default 1 with several samples, as in the paper, else 0 (greedy)."}
     )
+    temperatures: list[float] | None = field(
+        default=None,
+        metadata={"help": "Besides greedy answers, sample `samples` at each of these, e.g. 1 0.5 0.25; as METRIC@T0.5."},
+    )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to generate, if not the task's own number."})
     apply_chat_template: bool | None = field(
         default=None, metadata={"help": "Whether to put prompts into the chat template; by default, if the tokenizer has one."}
@@ -129,6 +133,13 @@ class EvaluateArguments:
     def sampling_temperature(self) -> float:
         """The temperature at which answers are sampled, 0 if greedy."""
         return (1.0 if self.samples > 1 else 0.0) if self.temperature is None else self.temperature
+
+    def decodings(self) -> list[tuple[float | None, "EvaluateArguments"]]:
+        """Return the temperature after which metrics are named, None if they aren't, with the options of each way to answer."""
+        if self.temperatures is None:
+            return [(None, self)]
+        greedy = replace(self, temperatures=None, samples=1, pass_at=None)
+        return [(None, greedy), *((each, replace(self, temperatures=None, temperature=each)) for each in self.temperatures)]
 
     @property
     def is_sampled(self) -> bool:
@@ -168,8 +179,18 @@ class EvaluateArguments:
             raise RecipeError(f"`--seed {self.seed}` must be below {2**32}.")
         if not math.isfinite(self.sampling_temperature):
             raise RecipeError(f"`--temperature {self.temperature}` must be a number.")
-        if self.samples > 1 and not self.is_sampled:
+        if self.temperatures is not None:
+            self._check_temperatures()
+        elif self.samples > 1 and not self.is_sampled:
             raise RecipeError(f"`--temperature 0` gives {self.samples} equal answers. Write a higher one, or `--samples 1`.")
+
+    def _check_temperatures(self) -> None:
+        given = self.temperatures or []
+        shown = " ".join(f"{each:g}" for each in given)
+        if not given or not all(0 < each < math.inf for each in given) or len({*given}) < len(given):
+            raise RecipeError(f"`--temperatures {shown}` must be different numbers above 0, e.g. `--temperatures 1 0.5 0.25`.")
+        if self.temperature is not None:
+            raise RecipeError("`--temperatures` has greedy answers beside it. Remove `--temperature`, or add it to the list.")
 
     def _check_pass_at(self) -> None:
         if self.pass_at is None:
@@ -254,7 +275,8 @@ class EvaluateArguments:
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
-        keys = ("limit", "num_fewshot", "samples", "pass_at", "temperature", "max_new_tokens", "apply_chat_template", "backend")
+        keys = ("limit", "num_fewshot", "samples", "pass_at", "temperature", "temperatures", "max_new_tokens",
+                "apply_chat_template", "backend")  # fmt: skip
         own = self.files().get(task)
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from filelock import FileLock
 
 from .._util.files import write_text
 from ..errors import RecipeError
-from .exploration import is_pass
+from .exploration import at_temperature, is_pass
 from .items import item_rows, read_items
 from .options import Checkpoint, EvaluateArguments
 from .scores import MACRO, largest_difference, macro, paired_difference, scores_of
@@ -23,6 +24,31 @@ logger = logging.getLogger(__name__)
 RESULTS = "results.json"
 PACKAGES = ("bl_trainer", "lm_eval", "transformers", "peft", "datasets", "torch")
 MEASURING = ("bl_trainer", "lm_eval")  # those of which another version may score the same answers otherwise
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the harness found by one way to answer; metrics are named after its `temperature`, if it has one."""
+
+    temperature: float | None
+    options: EvaluateArguments
+    found: dict[str, Any]
+
+    def rows_and_scores(self, name: str, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the items and the scores of one of the harness's tasks; `path`: of the file of items."""
+        found = self.found
+        by = (found["configs"][name].get("metadata") or {}).get("by")
+        rows = item_rows(found["samples"][name], by, self.options.ks)
+        scores = scores_of(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
+        for row in rows:
+            row["metrics"] = {at_temperature(key, self.temperature): value for key, value in row["metrics"].items()}
+        return rows, [{**score, "metric": at_temperature(score["metric"], self.temperature)} for score in scores]
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How each task was answered."""
+        configs = self.found["configs"].items()
+        return {at_temperature(name, self.temperature): config.get("generation_kwargs") for name, config in configs}
 
 
 class Results:
@@ -102,23 +128,25 @@ class Results:
         """Whether a task of a checkpoint is done."""
         return any((entry["checkpoint"], entry["task"]) == (checkpoint.name, task) for entry in self.entries)
 
-    def add(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], chat: bool) -> None:
+    def add(self, checkpoint: Checkpoint, task: str, answered: list[Answered], chat: bool) -> None:
         """Write what the harness found: of each of its tasks that has items (a group has several), and of groups."""
         scores: list[dict[str, Any]] = []
         files: dict[str, str] = {}
-        for name, samples in found["samples"].items():
-            path = f"samples/{checkpoint.label}/{name.replace('/', '__')}.jsonl"
-            rows = item_rows(samples, (found["configs"][name].get("metadata") or {}).get("by"), self.options.ks)
-            if self.options.pass_at and not any(is_pass(metric) for row in rows for metric in row["metrics"]):
-                logger.warning(f"`--pass_at` has no effect on {name}: it has no metric that is 0 or 1 for each answer.")
-            files[path] = "".join(_json(row) for row in rows)
-            scores += scores_of(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
-        for name in found.get("groups", {}):
-            scores += scores_of(found["results"][name], name, None, None)
-        self.own.append(json.loads(_json(self._entry(checkpoint, task, found, scores, chat))))
+        for way in answered:
+            for name in way.found["samples"]:
+                path = f"samples/{checkpoint.label}/{at_temperature(name.replace('/', '__'), way.temperature)}.jsonl"
+                rows, own = way.rows_and_scores(name, path)
+                if way.options.pass_at and not any(is_pass(metric) for row in rows for metric in row["metrics"]):
+                    logger.warning(f"`--pass_at` has no effect on {name}: it has no metric that is 0 or 1 for each answer.")
+                files[path] = "".join(_json(row) for row in rows)
+                scores += own
+            for name in way.found.get("groups", {}):
+                scores += scores_of(way.found["results"][name], name, None, None)
+        self.own.append(json.loads(_json(self._entry(checkpoint, task, answered, scores, chat))))
         self.write(files)
 
-    def _entry(self, checkpoint: Checkpoint, task: str, found: dict[str, Any], scores: Any, chat: bool) -> dict[str, Any]:
+    def _entry(self, checkpoint: Checkpoint, task: str, answered: list[Answered], scores: Any, chat: bool) -> dict[str, Any]:
+        found = answered[0].found
         return {
             "checkpoint": checkpoint.name,
             "model": checkpoint.model,
@@ -129,7 +157,7 @@ class Results:
             "chat_template": chat,
             "options": self.options.deciding(task),
             "batch_size": self.options.batch_size,
-            "generation": {name: config.get("generation_kwargs") for name, config in found["configs"].items()},
+            "generation": {key: kwargs for way in answered for key, kwargs in way.generation.items()},
             "num_fewshot": found["n-shot"],
             "task_versions": found["versions"],
             "versions": {name: version(name) for name in PACKAGES},

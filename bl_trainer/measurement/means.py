@@ -15,7 +15,7 @@ VALUES = ("prob", "nll", "entropy", "top1", "above_paper", "conflicts")
 
 # Which values a mean can have, if not all
 BOUNDS = {
-    **dict.fromkeys(("prob", "base_prob", "top1", "base_top1", "above_paper", "conflicts", "low"), (0.0, 1.0)),
+    **dict.fromkeys(("prob", "base_prob", "top1", "base_top1", "above_paper", "conflicts", "low", "contradicted"), (0.0, 1.0)),
     **dict.fromkeys(("nll", "base_nll", "entropy", "kl", "reverse_kl"), (0.0, math.inf)),
     "js": (0.0, math.log(2)),
     "learnable": (-1.0, 1.0),

@@ -25,11 +25,11 @@ from ..training.metrics_log import Curve
 from . import guard, study
 from .checks import check_arm
 from .design import MODEL_KEYS, evaluate_argv
-from .outcome import Result, arm_folder, read_held_out, task_scores, task_versions
+from .outcome import Result, arm_folder, base_scores, read_held_out, task_scores, task_versions
 from .plan import Plan
 from .process import LAUNCHER, Guarded, Running, Start
-from .rulers import RULERS, show, study_value
-from .study import REASON, ArmError
+from .rulers import RULERS, show, study_value, temperatures_of, with_best
+from .study import FORGETTING, REASON, ArmError
 
 ATTEMPTS = 3  # of an arm that something kills
 
@@ -67,6 +67,8 @@ class Runner:
             found = arm.run(trial)
         elif found.setting != setting:
             raise RecipeError(f"{arm.folder} holds the results of {found.setting}, not of {setting}. Remove the folder.")
+        if trial is not None and "forgetting" in found.rulers:
+            trial.set_user_attr(FORGETTING, found.rulers["forgetting"])
         value = study_value(self.plan.rank_by, found)
         if not math.isfinite(value):
             raise ArmError(f"{self.plan.rank_by} is {value}")
@@ -188,14 +190,17 @@ class Arm:
     def _result(self, seconds: float | None) -> Result:
         """Return what the reports on the held-out data and on tasks say, of the arm and of the base model."""
         held_out, tasks = read_held_out(self.folder), task_scores(self.folder / "tasks")
+        lower_is_better = [name for name, score in tasks.items() if score["higher_is_better"] is False]
+        scores = with_best({name: score["value"] for name, score in tasks.items()}, lower_is_better)
+        lower_is_better += [name for name in scores if {*temperatures_of(name, scores)} & {*lower_is_better}]
         losses, tokens = (Curve(self.model).points(key) for key in ("train_loss", "num_tokens"))
         devices = self.runner.devices
         return Result(
             index=self.index,
             setting=self.setting,
-            rulers=held_out.rulers | {name: score["value"] for name, score in tasks.items()},
+            rulers=held_out.rulers | self._forgetting(scores, lower_is_better) | scores,
             base=held_out.base,
-            lower_is_better=[name for name, score in tasks.items() if score["higher_is_better"] is False],
+            lower_is_better=lower_is_better,
             loss=losses[-1][1] if losses else None,
             examples=held_out.examples,
             tokens=held_out.tokens,
@@ -204,6 +209,16 @@ class Arm:
             seconds=seconds,
             devices=devices[self.job].count(",") + 1 if devices else 0,
         )
+
+    def _forgetting(self, scores: dict[str, float], lower_is_better: list[str]) -> dict[str, float]:
+        """Return what of `retain` this run has lost, if the plan names it."""
+        name = self.plan.retain
+        if name is None:
+            return {}
+        base = base_scores(self.runner.folder)
+        if name not in scores or name not in base:
+            raise RecipeError(f"`retain: {name}` is not among what is measured: {', '.join(scores)}.")
+        return {"forgetting": (base[name] - scores[name]) * (-1 if name in lower_is_better else 1)}
 
 
 def write_yaml(path: Path, recipe: dict[str, Any]) -> None:
@@ -247,9 +262,10 @@ def evaluate_base(plan: Plan, folder: Path, start: Start) -> None:
         if code:
             said = _said(log, place)
             raise RecipeError(f"The base model can't be evaluated: {_reason(said) or f'exit code {code}'} ({log})")
-    scores = task_scores(base / "tasks")
-    if plan.rank_by not in RULERS and plan.rank_by not in scores:
-        raise RecipeError(f"`rank_by: {plan.rank_by}` is not among what is measured: {', '.join([*RULERS, *scores])}.")
+    scores = base_scores(folder)
+    for key, name in (("rank_by", plan.rank_by), ("retain", plan.retain)):
+        if name is not None and name not in RULERS and name not in scores:
+            raise RecipeError(f"`{key}: {name}` is not among what is measured: {', '.join([*RULERS, *scores])}.")
 
 
 def _said(log: Path, place: int) -> str:

@@ -11,14 +11,14 @@ import yaml
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
-from ..evaluation.exploration import names_of
+from ..evaluation.exploration import at_temperature, names_of
 from ..evaluation.task_files import metrics_of
 from ..recipe.local_files import local_files
 from ..recipe.paths import is_path
 from ..recipe.recipe import Recipe
 from .budget import check_budget
 from .design import Design, describe, evaluate_argv
-from .rulers import LOGGED, RULERS
+from .rulers import LOGGED, RULERS, with_best
 from .samplers import MODULES, build
 
 REFUSED = ("model", "adapter", "output", "overwrite", "quantization")  # options of the evaluate verb that a sweep sets itself
@@ -29,6 +29,7 @@ def check(design: Design, recipe: Recipe) -> None:
     texts_are_texts(design)
     short_runs_are_a_grid(design)
     rank_is_measured(design)
+    forgetting_is_measured(design)
     optuna_has_them(design)
     pruner_sees_the_ruler(design, recipe)
     ranges_go_with_trials(design)
@@ -41,11 +42,11 @@ def check(design: Design, recipe: Recipe) -> None:
 
 def texts_are_texts(design: Design) -> None:
     """`rank_by`, `held_out` and `probe` are texts, and the paths among them are there."""
-    for key in ("rank_by", "held_out", "probe"):
+    for key in ("rank_by", "held_out", "probe", "retain"):
         value = getattr(design, key)
         if value is not None and (not isinstance(value, str) or not value):
             raise RecipeError(f"`{key}: {value}` must be a text.")
-        if key != "rank_by" and value is not None and is_path(value) and not list(local_files(value)):
+        if key in ("held_out", "probe") and value is not None and is_path(value) and not list(local_files(value)):
             raise RecipeError(f"`{key}: {value}`: there is no such file.")
 
 
@@ -69,22 +70,43 @@ def rank_is_measured(design: Design) -> None:
 
     A metric's name may be followed by a group of items: `medical/accuracy:macro`.
     """
-    options = evaluated(design) if design.evaluate is not None else EvaluateArguments()
+    _refuse_unmeasured(design, "rank_by", [*RULERS])
+
+
+def _refuse_unmeasured(design: Design, key: str, ours: list[str]) -> None:
+    """Raise RecipeError if a key names no metric of the tasks; `ours`: what it may name as well."""
+    options, given = evaluated(design) if design.evaluate is not None else EvaluateArguments(), str(getattr(design, key))
     tasks, known = options.tasks, {task: _names(task, options) for task in options.tasks}
-    task, slash, metric = str(design.rank_by).rpartition("/")
+    task, slash, metric = given.rpartition("/")
     is_known = f"{task}/{metric.partition(':')[0]}" in known[task] if known.get(task) else task in tasks
-    if design.rank_by in RULERS or (slash and metric and is_known):
+    if given in ours or (slash and metric and is_known):
         return
-    named = [*RULERS, *(name for names in known.values() for name in names)]
+    named = [*ours, *(name for names in known.values() for name in names)]
     allowed = [*named, *(f"{task}/METRIC" for task, names in known.items() if not names)]
-    near = nearest(str(design.rank_by), named)
-    raise RecipeError(f"`rank_by: {design.rank_by}` is not a metric.{near} Allowed: {', '.join(allowed)}.")
+    near = nearest(given, named)
+    raise RecipeError(f"`{key}: {given}` is not a metric.{near} Allowed: {', '.join(allowed) or 'none, without `evaluate`'}.")
 
 
 def _names(task: str, options: EvaluateArguments) -> list[str]:
     """Return the task's metrics by the names that `rank_by` gives them."""
     metrics = metrics_of(task)
-    return [f"{task}/{name}" for name in [*metrics, *(names_of(metrics, options.ks, options.samples) if metrics else [])]]
+    found = []
+    for temperature, own in options.decodings():
+        names = [*metrics, *(names_of(metrics, own.ks, own.samples) if metrics else [])]
+        found += [at_temperature(name, temperature) for name in names]
+    return [f"{task}/{name}" for name in with_best(dict.fromkeys(found, 0.0))]
+
+
+def forgetting_is_measured(design: Design) -> None:
+    """`max_drift` is a share, and it and `rank_by: forgetting` have something to measure by; `retain` is a task's metric."""
+    limit = design.max_drift
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0):
+        raise RecipeError(f"`max_drift: {limit}` must be a number of at least 0, e.g. `max_drift: 0.05`.")
+    if design.retain is not None:
+        _refuse_unmeasured(design, "retain", [])
+    key = "max_drift" if limit is not None else "rank_by: forgetting" if design.rank_by == "forgetting" else None
+    if key and not (design.probe or design.retain):
+        raise RecipeError(f"`{key}` needs what was known before. Write `probe: old.jsonl`, or `retain: TASK/METRIC`.")
 
 
 def evaluated(design: Design) -> EvaluateArguments:

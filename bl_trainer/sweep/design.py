@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,6 +30,8 @@ DATA_KEYS = {
     "pad_to_multiple_of", "remove_unused_columns", "disable_tqdm", "report_to",
 }  # fmt: skip
 
+MAX_DRIFT = 0.05  # of accuracy, or of a task's metric, that the best setting may have lost
+
 Setting = dict[str, Any]  # the recipe keys that a run has of its own
 
 
@@ -40,7 +43,8 @@ class Design:
     an Optuna distribution, for `trials` points that `sampler` draws; of each arm the best point is then run with all seeds.
     `preset`: `full` runs the grid at each seed. `short` cuts runs to `budget`, runs the grid at the first seed, and then the
     best `FINALISTS` groups, each at its best setting, at the other seeds. `share`: what a budget of tokens comes to.
-    `notes`: what the user is to know of it.
+    `retain`: a metric of tasks that the base model is good at; `max_drift`: how much a setting may lose of it, or of accuracy
+    on `probe`. `notes`: what the user is to know of it.
     """
 
     base: dict[str, Any]
@@ -52,6 +56,8 @@ class Design:
     rank_by: str = "accuracy"
     held_out: str | None = None
     probe: str | None = None
+    retain: str | None = None
+    max_drift: float | None = None
     evaluate: dict[str, Any] | None = None
     sampler: Any = None
     pruner: Any = None
@@ -87,6 +93,17 @@ class Design:
     def is_staged(self) -> bool:
         """Whether a first stage chooses what a second one compares."""
         return self.preset == "short"
+
+    @property
+    def limit(self) -> float:
+        """How much forgetting a setting is allowed: `MAX_DRIFT` unless the sweep file says it; all if it isn't measured."""
+        if not (self.probe or self.retain):
+            return math.inf
+        return MAX_DRIFT if self.max_drift is None else self.max_drift
+
+    def excess(self, forgetting: float | None) -> float:
+        """Return what of forgetting counts against a setting: nothing within the limit, all of it above."""
+        return forgetting if forgetting is not None and forgetting > self.limit else 0.0
 
     @property
     def judging_seeds(self) -> list[int]:

@@ -1,7 +1,7 @@
 """The leaderboard: all arms judged by the same rulers, with what the differences between them are worth.
 
 The arms of one group differ in seed, learning rate and ranges alone. A group is shown at its best setting of the latter two, by
-the mean over seeds of the ruler that the sweep ranks by.
+the mean over seeds of the ruler that the sweep ranks by. Settings that forget more than `max_drift` come last.
 """
 
 import json
@@ -15,9 +15,9 @@ import numpy as np
 from ..evaluation.results import mixed_versions
 from .design import Setting, describe
 from .differences import Difference, by_item, difference, holm, interval_over_seeds
-from .outcome import Result, Values, arm_folder, finished, read_values, task_scores
+from .outcome import Result, Values, arm_folder, base_scores, finished, read_values
 from .plan import Plan
-from .rulers import RULERS, Ruler, ruler_named, rulers_in, show
+from .rulers import RULERS, Ruler, ruler_named, rulers_in, show, temperatures_of
 
 Arms = Mapping[int, Result]  # of those that have finished
 Failed = dict[int, tuple[Setting, str]]  # those without a result: settings, reason
@@ -27,6 +27,8 @@ Failed = dict[int, tuple[Setting, str]]  # those without a result: settings, rea
 class Row:
     """A group of the leaderboard, at its best setting.
 
+    `forgetful`: the setting that would be its best if forgetting did not count, with what that forgets; None if it is this one.
+    `temperatures`: METRIC@best -> the temperature of the best mean.
     `values`: ruler -> (mean, 95 % interval over seeds, None below `MIN_SEEDS`). `each`: ruler -> value of each seed.
     """
 
@@ -38,6 +40,8 @@ class Row:
     behind: Difference | None = None
     at_edge: list[str] = field(default_factory=list)
     each: dict[str, list[float]] = field(default_factory=dict)
+    forgetful: tuple[Setting, float] | None = None
+    temperatures: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,7 +97,7 @@ def judge(plan: Plan, folder: Path, failed: Failed) -> Leaderboard:
     arms = finished(plan.count, folder, Result)
     board = rank(plan, arms, lambda index: read_values(arm_folder(folder, index), plan.rank_by), failed)
     if board.base is not None:
-        board.base = {**board.base, **{name: each["value"] for name, each in task_scores(folder / "base" / "tasks").items()}}
+        board.base = {**board.base, **base_scores(folder)}
     return board
 
 
@@ -107,12 +111,20 @@ def rank(plan: Plan, arms: Arms, values_of: Callable[[int], Values | None], fail
         has_accuracy = accuracy.is_in(arms[indices[0]].rulers)
         return ruler.sign * _mean(arms, indices, ruler), _mean(arms, indices, accuracy) if has_accuracy else 0.0
 
+    def order(indices: list[int]) -> tuple[float, float, float]:
+        """The same, but for those that forget too much: the less the better."""
+        return -plan.excess(_forgotten(arms, indices)), *merit(indices)
+
     def ranked(indices: Iterable[int]) -> list[Row]:
         rows = []
         for settings in _grouped(plan, {index: arms[index] for index in indices}):
             most = max(map(len, settings))  # a setting of which seeds failed doesn't stand for the group
-            rows.append(_row(plan, arms, max((each for each in settings if len(each) == most), key=merit)))
-        return sorted(rows, key=lambda row: merit(row.arms), reverse=True)
+            whole = [each for each in settings if len(each) == most]
+            best, greedy = max(whole, key=order), max(whole, key=merit)
+            rows.append(_row(plan, arms, best))
+            if (lost := _forgotten(arms, greedy)) is not None and plan.excess(lost):
+                rows[-1].forgetful = _tuned(arms[greedy[0]]), lost
+        return sorted(rows, key=lambda row: order(row.arms), reverse=True)
 
     first = [index for index in arms if index < plan.first_stage or not plan.is_staged]
     rows, finalists = ranked(first), ranked(index for index in arms if index not in first)
@@ -149,7 +161,19 @@ def _row(plan: Plan, arms: Arms, indices: list[int]) -> Row:
     values = {ruler.name: (float(np.mean(each[ruler.name])), _interval(ruler, each[ruler.name])) for ruler in rulers}
     losses = [loss for index in indices if (loss := arms[index].loss) is not None]
     loss = float(np.mean(losses)) if losses else None
-    return Row(plan.group_of(best), best, indices, values, loss, None, _edges(plan, best), each)
+    edges, temperatures = _edges(plan, best), _best_temperatures(rulers, values)
+    return Row(plan.group_of(best), best, indices, values, loss, at_edge=edges, each=each, temperatures=temperatures)
+
+
+def _best_temperatures(rulers: list[Ruler], values: Mapping[str, tuple[float, Any]]) -> dict[str, float]:
+    """Return METRIC@best -> the temperature at which the mean over seeds is best."""
+    found = {}
+    for ruler in rulers:
+        others = temperatures_of(ruler.name, values)
+        if others:
+            best = max if ruler.sign > 0 else min
+            found[ruler.name] = others[best(others, key=lambda name: values[name][0])]
+    return found
 
 
 def _interval(ruler: Ruler, values: list[float]) -> tuple[float, float] | None:
@@ -183,6 +207,12 @@ def compare(
     low, high = ruler.bounds
     found = difference(float(by_seed.mean()), {n: each for n, each in samples.items() if len(each) > 1}, high - low, weights)
     return replace(found, by_seed=tuple(by_seed.tolist()))
+
+
+def _forgotten(arms: Arms, indices: list[int]) -> float | None:
+    """Return the mean forgetting of some arms, None if it was not measured."""
+    ruler = RULERS["forgetting"]
+    return _mean(arms, indices, ruler) if all(ruler.is_in(arms[index].rulers) for index in indices) else None
 
 
 def _mean(arms: Arms, indices: list[int], ruler: Ruler) -> float:

@@ -10,7 +10,7 @@ from .._util.files import write_text
 from .._util.text import sentence
 from ..errors import MeasurementError, RecipeError
 from ..evaluation import read_items
-from .rulers import RULERS, measured_by
+from .rulers import RULERS, measured_by, with_best
 
 RESULT_SCHEMA = 1
 
@@ -124,6 +124,13 @@ def task_scores(output: Path) -> dict[str, dict[str, Any]]:
     """Return task/metric -> score of an evaluation's results; there may be none."""
     scores = [score for entry in _evaluations(output) for score in entry["scores"]]
     return {f"{score['task']}/{score['metric']}": score for score in scores if isinstance(score["value"], (int, float))}
+
+
+def base_scores(folder: Path) -> dict[str, float]:
+    """Return task/metric -> value of the base model of a sweep, evaluated in its `folder`."""
+    scores = task_scores(folder / "base" / "tasks")
+    lower = [name for name, score in scores.items() if score["higher_is_better"] is False]
+    return with_best({name: score["value"] for name, score in scores.items()}, lower)
 
 
 def task_versions(output: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import shlex
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from .differences import MIN_SEEDS, Difference
 from .figures import alpha_curves, alphas_figure, curves_figure, learning_curves, pareto_figure, rulers_figure
 from .leaderboard import Leaderboard, Row
 from .outcome import arm_folder
-from .rulers import RULERS, show
+from .rulers import RULERS, show, temperatures_of
 
 
 def write_leaderboard(board: Leaderboard, folder: Path, command: str) -> None:
@@ -85,7 +86,8 @@ def summary(board: Leaderboard, folder: Path) -> str:
 def comparison(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of groups, the base model last."""
     first = board.plan.rank_by
-    others = [ruler.name for ruler in board.rulers if ruler.name != first]
+    single = {each for ruler in board.rulers for each in temperatures_of(ruler.name, (one.name for one in board.rulers))}
+    others = [ruler.name for ruler in board.rulers if ruler.name != first and ruler.name not in single]
     header = ["", "with", "seeds", first, f"behind by {first}", *others, "own loss"]
     rows = []
     for row in board.rows:
@@ -178,7 +180,8 @@ def _explained(board: Leaderboard) -> list[str]:
     lines = [ruler.explanation for ruler in board.rulers if ruler.name in RULERS]
     measured = f"Measured on {data.examples:,} test examples, {data.tokens:,} target tokens." if data else ""
     return [
-        f"{measured} Ranked by {board.plan.rank_by}.",
+        f"{measured} Ranked by {board.plan.rank_by}. {_limited(board)}",
+        *_at_best_temperature(board),
         *_staged(board),
         "Each objective is shown at its best setting. The same test data choose the setting and judge it, for all alike. "
         f"Brackets hold 95 % intervals over seeds, or the seeds' values where there are fewer than {MIN_SEEDS}.",
@@ -187,6 +190,35 @@ def _explained(board: Leaderboard) -> list[str]:
         "rows; intervals are not.",
         *lines,
     ]
+
+
+def _limited(board: Leaderboard) -> str:
+    """Return what the ranking makes of forgetting."""
+    limit = board.plan.limit
+    if math.isinf(limit):
+        return "Forgetting is not measured: add `probe: DATA`, or `retain: TASK/METRIC`, of what the model knew before."
+    return f"A setting that forgets more than {limit:g} (`max_drift`) stands behind all that do not."
+
+
+def _at_best_temperature(board: Leaderboard) -> list[str]:
+    if not any(row.temperatures for row in board.rows):
+        return []
+    return [
+        "METRIC@best is each run's best over the sampling temperatures, chosen on the same items. leaderboard.csv has each "
+        "temperature."
+    ]
+
+
+def _forgetful(board: Leaderboard) -> list[str]:
+    """Return a line for each row whose best setting forgets too much."""
+    found = []
+    for row in board.rows:
+        if row.forgetful:
+            setting, lost = row.forgetful
+            own = describe({key: value for key, value in setting.items() if key not in row.group}) or "the only setting"
+            shown = "another setting is shown" if setting != row.best else "no setting forgets less"
+            found.append(f"{row.name}: its best by {board.plan.rank_by}, {own}, forgets {show(lost)}: {shown}.")
+    return found
 
 
 def _staged(board: Leaderboard) -> list[str]:
@@ -202,7 +234,7 @@ def _staged(board: Leaderboard) -> list[str]:
 
 
 def _warnings(board: Leaderboard) -> list[str]:
-    warnings = [*board.plan.notes]
+    warnings = [*board.plan.notes, *_forgetful(board)]
     for row in board.rows:
         warnings += [f"{row.name}: {each}; a wider range may do better." for each in row.at_edge]
         if len(row.arms) < len(board.plan.judging_seeds):
@@ -256,9 +288,10 @@ def _difference(behind: Difference | None) -> str:
 
 def _value(row: Row, ruler: str) -> str:
     mean, interval = row.values[ruler]
+    at = f" at temperature {row.temperatures[ruler]:g}" if ruler in row.temperatures else ""
     if interval:
-        return f"{show(mean)} ({show(interval[0])} to {show(interval[1])})"
-    return f"{show(mean)}" + (f" ({_listed(row.each[ruler])})" if len(row.each[ruler]) > 1 else "")
+        return f"{show(mean)} ({show(interval[0])} to {show(interval[1])}){at}"
+    return f"{show(mean)}" + (f" ({_listed(row.each[ruler])})" if len(row.each[ruler]) > 1 else "") + at
 
 
 def _listed(values: Iterable[float]) -> str:

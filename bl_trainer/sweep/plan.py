@@ -24,7 +24,10 @@ from .checks import check
 from .design import Design, Setting, are_whole
 from .samplers import name_of
 
-OWN_KEYS = ("arms", "preset", "budget", "rank_by", "held_out", "probe", "evaluate", "sampler", "trials", "pruner")
+OWN_KEYS = (
+    "arms", "preset", "budget", "rank_by", "held_out", "probe", "retain", "max_drift", "evaluate", "sampler", "trials",
+    "pruner",
+)  # fmt: skip
 
 # Keys that a sweep sets for each arm, or that would make its arms incomparable
 TAKEN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "env", "test_split_size")
@@ -132,6 +135,10 @@ class Plan(Design):
             "pruner": self.pruner, "rank_by": self.rank_by if self.trials or self.pruner or self.is_staged else None,
             **self.files, "launch": self.launch,
         }  # fmt: skip
+        if self.retain:
+            parts["retain"] = self.retain
+        if self.max_drift is not None and (self.trials or self.is_staged):
+            parts["max_drift"] = self.max_drift
         if self.is_staged:  # of which a full grid knows nothing
             parts |= {"preset": self.preset, "budget": self.budget}
         texts = {name: json.dumps(part, sort_keys=True, default=str) for name, part in parts.items()}

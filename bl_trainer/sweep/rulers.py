@@ -1,6 +1,7 @@
 """The metrics that runs are compared by: one entry for each in `RULERS`, and one made of the results for a task's metric."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -80,10 +81,36 @@ RULERS = {
             "drift", "lower", (0.0, math.inf),
             "KL(base, tuned), nats per target token of the probe set, or of the test set without one", column="kl",
         ),
+        Ruler(
+            "forgetting", "lower", (-1.0, 1.0),
+            "accuracy lost since the base model on the probe set, or by the metric that `retain` names; `max_drift` limits it",
+        ),
     )
 }  # fmt: skip
 
 LOGGED = [ruler.name for ruler in RULERS.values() if ruler.logged]
+
+
+AT = r"@T([\d.e+-]+)"  # a temperature in a metric's name
+BEST = "@best"  # of a task's metric: at the temperature of `evaluate`'s `temperatures` at which the run is best
+
+
+def temperatures_of(name: str, measured: Iterable[str]) -> dict[str, float]:
+    """Return the metrics whose best is METRIC@best, each with its temperature; none of another metric."""
+    start, best, rest = map(re.escape, name.partition(BEST))
+    parts = {other: re.fullmatch(rf"{start}{AT}{rest}", other) for other in (measured if best else ())}
+    return {other: float(part[1]) for other, part in parts.items() if part}
+
+
+def with_best(scores: Mapping[str, float], lower_is_better: Iterable[str] = ()) -> dict[str, float]:
+    """Return scores of tasks, with METRIC@best for those that were measured at several temperatures."""
+    lower, found = {*lower_is_better}, dict(scores)
+    for name in scores:
+        best = re.sub(AT, BEST, name)
+        if best != name:
+            better = min if name in lower else max
+            found[best] = better(found.get(best, scores[name]), scores[name])
+    return found
 
 
 def show(value: float) -> str:
@@ -106,10 +133,10 @@ def ruler_named(name: str, results: Iterable[Measured]) -> Ruler:
 
 
 def rulers_in(results: Iterable[Measured]) -> list[Ruler]:
-    """Return the rulers that the first of some results gives: ours in their order, then those of tasks."""
+    """Return the rulers of some results: those of ours that all give, in their order, then those of the first one's tasks."""
     results = list(results)
     measured = results[0].rulers if results else {}
-    own = [ruler for ruler in RULERS.values() if ruler.is_in(measured)]
+    own = [ruler for ruler in RULERS.values() if results and all(ruler.is_in(result.rulers) for result in results)]
     return own + [ruler_named(name, results) for name in measured if name not in RULERS]
 
 
@@ -133,4 +160,9 @@ def measured_by(compared: Mapping[str, Any], is_base: bool) -> dict[str, float]:
         **{name: part[f"{prefix}{column}"] for name, column in columns.items()},
         "calibration_error": part["calibration"]["base" if is_base else "tuned"]["error"],
         "drift": 0.0 if is_base else compared.get("probe", part)["kl"],
+        **({"forgetting": 0.0 if is_base else _lost(compared["probe"])} if "probe" in compared else {}),
     }
+
+
+def _lost(probe: Mapping[str, Any]) -> float:
+    return probe["base_top1"] - probe["top1"]

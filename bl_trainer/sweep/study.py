@@ -39,6 +39,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 # What a trial has in its user attributes
 WORKER, ARM, SETTING, REASON, SURPLUS = "worker", "arm", "setting", "reason", "surplus"
+FORGETTING = "forgetting"
 
 
 class ArmError(Exception):
@@ -243,10 +244,14 @@ class Study:
         return {**chosen[0], "seed": seed}
 
     def _ranked(self, trials: list[FrozenTrial]) -> list[Setting]:
-        """Return the settings of the trials that finished, the best first."""
+        """Return the settings of the trials that finished, the best first; those that forgot too much last."""
         done = [each for each in trials if each.state == TrialState.COMPLETE]
         way = -1 if self.study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-        return [each.user_attrs[SETTING] for each in sorted(done, key=lambda each: (way * each.values[0], each.number))]
+
+        def place(trial: FrozenTrial) -> tuple[float, float, int]:
+            return self.plan.excess(trial.user_attrs.get(FORGETTING)), way * trial.values[0], trial.number
+
+        return [each.user_attrs[SETTING] for each in sorted(done, key=place)]
 
     def _reclaim(self) -> None:
         """Ask again for what workers that are gone have left."""
