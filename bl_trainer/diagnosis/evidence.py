@@ -41,7 +41,8 @@ class Evidence(NamedTuple):
 def evidence(token: Tensor, example: Tensor, context: Tensor) -> Evidence:
     """Return what N target tokens, in reading order, say of each other.
 
-    `token`: ids. `example`: numbers of examples. `context`: numbers, equal where all tokens before the target are. All: int64 (N,).
+    `token`: ids. `example`: numbers of examples. `context`: numbers, equal where all tokens before the target are. Each is
+    int64 and (N,).
 
     Chernoff's bounds on binomials decide: P(k or more of n) <= exp(-n KL(k/n, q)). k of n other rows of the context agree. q is
     the token's share at that place in other contexts, counted with one more.
