@@ -116,8 +116,8 @@ def summed(values: Tensor, owner: Tensor, count: int) -> Means:
 
 def foretold(means: Means) -> Foretold:
     """Return what a report has of these means."""
-    intervals = {f"{name}_interval": means.interval(name) for name in ("noise", "contradicted")}
-    return Foretold(**means.summary(), **intervals)
+    noise, contradicted = map(means.interval, ("noise", "contradicted"))
+    return Foretold(**means.summary(), noise_interval=noise, contradicted_interval=contradicted)
 
 
 def _numbers(values: Tensor) -> Tensor:
