@@ -20,9 +20,9 @@ from bl_trainer.cli import main
 from bl_trainer.diagnosis import score_files
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.run import Diagnosis
-from bl_trainer.diagnosis.score_files import row_hash
 from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.row_hash import row_hash
 from conftest import make_double, write_recipe
 from forking import ranks
 from test_diagnosis import by_hand, rows_of, save

@@ -44,7 +44,7 @@ class TrainerRecipe(Recipe):
         prepared = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         # the rows are packed and truncated
         own = {"packing": False, "eval_packing": None, "max_length": None, "padding_free": _collator(trainer).padding_free}
-        training = replace(args, dataset_kwargs=prepared, **own)
+        training = replace(args, dataset_kwargs=prepared, drop_rows=None, **own)
         script, model = ScriptArguments(dataset_name=data), ModelConfig(model_name_or_path=name)
         return cls(script, training, model, DatasetMixtureConfig(), options, trainer=trainer)
 

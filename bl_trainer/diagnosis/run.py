@@ -25,6 +25,7 @@ from ..tokens.names import EXAMPLES, REFERENCE, WEIGHT
 from ..tokens.spans import weighing_of
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
+from ..training.kept_rows import KeptRows
 from .diagnoser import Diagnoser, deal
 from .learnability import Probe, halves, probe_adapter
 from .options import DiagnoseArguments, names_as_given
@@ -52,11 +53,14 @@ class Diagnosis:
         self.options: DiagnoseArguments = recipe.options
         with names_as_given(self.options.model is not None):
             dataset, _ = recipe.load_datasets()
+        self.all_rows = dataset  # those that `--scores` numbers
+        if recipe.training.drop_rows is not None:
+            dataset = KeptRows.of(recipe.training.drop_rows, dataset, recipe.training.dataset_text_field).select(dataset)
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.is_weighed = WEIGHT in columns_of(dataset) or weighing_of(dataset).multiplies
         self._check(next(iter(dataset)))
         options = self.options
-        self.folder = ScoreFolder.of(recipe, dataset) if options.scores else None
+        self.folder = ScoreFolder.of(recipe, self.all_rows) if options.scores else None
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
         args = self._arguments()
         self.trainer = self._make_trainer(dataset, args)
@@ -88,6 +92,7 @@ class Diagnosis:
             objective="nll",  # the recipe's own would add columns
             threshold=None,  # nothing is dropped from a measurement
             stop_on_nan=False,
+            drop_rows=None,  # they are dropped already
             bf16_full_eval=False,  # training computes in neither
             fp16_full_eval=False,
             max_steps=1,

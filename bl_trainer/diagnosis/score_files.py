@@ -4,7 +4,6 @@ A file is written in one go once all its rows are scored, so that whatever is th
 from the number of rows of the data set alone: a run on another number of processes resumes the same files.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -22,8 +21,7 @@ from .._util.files import replacing
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
-from ..tokens.labels import OF_TOKENS, columns_of
-from ..tokens.layouts import find_layout
+from ..tokens.row_hash import hashed_columns, hashes_of
 
 SCHEMA = 1  # raised if a column changes its meaning; a folder of another one is refused
 
@@ -63,19 +61,6 @@ def fields(logp: pa.DataType | None) -> list[pa.Field]:
     return [*found, pa.field("logp", pa.list_(logp)), *ids]
 
 
-def row_hash(row: dict[str, Any]) -> str:
-    """Return a hash of a row's training text: blake2b, 8 bytes, of its JSON with sorted keys and without nulls."""
-    text = json.dumps(_without_nulls(row), sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without the keys that only other rows of the data set have, which loading fills with None."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
-
-
 def refuse_other_files(folder: Path) -> None:
     """Raise RecipeError if a folder holds anything but files of scores, which would load together with them."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -104,9 +89,7 @@ class ScoreFolder:
             raise RecipeError(
                 "`--scores` numbers the rows of a data set, and a stream has no end. Write `dataset_streaming: false`."
             )
-        options, first = recipe.options, dataset[0]
-        texts = find_layout(first, "the training set", recipe.training.dataset_text_field)
-        columns = [name for name in columns_of(dataset) if name in {*texts, *OF_TOKENS, "tools", "chat_template_kwargs"}]
+        options, columns = recipe.options, hashed_columns(dataset, recipe.training.dataset_text_field)
         logp = {"float32": pa.float32(), "float16": pa.float16()}[options.tokens_dtype] if options.tokens else None
         found = cls(Path(options.scores), dataset, columns, logp, _settings(recipe, len(dataset)))
         present = [shard for shard in found.shards() if (found.path / shard.name).exists()]
@@ -126,7 +109,7 @@ class ScoreFolder:
 
     def hashes(self, shard: Shard) -> list[str]:
         """Return the hash of each of a file's rows."""
-        return [row_hash(row) for row in self.dataset.select(shard.rows).select_columns(self.columns)]
+        return hashes_of(self.dataset.select(shard.rows), self.columns)
 
     def missing(self, weights: str | None) -> list[Shard]:
         """Return the files that are yet to be written, the same in all processes. `weights`: hash of the model's.
