@@ -23,7 +23,7 @@ from .options import DiagnoseArguments
 from .report import Report
 from .run import Diagnosis
 
-ELSEWHERE = ("model", "data", "compare", "probe", "probe_steps", "by", "scores")  # options that need a recipe
+ELSEWHERE = ("model", "data", "compare", "probe", "probe_steps", "by", "scores", "noise_steps")  # options that need a recipe
 
 OWN = (ROW, GROUP, TEMPLATE, POSITION, LENGTH, WEIGHT, REFERENCE)
 
