@@ -140,6 +140,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/loss_head_page.py
 	$(BIN)/python tools/temperature_page.py
 	$(BIN)/python tools/cells_page.py
+	$(BIN)/python tools/noise_rows_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

@@ -28,6 +28,13 @@ def half_by_hand(row):
     return hashlib.blake2b(json.dumps(begin, sort_keys=True).encode(), digest_size=1).digest()[0] % 2
 
 
+def gaps_of(model, ids, trains):
+    """How much more probable than each target the most probable token is, in nats, by a plain forward pass."""
+    with torch.no_grad():
+        rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return [(rows[i - 1].max() - rows[i - 1, ids[i]]).item() for i in range(1, len(ids)) if trains[i]]
+
+
 WAYS = {"pairs": ("pairs", {}), "chat": ("chat", {}), "packed": ("pairs", {"packing": True, "max_length": 20})}
 
 
@@ -59,6 +66,7 @@ def test_each_row_is_scored_by_an_adapter_that_has_not_seen_it(way, tokenizer, d
     )
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(make_double(tokenizer), config, autocast_adapter_dtype=False).eval()
+    plain = make_double(tokenizer)
     for i, (ids, trains) in enumerate(sequences):
         set_peft_model_state_dict(model, diagnosing.cross_fit.adapters[1 - halves[i]])
         wanted = expected(model, [(ids[:length], trains[:length])], tokenizer.eos_token_id)
@@ -66,6 +74,8 @@ def test_each_row_is_scored_by_an_adapter_that_has_not_seen_it(way, tokenizer, d
             assert found["noise_score"][i] is found["fitted_mean_logp"][i] is None
             continue
         assert found["fitted_mean_logp"][i] == pytest.approx(wanted["mean_logp"], abs=1e-6)
+        gaps = [gaps_of(each, ids[:length], trains) for each in (plain, model)]
+        assert found["noise_score"][i] == pytest.approx(max(map(min, *gaps)), abs=1e-6)
         np.testing.assert_allclose(found["fitted_logp"][i], wanted["logp"], rtol=1e-5, atol=1e-5)
     scored_alone = scored(tmp_path / "alone", double_checkpoint, data, "--tokens", **QUICK, **options)
     for name in scored_alone.column_names:

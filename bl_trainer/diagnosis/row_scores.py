@@ -6,6 +6,7 @@ Rows are scored as they train, one row to a sequence: a packed recipe's are not 
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..errors import MeasurementError
 from ..head.ops import score
+from ..head.sums import TokenScores
 from ..head.targets import IGNORED, Targets
 from ..measurement.fingerprint import fingerprint
 from ..measurement.forward import score_batch, without_targets
@@ -59,6 +61,7 @@ class TokenTable(NamedTuple):
     entropy: np.ndarray
     is_conflict: np.ndarray
     fitted: np.ndarray  # log p under the adapter that has not seen the row; NaN without `--noise_steps`
+    gap: np.ndarray  # the lesser of model and that adapter: log p(most probable) - log p(target)
 
     @classmethod
     def join(cls, parts: list["TokenTable"]) -> "TokenTable":
@@ -172,23 +175,24 @@ class RowScorer:
             owner = torch.searchsorted(batch[EXAMPLE_LENGTHS].cumsum(0), column + 1, right=True)
         token = targets.ids
         scores, fitted = self._scores(model, batch, int(rows[0]))
-        columns = [scores.logp, scores.entropy, conflicts(scores).to(scores.logp.dtype), fitted.to(scores.logp)]
-        found = torch.stack(columns).cpu().numpy()
+        gap = torch.minimum(*(each.top1_logp - each.logp for each in (scores, fitted)))
+        columns = scores.logp, scores.entropy, conflicts(scores), fitted.logp, gap
+        found = torch.stack([each.to(scores.logp.dtype) for each in columns]).cpu().numpy()
         refuse_nan(torch.from_numpy(found[0] + found[1]), rows[owner])
         if self.cross_fit is not None and not np.isfinite(found[3]).all():
             raise MeasurementError("Cross-fitting diverged: probabilities are NaN or 0. Lower `--learning_rate`.")
         self.tables.append(TokenTable(numbers[owner].numpy(), token.cpu().numpy(), *found))
 
-    def _scores(self, model: Any, batch: dict[str, Any], row: int) -> tuple[Any, torch.Tensor]:
-        """Return a batch's scores, and log p of its targets under the adapter that has not seen rows such as `row`."""
+    def _scores(self, model: Any, batch: dict[str, Any], row: int) -> tuple[TokenScores, TokenScores]:
+        """Return a batch's scores under the model, and under the adapter, if any, that has not seen rows such as `row`."""
         use = partial(score, extras=())
         if self.cross_fit is None:
             scores = score_batch(self.trainer, model, batch, use)
-            return scores, torch.full_like(scores.logp, torch.nan)
+            return scores, replace(scores, logp=torch.full_like(scores.logp, torch.nan))
         with self.trainer.accelerator.unwrap_model(model).disable_adapter():
             scores = score_batch(self.trainer, model, batch, use)
         self.cross_fit.use(int(self.cross_fit.halves[row]))
-        return scores, score_batch(self.trainer, model, batch, use).logp
+        return scores, score_batch(self.trainer, model, batch, use)
 
     def _columns(self, shard: Shard, sequences: list[Sequence]) -> dict[str, Any]:
         """Return the columns of a file, by the tokens kept."""
@@ -221,9 +225,19 @@ def _figures(row: np.ndarray, tokens: TokenTable, is_end: np.ndarray, targets: n
     first, end = np.full(size, np.nan), np.full(size, np.nan)
     first[row[::-1]] = p[::-1]  # the last one that is assigned stays
     end[row[is_end]] = p[is_end]
-    with np.errstate(invalid="ignore"):
-        fitted = np.bincount(row, weights=tokens.fitted, minlength=size) / targets
-    return dict(zip([*FIGURES, *FITTED], [*means, first, end, fitted, -fitted], strict=True))
+    return dict(zip([*FIGURES, *FITTED], [*means, first, end, *_noise(row, tokens, targets)], strict=True))
+
+
+def _noise(row: np.ndarray, tokens: TokenTable, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each row the mean log p under the adapter that has not seen it, and the noise score.
+
+    The score is the largest gap of a row's tokens, in nats: how clearly model and adapter both expect another token.
+    """
+    with np.errstate(invalid="ignore"):  # 0 / 0 of rows without a target
+        fitted = np.bincount(row, weights=tokens.fitted, minlength=len(targets)) / targets
+        noise = np.where(targets > 0, -np.inf, np.nan)
+        np.maximum.at(noise, row, tokens.gap)
+    return fitted, noise
 
 
 def _lists(sizes: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:

@@ -32,7 +32,7 @@ class RowCut:
         if found is None or not math.isfinite(number):
             raise RecipeError(
                 f"Cannot read `drop_rows: {text}`: it is not SCORES COLUMN SIGN NUMBER. Write such as "
-                '`drop_rows: "out/scores noise_score > 0.8"`; signs are <, <=, > and >=.'
+                '`drop_rows: "out/scores noise_score > 4"`; signs are <, <=, > and >=.'
             )
         return cls(Path(found["path"]).expanduser(), found["column"], found["sign"], number)
 

@@ -43,7 +43,7 @@ class BLConfig(SFTConfig):
             NaN or infinite, and before a step whose gradient is. Waits for the device once per micro-batch and step.
         drop_rows (`str`, *optional*):
             Rows of the training set to leave out, by a column of the scores that `diagnose --scores` wrote:
-            `"out/scores noise_score > 0.8"`. The scores must be of exactly these rows.
+            `"out/scores noise_score > 4"`. The scores must be of exactly these rows.
 
     Raises:
         `RecipeError`: on a wrong objective, threshold or `drop_rows`, and on settings under which something else than the
@@ -89,7 +89,7 @@ class BLConfig(SFTConfig):
     drop_rows: str | None = field(
         default=None,
         metadata={
-            "help": "Rows of the training set to leave out, by scores of `diagnose --scores`: 'out/scores noise_score > 0.8'.",
+            "help": "Rows of the training set to leave out, by scores of `diagnose --scores`: 'out/scores noise_score > 4'.",
             "metavar": "SCORES COLUMN SIGN NUMBER",
         },
     )
