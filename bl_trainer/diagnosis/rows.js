@@ -18,9 +18,9 @@ const cut = () => data.cuts[+slider.value]
 function colour(token) {
   token.dataset.b = Math.min(9, Math.floor(token.p[+after] / 100))
 }
-function card(row) {
+function card(row, place) {
   const made = make("div", "example"), text = make("div", "text")
-  made.score = row.score
+  made.place = place
   made.append(make("h3", "", `row ${row.row}: score ${row.score.toFixed(3)}, ${row.targets} target tokens, `
     + `mean p ${row.before.toFixed(3)} before, ${row.after.toFixed(3)} after`))
   text.dir = "auto"
@@ -38,12 +38,12 @@ function card(row) {
   return made
 }
 function mark() {
-  for (const each of box.children) each.classList.toggle("dropped", each.score > cut()[0])
+  for (const each of box.children) each.classList.toggle("dropped", each.place < cut()[1])
 }
 function show(from) {
   if (from !== undefined) { box.replaceChildren(); next = from; box.scrollTop = 0 }
   const rows = data.rows.slice(next, next + AT_ONCE)
-  box.append(...rows.map(card))
+  box.append(...rows.map((row, i) => card(row, next + i)))
   next += rows.length
   more.hidden = next >= data.rows.length
   mark()
