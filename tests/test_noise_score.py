@@ -173,7 +173,7 @@ def test_wrong_rows_stand_on_top(checkpoint, tmp_path):
     assert above > 0.75 > 0.6 > (base[wrong][:, None] > base[~wrong][None]).mean()
 
 
-def test_a_half_without_enough_rows_is_refused(double_checkpoint, tmp_path):
+def test_a_half_without_enough_rows_is_refused(double_checkpoint, tmp_path, loads_no_model):  # noqa: F811
     rows = [row for row in rows_of("pairs", 200) if half_by_hand(row)][:30] + rows_of("pairs", 4)
     message = rf"`--noise_steps` needs at least {FEWEST} rows in each half of the data, one has [0-4] \(rows that begin alike"
     with pytest.raises(RecipeError, match=message):

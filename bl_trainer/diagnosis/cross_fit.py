@@ -24,26 +24,32 @@ from .learnability import FEWEST, half_of, probe_arguments, probe_learning_rate
 from .score_files import ADAPTERS
 
 
+def halves_of(dataset: Dataset, text_field: str) -> np.ndarray:
+    """Return which half each row is in, (rows,) of 0 and 1: rows that begin alike are in the same, as the probe has it.
+
+    Raises RecipeError if a half has fewer than `FEWEST` rows.
+    """
+    halves = np.array([half_of(row, text_field) for row in dataset], dtype=np.int8)
+    least = int(np.bincount(halves, minlength=2).min())
+    if least < FEWEST:
+        raise RecipeError(
+            f"`--noise_steps` needs at least {FEWEST} rows in each half of the data, one has {least} (rows that begin alike "
+            "stay together). Leave it out, or add data."
+        )
+    return halves
+
+
 class CrossFit:
     """
     The adapter of `diagnoser`, which does nothing yet, fitted to either half of a data set's rows by NLL.
 
-    Rows that begin alike are in the same half, as the learnability probe halves them. `halves`: (rows,), 0 or 1. Raises
-    RecipeError if a half has fewer than `FEWEST` rows, or the model is sharded.
+    `halves`: (rows,), 0 or 1, of `halves_of`. Raises RecipeError if the model is sharded.
     """
 
-    def __init__(self, diagnoser: Diagnoser, recipe: Recipe, dataset: Dataset, steps: int):
+    def __init__(self, diagnoser: Diagnoser, recipe: Recipe, dataset: Dataset, halves: np.ndarray, steps: int):
         if diagnoser.is_fsdp_enabled or diagnoser.is_deepspeed_enabled:
             raise RecipeError("`--noise_steps` needs a whole model on each device. Launch it without FSDP and DeepSpeed.")
-        field = recipe.training.dataset_text_field
-        self.halves = np.array([half_of(row, field) for row in dataset], dtype=np.int8)
-        least = int(np.bincount(self.halves, minlength=2).min())
-        if least < FEWEST:
-            raise RecipeError(
-                f"`--noise_steps` needs at least {FEWEST} rows in each half of the data, one has {least} (rows that begin "
-                "alike stay together). Leave it out, or add data."
-            )
-        self.diagnoser, self.dataset, self.steps = diagnoser, dataset, steps
+        self.diagnoser, self.dataset, self.halves, self.steps = diagnoser, dataset, halves, steps
         self.learning_rate = probe_learning_rate(recipe)
         self.start = _state(diagnoser.model)
         self.adapters: list[dict[str, torch.Tensor]] = []

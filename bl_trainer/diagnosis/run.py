@@ -26,7 +26,7 @@ from ..tokens.spans import weighing_of
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
 from ..training.kept_rows import KeptRows
-from .cross_fit import CrossFit
+from .cross_fit import CrossFit, halves_of
 from .diagnoser import Diagnoser, deal
 from .learnability import Probe, halves, probe_adapter
 from .options import DiagnoseArguments, names_as_given
@@ -63,6 +63,7 @@ class Diagnosis:
         self._check(next(iter(dataset)))
         options = self.options
         self.folder = ScoreFolder.of(recipe, self.all_rows) if options.scores else None
+        halves = halves_of(self.all_rows, recipe.training.dataset_text_field) if options.noise_steps else None
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
         args = self._arguments()
         self.trainer = self._make_trainer(dataset, args)
@@ -76,8 +77,9 @@ class Diagnosis:
         self.pair = Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
-        steps = options.noise_steps
-        self.cross_fit = CrossFit(self.trainer, recipe, self.all_rows, steps) if steps else None
+        self.cross_fit = None
+        if halves is not None:
+            self.cross_fit = CrossFit(self.trainer, recipe, self.all_rows, halves, options.noise_steps)
 
     def _check(self, row: dict[str, Any]) -> None:
         """Raise RecipeError on what neither this row of the data set nor the launch allows."""
