@@ -79,8 +79,9 @@ The share of hard rows that are among the k highest scores. A good score flags f
 
 - **Where the model knows the task, its own loss is enough.** On the new rule the base model is at chance, and cross-fitting
   finds the wrong rows. The lesser of both does well on either side.
-- **The mean loss of a row depends on its length and form.** It flags every rare name, longer answer and fact. The gap of
-  the worst token flags no fact told once, and still most rare names.
+- **"Lesser gap" and "lesser loss" are equally good on average**, within the intervals. The hard rows decided: the mean loss of
+  a row depends on its length and form, and flags every rare name, longer answer and fact. The gap of the worst token flags few
+  facts told once, but still most rare names and longer answers.
 - **Wrong sums stay hidden from a model that cannot add.** On `chain_sum` no score has an average above {sums} with
   `tiny-half`.
 - **Consistent mistakes** are found here because these models know the right rule, and 80 steps teach too little of the
@@ -95,7 +96,7 @@ The share of hard rows that are among the k highest scores. A good score flags f
   a row's few.
 - **Improbable tokens that stay improbable.** A row's count takes few values.
 - **Area under the margin.** It needs every row to train, which a probe of 80 steps does not do on larger sets. Here it is
-  best among hard rows, and worse elsewhere.
+  best among hard rows, and no better elsewhere.
 - **IFD.** It is no better than the base model's loss, and costs another pass.
 """
 
