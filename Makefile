@@ -150,6 +150,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/temperature_page.py
 	$(BIN)/python tools/cells_page.py
 	$(BIN)/python tools/verdict_page.py
+	$(BIN)/python tools/noise_rows_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

@@ -180,7 +180,7 @@ def diagnose(argv: list[str]) -> None:
         diagnosis.score()
         report = diagnosis.run() if recipe.options.report else None
         if report is not None and diagnosis.trainer.is_world_process_zero():
-            write_report(report, recipe.options.report)
+            write_report(report, recipe.options.report, diagnosis.scored())
             print(terminal_summary(report, recipe.options.report))
     except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes
         fail(error, recipe, anywhere=True)

@@ -300,6 +300,12 @@ def test_page_of_the_loss_head(tmp_path):
         assert made == page, "run `python tools/loss_head_page.py`"
 
 
+def test_page_of_noisy_rows(tmp_path):
+    runpy.run_path(str(ROOT / "tools" / "noise_rows_page.py"))["main"](str(tmp_path))
+    made, page = ((folder / "noise-rows.md").read_text() for folder in (tmp_path, DOCS / "results"))
+    assert made == page, "run `python tools/noise_rows_page.py`"
+
+
 def test_column_of_a_reference_is_made_as_the_page_says(tmp_path, checkpoint, tokenizer, monkeypatch):
     (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "reference" / "objectives.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)

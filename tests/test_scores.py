@@ -20,9 +20,9 @@ from bl_trainer.cli import main
 from bl_trainer.diagnosis import score_files
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.run import Diagnosis
-from bl_trainer.diagnosis.score_files import row_hash
 from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.tokens.row_hash import row_hash
 from conftest import make_double, write_recipe
 from forking import ranks
 from test_diagnosis import by_hand, rows_of, save
@@ -343,9 +343,10 @@ def test_the_reference_lists_the_columns(recipe, tmp_path):
     listed = re.findall(r"^\| `(\w+)` \| ([a-z0-9 ]+) \|", page.partition("metadata")[0], re.MULTILINE)
     for logp, name in ((pa.float32(), "float"), (pa.float16(), "halffloat")):
         kinds = {"list of float or halffloat": f"list<element: {name}>", "list of int32": "list<element: int32>"}
-        fields = [(field.name, str(field.type).replace("item:", "element:")) for field in score_files.fields(logp)]
+        fields = [(field.name, str(field.type).replace("item:", "element:")) for field in score_files.fields(logp, True)]
         assert [(column, kinds.get(kind, kind)) for column, kind in listed] == fields
     assert score_files.fields(None) == score_files.fields(pa.float32())[:-3]
+    assert score_files.fields(None, True) == score_files.fields(pa.float32(), True)[:-4]
 
 
 def test_the_guides_lines_filter_weigh_and_refer(recipe, double_checkpoint, tokenizer, tmp_path, monkeypatch):

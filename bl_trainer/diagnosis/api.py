@@ -42,12 +42,13 @@ def diagnose(
         folder = str(report or Path(scratch) / "report")
         if isinstance(recipe, BLTrainer):
             found, writes = diagnose_trainer(recipe, _checked({"report": folder, **options}))
+            scored = None
         else:
             diagnosis = Diagnosis(read_diagnosis(_argv(recipe, Path(scratch), {"report": folder, **options})))
             diagnosis.score()
-            found, writes = diagnosis.run(), diagnosis.trainer.is_world_process_zero()
+            found, writes, scored = diagnosis.run(), diagnosis.trainer.is_world_process_zero(), diagnosis.scored()
         if report is not None and writes:
-            write_report(found, folder)
+            write_report(found, folder, scored)
     return found
 
 

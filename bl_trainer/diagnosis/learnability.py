@@ -85,8 +85,7 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
     most = max(num_train, FEWEST), PROBE_EXAMPLES
     shuffled = dataset.shuffle(seed=seed) if isinstance(dataset, Dataset) else dataset.shuffle(seed=seed, buffer_size=1000)
     for example in shuffled:
-        text = json.dumps(_beginning(example, text_field), sort_keys=True, default=str)
-        half = hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2
+        half = half_of(example, text_field)
         if len(parts[half]) < most[half]:
             parts[half].append(example)
         if all(len(part) == size for part, size in zip(parts, most, strict=True)):
@@ -98,6 +97,12 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
         )
     first, second = (Dataset.from_list(part, features=dataset.features) for part in parts)
     return first, second
+
+
+def half_of(example: dict[str, Any], text_field: str) -> int:
+    """Return which half of the data an example is in, 0 or 1, by how it begins."""
+    text = json.dumps(_beginning(example, text_field), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 2
 
 
 def _beginning(example: dict[str, Any], text_field: str) -> Any:

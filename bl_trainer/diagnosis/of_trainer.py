@@ -23,7 +23,7 @@ from .options import DiagnoseArguments
 from .report import Report
 from .run import Diagnosis
 
-ELSEWHERE = ("model", "data", "compare", "probe", "probe_steps", "by", "scores")  # options that need a recipe
+ELSEWHERE = ("model", "data", "compare", "probe", "probe_steps", "by", "scores", "noise_steps")  # options that need a recipe
 
 OWN = (ROW, GROUP, TEMPLATE, POSITION, LENGTH, WEIGHT, REFERENCE)
 
@@ -44,7 +44,7 @@ class TrainerRecipe(Recipe):
         prepared = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         # the rows are packed and truncated
         own = {"packing": False, "eval_packing": None, "max_length": None, "padding_free": _collator(trainer).padding_free}
-        training = replace(args, dataset_kwargs=prepared, **own)
+        training = replace(args, dataset_kwargs=prepared, drop_rows=None, **own)
         script, model = ScriptArguments(dataset_name=data), ModelConfig(model_name_or_path=name)
         return cls(script, training, model, DatasetMixtureConfig(), options, trainer=trainer)
 

@@ -17,7 +17,17 @@ from .score_files import refuse_other_files
 
 NAMED = {"model": "model_name_or_path", "data": "dataset_name"}  # options in place of a recipe -> its keys
 
-REPORT_FILES = ("report.json", "examples.json", "report.html", "compare.csv", "probe.csv", "sweep.yaml", "figures")
+REPORT_FILES = (
+    "report.json",
+    "examples.json",
+    "report.html",
+    "compare.csv",
+    "probe.csv",
+    "sweep.yaml",
+    "rows.html",
+    "rows.parquet",
+    "figures",
+)
 
 
 @dataclass
@@ -55,6 +65,13 @@ class DiagnoseArguments:
     )
     tokens: bool = field(default=False, metadata={"help": "With --scores, log p of every target token as well."})
     tokens_dtype: str = field(default="float32", metadata={"help": "Precision of --tokens: float32 or float16."})
+    noise_steps: int = field(
+        default=0,
+        metadata={
+            "help": "With --scores, steps of two LoRA adapters, one on each half of the rows, to tell by the other half which "
+            "rows are probably wrong. 80 is a good number."
+        },
+    )
 
     def check(self) -> None:
         """Raise RecipeError on a wrong value or a folder that can't be written to."""
@@ -86,10 +103,14 @@ class DiagnoseArguments:
     def _check_scores(self) -> None:
         """Raise RecipeError on what `--scores` does not go with, or a folder of something else."""
         if not self.scores:
-            for option in ("tokens", "tokens_dtype"):
+            for option in ("tokens", "tokens_dtype", "noise_steps"):
                 if getattr(self, option) != getattr(DiagnoseArguments, option):
                     raise RecipeError(f"`--{option}` does nothing without `--scores`. Name the folder for the scores.")
             return
+        if self.noise_steps < 0:
+            raise RecipeError(f"`--noise_steps {self.noise_steps}` must not be negative; 0 leaves the noise score out.")
+        if self.noise_steps and self.probe_steps:
+            raise RecipeError("Cannot run `--noise_steps` with `--probe_steps`: both train the adapter. Run them one by one.")
         if self.tokens_dtype not in ("float32", "float16"):
             raise RecipeError(f"`--tokens_dtype {self.tokens_dtype}` must be float32 or float16.")
         if self.tokens_dtype != "float32" and not self.tokens:

@@ -17,6 +17,7 @@ from ..pages.html import fill, script_json, to_json
 from .advice import CONTRADICTED, LEARNABLE, NOISE, SOME, SWEPT_PERCENTILE, UNSEEN, sweep_cost, sweep_yaml
 from .figures import ALT_TEXTS, figure, figure_size, figures
 from .report import Learnability, Report
+from .rows_page import ScoredRows, write_rows
 from .wording import (
     KIND_NAMES,
     arm_name,
@@ -39,14 +40,20 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def write_report(report: Report, folder: str | None) -> None:
+def write_report(report: Report, folder: str | None, scored: ScoredRows | None = None) -> None:
     """Write report.json, examples.json, report.html, sweep.yaml, figures/*.png and, of a comparison, its rows into `folder`.
 
-    Each file is written in one go.
+    With `scored` rows.html and rows.parquet besides. Each file is written in one go.
     """
     target = Path(folder or ".")
     (target / "figures").mkdir(parents=True, exist_ok=True)
-    for path in (*(f"figures/{name}.png" for name in ALT_TEXTS), "compare.csv", "probe.csv"):  # of an earlier report
+    for path in (
+        *(f"figures/{name}.png" for name in ALT_TEXTS),
+        "compare.csv",
+        "probe.csv",
+        "rows.html",
+        "rows.parquet",
+    ):  # of an earlier report
         (target / path).unlink(missing_ok=True)
     for name, draw in figures(report).items():
         write_bytes(target / "figures" / f"{name}.png", render(partial(draw, report), figure_size(name), "light", "png"))
@@ -55,10 +62,12 @@ def write_report(report: Report, folder: str | None) -> None:
         "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n",
         "examples.json": to_json(report.reader) + "\n",
         "sweep.yaml": sweep_yaml(report),
-        "report.html": page(report, target),
+        "report.html": page(report, target, has_rows=scored is not None),
     }
     for name, text in texts.items():
         write_text(target / name, text)
+    if scored is not None:
+        write_rows(scored, target, f"{report.model} on {report.data}")
 
 
 def _rows_csv(rows: list[Any]) -> str:
@@ -67,13 +76,14 @@ def _rows_csv(rows: list[Any]) -> str:
     return text.getvalue()
 
 
-def page(report: Report, folder: Path) -> str:
-    """Return the HTML page of a report, with commands for the files in `folder`."""
+def page(report: Report, folder: Path, has_rows: bool = False) -> str:
+    """Return the HTML page of a report, with commands for the files in `folder`. `has_rows`: whether rows.html is beside it."""
     home = Path(__file__).parent
     return fill(
         home / "page.html.j2",
         title=f"{report.model} on {report.data}: {placement_text(report.placement)}",
         next=_next(report, folder),
+        has_rows=has_rows,
         report=report,
         placement=placement_text(report.placement),
         sample=sample_text(report) if report.sampled else "",

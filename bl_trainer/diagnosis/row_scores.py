@@ -6,6 +6,7 @@ Rows are scored as they train, one row to a sequence: a packed recipe's are not 
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..errors import MeasurementError
 from ..head.ops import score
+from ..head.sums import TokenScores
 from ..head.targets import IGNORED, Targets
 from ..measurement.fingerprint import fingerprint
 from ..measurement.forward import score_batch, without_targets
@@ -27,8 +30,9 @@ from ..tokens.labels import targets_of
 from ..tokens.names import EXAMPLE_LENGTHS, EXAMPLES, ROW
 from ..tokens.prepare import training_parts
 from ..tokens.vocabulary import end_ids, tokenizer_of
+from .cross_fit import CrossFit
 from .diagnoser import Diagnoser
-from .score_files import FIGURES, ScoreFolder, Shard
+from .score_files import FIGURES, FITTED, ScoreFolder, Shard
 
 IMPROBABLE = 0.1  # p below which a target counts towards `improbable_share`
 
@@ -56,6 +60,8 @@ class TokenTable(NamedTuple):
     logp: np.ndarray
     entropy: np.ndarray
     is_conflict: np.ndarray
+    fitted: np.ndarray  # log p under the adapter that has not seen the row; NaN without `--noise_steps`
+    gap: np.ndarray  # the lesser of model and that adapter: log p(most probable) - log p(target)
 
     @classmethod
     def join(cls, parts: list["TokenTable"]) -> "TokenTable":
@@ -66,26 +72,32 @@ class TokenTable(NamedTuple):
 
 
 class RowScorer:
-    """Scores the rows of a folder that it lacks, each process its share of the files."""
+    """Scores the rows of a folder that it lacks, each process its share of the files. `cross_fit`: for a noise score."""
 
-    def __init__(self, trainer: Diagnoser, folder: ScoreFolder):
-        self.trainer, self.folder, self.args = trainer, folder, trainer.args
+    def __init__(self, trainer: Diagnoser, folder: ScoreFolder, cross_fit: CrossFit | None = None):
+        self.trainer, self.folder, self.args, self.cross_fit = trainer, folder, trainer.args, cross_fit
         self.is_prepared = bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         self.ends = sorted(end_ids(trainer))
-        self.weights = _weights(trainer)
+        self.hashes = {"weights": _weights(trainer)}
         self.tables: list[TokenTable] = []  # of the file under way
         self.bar: Any = None
 
     def run(self) -> None:
         """Write the files that are missing. Raises RecipeError as `ScoreFolder.missing`, MeasurementError on NaN."""
-        missing = self.folder.missing(self.weights)
+        missing = self.folder.missing(self.hashes)
         accelerator = self.trainer.accelerator
         if not missing:
             return
+        if self.cross_fit is not None:
+            self.hashes["adapters"] = self.cross_fit.fit(self.folder.path)
+            missing = self.folder.missing(self.hashes)
         own = missing[accelerator.process_index :: accelerator.num_processes]
         rows, hidden = sum(len(shard.rows) for shard in own), self.args.disable_tqdm or not accelerator.is_main_process
         with tqdm(total=rows, desc="Scoring", unit=" rows", disable=hidden) as self.bar:
             self.trainer.observe(self._batches(own, missing[0]), self._observe)
+        if self.cross_fit is not None:
+            self.cross_fit.leave()
+            self.folder.finish()
 
     # Rows
 
@@ -97,18 +109,26 @@ class RowScorer:
         idle = True
         for shard, sequences in self._by_shard(own):
             numbers = [i for i, each in enumerate(sequences) if targets_of(each.example)]
-            numbers.sort(key=lambda i: -len(sequences[i].example["input_ids"]))  # with little padding
-            size, self.tables = self.args.per_device_train_batch_size, []
-            done = self.bar.n
-            for start in range(0, len(numbers), size):
+            self.tables, done, batched = [], self.bar.n, 0
+            for batch in self._batched(sequences, numbers):
                 idle = False
-                yield self._collated(sequences, numbers[start : start + size])
-                self.bar.update(done + min(start + size, len(numbers)) * len(shard.rows) // len(numbers) - self.bar.n)
+                yield self._collated(sequences, batch)
+                batched += len(batch)
+                self.bar.update(done + batched * len(shard.rows) // len(numbers) - self.bar.n)
             self.bar.update(done + len(shard.rows) - self.bar.n)
-            self.folder.write(shard, self._columns(shard, sequences), self.weights)
+            self.folder.write(shard, self._columns(shard, sequences), self.hashes)
         if idle:
             _, sequences = next(self._by_shard([other]))
             yield without_targets(self._collated(sequences, [0]))
+
+    def _batched(self, sequences: list[Sequence], numbers: list[int]) -> Iterator[list[int]]:
+        """Yield the numbers of sequences in batches with little padding, each of rows of one half."""
+        halves = self.cross_fit.halves if self.cross_fit else np.zeros(len(self.folder.dataset))
+        size = self.args.per_device_train_batch_size
+        for half in (0, 1):
+            own = [i for i in numbers if halves[sequences[i].row] == half]
+            own.sort(key=lambda i: -len(sequences[i].example["input_ids"]))
+            yield from (own[start : start + size] for start in range(0, len(own), size))
 
     def _by_shard(self, shards: list[Shard]) -> Iterator[tuple[Shard, list[Sequence]]]:
         """Yield each file with its sequences in order."""
@@ -154,10 +174,25 @@ class RowScorer:
         if EXAMPLE_LENGTHS in batch:  # padding-free: one row
             owner = torch.searchsorted(batch[EXAMPLE_LENGTHS].cumsum(0), column + 1, right=True)
         token = targets.ids
-        scores = score_batch(self.trainer, model, batch, partial(score, extras=()))
-        found = torch.stack([scores.logp, scores.entropy, conflicts(scores).to(scores.logp.dtype)]).cpu().numpy()
+        scores, fitted = self._scores(model, batch, int(rows[0]))
+        gap = torch.minimum(*(each.top1_logp - each.logp for each in (scores, fitted)))
+        columns = scores.logp, scores.entropy, conflicts(scores), fitted.logp, gap
+        found = torch.stack([each.to(scores.logp.dtype) for each in columns]).cpu().numpy()
         refuse_nan(torch.from_numpy(found[0] + found[1]), rows[owner])
+        if self.cross_fit is not None and not np.isfinite(found[3]).all():
+            raise MeasurementError("Cross-fitting diverged: probabilities are NaN or 0. Lower `--learning_rate`.")
         self.tables.append(TokenTable(numbers[owner].numpy(), token.cpu().numpy(), *found))
+
+    def _scores(self, model: Any, batch: dict[str, Any], row: int) -> tuple[TokenScores, TokenScores]:
+        """Return a batch's scores under the model, and under the adapter, if any, that has not seen rows such as `row`."""
+        use = partial(score, extras=())
+        if self.cross_fit is None:
+            scores = score_batch(self.trainer, model, batch, use)
+            return scores, replace(scores, logp=torch.full_like(scores.logp, torch.nan))
+        with self.trainer.accelerator.unwrap_model(model).disable_adapter():
+            scores = score_batch(self.trainer, model, batch, use)
+        self.cross_fit.use(int(self.cross_fit.halves[row]))
+        return scores, score_batch(self.trainer, model, batch, use)
 
     def _columns(self, shard: Shard, sequences: list[Sequence]) -> dict[str, Any]:
         """Return the columns of a file, by the tokens kept."""
@@ -173,6 +208,7 @@ class RowScorer:
         if self.folder.logp is None:
             return columns
         columns["logp"] = _lists(targets, tokens.logp, self.folder.logp)
+        columns["fitted_logp"] = _lists(targets, tokens.fitted, self.folder.logp)
         joined: dict[str, list[list[int]]] = {"input_ids": [[] for _ in range(size)], "labels": [[] for _ in range(size)]}
         for each in sequences:
             joined["input_ids"][each.row - shard.start] += each.example["input_ids"]
@@ -189,7 +225,19 @@ def _figures(row: np.ndarray, tokens: TokenTable, is_end: np.ndarray, targets: n
     first, end = np.full(size, np.nan), np.full(size, np.nan)
     first[row[::-1]] = p[::-1]  # the last one that is assigned stays
     end[row[is_end]] = p[is_end]
-    return dict(zip(FIGURES, [*means, first, end], strict=True))
+    return dict(zip([*FIGURES, *FITTED], [*means, first, end, *_noise(row, tokens, targets)], strict=True))
+
+
+def _noise(row: np.ndarray, tokens: TokenTable, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each row the mean log p under the adapter that has not seen it, and the noise score.
+
+    The score is the largest gap of a row's tokens, in nats: how clearly model and adapter both expect another token.
+    """
+    with np.errstate(invalid="ignore"):  # 0 / 0 of rows without a target
+        fitted = np.bincount(row, weights=tokens.fitted, minlength=len(targets)) / targets
+        noise = np.where(targets > 0, -np.inf, np.nan)
+        np.maximum.at(noise, row, tokens.gap)
+    return fitted, noise
 
 
 def _lists(sizes: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.Array:

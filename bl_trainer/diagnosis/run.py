@@ -25,12 +25,15 @@ from ..tokens.names import EXAMPLES, REFERENCE, WEIGHT
 from ..tokens.spans import weighing_of
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
+from ..training.kept_rows import KeptRows
+from .cross_fit import CrossFit, halves_of
 from .diagnoser import Diagnoser, deal
 from .learnability import Probe, halves, probe_adapter
 from .options import DiagnoseArguments, names_as_given
 from .pair import Pair
 from .report import Compare, ComparedElsewhere, Report
 from .row_scores import RowScorer
+from .rows_page import ScoredRows
 from .score_files import ScoreFolder
 from .summary import read_aloud, summarise, summarise_comparison
 
@@ -52,11 +55,15 @@ class Diagnosis:
         self.options: DiagnoseArguments = recipe.options
         with names_as_given(self.options.model is not None):
             dataset, _ = recipe.load_datasets()
+        self.all_rows = dataset  # those that `--scores` numbers
+        if recipe.training.drop_rows is not None:
+            dataset = KeptRows.of(recipe.training.drop_rows, dataset, recipe.training.dataset_text_field).select(dataset)
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.is_weighed = WEIGHT in columns_of(dataset) or weighing_of(dataset).multiplies
         self._check(next(iter(dataset)))
         options = self.options
-        self.folder = ScoreFolder.of(recipe, dataset) if options.scores else None
+        self.folder = ScoreFolder.of(recipe, self.all_rows) if options.scores else None
+        halves = halves_of(self.all_rows, recipe.training.dataset_text_field) if options.noise_steps else None
         self.scratch = tempfile.TemporaryDirectory(prefix="bl_trainer")
         args = self._arguments()
         self.trainer = self._make_trainer(dataset, args)
@@ -70,6 +77,9 @@ class Diagnosis:
         self.pair = Pair(self.trainer, recipe, options.compare) if options.compare else None
         self.probe = self._load_probe(options.probe) if options.probe else None
         self.learnability = self._make_learnability(dataset, options.probe_steps) if options.probe_steps else None
+        self.cross_fit = None
+        if halves is not None:
+            self.cross_fit = CrossFit(self.trainer, recipe, self.all_rows, halves, options.noise_steps)
 
     def _check(self, row: dict[str, Any]) -> None:
         """Raise RecipeError on what neither this row of the data set nor the launch allows."""
@@ -88,6 +98,7 @@ class Diagnosis:
             objective="nll",  # the recipe's own would add columns
             threshold=None,  # nothing is dropped from a measurement
             stop_on_nan=False,
+            drop_rows=None,  # they are dropped already
             bf16_full_eval=False,  # training computes in neither
             fp16_full_eval=False,
             max_steps=1,
@@ -122,10 +133,16 @@ class Diagnosis:
     def score(self) -> None:
         """Score every row into the folder of `--scores`, if there is one; what it holds already stays."""
         if self.folder is not None:
-            RowScorer(self.trainer, self.folder).run()
+            RowScorer(self.trainer, self.folder, self.cross_fit).run()
             count = len(self.folder.shards())
             rows = f"{len(self.folder.dataset):,} rows in {count} file{'s' if count > 1 else ''}"
             self.trainer.accelerator.print(f"Scores: {self.folder.path} ({rows})")
+
+    def scored(self) -> ScoredRows | None:
+        """Return the rows that a report's page of rows shows, None without a noise score and tokens."""
+        if self.folder is None or self.cross_fit is None or self.folder.logp is None:
+            return None
+        return ScoredRows(self.folder, tokenizer_of(self.trainer.processing_class))
 
     def run(self) -> Report:
         """Measure, and return the report, the same in every process."""
@@ -192,9 +209,11 @@ class Diagnosis:
         return replace(found, probe=elsewhere), {"compare": comparison.examples, "probe": rows}
 
     def _adapter(self) -> PeftConfig | None:
-        """Return an adapter that does nothing yet: for the probe to train, or as quantised models are trained with one."""
-        recipe = self.recipe
-        return probe_adapter(recipe) if self.options.probe_steps else recipe.peft_config if recipe.quantization_config else None
+        """Return an adapter that does nothing yet: to be trained here, or as quantised models are trained with one."""
+        recipe, options = self.recipe, self.options
+        if options.probe_steps or options.noise_steps:
+            return probe_adapter(recipe)
+        return recipe.peft_config if recipe.quantization_config else None
 
     def _make_learnability(self, dataset: Any, steps: int) -> Probe:
         trainer, args = self.trainer, self.trainer.args

@@ -4,9 +4,9 @@ A file is written in one go once all its rows are scored, so that whatever is th
 from the number of rows of the data set alone: a run on another number of processes resumes the same files.
 """
 
-import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,22 @@ from .._util.files import replacing
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
-from ..tokens.labels import OF_TOKENS, columns_of
-from ..tokens.layouts import find_layout
+from ..tokens.row_hash import hashed_columns, hashes_of
+from .learnability import probe_adapter, probe_learning_rate
 
 SCHEMA = 1  # raised if a column changes its meaning; a folder of another one is refused
+
+HASHES = ("weights", "adapters")  # known only once the model is there
 
 KEY = b"bl_trainer.scores"  # of the schema metadata: JSON, what the file is of
 
 NAME = re.compile(r"scores-(\d{9})-(\d{9})\.parquet")
 
 FEWEST, MOST, FILES = 64, 4096, 64  # rows of a file, and about how many files there are where these allow it
+
+ADAPTERS = ".adapters"  # of cross-fitting, until all rows are scored; `datasets` passes over hidden folders
+
+FITTED = ("fitted_mean_logp", "noise_score")  # with `--noise_steps`; null without targets
 
 FIGURES = ("mean_p", "mean_logp", "improbable_share", "conflict_share", "entropy", "first_p", "end_p")  # null without targets
 
@@ -53,33 +59,22 @@ class Shard(NamedTuple):
         return range(self.start, self.stop)
 
 
-def fields(logp: pa.DataType | None) -> list[pa.Field]:
-    """Return the columns of a file. `logp`: type of a log p, None without `--tokens`."""
+def fields(logp: pa.DataType | None, is_fitted: bool = False) -> list[pa.Field]:
+    """Return the columns of a file. `logp`: type of a log p, None without `--tokens`. `is_fitted`: with `--noise_steps`."""
     found = [pa.field("row", pa.int64()), pa.field("row_hash", pa.string()), pa.field("targets", pa.int32())]
     found += [pa.field(name, pa.float64()) for name in FIGURES] + [pa.field("truncated", pa.bool_())]
+    found += [pa.field(name, pa.float64()) for name in FITTED if is_fitted]
     if logp is None:
         return found
-    ids = [pa.field(name, pa.list_(pa.int32())) for name in ("input_ids", "labels")]
-    return [*found, pa.field("logp", pa.list_(logp)), *ids]
-
-
-def row_hash(row: dict[str, Any]) -> str:
-    """Return a hash of a row's training text: blake2b, 8 bytes, of its JSON with sorted keys and without nulls."""
-    text = json.dumps(_without_nulls(row), sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a value without the keys that only other rows of the data set have, which loading fills with None."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    lists = [pa.field(name, pa.list_(logp)) for name in ("logp", "fitted_logp")[: 1 + is_fitted]]
+    return [*found, *lists, *(pa.field(name, pa.list_(pa.int32())) for name in ("input_ids", "labels"))]
 
 
 def refuse_other_files(folder: Path) -> None:
     """Raise RecipeError if a folder holds anything but files of scores, which would load together with them."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not NAME.fullmatch(re.sub(r"\.\w{8}\.part$", "", path.name)):  # a kill leaves the file behind that it was writing
+        name = re.sub(r"\.\w{8}\.part$", "", path.name)  # a kill leaves the file behind that it was writing
+        if name != ADAPTERS and not NAME.fullmatch(name):
             raise RecipeError(f"`--scores {folder}` holds {path.name}, which is no file of scores. Write another folder.")
 
 
@@ -104,9 +99,7 @@ class ScoreFolder:
             raise RecipeError(
                 "`--scores` numbers the rows of a data set, and a stream has no end. Write `dataset_streaming: false`."
             )
-        options, first = recipe.options, dataset[0]
-        texts = find_layout(first, "the training set", recipe.training.dataset_text_field)
-        columns = [name for name in columns_of(dataset) if name in {*texts, *OF_TOKENS, "tools", "chat_template_kwargs"}]
+        options, columns = recipe.options, hashed_columns(dataset, recipe.training.dataset_text_field)
         logp = {"float32": pa.float32(), "float16": pa.float16()}[options.tokens_dtype] if options.tokens else None
         found = cls(Path(options.scores), dataset, columns, logp, _settings(recipe, len(dataset)))
         present = [shard for shard in found.shards() if (found.path / shard.name).exists()]
@@ -126,15 +119,20 @@ class ScoreFolder:
 
     def hashes(self, shard: Shard) -> list[str]:
         """Return the hash of each of a file's rows."""
-        return [row_hash(row) for row in self.dataset.select(shard.rows).select_columns(self.columns)]
+        return hashes_of(self.dataset.select(shard.rows), self.columns)
 
-    def missing(self, weights: str | None) -> list[Shard]:
-        """Return the files that are yet to be written, the same in all processes. `weights`: hash of the model's.
+    @property
+    def is_fitted(self) -> bool:
+        """Whether rows are also scored by adapters that have not seen them."""
+        return self.settings["noise"] is not None
+
+    def missing(self, hashes: dict[str, str | None]) -> list[Shard]:
+        """Return the files that are yet to be written, the same in all processes. `hashes`: of the model's weights.
 
         Raises RecipeError if those that are there are of other weights. Removes what a kill has left of unfinished ones.
         """
         present = [shard for shard in self.shards() if (self.path / shard.name).exists()]
-        self._agree(lambda: self._compare(present, {"weights": weights}))
+        self._agree(lambda: self._compare(present, hashes))
         done = set(gather_object(present))
         if PartialState().is_local_main_process:
             for path in self.path.glob("*.part"):
@@ -142,10 +140,10 @@ class ScoreFolder:
         PartialState().wait_for_everyone()
         return [shard for shard in self.shards() if shard not in done]
 
-    def write(self, shard: Shard, columns: dict[str, Any], weights: str | None) -> None:
-        """Write a file in one go. `columns`: all but `row` and `row_hash`."""
-        recorded = json.dumps({"schema": SCHEMA, **self.settings, "weights": weights}, sort_keys=True)
-        schema = pa.schema(fields(self.logp), metadata={KEY: recorded.encode()})
+    def write(self, shard: Shard, columns: dict[str, Any], hashes: dict[str, str | None]) -> None:
+        """Write a file in one go. `columns`: all but `row` and `row_hash`. `hashes`: of the weights, to be recorded."""
+        recorded = json.dumps({"schema": SCHEMA, **self.settings, **hashes}, sort_keys=True)
+        schema = pa.schema(fields(self.logp, self.is_fitted), metadata={KEY: recorded.encode()})
         columns = {"row": pa.array(shard.rows, pa.int64()), "row_hash": self.hashes(shard), **columns}
         self.path.mkdir(parents=True, exist_ok=True)
         with replacing(self.path / shard.name) as part:
@@ -176,12 +174,18 @@ class ScoreFolder:
         found = json.loads(recorded)
         for name, value in wanted.items():
             if found.get(name) != value:
-                then = "" if name == "weights" else f" ({found.get(name)}, now {value})"
+                then = "" if name in HASHES else f" ({found.get(name)}, now {value})"
                 raise RecipeError(f"{self._cannot} {path.name} was written with another `{name}`{then}. {self._instead}")
 
     @property
     def _cannot(self) -> str:
         return f"Cannot resume `--scores {self.path}`:"
+
+    def finish(self) -> None:
+        """Remove what only a resumed run would need."""
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(self.path / ADAPTERS, ignore_errors=True)
 
     _instead = "Write another folder, or remove this one."
 
@@ -204,6 +208,17 @@ def _read(path: Path, how: Callable[[Path], Any]) -> Any:
         raise RecipeError(f"Cannot read {path}: {why}. Remove this file; the same command writes it again.") from error
 
 
+def _noise(recipe: Recipe) -> dict[str, Any]:
+    """Return what the adapters of cross-fitting depend on besides."""
+    adapter: Any = probe_adapter(recipe)
+    return {
+        "steps": recipe.options.noise_steps,
+        "learning_rate": probe_learning_rate(recipe),
+        "rank": getattr(adapter, "r", None),
+        "seed": recipe.training.seed,
+    }
+
+
 def _settings(recipe: Recipe, rows: int) -> dict[str, Any]:
     """Return what scores depend on, besides the rows and the weights."""
     training, model, options = recipe.training, recipe.model, recipe.options
@@ -224,4 +239,5 @@ def _settings(recipe: Recipe, rows: int) -> dict[str, Any]:
         "chat_template_path": training.chat_template_path,
         "eos_token": training.eos_token,
         "tokens": options.tokens_dtype if options.tokens else None,
+        "noise": _noise(recipe) if options.noise_steps else None,
     }

@@ -39,7 +39,7 @@ REMARKS = {"prepare-data": "Names: math, medical, figfont, coding, low_resource,
 GROUPS = {
     "Objective": r"objective|threshold|loss_head|stop_on_nan",
     "Model": r"model_.*|dtype|attn_implementation|trust_remote_code|chat_template_path|(eos|pad)_token|router_aux_loss_coef",
-    "Data": r"dataset.*|streaming|test_split_size|max_length|truncation_mode|(eval_)?packing.*|pad.*|.*_only_loss"
+    "Data": r"dataset.*|drop_rows|streaming|test_split_size|max_length|truncation_mode|(eval_)?packing.*|pad.*|.*_only_loss"
     r"|shuffle_dataset|remove_unused_columns|label_names|train_sampling_strategy|length_column_name|dataloader_.*",
     "LoRA and quantisation": r"use_peft|lora_.*|use_rslora|use_dora|load_in_.*|bnb_.*|use_bnb_.*",
     "Evaluation": r"eval_.*|.*_eval_.*|.*_full_eval|metric_.*|greater_.*|load_best_.*|include_for_metrics",

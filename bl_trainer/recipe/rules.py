@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._util.text import nearest
+from ..errors import RecipeError
+from ..tokens.row_cut import RowCut
 from .keys import NEEDS, PACKAGES, RANGES, TRACKERS
 from .paths import is_path, missing
 
@@ -140,6 +142,18 @@ def files_are_there(keys: "Keys") -> Iterator[str]:
         yield f"`chat_template_path: {template}` can't be read: No such file or directory."
 
 
+def dropped_rows_have_scores(keys: "Keys") -> Iterator[str]:
+    if keys["drop_rows"] is None:
+        return
+    try:
+        cut = RowCut.parse(keys["drop_rows"])
+    except RecipeError as error:
+        yield str(error)
+        return
+    if not cut.path.exists():
+        yield f"Cannot use `drop_rows: {cut}`: {cut.path} does not exist. Run `diagnose --scores` first, and name its folder."
+
+
 def quantised_models_train_adapters(keys: "Keys") -> Iterator[str]:
     for key in ("load_in_4bit", "load_in_8bit"):
         if keys[key] and not keys["use_peft"]:
@@ -182,7 +196,13 @@ KEY_RULES: tuple[Rule, ...] = (
 )
 
 # Of a recipe that is to be used here and now
-PLACE_RULES: tuple[Rule, ...] = (model_is_there, data_has_one_source, files_are_there, packages_are_installed)
+PLACE_RULES: tuple[Rule, ...] = (
+    model_is_there,
+    data_has_one_source,
+    files_are_there,
+    dropped_rows_have_scores,
+    packages_are_installed,
+)
 
 # For a run that trains, besides
 TRAINING_RULES: tuple[Rule, ...] = (trackers_are_installed,)

@@ -111,6 +111,9 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
 
 def _procedure(record: Mapping[str, Any]) -> str:
     lines = [f"{key}: {json.dumps(record[key])}" for key in ("objective", "threshold")]
+    dropped = record.get("drop_rows")
+    if dropped:
+        lines.append(f"drop_rows: {json.dumps(dropped['rule'])}  # {dropped['dropped']:,} of {dropped['rows']:,} rows")
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return "\n".join(["## Objective", "", "```yaml", *lines, "```", "", f"Trained with {versions}."])
 

@@ -12,6 +12,7 @@ from ..errors import RecipeError
 from ..objectives.objective import Objective
 from ..objectives.spec import named
 from ..objectives.threshold import Threshold
+from ..tokens.row_cut import RowCut
 from .refusals import refuse_bypass
 
 RENAMED = {
@@ -25,7 +26,7 @@ LOWER_IS_BETTER = ("nll", "perplexity")
 @dataclass
 class BLConfig(SFTConfig):
     r"""
-    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and four keys.
+    Configuration of [`BLTrainer`]: [`~trl.SFTConfig`] and five keys.
 
     Parameters:
         objective (`str` or `dict[str, Any]`, *optional*, defaults to `"nll"`):
@@ -40,10 +41,14 @@ class BLConfig(SFTConfig):
         stop_on_nan (`bool`, *optional*, defaults to `False`):
             Stop when the loss of a micro-batch is NaN or infinite, and before a step whose gradient is. The [`LossError`]
             names the step and the rows of the training set. Waits for the device once per micro-batch and step.
+        drop_rows (`str`, *optional*):
+            Rows of the training set to leave out, by a column of the scores that `diagnose --scores` wrote:
+            `"out/scores noise_score > 4"`. The scores must be of exactly these rows.
 
     Raises:
-        `RecipeError`: on a wrong objective or threshold, and on settings under which something else than the objective
-            would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence parallelism.
+        `RecipeError`: on a wrong objective, threshold or `drop_rows`, and on settings under which something else than the
+            objective would be trained: another `loss_type`, label smoothing, Liger's cross-entropies, DeepSpeed sequence
+            parallelism.
 
     > [!NOTE]
     > `metric_for_best_model` defaults to `"eval_nll"` where a metric is needed, unless the loss is NLL's itself; and
@@ -79,6 +84,14 @@ class BLConfig(SFTConfig):
     stop_on_nan: bool = field(
         default=False,
         metadata={"help": "Stop when the loss is NaN or infinite, with the step and the rows of the training set."},
+    )
+
+    drop_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the training set to leave out, by scores of `diagnose --scores`: 'out/scores noise_score > 4'.",
+            "metavar": "SCORES COLUMN SIGN NUMBER",
+        },
     )
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["objective", "threshold"]
@@ -140,6 +153,8 @@ class BLConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.objective = named(self.objective)
+        if self.drop_rows is not None:
+            RowCut.parse(self.drop_rows)
         for old, new in RENAMED.items():  # TRL's defaults go by the old names, of which transformers warns
             if getattr(self, new, None) is None and hasattr(self, new):
                 setattr(self, new, getattr(self, old))

@@ -38,8 +38,9 @@ class TrainArguments:
 def preview(trainer: BLTrainer, dataset: Any, count: int) -> str:
     """Return the first rows of a training set, a block each: its tokens, which train, with p and weight, and whether it is cut.
 
-    `dataset`: as the trainer was given it. p is that of the model that training starts from; a packed recipe's rows are shown
-    one by one. All processes must call it. Raises RecipeError on images and on a sharded model.
+    `dataset`: as the trainer was given it; the rows that `drop_rows` drops are left out here. p is that of the model that
+    training starts from; a packed recipe's rows are shown one by one. All processes must call it. Raises RecipeError on
+    images and on a sharded model.
     """
     if trainer.sees_images:
         raise RecipeError("`--show` prints text, and this data set has images. Leave it out.")
@@ -63,12 +64,14 @@ def preview(trainer: BLTrainer, dataset: Any, count: int) -> str:
 
 def _first_parts(trainer: BLTrainer, dataset: Any, count: int) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Yield the first rows as they train: the name of each, the example, and how many tokens are cut off it."""
-    first = dataset.select(range(min(count, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(count)
+    kept = trainer.kept_rows.numbers[:count] if trainer.kept_rows else range(count)
+    numbers = [number for number in kept if number < len(dataset)] if isinstance(dataset, Dataset) else range(count)
+    first = dataset.select(numbers) if isinstance(dataset, Dataset) else dataset.take(count)
     rows, options = Rows(first, trainer.processing_class, trainer.args, False, None, "train").untruncated(), trainer.args
     rows.args.shuffle_dataset = False  # of its own copy
     is_prepared = (getattr(options, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
     examples = first if is_prepared else ScoringTrainer.make_ready(trainer, rows)
-    for number, example in enumerate(examples):
+    for number, example in zip(numbers, examples, strict=False):  # a stream may have fewer
         parts = [(example, False)] if is_prepared else list(training_parts(example, options))
         for place, (part, is_cut) in enumerate(parts):
             name = f"Row {number}" + (f", part {place + 1} of {len(parts)}" if len(parts) > 1 else "")

@@ -36,12 +36,13 @@ class RunRecord:
     """What a run was trained with, as every checkpoint and the model card record it; `recipe` is fit for JSON.
 
     `quantization`: bitsandbytes' configuration of the base model, None if it was not quantised. `metrics`: of evaluations,
-    before training and afterwards.
+    before training and afterwards. `drop_rows`: what `drop_rows` left out, None if the recipe has no such key.
     """
 
     objective: dict[str, Any]
     threshold: dict[str, Any]
     loss_head: str
+    drop_rows: dict[str, Any] | None
     recipe: dict[str, Any] | None
     processes: int
     save_only_model: bool
@@ -59,6 +60,7 @@ class RunRecord:
             objective=trainer.parsed_objective.resolved.to_dict(),
             threshold=trainer.threshold.to_dict(),
             loss_head=trainer.loss_head,
+            drop_rows=trainer.kept_rows.record if trainer.kept_rows else None,
             recipe=trainer.recipe,
             processes=trainer.accelerator.num_processes,
             save_only_model=trainer.args.save_only_model,

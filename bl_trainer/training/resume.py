@@ -20,11 +20,12 @@ from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold, spell_probability
 from .checkpoints import STATE_FILE, last_whole, read_json, read_record, why_broken
 from .config import objective_of, threshold_of
+from .kept_rows import KeptRows
 
 logger = get_logger(__name__)
 
 # What must stay as it was; other keys may change, with a warning
-FIXED = ("optim", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
+FIXED = ("optim", "drop_rows", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
 
 FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
 
@@ -260,10 +261,11 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
 def take_up(trainer: Any, plan: ResumePlan) -> None:
     """Let `trainer` go by the plan's threshold; print where it resumes, and warn of what differs from an uninterrupted run.
 
-    Raises CheckpointError if the checkpoint records another loss head: heads round gradients differently.
+    Raises CheckpointError if the checkpoint records another loss head, as heads round gradients differently, or other rows.
     """
     checkpoint, state = plan.checkpoint, plan.state
     _refuse_other_head(checkpoint, trainer.loss_head)
+    _refuse_other_rows(checkpoint, trainer.kept_rows)
     trainer.threshold = threshold = plan.threshold
     if threshold.above_percentile is not None:
         trainer.accelerator.print(
@@ -289,4 +291,17 @@ def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
         raise CheckpointError(
             f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
             f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
+        )
+
+
+def _refuse_other_rows(checkpoint: Path | None, kept: KeptRows | None) -> None:
+    """Raise CheckpointError if `drop_rows` keeps other rows than the checkpoint's did, also by the same rule."""
+    recorded, now = read_record(str(checkpoint)).get("drop_rows") or {}, kept.record if kept else {}
+    if recorded.get("hash") != now.get("hash"):
+        before, after = (
+            f"{each['dropped']:,} of {each['rows']:,} by {each['rule']}" if each else "none" for each in (recorded, now)
+        )
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: `drop_rows` dropped other rows ({before}, now {after}). Restore the scores and "
+            "the key, or start a new run with another `output_dir`."
         )

@@ -49,6 +49,7 @@ class ScoringTrainer(SFTTrainer):
     def __init__(self, **arguments: Any) -> None:
         setup = Setup.check(arguments)
         self.parsed_objective, self.threshold, self.reference = setup.objective, setup.threshold, setup.reference
+        self.kept_rows = setup.kept
         super().__init__(**setup.arguments)
         self.train_dataset = check_loaded(self, setup.arguments)
         self.add_heads(self.model)

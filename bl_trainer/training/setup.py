@@ -23,6 +23,7 @@ from ..tokens.reference import reference_source, refuse_lost_context
 from ..tokens.spans import weighing_of
 from .config import objective_of, threshold_of
 from .guards import refuse_no_target
+from .kept_rows import KeptRows
 from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_no_causal_lm, refuse_virtual_tokens
 
 
@@ -31,14 +32,16 @@ class Setup:
     """
     What a trainer is built from: nothing in it would train something other than the recipe says.
 
-    `arguments`: `SFTTrainer`'s, with the data sets arranged. `reference`: where the objective's `ref_logp` comes from:
-    "column", "adapter", or None if it asks for none.
+    `arguments`: `SFTTrainer`'s, with the data sets arranged and `drop_rows` dropped. `reference`: where the objective's
+    `ref_logp` comes from: "column", "adapter", or None if it asks for none. `kept`: the rows that `drop_rows` keeps, None for
+    all.
     """
 
     arguments: Mapping[str, Any]
     objective: Objective
     threshold: Threshold
     reference: str | None
+    kept: KeptRows | None
 
     @classmethod
     def check(cls, arguments: Mapping[str, Any]) -> "Setup":
@@ -56,11 +59,22 @@ class Setup:
         refuse_lm_head_adapter(peft_config)
         refuse_virtual_tokens(peft_config, args)
         objective, threshold = objective_of(args), threshold_of(args)
-        given = arrange_all(dict(arguments))
+        given, kept = _kept(arrange_all(dict(arguments)), args)
         _check_sets(given, args, objective)
         reference = _reference(given, objective, peft_config)
         refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))
-        return cls(given, objective, threshold, reference)
+        return cls(given, objective, threshold, reference, kept)
+
+
+def _kept(given: dict[str, Any], args: Any) -> tuple[dict[str, Any], KeptRows | None]:
+    """Return the arguments without the rows that `drop_rows` drops, and which it keeps."""
+    spec = getattr(args, "drop_rows", None)
+    if spec is None:
+        return given, None
+    dataset = given["train_dataset"]
+    kept = KeptRows.of(spec, dataset, args.dataset_text_field)
+    choose = kept.select if _has_own_collator(given) else kept.numbered
+    return {**given, "train_dataset": choose(dataset)}, kept
 
 
 def _refuse_missing_triton() -> None:

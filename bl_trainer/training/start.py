@@ -26,6 +26,9 @@ def _lines(trainer: Any, steps: int) -> Iterator[str]:
     many = accelerator.num_processes
     devices = f"{many} {accelerator.device.type} {'process' if many == 1 else 'processes'}"
     yield f"Training: {what}; {_size(trainer.train_dataset)}, {steps:,} step{'' if steps == 1 else 's'} on {devices}."
+    if trainer.kept_rows is not None:
+        said = trainer.kept_rows.record
+        yield f"Rows: {said['dropped']:,} of {said['rows']:,} dropped by {said['rule']}."
     if trainer.reference is not None:
         source = f"the column `{REFERENCE}`" if trainer.reference == "column" else "the model without its adapter"
         yield f"Reference: {source}."

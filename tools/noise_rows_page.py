@@ -1,0 +1,181 @@
+"""Write docs/results/noise-rows.md from noise_rows.json beside it: `python tools/noise_rows_page.py [docs/results]`."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bl_trainer._util.intervals import t_quantile
+
+MEASURED = Path(__file__).parents[1] / "docs" / "results" / "noise_rows.json"
+CHOSEN = "lesser gap, worst token"
+MODELS = {"tiny-half": "half knows these tasks", "tiny-strong": "nearly knows these tasks"}
+SETS = {
+    "a new rule 20 %": "new rule",
+    "records 10 %": "records 10 %",
+    "records 30 %": "records 30 %",
+    "final numbers 20 %": "final numbers",
+    "swapped answers 20 %": "swapped",
+    "reasoning-gym chain_sum 20 %": "chain_sum",
+    "records 20 %, hard rows 10 %": "hard rows",
+    "consistent mistakes 20 %": "consistent",
+}
+HARD = {"rare": "rare names", "long": "longer answers", "fact": "facts told once"}
+PAGE = """# Which score finds wrong rows
+
+<!-- Written by tools/noise_rows_page.py (`make figures`). -->
+
+`python studies/noise_rows.py` makes training sets whose wrong rows are known, and asks which score puts them on top. The
+score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Averaged over all columns of the tables below, its AUROC is
+{own}. The others with the highest averages are {others}.
+
+## What was run
+
+- **Models**: {models}. Each is a Llama of 0.18M parameters with a vocabulary of words and digits. It was pretrained on
+  right rows of these tasks, except the new rule: 200 steps for the first, 900 for the second. **No other model was run.**
+  The same command takes SmolLM2-135M or any causal language model with `--models PATH`.
+- **Data**: 240 rows per set; {seeds}. Each seed makes new rows and adapters.
+- **Cross-fitting**: two LoRA adapters of rank 16 train 80 steps of 8 rows by `nll`, at learning rate 1e-3. Of 1e-3, 3e-3
+  and 1e-2 this rate has the lowest cross-fitted loss on three sets of another seed.
+- **Development**: the candidates were developed on seeds 0 and 1, which are not among the results. The gaps, the lesser of
+  two and the set of the new rule were added there. The final choice between "lesser gap" and "lesser loss" was made on the
+  first of the seeds below.
+
+| set | what is wrong |
+|---|---|
+| new rule | each job has a number that the data alone teach; 20 % have another one |
+| records | the quickstart's task; 10 or 30 % have the age and the city of nobody in particular |
+| final numbers | a worked sum; 20 % end with another final number |
+| swapped | a worked sum; 20 % have the answer to another problem |
+| chain_sum | reasoning-gym's `chain_sum` of two terms; 20 % have another number |
+| hard rows | records, 20 % wrong, and 10 % right but hard: rare names, longer answers, facts told once |
+| consistent | records; those of two jobs in ten have the city changed by one rule |
+
+A loss is the mean over a row's target tokens. A gap is log p of the most probable other token less log p of the target, at
+least 0. "Worst token" takes the largest of the row. "Lesser" takes per token the smaller one of base model and cross-fitted
+adapter.
+
+## AUROC
+
+The probability that a wrong row scores higher than a right one, with 95 % intervals over seeds. 0.5 is chance.
+
+{auroc}
+
+## Precision at k
+
+The share of wrong rows among the k highest scores. k is the number of wrong rows.
+
+{precision}
+
+## Hard but right rows
+
+The share of hard rows that are among the k highest scores. A good score flags few.
+
+{hard}
+
+## Reading
+
+- **Where the model knows the task, its own loss is enough.** On the new rule the base model is at chance, and cross-fitting
+  finds the wrong rows. The lesser of both does well on either side.
+- **"Lesser gap" and "lesser loss" are equally good on average**, within the intervals. The hard rows decided: the mean loss of
+  a row depends on its length and form, and flags every rare name, longer answer and fact. The gap of the worst token flags few
+  facts told once, but still most rare names and longer answers.
+- **Wrong sums stay hidden from a model that cannot add.** On `chain_sum` no score has an average above {sums} with
+  `tiny-half`.
+- **Consistent mistakes** are found here because these models know the right rule, and 80 steps teach too little of the
+  wrong one. A model that does not know the right rule has nothing to compare with. This study has no such case.
+
+## What did not work
+
+- **Loss gained over the base model**, in sample or cross-fitted, as Rho-1's excess loss with the adapter as its reference.
+  It is below chance wherever the model knows the task. Wrong rows begin with a high loss and have the most to gain, as
+  training on noise makes the model less sure.
+- **The probe's control, averaged per row.** It is near chance. Its sign per token is meant for thousands of tokens, not for
+  a row's few.
+- **Improbable tokens that stay improbable.** A row's count takes few values.
+- **Area under the margin.** It needs every row to train, which a probe of 80 steps does not do on larger sets. Here it is
+  best among hard rows, and no better elsewhere.
+- **IFD.** It is no better than the base model's loss, and costs another pass.
+"""
+
+
+def main(folder: str) -> None:
+    """Write the page into `folder`."""
+    cells = json.loads(MEASURED.read_text(encoding="utf-8"))
+    (Path(folder) / "noise-rows.md").write_text(page(cells), encoding="utf-8")
+
+
+def page(cells: dict[str, Any]) -> str:
+    """Return the page. `cells`: the study's, by `model | set | seed`."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, cell in cells.items():
+        model, name, _ = key.split(" | ")
+        found.setdefault((model, name), []).append(cell)
+    scores = list(next(iter(cells.values()))["scores"])
+    averages = {score: average(found, score) for score in scores}
+    counts = {model: sorted({len(each) for key, each in found.items() if key[0] == model}) for model in MODELS}
+    hidden = found.get(("tiny-half", "reasoning-gym chain_sum 20 %"), [])
+    sums = [statistics.mean(cell["scores"][score]["auroc"] for cell in hidden) for score in scores]
+    return PAGE.format(
+        chosen=CHOSEN,
+        own=f"{averages[CHOSEN]:.3f}",
+        others=runners(averages),
+        models=", and ".join(f"`{model}`, which {what}" for model, what in MODELS.items() if counts[model]),
+        seeds=" and ".join(f"seeds of `{model}`: {' or '.join(map(str, each))}" for model, each in counts.items() if each),
+        auroc=tables(found, scores, "auroc"),
+        precision=tables(found, scores, "precision"),
+        hard=hard(found, scores),
+        sums=f"{math.ceil(100 * max(sums)) / 100:.2f}",
+    )
+
+
+def average(found: dict[Any, list[dict[str, Any]]], score: str) -> float:
+    return statistics.mean(statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for cells in found.values())
+
+
+def runners(averages: dict[str, float]) -> str:
+    others = sorted((score for score in averages if score != CHOSEN), key=lambda score: -averages[score])[:2]
+    return " and ".join(f"{score} ({averages[score]:.3f})" for score in others)
+
+
+def tables(found: dict[Any, list[dict[str, Any]]], scores: list[str], what: str) -> str:
+    """Return a table per model: a row for each score, a column for each set."""
+    parts = []
+    for model in [each for each in MODELS if any(key[0] == each for key in found)]:
+        names = [name for name in SETS if (model, name) in found]
+        lines = [f"| `{model}` | {' | '.join(SETS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+        for score in scores:
+            values = [spelled([cell["scores"][score][what] for cell in found[model, name]]) for name in names]
+            lines.append(f"| {f'**{score}**' if score == CHOSEN else score} | {' | '.join(values)} |")
+        p = [f"{statistics.mean(cell['mean_p']['base'] for cell in found[model, name]):.2f}" for name in names]
+        parts.append("\n".join([*lines, f"| *mean p of the base model* | {' | '.join(p)} |"]))
+    return "\n\n".join(parts)
+
+
+def spelled(values: list[float]) -> str:
+    """Return a mean with its 95 % interval over seeds."""
+    mean = f"{statistics.mean(values):.2f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
+def hard(found: dict[Any, list[dict[str, Any]]], scores: list[str]) -> str:
+    keys = [(model, "records 20 %, hard rows 10 %") for model in MODELS]
+    keys = [key for key in keys if key in found]
+    header = [f"{what}, `{model}`" for model, _ in keys for what in HARD.values()]
+    lines = [f"| score | {' | '.join(header)} |", "|---" * (len(header) + 1) + "|"]
+    for score in scores:
+        values = [
+            f"{statistics.mean(cell['scores'][score][kind] for cell in found[key] if kind in cell['scores'][score]):.2f}"
+            for key in keys
+            for kind in HARD
+        ]
+        lines.append(f"| {f'**{score}**' if score == CHOSEN else score} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "docs/results")
