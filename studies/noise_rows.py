@@ -219,7 +219,7 @@ class Words:
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; 0 is the end token."""
-        return [i for piece in _pieces(text) for i in ([self.ids[piece]] if piece in self.ids else map(self.ids.get, piece))]
+        return [self.ids[part] for piece in _pieces(text) for part in ([piece] if piece in self.ids else piece)]
 
 
 def _pieces(text: str) -> list[str]:
