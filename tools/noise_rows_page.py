@@ -28,7 +28,7 @@ PAGE = """# Which score finds wrong rows
 <!-- Written by tools/noise_rows_page.py (`make figures`). -->
 
 `python studies/noise_rows.py` makes training sets whose wrong rows are known, and asks which score puts them on top. The
-score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Averaged over all columns of the tables below, its AUROC is
+score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Averaged over the sets that several seeds have judged, its AUROC is
 {own}. The others with the highest averages are {others}.
 
 ## What was run
@@ -132,7 +132,8 @@ def page(cells: dict[str, Any]) -> str:
 
 
 def average(found: dict[Any, list[dict[str, Any]]], score: str) -> float:
-    return statistics.mean(statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for cells in found.values())
+    judged = [cells for cells in found.values() if len(cells) > 1]
+    return statistics.mean(statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for cells in judged)
 
 
 def runners(averages: dict[str, float]) -> str:
