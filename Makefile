@@ -140,6 +140,8 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/loss_head_page.py
 	$(BIN)/python tools/temperature_page.py
 	$(BIN)/python tools/cells_page.py
+	$(BIN)/python tools/default_page.py
+	$(BIN)/python tools/claims_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site
