@@ -44,7 +44,7 @@ def main() -> None:
     text = report(results, temperatures(entries(options.objectives)))
     (options.folder / ("judged.md" if options.judge else "cells.md")).write_text(text, encoding="utf-8")
     print(text)
-    if {*CANDIDATES} <= {*results.objectives}:
+    if {*CANDIDATES} <= {*results.objectives} and not options.judge:
         print("The rule:", Ruling(results, CANDIDATES).rounds, Ruling(results, CANDIDATES).winner)
 
 

@@ -25,7 +25,7 @@ def test_the_readme_has_the_figures_of_the_claims() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (row,) = re.findall(r"^\| `anneal`.*", readme, re.M)
     figures = re.findall(r"[+-]\d\.\d{3} \([^)]*\)", row)
-    assert len(figures) == 2
+    assert len(figures) == 4
     assert all(figure in claims for figure in figures)
     assert f"on {len(stored().models)} small models" in row
 

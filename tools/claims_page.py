@@ -72,13 +72,17 @@ def claims(results: Results) -> list[list[str]]:
     """Return the rows of the table of claims."""
     measured = json.loads((ROOT / "docs" / "results" / "temperature.json").read_text(encoding="utf-8"))
     worst = max(abs(p - q) for one in measured.values() for p, q in zip(one["predicted"], one["measured"], strict=True))
-    models = str(len(results.models))
+    models, judged = str(len(results.models)), stored(DEFAULT["JUDGED"])
     field = [kept(results, name) for name in results.objectives]
     apart = max(max(each) - min(each) for each in zip(*field, strict=True))
     strong, weak = (row_of("continuum.md", f"| {cell} | 30% |")[-1] for cell in ("strong", "weak"))
 
     def cells(text: str, *given: Any) -> list[str]:
         return [text, signed(results, *given), models, CELLS_COMMAND]
+
+    def both(text: str, *given: Any) -> list[str]:
+        figure = f"{signed(results, *given)}; nine other cells, other models: {signed(judged, *given)}"
+        return [text, figure, f"{models}, {len(judged.models)}", f"{CELLS_COMMAND}, `--judge`"]
 
     return [
         [
@@ -88,9 +92,9 @@ def claims(results: Results) -> list[list[str]]:
             "1 for each objective, none pretrained",
             "`python studies/temperature_study.py`",
         ],
-        cells("Sampled at temperature 1, `anneal` answers more questions right than `nll`.", "anneal", "nll", "sampled_1"),
-        cells("With each at its best temperature nothing of that is left.", "anneal", "nll", "sampled"),
-        cells("By greedy answers `anneal` and `nll` do not differ beyond chance.", "anneal", "nll", "greedy"),
+        both("Sampled at temperature 1, `anneal` answers more questions right than `nll`.", "anneal", "nll", "sampled_1"),
+        both("Most of that is a choice of temperature. With each at its best:", "anneal", "nll", "sampled"),
+        both("By greedy answers `anneal` and `nll` do not differ beyond chance.", "anneal", "nll", "greedy"),
         cells("The schedule of `anneal` adds nothing to a = 0.5 e^-H by greedy answers.", "anneal", STEADY, "greedy"),
         cells(
             "Sharpening costs diversity. Total variation, two answers valid as often: `anneal` against `nll`.",
@@ -123,25 +127,33 @@ def claims(results: Results) -> list[list[str]]:
 
 
 def judged_claims(results: Results) -> list[list[str]]:
-    """Return what the judge says of what the rule picked, once both are complete."""
-    if not DEFAULT["JUDGED"].exists() or not {*CANDIDATES} <= {*results.objectives}:
-        return []
-    winner, judged = DEFAULT["Ruling"](results, CANDIDATES).winner, stored(DEFAULT["JUDGED"])
-    other = "anneal" if winner == "nll" else "nll"
-    text = f"[The rule](default.md) picks `{winner}`. On new models and cells, against `{other}`: {{}}."
+    """Return what the rule picked, and what the judge says of it."""
+    ruling, judged = DEFAULT["Ruling"](results, CANDIDATES), stored(DEFAULT["JUDGED"])
+    winner = ruling.winner
+    others = [name for name in CANDIDATES if name != winner]
+    nearest = max(others, key=lambda name: results.difference(name, winner, "greedy").mean)
+    behind = DEFAULT["Ruling"](judged, tuple(judged.objectives)).regrets["greedy"]
     return [
-        [text.format(what), signed(judged, winner, other, metric), str(len(judged.models)), JUDGE_COMMAND]
-        for metric, what in (
-            ("greedy", "greedy"),
-            ("sampled", "sampled at the best temperature"),
-            ("variation", "total variation at the best temperature"),
-        )
+        [
+            f"[A rule written down before the runs](default.md) picks `{winner}` of {len(CANDIDATES)} candidates. "
+            f"{len(ruling.rounds[-1])} tie by their worst cells, and `{winner}` has the smallest mean regret.",
+            f"the nearest, `{nearest}`, against `{winner}`, greedy: {signed(results, nearest, winner, 'greedy')}",
+            str(len(results.models)),
+            CELLS_COMMAND,
+        ],
+        [
+            "No objective is near the best in every cell. On the cells that judge, each one's worst regret, greedy:",
+            "; ".join(f"`{name}` {DEFAULT['worst'](one)}" for name, one in behind.items()),
+            str(len(judged.models)),
+            JUDGE_COMMAND,
+        ],
     ]
 
 
 def fallen(results: Results) -> list[list[str]]:
     """Return the rows of the table of claims that fell."""
     first, best = (signed(results, "anneal", "nll", metric) for metric in ("sampled_1", "sampled"))
+    new = signed(stored(DEFAULT["JUDGED"]), "anneal", "nll", "sampled")
     return [
         [
             "`anneal` is within 0.035 (greedy) and 0.085 (sampled) of the best fixed objective in every cell.",
@@ -151,7 +163,7 @@ def fallen(results: Results) -> list[list[str]]:
         ],
         [
             "`nll` samples far worse than `anneal` where there is noise.",
-            f"True at temperature 1 alone: {first}. At each one's best temperature: {best}.",
+            f"True at temperature 1: {first}. At each one's best temperature: {best}, and {new} on nine other cells.",
             "Compare objectives at their best temperature.",
         ],
         [
@@ -172,7 +184,8 @@ def fallen(results: Results) -> list[list[str]]:
         [
             "An objective near the best everywhere exists, and it is `anneal`.",
             "About 45 designs were tried on the miniature without correction. Most greedy cells are at the ceiling.",
-            "[A rule written down before the runs](default.md), with other models to judge.",
+            "No objective needs no choice: [a rule written down before the runs](default.md) picks `nll`, and the judge does "
+            "not confirm it.",
         ],
         [
             "The probe's verdict says whether improbable tokens are knowledge or noise.",
