@@ -142,6 +142,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/cells_page.py
 	$(BIN)/python tools/default_page.py
 	$(BIN)/python tools/claims_page.py
+	$(BIN)/python tools/ready_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

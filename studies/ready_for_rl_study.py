@@ -31,7 +31,7 @@ from bl_trainer.cells.vocabulary import END
 from bl_trainer.cells.world import LENGTH, Tokens, World
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "ready-for-rl.json"
-OBJECTIVES = ("nll", "anneal", "alpha 0.5 e^-H")
+OBJECTIVES = ("nll", "anneal")
 SEEDS = range(100, 108)
 CELL, FORMS, GROUP = "two-even", 2, 8
 RL = Course(steps=200, batch=4, warmup=5)  # a batch is questions, each with a group of answers
