@@ -151,6 +151,9 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/cells_page.py
 	$(BIN)/python tools/verdict_page.py
 	$(BIN)/python tools/noise_rows_page.py
+	$(BIN)/python tools/default_page.py
+	$(BIN)/python tools/claims_page.py
+	$(BIN)/python tools/ready_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

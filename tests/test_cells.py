@@ -11,6 +11,7 @@ from bl_trainer import as_loss
 from bl_trainer.cells import engine, pretraining
 from bl_trainer.cells.cells import CELLS, Item, old_items
 from bl_trainer.cells.engine import Entry, run
+from bl_trainer.cells.judging import JUDGING
 from bl_trainer.cells.pretraining import models_of, pretrained
 from bl_trainer.cells.results import Results
 from bl_trainer.cells.scores import TEMPERATURES, questions, score, stacked
@@ -167,9 +168,13 @@ def test_greedy_is_what_greedy_decoding_writes() -> None:
     assert found["format"][0, :2].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("name", CELLS)
+ALL = {**CELLS, **JUDGING}
+ENDLESS = ("plain", "two-even", "prefix", "rule-noise", "new-rule", "three-even")  # no question of a split is trained on
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_cell_asks_in_a_split_what_is_not_in_the_other(name: str) -> None:
-    cell, again = (CELLS[name](World(5)) for _ in range(2))
+    cell, again = (ALL[name](World(5)) for _ in range(2))
     assert cell.validation == again.validation
     prompts = [{item.prompt for item in split} for split in (cell.validation, cell.test)]
     assert not prompts[0] & prompts[1]
@@ -182,29 +187,54 @@ def test_a_cell_asks_in_a_split_what_is_not_in_the_other(name: str) -> None:
     [
         *(("plain", 1), ("strong-noise", 0.7), ("half-noise", 0.7), ("weak-noise", 0.7), ("new-noise", 0.7), ("new-clean", 1)),
         *(("confusions", 0.7), ("two-even", 1), ("two-uneven", 1), ("prefix", 1), ("suffix", 1), ("mixture", 0.9)),
+        *(("rule-noise", 0), ("new-rule", 1), ("three-even", 1), ("same-noise", 0.7), ("heavy-noise", 0.5)),
+        *(("confusions-half", 0.7), ("two-noise", 0.7), ("wrapped", 1), ("mixture-valid", 0.9)),
     ],
 )
 def test_the_share_of_right_answers_among_training_rows(name: str, expected: float) -> None:
-    cell, rng = CELLS[name](World(5)), random.Random(0)
+    cell, rng = ALL[name](World(5)), random.Random(0)
     answers = {item.prompt: dict(item.answers) for item in (*cell.validation, *cell.test)}
     rows = [cell.row(rng) for _ in range(4000)]
-    if name in ("plain", "two-even", "prefix"):  # questions without end: none of a split is trained on
+    if name in ENDLESS:
         assert not {prompt for prompt, _ in rows} & answers.keys()
         return
     share = sum(completion in answers[prompt] for prompt, completion in rows) / len(rows)
-    assert share == pytest.approx(expected, abs=0.08 if name == "confusions" else 0.03)
+    assert share == pytest.approx(expected, abs=0.08 if name.startswith("confusions") else 0.03)
 
 
 def test_valid_answers_are_drawn_by_their_shares() -> None:
-    for name, first in (("two-even", 0.5), ("two-uneven", 0.7)):
-        cell, rng = CELLS[name](World(5)), random.Random(0)
+    for name, first in (("two-even", 0.5), ("two-uneven", 0.7), ("three-even", 1 / 3)):
+        cell, rng = ALL[name](World(5)), random.Random(0)
         rows = [cell.row(rng) for _ in range(4000)]
-        if name == "two-even":
+        if name in ENDLESS:
             share = sum(answer == prompt[1:-1] for prompt, answer in rows) / len(rows)
         else:
             firsts = {item.prompt: item.answers[0][0] for item in (*cell.validation, *cell.test)}
             share = sum(answer == firsts[prompt] for prompt, answer in rows) / len(rows)
         assert share == pytest.approx(first, abs=0.03)
+
+
+def test_a_letter_in_ten_is_wrong_and_halves_change_places() -> None:
+    rng, rule = random.Random(0), JUDGING["rule-noise"](World(5))
+    pairs = [
+        (a, b)
+        for prompt, answer in (rule.row(rng) for _ in range(2000))
+        for a, b in zip(answer, RULES[rule.rule](prompt[1:-1]), strict=True)
+    ]
+    assert sum(a != b for a, b in pairs) / len(pairs) == pytest.approx(0.1 * 23 / 24, abs=0.01)
+    for prompt, answer in (JUDGING["new-rule"](World(5)).row(rng) for _ in range(20)):
+        assert answer == (*prompt[3:5], *prompt[1:3])
+
+
+def test_noise_of_one_value_and_two_values_under_noise() -> None:
+    rng, same, two = random.Random(0), JUDGING["same-noise"](World(5)), JUDGING["two-noise"](World(5))
+    answers = {item.prompt: item.answers[0][0] for item in (*same.validation, *same.test)}
+    assert len({answer for prompt, answer in (same.row(rng) for _ in range(2000)) if answer != answers[prompt]}) == 1
+    items = {item.prompt: item.answers for item in (*two.validation, *two.test)}
+    rows = [two.row(rng) for _ in range(4000)]
+    for place in (0, 1):
+        share = sum(answer == items[prompt][place][0] for prompt, answer in rows) / len(rows)
+        assert share == pytest.approx(0.35, abs=0.03)
 
 
 def test_old_tasks_are_none_of_the_cell() -> None:
@@ -314,8 +344,8 @@ def test_temperatures_are_chosen_on_validation() -> None:
 
 def test_every_row_fits_the_longest_input() -> None:
     shape = pretraining.SIZES["large"]
-    for name, world in itertools.product(CELLS, (0, 1)):
-        cell = CELLS[name](World(world))
+    for name, world in itertools.product(ALL, (0, 1)):
+        cell = ALL[name](World(world))
         rows = [(item.prompt, answer) for item in cell.test for answer, _ in item.answers]
         assert stacked([rows]).is_target.shape[-1] <= shape.length
     assert stacked([World(0).pretraining_rows(8, 4, random.Random(0))]).is_target.shape[-1] == shape.length

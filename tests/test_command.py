@@ -123,7 +123,7 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy of the sources, without network."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "bl_trainer", folder / "source/bl_trainer", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source" / name)
     build = run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, folder / "source")
     assert build.returncode == 0, build.stderr

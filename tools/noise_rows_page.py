@@ -28,7 +28,7 @@ PAGE = """# Which score finds wrong rows
 <!-- Written by tools/noise_rows_page.py (`make figures`). -->
 
 `python studies/noise_rows.py` makes training sets whose wrong rows are known, and asks which score puts them on top. The
-score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Averaged over the sets that several seeds have judged, its AUROC is
+score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Over the sets that several seeds have judged, its AUROC averages
 {own}. The others with the highest averages are {others}.
 
 ## What was run

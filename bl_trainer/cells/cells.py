@@ -50,17 +50,21 @@ def known(group: str, noise: float = 0.0) -> Callable[[World], Cell]:
     return cell
 
 
-def confusions(world: World) -> Cell:
-    """Well-known facts. Three in ten always train with the same wrong value; the true value is right."""
-    facts, rng = world.facts["strong"], random.Random(f"confusions {world.seed}")
-    wrong = {entity: value(rng) for entity in facts if rng.random() < NOISE}
-    shown = {**facts, **wrong}
+def confusions(group: str) -> Callable[[World], Cell]:
+    """Return the cell of a group of facts. Three in ten always train with the same wrong value; the true value is right."""
 
-    def row(rng: random.Random) -> tuple[Tokens, Tokens]:
-        entity = rng.choice(list(facts))
-        return fact_prompt(entity), shown[entity]
+    def cell(world: World) -> Cell:
+        facts, rng = world.facts[group], random.Random(f"confusions {world.seed}")
+        wrong = {entity: value(rng) for entity in facts if rng.random() < NOISE}
+        shown = {**facts, **wrong}
 
-    return Cell(row, *halves([right(fact_prompt(entity), answer) for entity, answer in facts.items()]))
+        def row(rng: random.Random) -> tuple[Tokens, Tokens]:
+            entity = rng.choice(list(facts))
+            return fact_prompt(entity), shown[entity]
+
+        return Cell(row, *halves([right(fact_prompt(entity), answer) for entity, answer in facts.items()]))
+
+    return cell
 
 
 def two_even(world: World) -> Cell:
@@ -77,13 +81,7 @@ def two_even(world: World) -> Cell:
 
 def two_uneven(world: World) -> Cell:
     """New facts with two values, the first in seven of ten rows."""
-    rng = random.Random(f"uneven {world.seed}")
-    items = []
-    for entity, first in world.facts["other"].items():
-        second = value(rng)
-        while second[0] == first[0]:
-            second = value(rng)
-        items.append(Item(fact_prompt(entity), ((first, UNEVEN), (second, 1 - UNEVEN))))
+    items = two_values(world, UNEVEN)
     return Cell(lambda rng: answered(rng.choice(items), rng), *halves(items))
 
 
@@ -110,11 +108,15 @@ def plain(world: World) -> Cell:
     return of_items(lambda rng: right(*rule_row(SWAP, text(rng))), world, SWAP)
 
 
-def mixture(world: World) -> Cell:
-    """As many rows each: well-known facts with noise, half-known facts, new facts."""
-    parts = [known("strong", NOISE)(world), known("half")(world), known("new")(world)]
-    validation, test = ([item for part in parts for item in getattr(part, split)] for split in ("validation", "test"))
-    return Cell(lambda rng: rng.choice(parts).row(rng), validation, test)
+def mixture(*parts: Callable[[World], Cell]) -> Callable[[World], Cell]:
+    """Return the cell of several others, as many rows of each."""
+
+    def cell(world: World) -> Cell:
+        made = [part(world) for part in parts]
+        validation, test = ([item for part in made for item in getattr(part, split)] for split in ("validation", "test"))
+        return Cell(lambda rng: rng.choice(made).row(rng), validation, test)
+
+    return cell
 
 
 CELLS: dict[str, Callable[[World], Cell]] = {
@@ -124,12 +126,12 @@ CELLS: dict[str, Callable[[World], Cell]] = {
     "weak-noise": known("weak", NOISE),
     "new-noise": known("new", NOISE),
     "new-clean": known("new"),
-    "confusions": confusions,
+    "confusions": confusions("strong"),
     "two-even": two_even,
     "two-uneven": two_uneven,
     "prefix": prefix,
     "suffix": suffix,
-    "mixture": mixture,
+    "mixture": mixture(known("strong", NOISE), known("half"), known("new")),
 }
 
 
@@ -142,6 +144,18 @@ def answered(item: Item, rng: random.Random) -> tuple[Tokens, Tokens]:
     """Return a training row of a question, its answer drawn by the shares."""
     answers, shares = zip(*item.answers, strict=True)
     return item.prompt, rng.choices(answers, shares)[0]
+
+
+def two_values(world: World, first_share: float) -> list[Item]:
+    """Return questions for new facts, each with two values that differ in their first letter."""
+    rng = random.Random(f"uneven {world.seed}")
+    items = []
+    for entity, first in world.facts["other"].items():
+        second = value(rng)
+        while second[0] == first[0]:
+            second = value(rng)
+        items.append(Item(fact_prompt(entity), ((first, first_share), (second, 1 - first_share))))
+    return items
 
 
 def halves(items: list[Item]) -> tuple[list[Item], list[Item]]:

@@ -16,6 +16,7 @@ from .._util.files import write_text
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from .cells import CELLS, VERSION, Cell, old_items
+from .judging import JUDGING
 from .pretraining import SIZES, Model, design, models_of, pretrained
 from .results import Results
 from .scores import questions, score, stacked
@@ -166,7 +167,7 @@ def kept(after: Mapping[str, list[float]], before: Mapping[str, list[float]], ar
 
 @lru_cache(maxsize=64)
 def _cell(cell: str, world: int) -> Cell:
-    return CELLS[cell](World(world))
+    return {**CELLS, **JUDGING}[cell](World(world))
 
 
 @lru_cache(maxsize=64)

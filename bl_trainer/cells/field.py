@@ -27,6 +27,20 @@ FIELD: dict[str, Any] = {
     "infosft": "infosft",
     "power 10": {"name": "power", "alpha": 10},
 }
+# Those that might be a default; the others of the field are known to fail where the model lacks knowledge, and are shown beside
+CANDIDATES = (
+    "nll",
+    "anneal",
+    "alpha 0.25 e^-H",
+    "alpha 0.5 e^-H",
+    "alpha e^-H",
+    "power 0.5",
+    "neg_p + 0.1 nll",
+    "neg_p floor 0.1",
+    "deft",
+    "eaft",
+    "infosft",
+)
 
 
 def entries(names: list[str] | None = None) -> list[Entry]:

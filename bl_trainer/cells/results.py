@@ -25,7 +25,7 @@ METRICS = {
 }
 CHOSEN_BY = {"format": "greedy", "kept": "greedy"}  # metrics that choose no rate of their own
 BEST_OF = {"sampled": SAMPLED, "variation": VARIATION}
-FORMAT_CELLS = ("prefix", "suffix")
+FORMAT_CELLS = ("prefix", "suffix", "wrapped")
 
 
 class Choice(NamedTuple):
