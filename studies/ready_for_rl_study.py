@@ -64,7 +64,8 @@ def rollouts(cells: Sequence[Cell], arms: Sequence[tuple[int, int]], course: Cou
 
 def questions_of(cell: Cell, count: int) -> list[Item]:
     """Return new questions with both forms of their answers, none of a split."""
-    rng, forms = random.Random("questions"), []
+    rng = random.Random("questions")
+    forms: list[Item] = []
     while len(forms) < count:
         prompt, _ = cell.row(rng)
         forms.append(Item(prompt, answers_to(prompt)))
