@@ -636,7 +636,8 @@ def test_a_composed_objective_is_shown_as_it_begins_and_ends(checkpoint, tmp_pat
     from_nll = diagnosis(tmp_path, checkpoint, data, objective={"name": "power", "alpha": {"from": 0, "to": 3}}).run()
     assert [objective_name(item) for item in from_nll["objectives"][5:]] == ["power 3"]  # nll is there
     warning = "Where the gradient of anneal comes from is not shown: it depends on more than p (entropy, training progress)."
-    assert warning in annealed["recommendation"]["warnings"]
+    (told,) = (said for said in annealed["recommendation"]["warnings"] if said.startswith(warning))
+    assert "Its effective temperature: " in told
     assert "are left out here: every target token counts once" in annealed["recommendation"]["warnings"][0]
     assert not any("objective_weight" in said for said in diagnosis_of_no_weights["recommendation"]["warnings"])
 

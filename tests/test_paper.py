@@ -46,6 +46,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bl_trainer.recipe.model_checks.why_unavailable", lambda *args, **kwargs: None)
     monkeypatch.setattr("bl_trainer.recipe.recipe.AutoTokenizer.from_pretrained", lambda name: None)
     return tmp_path
 

@@ -214,7 +214,7 @@ def test_user_mistake_is_one_sentence(checkpoint, data_folder, tmp_path):
     recipe = write_recipe(tmp_path, checkpoint, data_folder, objective="negp")
     codes, said = ranks(tmp_path, main, ["train", "--config", str(recipe)])
     assert all(codes)
-    assert "".join(said).count("error: Unknown objective 'negp'. Did you mean 'neg_p'?") == 1
+    assert "".join(said).count("error: `objective`: Unknown objective 'negp'. Did you mean 'neg_p'?") == 1
     assert not (tmp_path / "out").exists()
 
 

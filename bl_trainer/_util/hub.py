@@ -11,10 +11,10 @@ TRIES = 2
 TIMEOUT, PAUSE = 10, 1  # seconds
 
 
-def why_unavailable(name: str, revision: str | None = None) -> str | None:
-    """Return why the model `name` can't be had: no folder, not in the cache, and no Hub to ask. None if it may be had."""
+def why_unavailable(name: str, revision: str | None = None, file: str = "config.json") -> str | None:
+    """Return why `file` of the model `name` can't be had: no folder, not in the cache, and no Hub to ask; None if it may be."""
     try:
-        if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return None
     except HFValidationError:  # transformers says what is wrong with the name
         return None

@@ -30,7 +30,7 @@ def chat_template_can_be_read(recipe: "Recipe") -> str | None:
         except jinja2.TemplateSyntaxError as error:
             return f"{what}, line {error.lineno}: {error.message}"
         return None
-    if fault := why_unavailable(str(path)):
+    if fault := why_unavailable(str(path), file="tokenizer_config.json"):
         return f"{what} has no tokenizer, and is no .jinja file: {fault}. Correct the name, or download the model."
     try:  # a model whose template is taken
         AutoTokenizer.from_pretrained(path)
