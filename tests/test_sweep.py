@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -684,6 +685,16 @@ def test_an_arm_dies_with_its_sweep(start, quick, tmp_path):
     while arms_of(tmp_path / "sweep"):
         assert time.monotonic() < gone
         time.sleep(0.05)
+
+
+def test_a_run_killed_before_its_log_is_open_begins_again(tmp_path):
+    codes = iter([-signal.SIGKILL, 0])
+    arm = Arm.__new__(Arm)
+    arm.index, arm.folder, arm.is_whole, arm._watch = 0, tmp_path, True, lambda *args: next(codes)
+    arm.runner = SimpleNamespace(tell=lambda *args: None)
+    arm._step("train", ["never run"])
+    assert next(codes, None) is None
+    assert not arm.is_whole
 
 
 def test_a_killed_guard_costs_nothing(quick, tmp_path):

@@ -144,7 +144,8 @@ class Arm:
             self.is_whole &= attempt == 1
             self.runner.tell(self.index, name, None if name == "train" else 1.0)
             log = self.folder / f"{name}.log"
-            start = log.stat().st_size if log.exists() else 0
+            log.touch()  # a process may be killed before it opens it
+            start = log.stat().st_size
             guard.stop(str(self.folder.absolute()))  # of a guard, or a sweep, that was killed
             code = self._watch(name, command, log, trial)
             if code == 0:
@@ -250,7 +251,8 @@ def evaluate_base(plan: Plan, folder: Path, start: Start) -> None:
     base.mkdir(exist_ok=True)
     log, mark = base / "evaluate.log", str(base.absolute())
     with FileLock(base / "evaluate.lock"):
-        place = log.stat().st_size if log.exists() else 0
+        log.touch()
+        place = log.stat().st_size
         command = base_evaluation(plan, base / "tasks")
         process = start(mark, command, {**os.environ, guard.MARK: mark}, log)
         try:
