@@ -261,20 +261,20 @@ def test_warnings_come_in_their_order():
 @pytest.mark.parametrize(
     ("changes", "arms", "reason"),
     [
-        ({}, ["nll", "power", "neg_p", "anneal", "nll"], "Mean p is 0.500: the paper found no winner here"),
+        ({}, ["nll", "anneal", "neg_p", "nll"], "Mean p is 0.500: the paper found no winner here"),
         (
             {"placement": place(0.8, (0.79, 0.81))},
             ["nll", "neg_p", "power", "nll"],
             "Mean p is 0.500: the model knows this well",
         ),
-        ({"placement": place(0.1, (0.05, 0.15))}, ["nll", "power"], "Mean p is 0.500: the model knows little of this"),
+        ({"placement": place(0.1, (0.05, 0.15))}, ["nll", "anneal"], "Mean p is 0.500: the model knows little of this"),
         (
             {"placement": place(0.3, (0.2, 0.4))},
-            ["nll", "power", "neg_p", "anneal", "nll"],
+            ["nll", "anneal", "neg_p", "nll"],
             "Undecided, weak or intermediate: the interval crosses a cut.",
         ),
         ({"total": total(interval=None), "placement": place(0.5, None)}, None, "there are too few examples for an interval"),
-        ({"recipe": RecipeFacts("psft", None, 1e-5, False)}, ["nll", "power", "neg_p", "anneal", "nll", "psft"], ""),
+        ({"recipe": RecipeFacts("psft", None, 1e-5, False)}, ["nll", "anneal", "neg_p", "nll", "psft"], ""),
     ],
 )
 def test_advice(changes, arms, reason):
@@ -282,7 +282,7 @@ def test_advice(changes, arms, reason):
     name = lambda arm: Objective.parse(arm["objective"]).to_dict()["name"]  # noqa: E731
     assert arms is None or [name(arm) for arm in advice.arms] == arms
     assert reason in advice.reasons[0]
-    assert [arm["threshold"] for arm in advice.arms if "threshold" in arm] == [0.1] * (arms != ["nll", "power"])
+    assert [arm["threshold"] for arm in advice.arms if "threshold" in arm] == [0.1] * (arms != ["nll", "anneal"])
     assert (advice.learning_rate, advice.seed) == ([3.3e-6, 1e-5, 3e-5], [0, 1, 2])
 
 
@@ -290,11 +290,11 @@ def test_advice(changes, arms, reason):
     ("mean", "interval", "verdict", "learnable", "headline", "confidence"),
     [
         (0.8, (0.79, 0.81), None, 0, "Try `neg_p` first, with `nll` as the control.", BY_PLACEMENT),
-        (0.1, (0.05, 0.15), None, 0, "Keep `nll`, and try `power 0.5` against it.", BY_PLACEMENT),
+        (0.1, (0.05, 0.15), None, 0, "Keep `nll`, and try `anneal` against it.", BY_PLACEMENT),
         (0.5, (0.45, 0.55), None, 0, NO_CHOICE, BY_PLACEMENT),
         (0.3, (0.2, 0.4), None, 0, NO_CHOICE, UNDECIDED),
-        (0.8, (0.79, 0.81), "knowledge", 0.3, "Keep `nll`, and try `power 0.5` against it.", BY_PROBE),
-        (0.8, (0.79, 0.81), "both", 0.3, "Try `anneal` and `power 0.5`, with `nll` as the control.", BY_PROBE),
+        (0.8, (0.79, 0.81), "knowledge", 0.3, "Keep `nll`, and try `anneal` against it.", BY_PROBE),
+        (0.8, (0.79, 0.81), "both", 0.3, "Try `anneal`, with `nll` as the control.", BY_PROBE),
         (0.1, (0.05, 0.15), "noise", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
         (0.8, (0.79, 0.81), "little", 0.05, "Try `neg_p` first, with `nll` as the control.", BY_PROBE),
         (0.3, (0.2, 0.4), "undecided", 0.15, NO_CHOICE, UNDECIDED),

@@ -3,10 +3,10 @@
 from .report import Report
 
 FIRST = {
-    "knowledge": "Keep `nll`, and try `power 0.5` against it.",
-    "both": "Try `anneal` and `power 0.5`, with `nll` as the control.",
+    "knowledge": "Keep `nll`, and try `anneal` against it.",
+    "both": "Try `anneal`, with `nll` as the control.",
     "noise": "Try `neg_p` first, with `nll` as the control.",
-    "weak": "Keep `nll`, and try `power 0.5` against it.",
+    "weak": "Keep `nll`, and try `anneal` against it.",
     "strong": "Try `neg_p` first, with `nll` as the control.",
 }
 OPEN = "No objective is the clear first choice: run the sweep."
