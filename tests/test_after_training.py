@@ -144,6 +144,8 @@ def test_metrics_before_and_after():
     assert before_and_after(history) == {"eval_nll": (3.0, 2.0), "eval_math_target_prob": (None, 0.5)}
     assert before_and_after(history, best=2)["eval_nll"] == (3.0, 1.0)
     assert before_and_after([]) == {}
+    assert before_and_after(history[:1]) == {}, "a checkpoint between evaluations has no metrics of its own yet"
+    assert before_and_after(history[:1], best=0)["eval_nll"] == (3.0, 3.0)
 
 
 # While it trains

@@ -62,7 +62,8 @@ def write_card(card: Path, record: Mapping[str, Any], name: str, where: str, cha
 def before_and_after(history: list[dict[str, Any]], best: int | None = None) -> dict[str, tuple[float | None, float]]:
     """Return each metric of an evaluation as it was before training, if it was measured, and afterwards.
 
-    `history`: a trainer's `log_history`. `best`: the step whose weights the model has, None for the last.
+    `history`: a trainer's `log_history`. `best`: the step whose weights the model has, None for the last. A metric that was
+    measured before training alone is left out.
     """
     evaluated = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
     names = [key for entry in evaluated for key in entry if key.startswith("eval_") and key.endswith(MEASURED)]
@@ -70,7 +71,8 @@ def before_and_after(history: list[dict[str, Any]], best: int | None = None) -> 
     for name in dict.fromkeys(names):
         values = {entry["step"]: entry[name] for entry in evaluated if name in entry}
         last = best if best in values else max(values)
-        found[name] = values.get(0), values[last]
+        if last > 0 or best == 0:
+            found[name] = values.get(0), values[last]
     return found
 
 
