@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
-from .labels import MASKS, OF_TOKENS, SIZED, check_rows, first_row
+from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .spans import refuse_untrained
 
@@ -36,6 +36,8 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         if name == trained:  # a key may have no effect on evaluation sets
             _refuse_idle_keys(first, name, args, owns_text)
         if "input_ids" in first:
+            if isinstance(sets[name], IterableDataset) or not hasattr(first["input_ids"], "__len__"):
+                check_row(first, 0, name)  # a stream's others are checked as they are read
             _refuse_idle_on_tokens(first, name, args, asks)
         else:
             _refuse_idle_on_text(first, name)
@@ -120,6 +122,11 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
         raise RecipeError(
             f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
             "true`, or remove the column."
+        )
+    if "position_ids" in first:
+        raise RecipeError(
+            f"The column `position_ids` of the {name} set has no effect: the examples of a row would see each other. Give one "
+            "example per row, or its `seq_lengths`, and remove the column."
         )
     if "seq_lengths" in first and not _keeps_apart(args):
         raise RecipeError(
