@@ -1,14 +1,16 @@
 """Columns that would be lost, or that hold no numbers: each is refused with its row, in a stream as it is read."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset, IterableDataset
 
-from bl_trainer import BLTrainer
+from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.errors import RecipeError
 from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.labels import check_rows
+from bl_trainer.tokens.rendering import check_rendering
 from test_guards import GOOD, IDS, TEXT, verb_refuses
 from ways import build, train
 
@@ -133,3 +135,30 @@ def test_numbers_of_other_types_are_taken():
     for kind in ("numpy", "torch"):
         formatted = Dataset.from_list([GOOD]).with_format(kind)
         assert len(list(check_rows(formatted, "train"))) == len(list(check_rows(formatted.to_iterable_dataset(), "train"))) == 1
+
+
+READS = "{% for m in messages %}{{ m.role }}:{% if m.prefix %}#{% endif %}{{ m.content }}\n{% endfor %}"
+DUMPS = "{% for m in messages %}{{ m.content }}{{ m | tojson }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "unread"),
+    [
+        (READS, {"toxic": False}, ["toxic"]),
+        (READS, {"score": 0.5, "turn_id": 3, "name": "a", "weight": 0}, ["score", "turn_id"]),
+        (READS, {"prefix": False, "tags": ["a"], "source": "b", "train": True}, []),
+        (DUMPS, {"score": 0.5}, []),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [False, True], ids=["set", "stream"])
+def test_keys_of_messages_that_the_template_does_not_read(template, extra, unread, streamed, tokenizer, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.rendering.warn_once", said.append)
+    chat = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+    rows = [{"messages": chat}, *[{"messages": [chat[0], {**chat[1], **extra}]}] * 2]
+    args = BLConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    data = check_rendering(stream_of(rows) if streamed else Dataset.from_list(rows), tokenizer, template, "the train set", args)
+    assert len(list(data)) == 3
+    keys = [re.search("The key `(.*)` of messages in the train set has no effect: the chat template", each)[1] for each in said]
+    assert keys == unread

@@ -10,11 +10,11 @@ from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
 from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row
+from .messages import trains_in_full
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .spans import refuse_untrained
 
 CHATS = ("prompt", "completion", "messages", "conversations")
-WEIGHTS = ("weight", "weights", "sample_weight", "example_weight", "loss_weight")  # what others call `objective_weight`
 OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers add of themselves
 
 
@@ -48,9 +48,11 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
 
 
 def _warn_of_weights(first: dict[str, Any], name: str) -> None:
-    for column in () if WEIGHT in first else first:
-        value = first[column][0] if isinstance(first[column], list) and first[column] else first[column]
-        if column.lower() in WEIGHTS and is_number(value):
+    for column in () if WEIGHT in first else [key for key in first if key != TOKEN_WEIGHT]:
+        lists = isinstance(first[column], list)
+        value = first[column][0] if lists and first[column] else first[column]
+        counts = is_number(value) or isinstance(value, bool)
+        if counts and trains_in_full(column) is not None and not (lists and "mask" in column):  # which `_refuse_unread` knows
             warn_once(f"The column `{column}` of the {name} set has no effect. To weight rows, rename it to `{WEIGHT}`.")
 
 
