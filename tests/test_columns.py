@@ -162,3 +162,30 @@ def test_keys_of_messages_that_the_template_does_not_read(template, extra, unrea
     assert len(list(data)) == 3
     keys = [re.search("The key `(.*)` of messages in the train set has no effect: the chat template", each)[1] for each in said]
     assert keys == unread
+
+
+UNWEIGHED = {
+    "tokens": [GOOD | {"token_weight": [1.0, 0.0, 0.0, 0.0]}, GOOD | {"token_weight": [1.0] * 4}],
+    "messages": [
+        {"messages": [{"role": role, "content": "ab", "weight": weight} for role in ("user", "assistant")]} for weight in (0, 1)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", UNWEIGHED)
+def test_rows_that_do_not_train_by_their_weights(kind, tokenizer, tmp_path, monkeypatch):
+    said = []
+    for room in ("labels", "streams"):
+        monkeypatch.setattr(f"bl_trainer.tokens.{room}.warn_once", said.append)
+    masked, full = UNWEIGHED[kind]
+    why = "do not train: their weights are 0, or `max_length: 64` cuts their targets off, or they have none. Raise"
+    build(BLTrainer, tokenizer, Dataset.from_list([masked, full] * 4), tmp_path, max_length=64)
+    assert said.pop().startswith(f"4 of 8 rows of the train set {why}")
+    options = {"max_length": 64, "per_device_train_batch_size": 4, "max_steps": 1, "shuffle_dataset": False}
+    train(BLTrainer, tokenizer, stream_of([full, masked] * 4), tmp_path, **options)
+    assert re.search(f"rows that were read of the train stream {why}", said.pop())
+    assert not said
+    with pytest.raises(
+        RecipeError, match=r"no row has a target\. Every label is -100, has the weight 0, or is that of a row's"
+    ):
+        build(BLTrainer, tokenizer, Dataset.from_list([masked] * 8), tmp_path, max_length=64)

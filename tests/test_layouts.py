@@ -208,8 +208,9 @@ def test_calls_of_functions_and_what_stands_in_place_of_content():
     ("key", "value"),
     [
         ("loss_weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True), ("weights", 0), ("Weight", 0),
-        ("drop", True), ("ignore", True), ("skip", True), ("is_masked", True), ("no_loss", True), ("include", False), ("learn", False),
-        ("train_on", False), ("trained", False), ("supervise", False), ("calculate_loss", 0), ("isSkipped", True),
+        ("drop", True), ("ignore", True), ("skip", True), ("is_masked", True), ("no_loss", True), ("include", False),
+        ("learn", False), ("train_on", False), ("trained", False), ("supervise", False), ("calculate_loss", 0),
+        ("isSkipped", True),
         ("train", "false"),
     ],
     ids=str,

@@ -202,15 +202,22 @@ def refuse_without_target(
             f"Cannot use the {name} set: `max_length: {args.max_length}` cuts every target off, in all rows. Raise it{how}."
         )
     raise RecipeError(
-        f"Cannot use the {name} set: no row has a target. Every label is -100, or that of a row's first token, which nothing "
-        "predicts. Check `labels`, the masks and the chat template."
+        f"Cannot use the {name} set: no row has a target. Every label is -100, has the weight 0, or is that of a row's first "
+        "token, which nothing predicts. Check `labels`, the masks, the weights and the chat template."
     )
 
 
-def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
+def why_untrained(max_length: int | None, masks: bool) -> str:
+    """Return why rows may not train. `masks`: whether weights of 0 do."""
+    causes = {"their weights are 0": masks, f"`max_length: {max_length}` cuts their targets off": max_length is not None}
+    return ", or ".join([*(cause for cause, holds in causes.items() if holds), "they have none"])
+
+
+def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any, masks: Callable[[], bool]) -> None:
     """Warn with the number of rows of a prepared set without a target, or dropped for that; a stream's `StreamCount` counts.
 
-    `dataset`: the same rows before they are prepared. Rows that packing cuts into several are not counted.
+    `dataset`: the same rows before they are prepared. Rows that packing cuts into several are not counted. `masks`: tells
+    whether weights of 0 mask.
     """
     if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
         return
@@ -222,8 +229,8 @@ def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None
     own = min(blank, _count_blank(dataset)[1] if "input_ids" in dataset.column_names else 0)
     if blank > own:
         warn_once(
-            f"{blank - own} of {total} rows of the {name} set do not train: `max_length: {args.max_length}` cuts their targets "
-            "off, or they have none. Raise `max_length`, or shorten the rows."
+            f"{blank - own} of {total} rows of the {name} set do not train: {why_untrained(args.max_length, masks())}. Raise "
+            "`max_length`, or correct the rows."
         )
     if own:
         warn_once(f"{own} of {total} rows of the {name} set do not train: all their labels are -100. Correct or remove them.")
