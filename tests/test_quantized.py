@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bl_trainer.cli import main
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.pair import warn_of_quantization
 from bl_trainer.diagnosis.run import Diagnosis
-from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.harness import load_model
 from bl_trainer.evaluation.options import EvaluateArguments
@@ -162,7 +162,9 @@ def test_a_sweep_over_ways_to_quantise_has_no_one_base(run, data_folder, tmp_pat
 )
 def test_settings_that_bitsandbytes_can_not_do(given, message, checkpoint, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", "--model", str(checkpoint), "--tasks", "gsm8k", "--quantization", json.dumps(given)])
+        main(
+            ["evaluate", "--model", str(checkpoint), "--tasks", "gsm8k", "--output", "out", "--quantization", json.dumps(given)]
+        )
     assert caught.value.code == 2
     assert f"Cannot quantise as `--quantization {json.dumps(given)}`: {message}" in capsys.readouterr().err
 
