@@ -486,9 +486,10 @@ def test_liger_that_is_not_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("row", "options", "targets"),
     [
-        (PAIR, {"completion_only_loss": True}, None),
-        (PAIR, {"completion_only_loss": False}, None),
-        (CHAT, {"assistant_only_loss": True}, None),
+        (PAIR, {"completion_only_loss": True}, "...de<end>"),
+        (PAIR, {"completion_only_loss": False}, "abcde<end>"),
+        (CHAT, {"assistant_only_loss": True}, ".....de<end>"),
+        (CHAT, {"assistant_only_loss": False}, "<user>abc<end>de<end>"),
         (IDS, {}, [5, 6, 7, 8]),
         ({**IDS, "text": "abc", "attention_mask": [1] * 4}, {}, [5, 6, 7, 8]),
         ({**IDS, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": True}, [-100, -100, 7, 8]),
@@ -504,7 +505,9 @@ def test_liger_that_is_not_installed(monkeypatch):
 def test_what_has_an_effect_is_taken(row, options, targets, tokenizer, tmp_path):
     for streamed in (False, True):
         prepared = build(BLTrainer, tokenizer, as_data([row] * 8, streamed), tmp_path, **options).train_dataset
-        assert targets is None or next(iter(prepared))["labels"] == targets
+        for example in prepared:
+            shown = ["." if label == -100 else tokenizer.convert_ids_to_tokens(label) for label in example["labels"]]
+            assert ("".join(shown) if isinstance(targets, str) else example["labels"]) == targets
 
 
 def test_a_prepared_set_may_be_evaluated_again(tokenizer, pair_data, tmp_path):
