@@ -207,6 +207,29 @@ def test_two_losses_at_once_are_refused(tokenizer, tmp_path):
         attach(trainer, "nll")
 
 
+@pytest.mark.parametrize("column", ["objective_weight", "token_weight"])
+def test_columns_of_weights_are_refused(column, tokenizer, tmp_path):
+    """Also those that only the batch shows, and those of sets that come later."""
+    trainer, seen = build(tokenizer, tmp_path)
+    plain, weighted = trainer.train_dataset, trainer.train_dataset.add_column(column, [0.0] * len(trainer.train_dataset))
+    for kind, sets in (("train", weighted), ("eval", weighted), ("eval", {"one": plain, "other": weighted})):
+        trainer.train_dataset, trainer.eval_dataset = (sets, plain) if kind == "train" else (plain, sets)
+        with pytest.raises(RecipeError, match=f"Cannot use the column `{column}` of the {kind} set: only `BLTrainer` weights"):
+            attach(trainer, "neg_p")
+    trainer.eval_dataset = plain
+    attach(trainer, "neg_p")
+    collate = trainer.data_collator
+    trainer.data_collator = lambda features: {**(batch := collate(features)), column: torch.zeros(batch["labels"].shape)}
+    for act in (trainer.train, trainer.evaluate):
+        with pytest.raises(LossError, match=f"Cannot use `{column}` of a batch: only `BLTrainer` weights rows and tokens"):
+            act()
+    trainer.train_dataset, trainer.eval_dataset, trainer.data_collator = weighted, weighted, collate
+    for act in (trainer.train, trainer.evaluate):
+        with pytest.raises(RecipeError, match=f"Cannot use the column `{column}` of the .* set"):
+            act()
+    assert not seen.all
+
+
 @pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled"])
 def test_parallelism_that_splits_rows_is_refused(kind, tokenizer, tmp_path):
     trainer, _ = build(tokenizer, tmp_path)

@@ -799,4 +799,8 @@ def test_prepared_data_are_evaluated(tmp_path):
         + ["--output", str(tmp_path / "evaluation"), "--limit", "3", "--max_new_tokens", "2"]
     )
     (samples,) = (tmp_path / "evaluation" / "samples").rglob("completion.jsonl")
-    assert [json.loads(line)["gold"] for line in samples.read_text().splitlines()] == ["A", "B", "C"]
+    found = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [each["gold"] for each in found] == ["A", "B", "C"]
+    assert all(isinstance(each["answer"], str) and each["metrics"] for each in found)
+    for each in found:
+        assert each["metrics"]["exact_match"] == float(each["answer"].strip() == each["gold"])

@@ -343,6 +343,14 @@ def test_a_mask_of_unknown_sense_is_not_to_be_renamed(mask):
         ({**TEXT, "weight": 0.5}, True),
         ({**CHAT, "sample_weight": 2}, True),
         ({**IDS, "loss_weight": [0.0, 1.0, 1.0, 1.0]}, True),
+        ({**TEXT, "loss_scale": 0.0}, True),
+        ({**CHAT, "weights": 1}, True),
+        ({**PAIR, "train": False}, True),
+        ({**TEXT, "is_masked": True}, True),
+        ({**TEXT, "token_weights": [0.0, 1.0]}, True),
+        ({**GOOD, "loss_mask": [0, 1, 1, 1]}, False),
+        ({**IDS, "token_weight": [0.0, 1.0, 1.0, 1.0]}, False),
+        ({**TEXT, "training_step": 5}, False),
         ({**TEXT, "weight": "heavy"}, False),
         ({**TEXT, "weight": 0.5, "objective_weight": 0.5}, False),
         ({**TEXT, "score": 0.5}, False),
@@ -478,9 +486,10 @@ def test_liger_that_is_not_installed(monkeypatch):
 @pytest.mark.parametrize(
     ("row", "options", "targets"),
     [
-        (PAIR, {"completion_only_loss": True}, None),
-        (PAIR, {"completion_only_loss": False}, None),
-        (CHAT, {"assistant_only_loss": True}, None),
+        (PAIR, {"completion_only_loss": True}, "...de<end>"),
+        (PAIR, {"completion_only_loss": False}, "abcde<end>"),
+        (CHAT, {"assistant_only_loss": True}, ".....de<end>"),
+        (CHAT, {"assistant_only_loss": False}, "<user>abc<end>de<end>"),
         (IDS, {}, [5, 6, 7, 8]),
         ({**IDS, "text": "abc", "attention_mask": [1] * 4}, {}, [5, 6, 7, 8]),
         ({**IDS, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": True}, [-100, -100, 7, 8]),
@@ -496,7 +505,9 @@ def test_liger_that_is_not_installed(monkeypatch):
 def test_what_has_an_effect_is_taken(row, options, targets, tokenizer, tmp_path):
     for streamed in (False, True):
         prepared = build(BLTrainer, tokenizer, as_data([row] * 8, streamed), tmp_path, **options).train_dataset
-        assert targets is None or next(iter(prepared))["labels"] == targets
+        for example in prepared:
+            shown = ["." if label == -100 else tokenizer.convert_ids_to_tokens(label) for label in example["labels"]]
+            assert ("".join(shown) if isinstance(targets, str) else example["labels"]) == targets
 
 
 def test_a_prepared_set_may_be_evaluated_again(tokenizer, pair_data, tmp_path):

@@ -205,8 +205,16 @@ def test_calls_of_functions_and_what_stands_in_place_of_content():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("loss_weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True)], ids=str
-)
+    ("key", "value"),
+    [
+        ("loss_weight", 0.5), ("train", False), ("loss_mask", 0), ("masked", True), ("weights", 0), ("Weight", 0),
+        ("drop", True), ("ignore", True), ("skip", True), ("is_masked", True), ("no_loss", True), ("include", False),
+        ("learn", False), ("train_on", False), ("trained", False), ("supervise", False), ("calculate_loss", 0),
+        ("isSkipped", True),
+        ("train", "false"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_keys_of_messages_that_have_no_effect_are_refused(key, value):
     rows = [{"messages": each} for each in CHAT] + [{"messages": [{**CHAT[0][0], key: value}, CHAT[0][1]]}]
     for row in rows:
@@ -217,8 +225,8 @@ def test_keys_of_messages_that_have_no_effect_are_refused(key, value):
         dataset = Dataset.from_list([{layout: row[column]} for row in rows])
         with pytest.raises(RowError, match=f"row 4 of .* has a message with `{key}: .*`, which has no .*`weight: 0`"):
             arrange(dataset, "the train set", "text")
-    full = not value if key == "masked" else 1
-    same = Dataset.from_list([{"messages": [{**turn, key: type(value)(full)} for turn in each]} for each in CHAT])
+    full = "true" if isinstance(value, str) else type(value)(not value or isinstance(value, float))
+    same = Dataset.from_list([{"messages": [{**turn, key: full} for turn in each]} for each in CHAT])
     assert arrange(same, "the train set", "text")[:] == same[:]
 
 

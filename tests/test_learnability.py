@@ -67,7 +67,10 @@ def test_knowledge_is_foretold(checkpoint, tmp_path):
     data = save(mapping_rows(0.0), tmp_path / "data")
     found = diagnosis(tmp_path, checkpoint, data, "--probe_steps", "100", **QUICK).run()["learnability"]
     assert found["learnable"] > 0.8 * found["low"] > 0.4
-    assert found["verdict"] == "knowledge" or "there is knowledge" in found["why"]
+    assert found["learnable_interval"][0] >= LEARNABLE
+    assert found["contradicted"] == 0
+    is_clean = found["noise_interval"][1] < NOISE
+    assert (found["verdict"], found["why"][:18]) == (("knowledge", "") if is_clean else ("undecided", "there is knowledge"))
     half_way = found["half_way"]
     assert half_way["tokens"] == found["tokens"]
     assert half_way["learnable"] <= found["learnable"] + 0.05

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -16,8 +17,10 @@ from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import sharing
 from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objective, per_token
+from bl_trainer.errors import LossError
 from bl_trainer.head import blocks as module
 from bl_trainer.head.logits import objective_of_logits
+from bl_trainer.losses.pricing import _is_count
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_double
 from forking import SERVER
@@ -520,15 +523,40 @@ def test_saved_tensors_are_unpacked_once():
     torch.testing.assert_close(checkpointed.grad, logits.grad)
 
 
+NO_COUNTS = [-3, True, math.nan, math.inf, torch.tensor(-3), torch.tensor(True), torch.tensor(math.nan), torch.tensor(math.inf)]
+
+
+@pytest.mark.parametrize("count", NO_COUNTS, ids=str)
+def test_what_is_no_number_of_items(count):
+    logits, labels = torch.randn(1, 4, 7), torch.randint(7, (1, 4))
+    for loss in (
+        lambda: as_loss("nll")({"logits": logits}, labels, count),
+        lambda: fused_objective(torch.randn(1, 4, 3), torch.randn(7, 3), labels, "nll", num_items=count),
+    ):
+        with pytest.raises(LossError, match=r"the number of items is .*\. Give the number of targets, or None"):
+            loss()
+    right = as_loss("nll")({"logits": logits}, labels, 5)
+    for same in (5.0, np.int64(5), torch.tensor(5), torch.tensor([5.0])):
+        assert as_loss("nll")({"logits": logits}, labels, same) == right
+
+
+def test_a_number_of_items_on_a_device_is_not_read():
+    """A tensor without values, which reading would raise on, stands for one that the host would wait for."""
+    elsewhere = torch.ones((), device="meta")
+    assert _is_count(elsewhere)
+    assert not _is_count(elsewhere > 0)
+
+
 def test_what_is_given_beside_labels_is_checked():
     logits, labels = torch.randn(1, 4, 7, dtype=torch.float64), torch.randint(7, (1, 4))
     hidden, weight = torch.randn(1, 4, 3), torch.randn(7, 3)
     special = {"name": "power", "alpha": 10, "special_tokens": {"name": "nll"}}
     with pytest.raises(ValueError, match=r"`is_special`: it is torch.uint8. Give a bool tensor"):
         as_loss(special)({"logits": logits}, labels, is_special=torch.ones(1, 4, dtype=torch.uint8))
-    for value in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="a weight is below 0, or no number"):
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="a weight is below 0, infinite, or no number"):
             as_loss("nll")({"logits": logits}, labels, objective_weight=torch.full((1, 4), value))
+    assert as_loss("nll")({"logits": logits}, labels, objective_weight=torch.zeros(1, 4, dtype=torch.long)) == 0
     for options in ({"softcap": 0}, {"softcap": -1.0}, {"scale": torch.ones(())}):
         with pytest.raises(ValueError, match=r"`scale` .* must be a number"):
             fused_objective(hidden, weight, labels, "nll", **options)

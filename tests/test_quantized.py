@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from bl_trainer.cli import main
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.pair import warn_of_quantization
 from bl_trainer.diagnosis.run import Diagnosis
@@ -145,6 +146,27 @@ def test_a_sweep_over_ways_to_quantise_has_no_one_base(run, data_folder, tmp_pat
     assert len(plan.bases()) == 1
     plain = planned(tmp_path, data_folder, {"arms": [{"objective": "nll"}]}, use_peft=False, load_in_4bit=False)
     assert "--quantization" not in base_evaluation(plain, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "`load_in_4bit` and `load_in_8bit` are both true. Write one of them."),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "`bnb_4bit_quant_type` is 'nf5'. Write one of nf4, fp4."),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}, "`bnb_4bit_compute_dtype` is no type of torch's"),
+        ({"load_in_4bit": True, "load_in_8bit": 0}, "`load_in_8bit` is 0. Write one of true, false."),
+        ({"load_in_8bit": True, "llm_int8_threshold": "6"}, "`llm_int8_threshold` is not a number"),
+        ({"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"}, "`llm_int8_skip_modules` is not a list of names"),
+    ],
+    ids=str,
+)
+def test_settings_that_bitsandbytes_can_not_do(given, message, checkpoint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(
+            ["evaluate", "--model", str(checkpoint), "--tasks", "gsm8k", "--output", "out", "--quantization", json.dumps(given)]
+        )
+    assert caught.value.code == 2
+    assert f"Cannot quantise as `--quantization {json.dumps(given)}`: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["4", '{"bits": 4}', '{"bnb_4bit_quant_type": "nf4"}', '{"load_in_4bit": true'])

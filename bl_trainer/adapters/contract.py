@@ -10,6 +10,10 @@ from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
 from ..head.targets import IGNORED
 from ..losses.pricing import SPLIT_BATCH
+from ..tokens.names import TOKEN_WEIGHT, WEIGHT
+
+WEIGHTS = (WEIGHT, TOKEN_WEIGHT)  # columns that only `BLTrainer` reads
+UNREAD = "only `BLTrainer` weights rows and tokens. Remove it, or use `BLTrainer`."
 
 
 def refuse_settings(args: Any) -> None:
@@ -32,6 +36,16 @@ def refuse_split_rows(trainer: Any) -> None:
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
 
 
+def refuse_weights(trainer: Any) -> None:
+    """Raise RecipeError if a data set of `trainer` has a column of weights, which it would drop or give to the model."""
+    for kind in ("train", "eval"):
+        found = getattr(trainer, f"{kind}_dataset", None)
+        for dataset in found.values() if isinstance(found, dict) else [found]:
+            for column in WEIGHTS:
+                if column in (getattr(dataset, "column_names", None) or ()):
+                    raise RecipeError(f"Cannot use the column `{column}` of the {kind} set: {UNREAD}")
+
+
 def refuse_aligned(model: Any) -> None:
     """Raise RecipeError if `model` is an encoder-decoder, whose logits at t predict the label at t."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -49,6 +63,7 @@ def watch(trainer: Any, loss: Any) -> None:
 
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
+        refuse_weights(trainer)
         refuse_aligned(trainer.model)
         keep_trainable(trainer.model)  # here and below: a trainer may have no model yet when it makes its loss
         return collect(map(with_targets, batches), *args, **kwargs)
@@ -62,6 +77,7 @@ def watch(trainer: Any, loss: Any) -> None:
 
     def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
         keep_trainable(trainer.model)
+        refuse_weights(trainer)
         loss.forget("eval")  # what `predict` has left, which no log takes
         return loop(*args, **kwargs)
 
@@ -83,8 +99,10 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Return a collated batch whose labels leave out the first token of each example, which nothing predicts.
 
     An example begins with a row, at `position_ids` 0, and where the number in `attention_mask` changes. Raises LossError if
-    the labels stand a place before their tokens, since the loss would shift them a second time.
+    the labels stand a place before their tokens, since the loss would shift them a second time; and on weights.
     """
+    if found := next((column for column in WEIGHTS if column in batch), None):
+        raise LossError(f"Cannot use `{found}` of a batch: {UNREAD}")
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")

@@ -8,19 +8,21 @@ from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
 from ..losses import as_loss
 from ..objectives.pricing import METRICS
-from .contract import refuse_settings, watch
+from .contract import refuse_settings, refuse_weights, watch
 
 
 def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
     """Make a `transformers.Trainer` minimise an objective: its mean cost over the targets of the whole optimizer step.
 
     `objective`, `threshold`: as in a recipe. Call it before `trainer.train()`. The first token of a row, and of each example
-    of a packed row, is no target. Raises ValueError on settings under which the trainer would minimise something else.
+    of a packed row, is no target. Raises ValueError on settings under which the trainer would minimise something else, and on
+    columns of weights, which only `BLTrainer` reads.
     """
     if (kind := getattr(trainer.args, "loss_type", None)) not in (None, "nll", "chunked_nll"):  # TRL's trainers have others
         raise RecipeError(f"Cannot train two losses at once: `loss_type: {kind}` is another. Remove it.")
     if trainer.compute_loss_func is not None:
         raise RecipeError("Cannot attach an objective: the trainer has a `compute_loss_func` already. Turn off its other loss.")
+    refuse_weights(trainer)
     keep_trainable(trainer.model)
     trainer.compute_loss_func = TrainerLoss(trainer, trainer.args, objective, threshold)
 

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .._util.text import from_json, sentence
+import torch
+
+from .._util.text import from_json, is_number, sentence
 from ..errors import RecipeError
 from ..recipe.datasets import find_fault
 from ..recipe.local_files import unreadable_name
@@ -20,6 +22,7 @@ from .task_files import task_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("hf", "vllm")
+ALLOWED = {"bnb_4bit_quant_type": ("nf4", "fp4")}
 EXAMPLE = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}'
 
 # What tells whether a checkpoint is still the one that was evaluated
@@ -235,6 +238,8 @@ class EvaluateArguments:
                 f"Cannot quantise as `--quantization {self.quantization}`: it must be a mapping with `load_in_4bit` or "
                 f"`load_in_8bit`. Write e.g. --quantization '{EXAMPLE}'; allowed: {', '.join(QUANTIZATION)}."
             )
+        if fault := next(_faults_of(found), None):
+            raise RecipeError(f"Cannot quantise as `--quantization {self.quantization}`: {fault}. E.g. '{EXAMPLE}'.")
         return found
 
     def files(self) -> dict[str, Path]:
@@ -281,6 +286,24 @@ class EvaluateArguments:
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
         return {**{key: getattr(self, key) for key in (*keys, "dtype", "seed")}, "files": digests}
+
+
+def _faults_of(quantization: dict[str, Any]) -> Iterator[str]:
+    """Yield what bitsandbytes can't do of its settings, which it says only when a model loads."""
+    for key, value in quantization.items():
+        is_truth = key.startswith("load_in") or key == "bnb_4bit_use_double_quant"
+        allowed = (True, False) if is_truth else ALLOWED.get(key, (value,))
+        if value not in allowed or (is_truth and not isinstance(value, bool)):
+            yield f"`{key}` is {value!r}. Write one of {', '.join(str(each).lower() for each in allowed)}"
+    if quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
+        yield "`load_in_4bit` and `load_in_8bit` are both true. Write one of them"
+    if not isinstance(getattr(torch, str(quantization.get("bnb_4bit_compute_dtype", "float32")), None), torch.dtype):
+        yield "`bnb_4bit_compute_dtype` is no type of torch's. Write e.g. bfloat16"
+    if not is_number(quantization.get("llm_int8_threshold", 0)):
+        yield "`llm_int8_threshold` is not a number. Correct it"
+    modules = quantization.get("llm_int8_skip_modules") or []
+    if not (isinstance(modules, list) and all(isinstance(each, str) for each in modules)):
+        yield "`llm_int8_skip_modules` is not a list of names. Correct it"
 
 
 def _bits_in(quantization: dict[str, Any]) -> bool:

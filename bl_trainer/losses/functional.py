@@ -81,6 +81,7 @@ def as_loss(
         outputs: A mapping or an object with `logits`, (batch, length, vocabulary).
         labels: (batch, length) token ids, unshifted: logits at t predict the label at t + 1. -100 is no target.
         num_items_in_batch: Target tokens of all micro-batches (and processes) whose losses are added, a number or a tensor.
+            The value of a tensor on an accelerator is not checked, since reading it would wait for the device.
         ref_logp, is_special, objective_weight: Tensors of the shape of `labels`, where the objective or the data have them.
 
     Its method `metrics(mode="train", reduce=None)` returns what `BLTrainer` logs, as means since the last call.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -76,8 +77,8 @@ class Pricing:
                 )
             if name in ("is_special", "is_top1") and value.dtype != torch.bool:
                 raise LossError(f"Cannot use `{name}`: it is {value.dtype}. Give a bool tensor.")
-            if name == LOSS_WEIGHT and not (value >= 0).all():
-                raise LossError(f"Cannot use `{name}`: a weight is below 0, or no number. Give weights from 0 up.")
+            if name == LOSS_WEIGHT and not ((value >= 0) & value.isfinite()).all():
+                raise LossError(f"Cannot use `{name}`: a weight is below 0, infinite, or no number. Give weights from 0 up.")
         lacking = [name for name in allowed if name in self.objective.statistics and name not in given]
         if lacking:
             raise LossError(
@@ -92,8 +93,7 @@ class Pricing:
 
     def mean(self, costs: TokenCosts, num_items: Any, micro_batches: Any) -> Tensor:
         """Return the loss to minimise; see `as_loss`."""
-        is_count = isinstance(num_items, Tensor) or (isinstance(num_items, Real) and float(num_items) >= 0)
-        if num_items is not None and not is_count:
+        if num_items is not None and not _is_count(num_items):
             raise LossError(
                 f"Cannot compute the loss: the number of items is {num_items!r}. Give the number of targets, or None."
             )
@@ -105,6 +105,14 @@ class Pricing:
         if self.threshold.normalize == "kept" and adds and torch.is_grad_enabled():  # in evaluation losses are not added
             steps = _number_of(micro_batches)
         return mean_cost(costs.cost, costs.kept.sum(), self.threshold, targets.reshape(()), steps)
+
+
+def _is_count(number: Any) -> bool:
+    """Whether `number` is finite and 0 or above. Of a tensor on a device the type alone is read, which waits for nothing."""
+    if isinstance(number, Tensor):
+        is_number = number.dtype != torch.bool and not number.is_complex()
+        return is_number and (number.device.type != "cpu" or bool(((number >= 0) & number.isfinite()).all()))
+    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and number >= 0
 
 
 def _number_of(micro_batches: Any) -> int:

@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
-from .labels import MASKS, OF_TOKENS, SIZED, check_rows, first_row
+from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row
+from .messages import trains_in_full
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .spans import refuse_untrained
 
 CHATS = ("prompt", "completion", "messages", "conversations")
-WEIGHTS = ("weight", "weights", "sample_weight", "example_weight", "loss_weight")  # what others call `objective_weight`
 OF_TOKENIZERS = ("attention_mask", "special_tokens_mask")  # which tokenizers add of themselves
 
 
@@ -36,6 +36,8 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         if name == trained:  # a key may have no effect on evaluation sets
             _refuse_idle_keys(first, name, args, owns_text)
         if "input_ids" in first:
+            if isinstance(sets[name], IterableDataset) or not hasattr(first["input_ids"], "__len__"):
+                check_row(first, 0, name)  # a stream's others are checked as they are read
             _refuse_idle_on_tokens(first, name, args, asks)
         else:
             _refuse_idle_on_text(first, name)
@@ -46,9 +48,11 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
 
 
 def _warn_of_weights(first: dict[str, Any], name: str) -> None:
-    for column in () if WEIGHT in first else first:
-        value = first[column][0] if isinstance(first[column], list) and first[column] else first[column]
-        if column.lower() in WEIGHTS and is_number(value):
+    for column in () if WEIGHT in first else [key for key in first if key != TOKEN_WEIGHT]:
+        lists = isinstance(first[column], list)
+        value = first[column][0] if lists and first[column] else first[column]
+        counts = is_number(value) or isinstance(value, bool)
+        if counts and trains_in_full(column) is not None and not (lists and "mask" in column):  # which `_refuse_unread` knows
             warn_once(f"The column `{column}` of the {name} set has no effect. To weight rows, rename it to `{WEIGHT}`.")
 
 
@@ -120,6 +124,11 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
         raise RecipeError(
             f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
             "true`, or remove the column."
+        )
+    if "position_ids" in first:
+        raise RecipeError(
+            f"The column `position_ids` of the {name} set has no effect: the examples of a row would see each other. Give one "
+            "example per row, or its `seq_lengths`, and remove the column."
         )
     if "seq_lengths" in first and not _keeps_apart(args):
         raise RecipeError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate
+from numbers import Integral, Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,11 +15,16 @@ from datasets import Dataset, IterableDataset
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from ..head.targets import IGNORED
-from .names import TOKEN_WEIGHT, WEIGHT
+from .messages import short
+from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
 SIZED = (*OF_TOKENS, TOKEN_WEIGHT)
+# What a stream's rows are read by: each has what its first row has, and no more
+IN_ALL_ROWS = ("input_ids", *SIZED, WEIGHT, REFERENCE, "seq_lengths")
+IN_NO_LATER_ROW = (*IN_ALL_ROWS, "attention_mask", "position_ids", "prompt", "completion", "image", "images")
+IDS, NUMBERS = ("input_ids", "labels"), (*MASKS, "attention_mask")
 
 
 _first_rows: WeakKeyDictionary[IterableDataset, Any] = WeakKeyDictionary()  # a stream is costly to start
@@ -58,42 +64,70 @@ def handed_on(dataset: IterableDataset, made: IterableDataset) -> IterableDatase
 
 
 def check_rows(dataset: Any, name: str) -> Any:
-    """Return a data set, its labels and masks checked against `input_ids`; a stream's are checked as it is read.
+    """Return a data set, its ids, labels and masks checked; a stream's are checked as it is read.
 
-    Raises RecipeError with the number of the first row that is wrong.
+    Raises RecipeError with the number of the first row that is wrong, in a stream also of one with other columns than the
+    first.
     """
+    if isinstance(dataset, IterableDataset):
+        first = frozenset(first_row(dataset) or ())
+        return handed_on(dataset, dataset.map(_check_streamed, with_indices=True, fn_kwargs={"name": name, "first": first}))
     present = columns_of(dataset)
     columns = [column for column in (*SIZED, WEIGHT, "attention_mask") if column in present]
-    if "input_ids" not in present or not columns:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return handed_on(dataset, dataset.map(_check_row, with_indices=True, fn_kwargs={"name": name}))
-    if dataset.format["type"] != "custom":
+    if "input_ids" in present and dataset.format["type"] != "custom":
         start = 0
         for table in plain(dataset).select_columns(["input_ids", *columns]).with_format("arrow").iter(1000):
             if not _is_aligned(table, columns):
                 for row, example in enumerate(table.to_pylist(), start):
-                    _check_row(example, row, name)
+                    check_row(example, row, name)
             start += len(table)
     return dataset
 
 
+def _check_streamed(example: dict[str, Any], row: int, name: str, first: frozenset[str]) -> dict[str, Any]:
+    more = [column for column in IN_NO_LATER_ROW if example.get(column) is not None and column not in first]
+    less = [column for column in IN_ALL_ROWS if column in first and column not in example]
+    if more or less:
+        found, instead = ("has", "lacks") if more else ("lacks", "has")
+        raise RecipeError(
+            f"Cannot train on row {row} of the {name} set, counted from 0: it {found} the column `{[*more, *less][0]}`, which "
+            f"the first row of the stream {instead}. Give all rows the same columns."
+        )
+    return check_row(example, row, name) if "input_ids" in first else {}
+
+
 def _is_aligned(table: pa.Table, columns: list[str]) -> bool:
     """Whether nothing in a table needs a look, row by row: much faster than that look."""
+    read = {column: table[column] for column in (*IDS, *NUMBERS) if column in table.column_names}
+    if not all(_are_numbers(values, column in IDS) for column, values in read.items()):
+        return False
     sizes = _sizes(table["input_ids"])
     sized = [column for column in columns if column != WEIGHT or pa.types.is_nested(table[column].type)]
     aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in sized)
     return aligned and ("attention_mask" not in columns or pc.min(pc.list_flatten(table["attention_mask"])).as_py() != 0)
 
 
+def _are_numbers(lists: pa.ChunkedArray, are_ids: bool) -> bool:
+    """Whether a column holds lists of numbers, all of them there; of whole ones if they are ids."""
+    if not _is_list(lists.type):
+        return False
+    kind = lists.type.value_type
+    fits = pa.types.is_integer(kind) or (not are_ids and (pa.types.is_boolean(kind) or pa.types.is_floating(kind)))
+    return fits and not lists.null_count and not pc.list_flatten(lists).null_count
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def _sizes(lists: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = lists.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return pc.list_value_length(lists) if is_list else pa.nulls(len(lists), pa.int32())
+    return pc.list_value_length(lists) if _is_list(lists.type) else pa.nulls(len(lists), pa.int32())
 
 
-def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:
+def check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:
+    """Raise RecipeError on a tokenised row whose ids, labels or masks can't be trained on. Returns no column."""
     which = f"row {row} of the {name} set, counted from 0" if row is not None else f"an example of the {name} set"
+    _refuse_no_numbers(example, "input_ids", which)
     size = len(example["input_ids"])
     sized = (*SIZED, WEIGHT) if isinstance(example.get(WEIGHT), list) else SIZED
     for column in sized:
@@ -103,7 +137,10 @@ def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str,
             raise RecipeError(
                 f"Cannot train on {which}: `{column}` has {count} for {size} tokens. Give one number for each of `input_ids`."
             )
-    mask = example.get("attention_mask") or ()
+    for column in ("labels", *NUMBERS):
+        _refuse_no_numbers(example, column, which)
+    mask = example.get("attention_mask")
+    mask = () if mask is None else list(mask)
     targets = [not hidden and label != IGNORED for hidden, label in zip(mask, _labels_of(example), strict=False)]
     if any(targets) or 0 in mask[: sum(map(bool, mask))]:
         raise RecipeError(
@@ -113,9 +150,22 @@ def _check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str,
     return {}
 
 
+def _refuse_no_numbers(example: dict[str, Any], column: str, which: str) -> None:
+    """Raise RecipeError unless a column, if it is there, is a list of numbers, of whole ones if these are ids."""
+    if column not in example or (column == "attention_mask" and example[column] is None):
+        return
+    value = example[column].tolist() if hasattr(example[column], "tolist") else example[column]
+    kind, what = (Integral, "a token id") if column in IDS else (Real, "a number")
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"Cannot train on {which}: `{column}` is {short(value)}, not a list. Give {what} for each token.")
+    if not all(issubclass(each, kind) for each in {*map(type, value)}):
+        wrong = next(each for each in value if not isinstance(each, kind))
+        raise RecipeError(f"Cannot train on {which}: `{column}` has {short(wrong)}, which is not {what}. Correct the row.")
+
+
 def check_example(example: dict[str, Any]) -> None:
     """Raise RecipeError on an example for the collator whose labels are not as many as its tokens."""
-    _check_row({key: example[key] for key in ("input_ids", "labels") if key in example}, None, "train or evaluation")
+    check_row({key: example[key] for key in ("input_ids", "labels") if key in example}, None, "train or evaluation")
 
 
 def refuse_misaligned(batch: Mapping[str, Any]) -> None:
@@ -152,15 +202,22 @@ def refuse_without_target(
             f"Cannot use the {name} set: `max_length: {args.max_length}` cuts every target off, in all rows. Raise it{how}."
         )
     raise RecipeError(
-        f"Cannot use the {name} set: no row has a target. Every label is -100, or that of a row's first token, which nothing "
-        "predicts. Check `labels`, the masks and the chat template."
+        f"Cannot use the {name} set: no row has a target. Every label is -100, has the weight 0, or is that of a row's first "
+        "token, which nothing predicts. Check `labels`, the masks, the weights and the chat template."
     )
 
 
-def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None:
+def why_untrained(max_length: int | None, masks: bool) -> str:
+    """Return why rows may not train. `masks`: whether weights of 0 do."""
+    causes = {"their weights are 0": masks, f"`max_length: {max_length}` cuts their targets off": max_length is not None}
+    return ", or ".join([*(cause for cause, holds in causes.items() if holds), "they have none"])
+
+
+def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any, masks: Callable[[], bool]) -> None:
     """Warn with the number of rows of a prepared set without a target, or dropped for that; a stream's `StreamCount` counts.
 
-    `dataset`: the same rows before they are prepared. Rows that packing cuts into several are not counted.
+    `dataset`: the same rows before they are prepared. Rows that packing cuts into several are not counted. `masks`: tells
+    whether weights of 0 mask.
     """
     if not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
         return
@@ -172,8 +229,8 @@ def warn_of_untrained(dataset: Any, prepared: Any, name: str, args: Any) -> None
     own = min(blank, _count_blank(dataset)[1] if "input_ids" in dataset.column_names else 0)
     if blank > own:
         warn_once(
-            f"{blank - own} of {total} rows of the {name} set do not train: `max_length: {args.max_length}` cuts their targets "
-            "off, or they have none. Raise `max_length`, or shorten the rows."
+            f"{blank - own} of {total} rows of the {name} set do not train: {why_untrained(args.max_length, masks())}. Raise "
+            "`max_length`, or correct the rows."
         )
     if own:
         warn_once(f"{own} of {total} rows of the {name} set do not train: all their labels are -100. Correct or remove them.")

@@ -17,7 +17,6 @@ from .messages import (
     PLAIN_KEYS,
     SHAREGPT,
     SPEAKERS,
-    TRAINS,
     Keys,
     are_mappings,
     as_messages,
@@ -27,8 +26,9 @@ from .messages import (
     parsed,
     read,
     refuse_keys,
+    trains_in_full,
 )
-from .names import MESSAGE_WEIGHT, ROW
+from .names import ROW
 
 TEXT = Value("string")
 CHATS = ("messages", "conversations")  # columns that can hold nothing but messages
@@ -242,7 +242,7 @@ def _is_sound(column: pa.ChunkedArray, feature: Any, is_chat: bool) -> bool:
     if column.null_count or not is_chat:
         return not column.null_count and feature == TEXT
     message = feature.feature if isinstance(feature, List) else None
-    if not isinstance(message, dict) or {*TRAINS, MESSAGE_WEIGHT} & message.keys():
+    if not isinstance(message, dict) or any(trains_in_full(key) is not None for key in message):
         return False
     return message.get("role") == message.get("content") == TEXT and all(
         _is_filled(chunk) for chunk in column.chunks if len(chunk)

@@ -1,7 +1,9 @@
 """Messages in the layouts of OpenAI and ShareGPT: their keys and roles, their faults, and how TRL writes them."""
 
+import functools
 import json
 import math
+import re
 from typing import Any
 
 from ..errors import RecipeError
@@ -21,9 +23,30 @@ ROLES = {
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-# Keys of a message by which other trainers leave it out or weight it, and the values that train it in full
-TRAINS = dict.fromkeys(("loss_weight", "loss_mask", "train", "trainable", "training", "loss"), True)
-TRAINS |= dict.fromkeys(("mask", "masked"), False)
+# Words in the names by which other trainers leave out or weight messages and rows, and the values that train in full
+TRAINS = dict.fromkeys("weight weights loss train trainable trained training learn".split(), True)
+TRAINS |= dict.fromkeys("supervise supervised include included".split(), True)
+TRAINS |= dict.fromkeys("mask masks masked drop dropped ignore ignored skip skipped exclude excluded".split(), False)
+BESIDE = "is do on use calculate compute scale message turn token sample example instance row".split()
+NEGATIONS = ("no", "not", "dont")
+SPELLED = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@functools.cache
+def trains_in_full(name: str) -> bool | None:
+    """Return the value at which a key or column of this name trains in full; None if the name says nothing of training."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+", name)]
+    chosen = [TRAINS[word] for word in words if word in TRAINS]
+    if not chosen or not {*words} <= {*TRAINS, *BESIDE, *NEGATIONS}:
+        return None
+    return chosen[0] is not any(word in NEGATIONS for word in words)
+
+
+def has_no_say(name: str, value: Any) -> bool:
+    """Whether a key or column would leave something out or weight it, by name and value, if it were read."""
+    full = trains_in_full(name)
+    value = SPELLED.get(value.lower(), full) if isinstance(value, str) else value
+    return full is not None and value is not None and value != full
 
 
 def read(column: str, value: Any) -> Any:
@@ -64,7 +87,7 @@ def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
     weight = weight_of(message)
     if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
         return f"has a message with `{MESSAGE_WEIGHT}: {short(weight)}`, which must be a number, 0 or above"
-    key = next((key for key in message if key in TRAINS and message[key] not in (None, TRAINS[key])), None)
+    key = next((key for key in message if key != MESSAGE_WEIGHT and has_no_say(key, message[key])), None)
     if key is None:
         return None
     return (

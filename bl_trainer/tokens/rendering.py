@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
@@ -18,8 +18,9 @@ from .._util.text import sentence
 from ..errors import RecipeError
 from .labels import first_row, handed_on
 from .layouts import TEXT, RowError, arrange, check_stream
-from .messages import CALLS, ROLES, short
-from .names import ROW
+from .messages import CALLS, ROLES, short, trains_in_full
+from .names import MESSAGE_WEIGHT, ROW
+from .template import messages_of
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
 MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
@@ -48,7 +49,7 @@ def _check_set(dataset: Dataset, check: "RenderedRow", num_proc: int | None) -> 
     """Render all rows. `datasets` caches the warnings by the rows, the template, the tokenizer and the versions."""
 
     def checked(example: dict[str, Any], row: int) -> dict[str, Any]:
-        return {"warning": check(example, row)}
+        return {"warning": check(example, row), "unread": check.unread_keys(example)}
 
     rendered = dataset.with_format(None).select_columns([key for key in RENDERED if key in dataset.column_names])
     warnings = rendered.map(
@@ -56,12 +57,13 @@ def _check_set(dataset: Dataset, check: "RenderedRow", num_proc: int | None) -> 
         with_indices=True,
         num_proc=num_proc,
         remove_columns=rendered.column_names,
-        features=Features({"warning": TEXT}),
+        features=Features({"warning": TEXT, "unread": List(TEXT)}),
         desc="Checking rendered messages",
     )
     said = pc.drop_null(warnings.data.column("warning"))
     if len(said):
         warn_once(f"{said[0].as_py()} This concerns {len(said)} of {len(dataset)} rows.")
+    check.warn_of(pc.unique(pc.list_flatten(warnings.data.column("unread"))).to_pylist())
 
 
 def check_rendered(dataset: IterableDataset, check: "RenderedRow") -> IterableDataset:
@@ -74,6 +76,7 @@ def check_rendered(dataset: IterableDataset, check: "RenderedRow") -> IterableDa
         if warning and not said:
             said = True
             warn_once(warning)
+        check.warn_of(check.unread_keys(example))
         return {}
 
     return handed_on(dataset, dataset.map(checked, with_indices=True, features=dataset.features))
@@ -94,12 +97,13 @@ class RenderedRow:
     def __init__(self, processing_class: Any, chat_template: str | None, where: str, assistant_only: bool = False):
         self.processing_class, self.chat_template, self.where = processing_class, chat_template, where
         self.assistant_only = assistant_only
+        self.are_read: dict[str, bool] = {}  # keys of messages that hold truths or numbers
 
     def __call__(self, example: Any, row: int) -> str | None:
         if not is_conversational(example):
             return None
         columns = ("prompt", "completion") if "prompt" in example else ("messages",)
-        messages = [message for key in columns for message in example[key]]
+        messages = messages_of(example)
         at = f"row {example.get(ROW, row)} of {self.where}, counted from 0"
         self._refuse_no_template(example)
         if self.assistant_only and not any(message["role"] == "assistant" for message in messages):
@@ -117,6 +121,30 @@ class RenderedRow:
                 "`chat_template_path`.",
                 columns,
             ) from error
+
+    def unread_keys(self, example: Any) -> list[str]:
+        """Return keys of messages whose truths or numbers have no effect: the template names none, nor renders otherwise.
+
+        Each key is measured once, in the first row that has it.
+        """
+        messages = messages_of(example) if is_conversational(example) else []
+        found = {key for message in messages for key, value in message.items() if isinstance(value, (bool, int, float))}
+        new = [key for key in sorted(found - self.are_read.keys()) if key != MESSAGE_WEIGHT and trains_in_full(key) is None]
+        own = (example.get("chat_template_kwargs") or {}).get("chat_template")
+        template = str(own or self.chat_template or getattr(self.processing_class, "chat_template", None))
+        for key in new:
+            without = [{name: value for name, value in message.items() if name != key} for message in messages]
+            is_named = re.search(rf"\b{re.escape(key)}\b", template) is not None
+            self.are_read[key] = is_named or self._render(without, example) != self._render(messages, example)
+        return [key for key in new if not self.are_read[key]]
+
+    def warn_of(self, keys: list[str]) -> None:
+        """Warn of keys of messages that have no effect."""
+        for key in keys:
+            warn_once(
+                f"The key `{key}` of messages in {self.where} has no effect: the chat template does not read it. Write "
+                f"`{MESSAGE_WEIGHT}: 0` for a message that does not train."
+            )
 
     def _refuse_no_template(self, example: Any) -> None:
         own = (example.get("chat_template_kwargs") or {}).get("chat_template")

@@ -6,8 +6,9 @@ from typing import Any
 from datasets import IterableDataset
 
 from .._util.logs import warn_once
-from .labels import handed_on, plain, targets_of
+from .labels import handed_on, plain, targets_of, why_untrained
 from .prepare import Rows
+from .spans import weighing_of
 
 
 class StreamCount:
@@ -15,6 +16,7 @@ class StreamCount:
 
     def __init__(self) -> None:
         self.read = self.trained = 0
+        self.masks = False  # whether weights of 0 may mask
 
     def restart(self) -> None:
         """Forget what has been read."""
@@ -29,6 +31,7 @@ class StreamCount:
 
         if not _counts(rows):
             return rows
+        self.masks = weighing_of(rows.dataset).masks
         return replace(rows, dataset=handed_on(rows.dataset, plain(rows.dataset).map(count)))  # a format would last in `map`
 
     def after(self, rows: Rows, prepared: Any) -> Any:
@@ -45,7 +48,7 @@ class StreamCount:
         if self.read > self.trained > 0:
             warn_once(
                 f"{self.read - self.trained} of {self.read} rows that were read of the train stream do not train: "
-                f"`max_length: {args.max_length}` cuts their targets off, or they have none. Raise it, or correct the rows."
+                f"{why_untrained(args.max_length, self.masks)}. Raise `max_length`, or correct the rows."
             )
 
 

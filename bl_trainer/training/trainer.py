@@ -29,6 +29,7 @@ from ..objectives.pricing import METRICS
 from ..tokens.labels import warn_of_untrained
 from ..tokens.names import EXAMPLE_LENGTHS, ROW
 from ..tokens.prepare import Wanted, refuse_untargeted
+from ..tokens.spans import weighing_of
 from ..tokens.streams import StreamCount
 from ..tokens.vocabulary import content_free_ids
 from .callbacks import BeginTraining, RefuseNonfinite, StopOnSigterm, refuse_nonfinite
@@ -153,7 +154,7 @@ class BLTrainer(ScoringTrainer):
 
     def make_ready(self, rows):
         prepared = self._stream_count.after(rows, super().make_ready(self._stream_count.before(rows)))
-        warn_of_untrained(rows.dataset, prepared, rows.name, rows.args)
+        warn_of_untrained(rows.dataset, prepared, rows.name, rows.args, lambda: weighing_of(rows.dataset).masks)
         refuse_untargeted(prepared, rows.name, rows.args, lambda: ScoringTrainer.make_ready(self, rows.untruncated()))
         return prepared
 
