@@ -8,7 +8,7 @@ from .latex import compact, spelled
 from .prose import STATED, stated
 from .reasoning import without_reasoning
 from .structure import NAME, ORDER, as_intervals, split, structure
-from .units import measured
+from .units import are_same_units, measured
 from .values import SECONDS, is_same_value, math_verify, parsed
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
@@ -223,7 +223,7 @@ def _is_same_scalar(one: str, other: str) -> bool:
     if len(left) != len(right) or (len(left) > 1 and compact(left[0]) == compact(right[0])):
         return _is_same(left[-1], right[-1])
     (value, unit), (other_value, other_unit) = measured(one), measured(other)
-    if unit and other_unit and unit != other_unit:
+    if not are_same_units(unit, other_unit):
         return False
     if any(structure(text)[0] for text in (value, other_value)):
         return _is_same(value, other_value)
