@@ -66,13 +66,24 @@ TIMES["dozens"] = 12
 PARTS = ("halves", "thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths")
 PART = dict(zip(PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10), strict=True)) | {"hundredths": 100, "thousandths": 1000}
 PART |= {"half": 2} | {name.removesuffix("s"): bottom for name, bottom in PART.items() if name != "halves"}
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+)
+ONES += " nineteen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBERS = {word: i for i, word in enumerate(ONES.split())} | {word: 10 * i for i, word in enumerate(TENS.split(), 2)}
 OPERATORS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
-NO_UNIT = re.compile(r"\b(?:not|no|never|none|nor|neither|without|except|if|unless|or|plus|minus|over|least|most|zero)\b", re.IGNORECASE)
+NO_UNIT = re.compile(
+    r"\b(?:not|no|never|none|nor|neither|without|except|if|unless|or|plus|minus|over|least|most|zero|(?-i:[nxyz]))\b",
+    re.IGNORECASE,
+)
 BELOW = re.compile(r"(.*?) ?\b(?:below|under) zero")
 RATHER = re.compile(r"(?:(?<=\w) |^)(?:of|for|from|on|with|in total|altogether)\b.*")  # what a quantity is of
 
-GLUED = "|".join(sorted((name for name in (*KNOWN, *SPEEDS, *TIMES) if len(name) > 1 and name.isalpha()), key=len, reverse=True))
+GLUED = "|".join(
+    sorted((name for name in (*KNOWN, *SPEEDS, *TIMES) if len(name) > 1 and name.isalpha()), key=len, reverse=True)
+)
 POWER = r"(?:\^\{-?\d\})?"
 STYLED = rf"\\text\{{[^{{}}]*\}}{POWER}"
 WORD = rf"(?:[A-Za-z]{{2,}}|(?<= )[mgshlLNJWVK])\.?{POWER}"
@@ -185,3 +196,12 @@ def is_unit(word: str) -> bool:
 def changes(word: str) -> bool:
     """Whether a word behind a number changes it, as in 7 million."""
     return any(word.lower() in names for names in (TIMES, PART, OPERATORS))
+
+
+def number_of(words: str) -> int | None:
+    """Return the number below 100 that a text is in words, as "five" or "twenty-five", and None of any other text."""
+    tens, _, ones = words.strip().lower().replace("-", " ").partition(" ")
+    if not ones:
+        return NUMBERS.get(tens)
+    is_compound = tens in TENS.split() and 1 <= NUMBERS.get(ones, 0) <= 9
+    return NUMBERS[tens] + NUMBERS[ones] if is_compound else None
