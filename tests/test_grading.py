@@ -593,6 +593,199 @@ def test_denied_and_mentioned_options_are_no_answers(choices, said, right):
     assert letter(said, choices) == right
 
 
+UNITS = [
+    ("7", "7\\text{ million}", 0),
+    ("7", "7 million", 0),
+    ("7", "7\\text{ hundred}", 0),
+    ("7", "7\\text{ dozen eggs}", 0),
+    ("7", "7\\text{ squared}", 0),
+    ("7", "7\\text{k}", 0),
+    ("7", "7\\text{ below zero}", 0),
+    ("7", "7\\text{ x}", 0),
+    ("7", "7\\text{ N}", 1),
+    ("7", "7\\text{ (not possible)}", 0),
+    ("7", "7\\text{ at most}", 0),
+    ("5", "5\\text{ thousand dollars}", 0),
+    ("5", "5\\text{ billion}", 0),
+    ("5", "5\\text{ cubed}", 0),
+    ("5", "5\\text{ factorial}", 0),
+    ("3", "3\\text{ halves}", 0),
+    ("3", "3\\text{ quarters}", 0),
+    ("3", "3\\text{ tenths}", 0),
+    ("7 \\text{ million}", "7", 0),
+    ("5 \\text{ million}", "5\\text{ billion}", 0),
+    ("7000000", "7\\text{ million}", 1),
+    ("7000000", "7million", 1),
+    ("700", "7\\text{ hundred}", 1),
+    ("84", "7\\text{ dozen}", 1),
+    ("5000", "5\\text{ thousand dollars}", 1),
+    ("300000", "3\\text{ hundred thousand}", 1),
+    ("1100000", "1.1 million", 1),
+    ("2500000", "2\\frac12\\text{ million}", 1),
+    ("7000", "7\\text{k}", 1),
+    ("\\frac{3}{2}", "3\\text{ halves}", 1),
+    ("0.3", "3\\text{ tenths}", 1),
+    ("49", "7\\text{ squared}", 1),
+    ("120", "5\\text{ factorial}", 1),
+    ("-7", "7\\text{ degrees below zero}", 1),
+    ("7", "7\\text{ apples}", 1),
+    ("5", "5\\text{ more apples}", 1),
+    ("5\\mathrm{~km/s}", "5\\mathrm{~m/s}", 0),
+    ("5\\text{ J}", "5\\text{ kJ}", 0),
+    ("5\\text{ mA}", "5\\text{ A}", 0),
+    ("5\\text{ kHz}", "5\\text{ Hz}", 0),
+    ("5\\text{ MW}", "5\\text{ mW}", 0),
+    ("5\\text{ nm}", "5\\text{ m}", 0),
+    ("5\\mathrm{~eV}", "5\\mathrm{~MeV}", 0),
+    ("5\\mathrm{~Mpc}", "5\\mathrm{~kpc}", 0),
+    ("12\\text{ a.m.}", "12\\text{ p.m.}", 0),
+    ("5\\text{ AD}", "5\\text{ BC}", 0),
+    ("5\\text{ left}", "5\\text{ right}", 0),
+    ("5\\text{ north}", "5\\text{ south}", 0),
+    ("5\\text{ red}", "5\\text{ blue}", 0),
+    ("30^\\circ F", "30^\\circ C", 0),
+    ("12\\text{ cm}^2", "12\\text{ cm}^3", 0),
+    ("30^\\circ", "30^\\circ C", 1),
+    ("30^\\circ C", "30\\text{ degrees Celsius}", 1),
+    ("5\\mathrm{~km/s}", "5", 1),
+    ("5", "5\\mathrm{~km/s}", 1),
+    ("5\\text{ kJ}", "5\\text{ kilojoules}", 1),
+    ("25 mph", "25\\text{ miles per hour}", 1),
+    ("9.8\\text{ m/s}^2", "9.8\\text{ m s}^{-2}", 1),
+    ("9.8\\text{ m/s}^2", "9.8\\text{ meters per second squared}", 1),
+    ("12\\text{ cm}^2", "12\\text{ square centimeters}", 1),
+    ("7\\text{ boxes}", "7\\text{ box}", 1),
+    ("50\\%", "50\\text{ percent of the total}", 1),
+]
+NAMES = [
+    ("y'", "y", 0),
+    ("A'", "A", 0),
+    ("y''", "y'", 0),
+    ("2y'", "2y", 0),
+    ("x_1'", "x_1", 0),
+    ("x_A'", "x_A", 0),
+    ("\\theta'", "\\theta", 0),
+    ("i'", "i", 0),
+    ("y''=2y'", "y''=2y", 0),
+    ("AB'C'", "ABC", 0),
+    ("f'(2)", "f(2)", 0),
+    ("1'", "1", 0),
+    ("5", "5'", 0),
+    ("5", "5''", 0),
+    ("5'", "5'", 1),
+    ("y'", "y^{\\prime}", 1),
+    ("y''", "y″", 1),
+    ("2y'", "y'+y'", 1),
+    ("f'(x)=2x", "2x", 1),
+    ("5!!", "15", 1),
+    ("8!!", "384", 1),
+    ("45", "3\\cdot 5!!", 1),
+    ("5!!", "(5!)!", 0),
+    ("5!!", "120", 0),
+    ("10", "5!!!", 0),
+    ("n!!", "(n!)!", 0),
+    ("n!!", "n!!", 1),
+    ("30\\%", "0.3", 1),
+    ("30\\%", "30", 1),
+    ("30\\%", "0.03", 0),
+    ("30\\%", "3000", 0),
+    ("0.3", "30\\%", 0),
+    ("\\emptyset", "\\{\\}", 1),
+    ("\\{ \\}", "∅", 1),
+    ("\\emptyset", "\\{0\\}", 0),
+    ("\\emptyset", "0", 0),
+    ("\\overline{AB}", "AB", 0),
+    ("5", "five", 1),
+    ("25", "\\text{Twenty-five}", 1),
+    ("2,3", "two, three", 1),
+    ("5", "six", 0),
+    ("20", "twenty zero", 0),
+    ("12", "one two", 0),
+]
+BOUNDS = [
+    ("5", "The answer is at most 5.", 0),
+    ("5", "The answer is less than 5.", 0),
+    ("7", "The answer is at least 7.", 0),
+    ("7", "The answer is greater than 7.", 0),
+    ("7", "The answer is greater than or equal to 7.", 0),
+    ("7", "So it is no more than 7.", 0),
+    ("5", "The answer is less than $5$.", 0),
+    ("5", "The answer is $5$ or more.", 0),
+    ("5", "The answer is 5 or more.", 0),
+    ("5", "So it is 5 apples or more.", 0),
+    ("7", "The answer is not $7$.", 0),
+    ("7", "The answer is not 7 but 8.", 0),
+    ("8", "The answer is not 7 but 8.", 1),
+    ("8", "The answer is not $7$ but rather $8$.", 1),
+    ("7", "Therefore, she has 7 apples left.", 1),
+    ("7", "The answer is seven.", 1),
+    ("7", "The answer is 7 million.", 0),
+    ("7000000", "The answer is 7 million.", 1),
+    ("7", "So she sold 7 million books.", 0),
+    ("7000000", "So she sold 7 million books.", 1),
+    ("300000", "So it costs 3 hundred thousand dollars.", 1),
+    ("7", "So the temperature is 7 degrees below zero.", 0),
+    ("-7", "So the temperature is 7 degrees below zero.", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), UNITS)
+def test_units_differ_unless_they_are_the_same_and_words_change_values(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), NAMES)
+def test_primes_double_factorials_percentages_and_words_of_numbers(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "said", "right"), BOUNDS)
+def test_a_bound_in_prose_is_no_value(gold, said, right):
+    assert grade_math({"gold": gold}, [said])["accuracy"] == right
+
+
+@pytest.mark.parametrize(
+    "shape",
+    "A. X|a. x|a) x|(a) x|A.X|[A] X|**A** X|**A.** X|A – X|A - X|A = X|A: X|A X|Option A: X".split("|"),
+)
+@pytest.mark.parametrize("joint", [" ", ", ", "\n", "; "])
+def test_a_list_of_the_options_is_no_answer(shape, joint):
+    def listed(names):
+        texts = [CHOICES["ABCD".index(name)] for name in names]
+        parts = [shape.replace("A", name).replace("a", name.lower()) for name in names]
+        return joint.join(part.replace("X", text).replace("x", text.lower()) for part, text in zip(parts, texts, strict=True))
+
+    for names in ("ABCD", "ABC", "BCD", "DCBA", "AB"):
+        assert letter(listed(names), CHOICES) is None
+        assert letter(f"{listed(names)}\n\nThe answer is B", CHOICES) == "B"
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("A\nB\nC\nD", None),
+        ("(A)\n(B)\n(C)\n(D)", None),
+        ("a\nb", None),
+        ("B\n\nB", "B"),
+        ("A. Ibuprofen\nB. Bed rest\nC. Cortisone\nD. Dialysis\n\nC", "C"),
+        ("A. Ibuprofen\nB. Bed rest\nC. Cortisone\nD. Dialysis\n\nC. Cortisone", "C"),
+        ("The answer is B. Bed rest. B. Bed rest", "B"),
+        ("Not A, not B, not C: D", "D"),
+        ("Not A, not B: C or D", None),
+        ("I would rule out A and B. C.", "C"),
+        ("I would rule out A and B. C and D.", None),
+        ("I would rule out A and B. C?", None),
+        ("Vitamin: C", None),
+        ("The best is A", "A"),
+        ("The best is A or B", None),
+        ("The best is not A", None),
+        ("The best is A patient", None),
+    ],
+)
+def test_lists_of_letters_and_what_is_left_over(said, right):
+    assert letter(said, CHOICES) == right
+
+
 def test_gold_of_a_worked_solution():
     def gold(said):
         return math_docs(Dataset.from_list([{"prompt": "?", "completion": said}]))["gold"][0]

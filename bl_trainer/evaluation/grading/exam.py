@@ -13,7 +13,7 @@ LEAD = (
 GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
 ANNOUNCED = (
     r"\b(?:answer|option|choice)\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
-    r"|\b(?:choose|pick|select|say|(?:go|going|opt|vote) (?:with|for))\b"
+    r"|\bthe (?:best|right|correct)(?: one)? is\b|\b(?:choose|pick|select|say|(?:go|going|opt|vote) (?:with|for))\b"
 )
 # Words that settle on a letter only where it ends a clause: "it's B.", "thus B", and a self-correction, "no wait, B"
 SETTLED = (
@@ -99,8 +99,11 @@ class Exam:
             rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w-]|['\u2019]\w)"
             rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
         )
-        words = (r"\W{1,3}".join(map(re.escape, words.split())) for words in self.texts if words)
+        words = (_pattern(words) for words in self.texts if words)
         self.text = rf"(?i:(?:{'|'.join(sorted(words, key=len, reverse=True)) or '(?!)'})(?!\w))"
+        items = "|".join(rf"{name}\W{{1,6}}{_pattern(words)}" for words, name in self.texts.items() if words)
+        self.item = rf"(?i:(?:\b(?:option|choice)\s)?(?<!\w)(?:{items or '(?!)'})(?!\w))"
+        self.list = rf"{self.item}(?:\W{{0,6}}(?:\b(?i:and|or)\W{{1,3}})?{self.item}){{1,9}}"
         self.second = rf"\W{{0,6}}(?:\b(?:or|and)\b|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"  # but "A, I think"
         self.right = (
             rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}|[)*]{{0,3}}(?i:{SETTLES}){ENDS}"
@@ -115,8 +118,9 @@ class Exam:
         """Take the text of an option away between its letter and a verdict on it."""
         verdict = rf"(?:is |was )?(?:{'|'.join((*RIGHT_WORDS, *WRONG_WORDS))})\b"
         for words, name in self.texts.items():
-            text = r"\W{1,3}".join(map(re.escape, words.split()))
-            said = re.sub(rf"\b({name})[).:*]{{1,3}} ?\*{{0,2}}{text}(?={APART}{verdict})", r"\1", said, flags=re.IGNORECASE)
+            said = re.sub(
+                rf"\b({name})[).:*]{{1,3}} ?\*{{0,2}}{_pattern(words)}(?={APART}{verdict})", r"\1", said, flags=re.IGNORECASE
+            )
         return said
 
     def without_denied(self, said: str) -> str:
@@ -130,9 +134,10 @@ class Exam:
         return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{more}", " ", said)
 
     def without_list(self, said: str) -> str:
-        """Blank options that are listed in their order, letters and texts."""
+        """Blank options that are listed: letters and texts next to each other, or marks of letters in their order."""
         text = re.compile(rf" ?\*{{0,2}} ?{self.text}")
         run: list[re.Match[str]] = []
+        said = re.sub(self.list, self._without_items, said)
         blank = list(said)
         for mark in (*MARK.finditer(said), None):
             name = mark and (mark[1] or mark[2])
@@ -145,6 +150,17 @@ class Exam:
                     blank[each.start() : end] = " " * (end - each.start())
             run = [mark] if mark and name == "A" else []
         return "".join(blank)
+
+    def _without_items(self, listed: re.Match[str]) -> str:
+        """Blank the options of a list up to one that is there again, which is more than listed."""
+        seen: dict[str, int] = {}
+        for item in re.finditer(self.item, listed[0]):
+            name = self.texts[max((words for words in self.texts if f" {words_of(item[0])}".endswith(f" {words}")), key=len)]
+            if name in seen:
+                break
+            seen[name] = item.end()
+        end = max(seen.values()) if len(seen) > 1 else 0
+        return " " * end + listed[0][end:]
 
     def stated(self, said: str) -> str | None:
         """Return the letter of the last statement, "" if it names two, None if there is none."""
@@ -190,11 +206,19 @@ class Exam:
             return ""
         return names.pop() if names else None
 
+    def left_over(self, said: str) -> str | None:
+        """Return the letter that ends a text as a sentence of its own, if it is the only one in it."""
+        letters = re.findall(rf"(?<![\w'\u2019])[{self.letters}](?![\w'\u2019])", said)
+        last = re.search(rf"[.:;!?\n]\s?\(?([{self.letters}])\)?[.!]?$", said[-MOST_APART:].rstrip())
+        return last[1] if last and len(letters) == 1 else None
+
     def alone(self, said: str) -> str | None:
         """Return the letter that is the whole last line, or the only one that stands out."""
-        alone = re.fullmatch(rf"[\s*_`(\[$\u2022-]{{0,8}}([{self.both}])[\s*_`)\].:$]{{0,8}}", said.strip().split("\n")[-1])
-        if alone:
-            return alone[1].upper()
+        lines = said.strip().split("\n")[-2:]
+        alone = [re.fullmatch(rf"[\s*_`(\[$\u2022-]{{0,8}}([{self.both}])[\s*_`)\].:$]{{0,8}}", line) for line in lines]
+        found = [each and each[1].upper() for each in alone]
+        if found[-1]:
+            return found[-1] if found[0] in (None, found[-1]) else None
         said = self.without_list(said)
         goes_on = r" (?:because|since)\b|,\W{0,4}(?:because|since|as|due|given|the|for|I|$)(?!\w)| [-\u2013\u2014] "
         for names in (
@@ -210,6 +234,10 @@ class Exam:
             if len({name.upper() for name in names}) == 1:
                 return names[0].upper()
         return None
+
+
+def _pattern(words: str) -> str:
+    return r"\W{1,3}".join(map(re.escape, words.split()))
 
 
 def words_of(text: str) -> str:

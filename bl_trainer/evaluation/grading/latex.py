@@ -14,13 +14,14 @@ SIGNS = {
     **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∓": r"\mp "},
     **{"∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx "},
     **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∖": r"\setminus ", "⁄": "/", "∕": "/"},
-    **{"∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "√": r"\sqrt", "′": "'", "⟨": r"\langle ", "⟩": r"\rangle "},
+    **{"∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "√": r"\sqrt", "′": "'", "’": "'", "⟨": r"\langle ", "⟩": r"\rangle "},
     **{"∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}"},
     **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta "},
     **{"λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau "},
     **{"φ": r"\phi ", "ϕ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "ℯ": "e", "ⅈ": "i", "ⅇ": "e"},
 }
 ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\u2061\u2062\u2063\ufeff"), "")
+PRIMES = re.compile(r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))")
 TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|\s+|.", re.DOTALL)
 
 SYNONYMS = {
@@ -204,8 +205,10 @@ def _ascii(text: str) -> str:
     text = re.sub(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-zπ])", r"\1{\2}", text)
     text = re.sub(r"([√∛∜])\s*\(([^()]*)\)", r"\1{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = text.replace("″", "''").replace("‴", "'''")
     text = "".join(SIGNS.get(sign, sign) for sign in text.translate(ZERO_WIDTH))
     text = unicodedata.normalize("NFKC", text)
+    text = PRIMES.sub(lambda match: "'" * match[0].count(r"\prime"), text)
     text = re.sub(r"\\!\s*", "", text)
     text = re.sub(r"\\[hv]space\*?\s*\{[^{}]*\}", " ", text)
     text = re.sub(r"\\phantom\s*\{[^{}]*\}", " ", text)

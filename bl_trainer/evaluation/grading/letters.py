@@ -82,7 +82,7 @@ def letter(text: str, choices: list[str]) -> str | None:
     found = exam.stated(said)
     if found is not None:
         return found or None
-    return exam.alone(said) or exam.meant(plain)
+    return exam.alone(said) or (exam.left_over(said) if said != plain else None) or exam.meant(plain)
 
 
 def _without(text: str, spans: list[tuple[int, int, int]]) -> str:

@@ -8,7 +8,7 @@ from .latex import compact, spelled
 from .prose import STATED, stated
 from .reasoning import without_reasoning
 from .structure import NAME, ORDER, as_intervals, split, structure
-from .units import measured
+from .units import are_same_units, measured, number_of, unit_of
 from .values import SECONDS, is_same_value, math_verify, parsed
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
@@ -23,6 +23,7 @@ RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 LETTERS = re.compile(r"[A-Za-z]{2,}")
 VERDICTS = ("yes", "no", "true", "false")
+PERCENT = unit_of("%")
 MOST_NAMED = 4  # capital letters that name points or sides; more of them are a word
 OPTION = re.compile(r"(?:\\text\{)?\(([A-J])\)\}?\s*((?:-?[\d.]|\\(?:frac|sqrt|text|pi)(?![a-z])).*)")  # as in (C) 5
 MODULO = re.compile(r"(.+?) *(?:\\pmod|\( *(?:\\text\{ ?)?mod(?: ?\})?|\\text\{ ?\(mod ?\}) *(\w+) *\)?")
@@ -178,9 +179,15 @@ def _is_same_structure(one: str, other: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Return an expression without a full stop, stars around it, and parentheses around a single number, letter or word."""
+    r"""Return an expression without a full stop, stars around it, and parentheses around a single number, letter or word.
+
+    The empty braces are \emptyset, and a number in words is a number.
+    """
     text = re.sub(r"^[\s*]+|[\s*]+$|[\s*]*[.,;:][\s*]*$", "", text)
-    return re.sub(r"^(?:\\text\{)?\((\w+)\)\}?$", r"\1", text)
+    text = re.sub(r"^(?:\\text\{)?\((\w+)\)\}?$", r"\1", text)
+    text = re.sub(r"^\\\{ *\\\}$", r"\\emptyset ", text)
+    number = number_of(re.sub(r"^\\text\{([^{}]*)\}$", r"\1", text))
+    return text if number is None else str(number)
 
 
 def _are_same(one: list[str], other: list[str], is_unordered: bool) -> bool:
@@ -223,11 +230,13 @@ def _is_same_scalar(one: str, other: str) -> bool:
     if len(left) != len(right) or (len(left) > 1 and compact(left[0]) == compact(right[0])):
         return _is_same(left[-1], right[-1])
     (value, unit), (other_value, other_unit) = measured(one), measured(other)
-    if unit and other_unit and unit != other_unit:
+    if not are_same_units(unit, other_unit):
         return False
     if any(structure(text)[0] for text in (value, other_value)):
         return _is_same(value, other_value)
-    return compact(value) == compact(other_value) or is_same_value(value, other_value)
+    if compact(value) == compact(other_value) or is_same_value(value, other_value):
+        return True
+    return unit == PERCENT and not other_unit and is_same_value(rf"\frac{{{value}}}{{100}}", other_value)
 
 
 def _verify(one: str, other: str) -> bool:

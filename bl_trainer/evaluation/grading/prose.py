@@ -3,7 +3,7 @@
 import re
 from itertools import pairwise
 
-from .units import is_unit
+from .units import changes, is_unit
 
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
@@ -35,6 +35,23 @@ JOIN = (
 )
 RUN = re.compile(rf"(?<![\w^.])(?:(?<![\w)\]}}.])(?<!^){SIGN}|^{SIGN})?{TERM}(?:(?:{JOIN}){TERM})*")
 VALUE = re.compile(r"\d|\\[A-Za-z]|[\u03c0\u221e\u221a]|\w ?[-+*/^]")
+CORRECTED = re.compile(r"\s*not\b[^.;]{1,60}?\bbut (?:rather |instead )?(?=[-\\$(\d])", re.IGNORECASE)
+LED = re.compile(
+    r"\A(?:therefore|thus|hence|so|then|finally|consequently|altogether|overall|in total|as a result|in conclusion),\s+(?=\w)",
+    re.IGNORECASE,
+)
+BEHIND = re.compile(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?")
+BELOW = re.compile(r"(?: degrees?)? (?:below|under) zero", re.IGNORECASE)
+COMPARED = r"(?:more|less|fewer|greater|larger|bigger|higher|lower|smaller|other)"
+BOUND = re.compile(
+    r"\b(?:not|at (?:most|least)|up to|under|over|above|below|exceed(?:s|ing)?"
+    rf"|{COMPARED} (?:than(?: or equal to)?|or equal to))[ ~$\\(*]{{0,4}}$",
+    re.IGNORECASE,
+)
+BOUND_BEHIND = re.compile(
+    rf"[ $\\)]{{0,3}}(?:[a-z]+ ){{0,2}}(?:(?:or|and) (?:{COMPARED}|above|below|up|over|under)|at (?:most|least))\b",
+    re.IGNORECASE,
+)
 BETWEEN = re.compile(r" ?([A-Za-z]+)(?:,| and|, and)? ")
 
 
@@ -55,14 +72,18 @@ def _sentence(text: str) -> str:
 
 def _expression(text: str, which: int) -> list[str]:
     """Return the first or last expression of a sentence."""
+    corrected = CORRECTED.match(text)
+    text = text[corrected.end() :] if corrected else text
     found = list(MATH.finditer(text))
+    if found and _is_bound(text, *found[which].span()):
+        return [text]
     if found:
         between = [text[one.end() : other.start()] for one, other in pairwise(found)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return [MATH.sub(_inside, text[found[0].start() :])] if is_one and between else [_inside(found[which])]
     text = re.sub(r"\u2212 (?=\d)", "-", text).translate(MINUS)
     if which < 0:
-        text = text.rpartition("=")[2]
+        text = LED.sub("", text.rpartition("=")[2].strip(), count=1)
     said = PROSE.split(re.sub(r"\*\*|(?<!\w)\*|\*(?!\w)", "", text).strip(), maxsplit=1)[0].strip(" .:")
     runs = [run for run in RUN.finditer(said) if VALUE.search(run[0])]
     is_prose = bool(re.search(r"(?<![A-Za-z\\{])[A-Za-z]{2}", said))
@@ -76,12 +97,25 @@ def _inside(match: re.Match[str]) -> str:
 
 
 def _measure(said: str, runs: list[re.Match[str]]) -> str:
-    """Return the last of the expressions in prose with its unit, and with a larger one before it, as in 7 hours 30 minutes."""
-    unit = re.match(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?", said[runs[-1].end() :])
-    end = runs[-1].end() + (unit.end() if unit and is_unit(unit[1]) else 0)
-    begin = runs[-1].start()
-    if len(runs) > 1 and end > runs[-1].end():
-        between = BETWEEN.fullmatch(said[runs[-2].end() : begin])
-        if between and is_unit(between[1]) and unit and between[1] != unit[1]:
+    """Return the last of the expressions in prose with its unit, and with a larger one before it, as in 7 hours 30 minutes.
+
+    A bound, such as "at most 5", is returned with the words around it, which are no value.
+    """
+    begin, end = runs[-1].span()
+    word = BEHIND.match(said, end)
+    while word and changes(word[1]):
+        end = word.end()
+        word = BEHIND.match(said, end)
+    if word and is_unit(word[1]):
+        end = word.end()
+        between = BETWEEN.fullmatch(said[runs[-2].end() : begin]) if len(runs) > 1 else None
+        if between and is_unit(between[1]) and between[1] != word[1]:
             begin = runs[-2].start()
-    return said[begin:end]
+    below = BELOW.match(said, end)
+    end = below.end() if below else end
+    return said if _is_bound(said, begin, end) else said[begin:end]
+
+
+def _is_bound(said: str, begin: int, end: int) -> bool:
+    """Whether the words around an expression make it a bound, or deny it."""
+    return bool(BOUND.search(said[:begin]) or BOUND_BEHIND.match(said, end))

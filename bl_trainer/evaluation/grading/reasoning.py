@@ -2,37 +2,55 @@
 
 import re
 
-# Opening and closing tags of reasoning, as the chat templates of reasoning models write them
-NAMES = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
-PAIRS = {f"<{name}>": f"</{name}>" for name in NAMES} | {
-    "[THINK]": "[/THINK]",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "\u25c1think\u25b7": "\u25c1/think\u25b7",
-}
-CLOSING = {closing: opening for opening, closing in PAIRS.items()}
-TAG = re.compile("|".join(map(re.escape, (*PAIRS, *CLOSING))))
+# What the templates of reasoning models call a block, with a prefix such as "seed:" or "longcat_"
+NAME = r"(?!no_)(?:[a-z][a-z0-9]{0,20}[:_-])?(?:think|thinking|thoughts?|reasoning|analysis|scratchpad) {0,3}\|?>"
+# gpt-oss names channels; where special tokens are dropped, their names stand glued to the text
+OPENING = (
+    rf"<\|?(?:(?:begin|start)_(?:of_)?)?{NAME}|\[think\]|\u25c1think\u25b7"
+    r"|<\|channel\|> ?(?:analysis|commentary)[^\n]{0,80}?<\|message\|>|\Aanalysis(?-i:(?=[A-Z]))"
+)
+CLOSING = (
+    rf"<(?: {{0,3}}/|\|/|/\||\|end_(?:of_)?) {{0,3}}{NAME}|\[/think\]|\u25c1/think\u25b7"
+    r"|<\|channel\|> ?final[^\n]{0,80}?<\|message\|>|(?-i:(?<!\s)assistantfinal)"
+)
+TAG = re.compile(rf"(?P<closing>{CLOSING})|{OPENING}", re.IGNORECASE)
+OPENED = re.compile(rf"(?:{OPENING})\s*\Z", re.IGNORECASE)
+LONGEST = 200  # characters of a tag, with the white space behind it
+KIND = re.compile(r"channel|assistant|think|thought|reasoning|scratchpad", re.IGNORECASE)
+KINDS = {"thought": "think", "assistant": "channel"}
+END = re.compile(r"<\|(?:return|end|call)\|>")
 
 
 def split_reasoning(answer: str, prompt: str = "") -> tuple[str, bool]:
     """Return what an answer says outside its reasoning, and whether its reasoning is finished.
 
-    An opening tag may end `prompt`, or be missing: then the text before the first closing tag is reasoning. A block that
-    nothing closes is unfinished and lasts to the end.
+    An opening tag may end `prompt`, or be missing: then the text before the first closing tag is reasoning. A tag of another
+    kind closes no block. A block that nothing closes is unfinished and lasts to the end.
     """
     said: list[str] = []
-    start, is_open = 0, prompt.rstrip().endswith(tuple(PAIRS))
+    opened = OPENED.search(prompt[-LONGEST:])
+    start, kind = 0, _kind(opened[0]) if opened else None
     tags = list(TAG.finditer(answer))
     for tag in tags:
-        if tag[0] in CLOSING:
-            said = said if is_open else []
-            start, is_open = tag.end(), False
-        elif not is_open:
+        of = _kind(tag[0])
+        if tag["closing"] and kind in (None, of):
+            said = said if kind else []
+            start, kind = tag.end(), None
+        elif not tag["closing"] and kind is None:
             said.append(answer[start : tag.start()])
-            is_open = True
-    said += [] if is_open else [answer[start:]]
+            kind = of
+    said += [] if kind else [answer[start:]]
     text = "".join(said)
-    return text.strip() if tags else text, not is_open
+    if any(_kind(tag[0]) == "channel" for tag in tags):
+        text = END.split(text)[0]
+    return text.strip() if tags else text, kind is None
+
+
+def _kind(tag: str) -> str:
+    """Return what a tag is of: tags of thinking and of thoughts are one kind, and so are gpt-oss' channels."""
+    found = KIND.search(tag)
+    name = found[0].lower() if found else "channel" if tag.lower() == "analysis" else "analysis"
+    return KINDS.get(name, name)
 
 
 def without_reasoning(answer: str) -> str:

@@ -23,7 +23,8 @@ POINTS = (
     ("-2.2", "-1.1", "0.9"),
 )
 COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
-CAPITAL = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Z])(?:_\{([^{}A-Z]*)\})?")
+NAME = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])(?:_\{([^{}A-Z']*)\})?('*)")
+DOUBLE = re.compile(r"(?<![\d.!])(\d{1,2})!!(?!!)")  # a double factorial, which sympy reads as two
 TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
@@ -60,15 +61,15 @@ def parsed(text: str) -> Any:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether an expression is small, and has no numbers side by side, which sympy would add."""
+    """Whether an expression is small, and has no numbers side by side, which sympy would add, and no marks that it drops."""
     depth = most = 0
     for sign in text:
         depth += (sign in "([") - (sign in ")]")
         most = max(most, depth)
     if not text.strip() or len(text) > MOST_READ or max(most, text.count("|")) > MOST_BRACKETS:
         return False
-    beside = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d", text)
-    return not beside and _are_small(text)
+    lost = re.search(r"\d \d|\d *\\text|\\text\{[^{}]*\} *\d|!!", DOUBLE.sub("", text))
+    return not lost and "'" not in NAME.sub("", text) and _are_small(text)
 
 
 def _are_small(text: str) -> bool:
@@ -82,13 +83,16 @@ def _are_small(text: str) -> bool:
 
 def _with_products(text: str) -> str:
     """Write the signs that math-verify needs: 2(3) is a product, and i stands alone."""
+    text = DOUBLE.sub(lambda match: f"({math.prod(range(int(match[1]), 0, -2))})", text)
     text = re.sub(r"(?<=[\d)]) *(?=\()|(?<=\)) *(?=\d)|(?<=\d) *(?=\\frac)", r"\\cdot ", text)
-    return CAPITAL.sub(_capital, re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text))
+    return NAME.sub(_name, re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z'])", " i ", text))
 
 
-def _capital(match: re.Match[str]) -> str:
-    """Mark a capital letter, since math-verify reads all letters in lower case."""
-    return f" {match[1].lower()}_{{00{match[2] or ''}}}" if match[1] else match[0]
+def _name(match: re.Match[str]) -> str:
+    """Mark a capital letter and primes, since math-verify reads all letters in lower case and drops primes."""
+    letter, index, primes = match.groups()
+    marks = ("00" if letter.isupper() else "") + "09" * len(primes) if letter else ""
+    return f" {letter.lower()}_{{{marks}{index or ''}}}" if marks else match[0]
 
 
 def _with_imaginary_unit(value: Any) -> Any:
