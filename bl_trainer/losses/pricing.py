@@ -112,7 +112,7 @@ def _is_count(number: Any) -> bool:
     if isinstance(number, Tensor):
         is_number = number.dtype != torch.bool and not number.is_complex()
         return is_number and (number.device.type != "cpu" or bool(((number >= 0) & number.isfinite()).all()))
-    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and number >= 0
+    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and float(number) >= 0
 
 
 def _number_of(micro_batches: Any) -> int:

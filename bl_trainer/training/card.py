@@ -71,7 +71,7 @@ def before_and_after(history: list[dict[str, Any]], best: int | None = None) -> 
     for name in dict.fromkeys(names):
         values = {entry["step"]: entry[name] for entry in evaluated if name in entry}
         last = best if best in values else max(values)
-        if last > 0 or best == 0:
+        if last != 0 or best == 0:
             found[name] = values.get(0), values[last]
     return found
 
