@@ -88,7 +88,9 @@ def test_diagnose_returns_the_report_that_the_verb_writes(checkpoint, data_folde
     report = bl_trainer.diagnose(path, tmp_path / "report", max_tokens=300, percentiles=[2.5, 99.5])
     written = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
     check("report", sorted(written))
-    assert report is not None
+    assert json.loads(json.dumps(report.to_json())) == written
+    assert 0 < report.total.tokens <= 300
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {"report.json", "report.html", "sweep.yaml"}
 
 
 def test_diagnose_takes_a_mapping_and_writes_nothing_unless_told(checkpoint, data_folder, tmp_path, monkeypatch):

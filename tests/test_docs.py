@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bl_trainer import Objective, Threshold
@@ -138,11 +138,12 @@ def test_python_snippets(monkeypatch, checkpoint, text_data, tmp_path):
     example = example.replace("Qwen/Qwen2.5-1.5B", str(checkpoint)).replace(
         'output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False, report_to="none", max_steps=1'
     )
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: text_data)
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or text_data)
     exec(example, namespace)
     assert isinstance(namespace["trainer"], BLTrainer)
     assert namespace["trainer"].state.global_step == 1
-    assert load_dataset is not None
+    assert asked == [(("trl-lib/Capybara",), {"split": "train"})]
 
 
 def test_tables_of_names():

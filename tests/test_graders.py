@@ -60,7 +60,7 @@ def test_gold_answers_differ():
         ("-1", "1", False),
         ("50\\%", "50", True),
         ("50", "50%", True),
-        ("50\\%", "0.5", False),
+        ("50\\%", "0.5", True),
         ("18", "\\$18.00", True),
         ("10", "10\\text{ cm}", True),
         ("10 cm", "10", True),

@@ -99,6 +99,9 @@ TAKEN = {
 }  # fmt: skip
 
 
+READ_AS = {"learning_rate": 2e-5, "run_name": "7"}
+
+
 @pytest.mark.parametrize("key", TAKEN)
 def test_values_that_trl_takes_are_taken(key, write):
     besides = {
@@ -108,7 +111,9 @@ def test_values_that_trl_takes_are_taken(key, write):
     }
     read = Recipe.read(write(**{key: TAKEN[key], **besides.get(key, {})}))
     found = next(getattr(part, key) for part in (read.training, read.model) if hasattr(part, key))
-    assert found == TAKEN[key] or str(found) == str(TAKEN[key]) or key in ("learning_rate", "accelerator_config")
+    if key == "accelerator_config":
+        found = {name: getattr(found, name) for name in TAKEN[key]}
+    assert found == READ_AS.get(key, TAKEN[key])
 
 
 def test_a_null_a_number_and_a_truth_may_be_spelled_as_trl_takes_them(write):
