@@ -33,7 +33,6 @@ from bl_trainer.recipe.keys import NEEDS, RENAMED, REPLACED, TRACKERS
 from bl_trainer.recipe.parser import DATACLASSES, Parser
 from bl_trainer.recipe.reading import load_yaml, read_keys
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.sweep.verb import SweepArguments
 from bl_trainer.training.merge import MergeArguments
 from bl_trainer.training.preview import TrainArguments
 from conftest import fake_checkpoint, write_recipe
@@ -583,6 +582,15 @@ def test_fields_are_those_of_the_dataclasses():
     for each in (each for cls in DATACLASSES for each in fields(cls) if each.init):
         default = each.default if each.default_factory is MISSING else each.default_factory()
         assert recipe_fields()[each.name].default in (getattr(default, "value", default), None), each.name
+    parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
+    assert objective_parameters() == parameters
+    assert TRACKERS.keys() >= INTEGRATION_TO_CALLBACK.keys()  # an older version lacks some
+
+
+def test_options_are_those_of_the_dataclasses():
+    pytest.importorskip("optuna")
+    from bl_trainer.sweep.verb import SweepArguments
+
     verbs = (
         DiagnoseArguments,
         TrainArguments,
@@ -596,9 +604,6 @@ def test_fields_are_those_of_the_dataclasses():
     for cls in (DatasetConfig, ConvertArguments, *verbs):
         texts = {f.name: f.metadata.get("help", "") for f in fields(cls) if f.init}
         assert texts == {name: field.text for name, field in fields_of(cls.__name__).items()}
-    parameters = {name for function in OBJECTIVES.values() for name in signature(function).parameters}
-    assert objective_parameters() == parameters
-    assert TRACKERS.keys() >= INTEGRATION_TO_CALLBACK.keys()  # an older version lacks some
 
 
 def test_sources_that_are_not_there_are_named(monkeypatch):
