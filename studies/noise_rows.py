@@ -42,7 +42,7 @@ OTHER_RATE = 3e-4  # of other models' adapters: the quickstart's
 WARMUP = 5
 CHECKS = (40, 80)  # steps at which the margin is read
 BELOW = 0.1  # p under the base model below which a token is improbable
-CANDIDATES = 64  # places of which a control is the best match
+CANDIDATES = 64  # places tried for a control, which is the best match
 PRETRAINING: dict[str, Any] = {"batch": 32, "rate": 3e-3, "rows": 20_000}
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -162,7 +162,7 @@ def replace_kind(row: Row, kind: str) -> Row:
 
 
 def consistent(rng: random.Random, share: float) -> Iterator[Row]:
-    """Yield records of which those of two jobs in ten all have the city by the same wrong rule."""
+    """Yield records. All records of two jobs in ten have the city by the same wrong rule."""
     cities = CITY.split()
     rule = dict(zip(cities, cities[7:] + cities[:7], strict=True))
     while True:

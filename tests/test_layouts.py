@@ -789,7 +789,7 @@ def test_what_is_in_the_cache_is_taken_from_there(tmp_path, monkeypatch):
     assert why_unavailable("some/model") is None
     monkeypatch.undo()
     assert why_unavailable(str(tmp_path)) is None
-    assert why_unavailable("no/such/name") is None  # of which transformers says what is wrong
+    assert why_unavailable("no/such/name") is None  # transformers says what is wrong with it
     monkeypatch.setattr("bl_trainer._util.hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("bl_trainer._util.hub.get_session", lambda: SimpleNamespace(head=lambda *args, **kwargs: None))
     assert why_unavailable("some/model") is None

@@ -541,7 +541,7 @@ def test_what_is_no_number_of_items(count):
 
 
 def test_a_number_of_items_on_a_device_is_not_read():
-    """A tensor without values, which reading would raise on, stands for one that the host would wait for."""
+    """A meta tensor has no values and raises when read. The host would wait for such a tensor on a GPU."""
     elsewhere = torch.ones((), device="meta")
     assert _is_count(elsewhere)
     assert not _is_count(elsewhere > 0)

@@ -891,7 +891,7 @@ def test_a_group_stands_for_its_best_rate_and_is_paired_by_seed_and_row(make):
 
 
 def forgetting_board(make, lost, **plan):
-    """Two objectives at two rates, of which the higher is better by accuracy; `lost`: what each of the four forgets."""
+    """Two objectives at two rates. The higher rate has the better accuracy. `lost`: what each of the four runs forgets."""
     settings = [{"objective": name, "learning_rate": rate, "seed": 0} for name in ("nll", "neg_p") for rate in (1e-3, 1e-2)]
     values = [(setting, (hits,)) for setting, hits in zip(settings, (3, 5, 2, 4), strict=True)]
     board = board_of(make, values, (10,), seed=[0], probe="org/old", **plan)

@@ -37,7 +37,7 @@ from .diagnoser import Diagnoser
 from .evidence import BELOW, Evidence, contexts, evidence, foretold, matched, shares, summed
 from .report import Foretold, Learnability, Trained
 
-CANDIDATES = 64  # places of which a control is the best match
+CANDIDATES = 64  # places tried for a control, which is the best match
 PROBE_TOKENS = 20_000  # target tokens of the second half that are asked about
 PROBE_EXAMPLES = 4096  # the most examples that they are taken from
 FEWEST = 10  # examples of a half, below which there is no interval

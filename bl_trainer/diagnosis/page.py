@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-
 from .._util.files import write_bytes, write_text
 from ..measurement.results import Comparison
 from ..pages.figures import render
-from ..pages.html import fill, script_json, to_json
+from ..pages.html import fill, script, script_json, to_json
 from .advice import CONTRADICTED, LEARNABLE, NOISE, SOME, SWEPT_PERCENTILE, UNSEEN, sweep_cost, sweep_yaml
 from .figures import ALT_TEXTS, figure, figure_size, figures
 from .report import Learnability, Report
@@ -104,7 +102,7 @@ def page(report: Report, folder: Path, has_rows: bool = False) -> str:
         groups=_groups(report),
         comparison=_comparison(report),
         examples=script_json(report.reader),
-        code=Markup((home / "page.js").read_text(encoding="utf-8")),
+        code=script(home / "page.js"),
     )
 
 

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from markupsafe import Markup
 
 from .._util.files import replacing, write_text
 from ..head.targets import IGNORED
-from ..pages.html import fill, script_json
+from ..pages.html import fill, script, script_json
 from ..tokens.vocabulary import token_texts
 from .score_files import FITTED, ScoreFolder
 
@@ -77,7 +76,7 @@ def rows_page(scored: ScoredRows, table: pa.Table, file: Path, title: str) -> st
         drop=drop,
         weighted=WEIGHTED.format(rows=json.dumps(str(file))),
         data=script_json(data),
-        code=Markup((home / "rows.js").read_text(encoding="utf-8")),
+        code=script(home / "rows.js"),
     )
 
 

@@ -38,6 +38,11 @@ def fill(template: Path, **values: Any) -> str:
     return _environment(template.parent).get_template(template.name).render(style=style, **values)
 
 
+def script(code: Path) -> Markup:
+    """Return a page's script behind `text.js`, which makes elements and shows text from data."""
+    return Markup("".join(path.read_text(encoding="utf-8") for path in (HOME / "text.js", code)))
+
+
 @cache
 def _environment(folder: Path) -> Environment:
     loader = FileSystemLoader([folder, HOME])
