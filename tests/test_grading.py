@@ -704,6 +704,11 @@ NAMES = [
 ]
 BOUNDS = [
     ("5", "The answer is at most 5.", 0),
+    ("7", "The answer is about 7.", 1),
+    ("7", "So the answer is simply 7.", 1),
+    ("7", "The final answer is, therefore, exactly 7 metres.", 1),
+    ("7", "The answer is not exactly 7.", 0),
+    ("7", "The answer is then at most 7.", 0),
     ("5", "The answer is less than 5.", 0),
     ("7", "The answer is at least 7.", 0),
     ("7", "The answer is greater than 7.", 0),

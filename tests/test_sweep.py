@@ -1,5 +1,6 @@
 """Sweeps: plans, studies under kills and with several workers, leaderboards, and arms that are real."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -660,7 +661,8 @@ def test_killed_at_random_again_and_again(start, quick, tmp_path):
             chosen = rng.choice([arms, [rng.choice(arms)]])
             arms_killed.update({arms_now[each] for each in chosen})
             for process in chosen:
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself since it was looked up
+                    process.kill()
         if what != "arm":
             worker.kill()
             worker.communicate()

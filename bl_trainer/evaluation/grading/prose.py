@@ -8,6 +8,11 @@ from .units import changes, is_unit
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
 STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
+ADVERBS = re.compile(
+    r",?\s?(?:(?:about|actually|approximately|around|exactly|hence|indeed|just|now|precisely|roughly|simply|then|therefore|thus)\b"
+    r"[,:\s]{1,3}){1,2}",
+    re.IGNORECASE,
+)
 # Between dollars, as Pandoc tells these from prices: nothing is $12 + $5
 DOLLARS = r"\$\$([^$]{1,300})\$\$|\$(?!\s)([^$]{1,300})(?<!\s)\$(?!\d)|\$ ([^$]{1,300}) \$(?!\s?\d)"
 MATH = re.compile(rf"{DOLLARS}|\\\((.{{1,300}}?)\\\)|\\\[(.{{1,300}}?)\\\]", re.DOTALL)
@@ -44,7 +49,7 @@ BEHIND = re.compile(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?")
 BELOW = re.compile(r"(?: degrees?)? (?:below|under) zero", re.IGNORECASE)
 COMPARED = r"(?:more|less|fewer|greater|larger|bigger|higher|lower|smaller|other)"
 BOUND = re.compile(
-    r"\b(?:not|at (?:most|least)|up to|under|over|above|below|exceed(?:s|ing)?"
+    r"\b(?:not(?: (?:actually|exactly|just|quite|really|simply))?|at (?:most|least)|up to|under|over|above|below|exceed(?:s|ing)?"
     rf"|{COMPARED} (?:than(?: or equal to)?|or equal to))[ ~$\\(*]{{0,4}}$",
     re.IGNORECASE,
 )
@@ -59,7 +64,9 @@ def stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
     ends = [match.end() for match in STATED.finditer(text)]
     if ends:
-        return _expression(_sentence(text[ends[-1] : ends[-1] + MOST_STATED]), 0)
+        said = text[ends[-1] : ends[-1] + MOST_STATED]
+        adverbs = ADVERBS.match(said)
+        return _expression(_sentence(said[adverbs.end() :] if adverbs else said), 0)
     lines = text[-4 * MOST_STATED :].strip().split("\n")
     line = re.sub(r"^[-*\u2022] ", "", lines[-1].strip())[-MOST_STATED:].strip()
     return _expression(re.split(r"(?<=[.!?])\s+", line)[-1], -1)
