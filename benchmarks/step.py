@@ -114,7 +114,8 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> Figures:
     num_items = torch.tensor(ids[:, 1:].numel(), device=options.device)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (trainer_class, keys) in ARMS.items():
+        for name in options.arms:
+            trainer_class, keys = ARMS[name]
             trainer = make_trainer(trainer_class, model, data, folder, options.device, keys)
             trainer.current_gradient_accumulation_steps = 1
             trainer.state.max_steps, trainer.state.global_step = 4, 3  # where schedules have left their start
@@ -129,10 +130,14 @@ def main(name: str = "step", base: str = "TRL nll") -> tuple[Results, argparse.N
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, all of them targets")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--modes", nargs="+", choices=["full", "LoRA"], default=["full", "LoRA"])
     add_options(parser, name)
     options = parser.parse_args()
+    if base not in options.arms:
+        parser.error(f"the arms need {base!r}, which the others are compared with")
     set_up(options)
-    results = {mode: measure(options.shape, mode == "LoRA", options) for mode in ("full", "LoRA")}
+    results = {mode: measure(options.shape, mode == "LoRA", options) for mode in options.modes}
     report(name, results, base, base, 3, options)
     return results, options
 
