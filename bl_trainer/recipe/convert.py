@@ -63,7 +63,8 @@ def convert(options: ConvertArguments) -> tuple[str, list[str]]:
         raise RecipeError(f"Cannot convert {options.recipe}: {listed(faults, 'its new keys')}")
     texts = {**draft.files, options.output: render(draft, dialect, options.recipe.name)}
     _write(texts)
-    done = f"{len(draft.notes)} keys converted, {len(draft.dropped)} dropped"
+    kept = len(draft.new.keys() - draft.notes.keys())
+    done = f"{kept} keys kept, {len(draft.new) - kept} changed or added, {len(draft.dropped)} dropped"
     return f"Wrote {' and '.join(map(str, reversed(texts)))} from a recipe of {dialect.name}: {done}.", draft.changed
 
 
