@@ -31,7 +31,7 @@ from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.evaluation.task_files import metrics_of
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.sweep import guard, process
-from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH, Arm
+from bl_trainer.sweep.arm import ATTEMPTS, CPU_LAUNCH, Arm, Runner
 from bl_trainer.sweep.budget import shortened, shortened_to
 from bl_trainer.sweep.cost import Spent, time_text
 from bl_trainer.sweep.design import describe
@@ -1242,6 +1242,16 @@ def test_a_run_keeps_its_share_whatever_the_launchers_configuration_names(monkey
     runner = SimpleNamespace(launch=f"--config_file {config}", devices=["3"], jobs=1)
     _, environment = launching(*Arm._launched(SimpleNamespace(runner=runner), "train")[3:])
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_a_run_has_its_share_of_the_cores_unless_the_user_sets_threads(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    arm = SimpleNamespace(runner=Runner(None, Path("s"), None, None, 2), folder=Path("s"), job=0)
+    for threads in ("4", "3"):
+        assert Arm._launched(arm, "train")[3:][: len(CPU_LAUNCH.split()) + 1] == [*CPU_LAUNCH.split(), threads]
+        assert Arm._environment(arm, "held_out")["OMP_NUM_THREADS"] == threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
 
 # Real arms

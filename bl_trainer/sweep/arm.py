@@ -59,6 +59,11 @@ class Runner:
     running: set[Running] = field(default_factory=set)
     lock: Any = field(default_factory=threading.RLock)
 
+    @property
+    def threads(self) -> str:
+        """How many threads a process may use: OMP_NUM_THREADS if that is set, else a run's share of the cores."""
+        return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self.jobs))
+
     def __call__(self, index: int, setting: dict[str, Any], trial: optuna.Trial, job: int) -> float:
         """Run an arm, or what is left of it, and return the ruler that it is ranked by. Raises ArmError, TrialPruned."""
         arm = Arm(self, index, setting, job)
@@ -120,7 +125,7 @@ class Arm:
     def _launched(self, *command: str) -> list[str]:
         launch = self.runner.launch
         if launch is None and self.runner.devices is None:
-            launch = f"{CPU_LAUNCH} {max(1, (os.cpu_count() or 1) // self.runner.jobs)}"
+            launch = f"{CPU_LAUNCH} {self.runner.threads}"
         options = shlex.split(launch or "")
         if self.runner.jobs > 1 and "--main_process_port" not in options:
             options += ["--main_process_port", str(_free_port())]
@@ -129,13 +134,12 @@ class Arm:
         return [sys.executable, "-m", LAUNCHER, *options, "-m", "bl_trainer", *command]
 
     def _environment(self, step: str) -> dict[str, str]:
-        threads = str(max(1, (os.cpu_count() or 1) // self.runner.jobs))
         own = {guard.MARK: str(self.folder.absolute()), "PYTHONUNBUFFERED": "1"}
         if self.runner.devices is not None:
             share = self.runner.devices[self.job]
             own["CUDA_VISIBLE_DEVICES"] = share if step == "train" else share.split(",")[0]
         elif step != "train":
-            own["OMP_NUM_THREADS"] = threads
+            own["OMP_NUM_THREADS"] = self.runner.threads
         return {**os.environ, **own}
 
     def _step(self, name: str, command: list[str], trial: optuna.Trial | None = None) -> None:

@@ -49,7 +49,8 @@ BEHIND = re.compile(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?")
 BELOW = re.compile(r"(?: degrees?)? (?:below|under) zero", re.IGNORECASE)
 COMPARED = r"(?:more|less|fewer|greater|larger|bigger|higher|lower|smaller|other)"
 BOUND = re.compile(
-    r"\b(?:not(?: (?:actually|exactly|just|quite|really|simply))?|at (?:most|least)|up to|under|over|above|below|exceed(?:s|ing)?"
+    r"\b(?:not(?: (?:actually|exactly|just|quite|really|simply))?|at (?:most|least)|up to|under|over|above|below"
+    r"|exceed(?:s|ing)?"
     rf"|{COMPARED} (?:than(?: or equal to)?|or equal to))[ ~$\\(*]{{0,4}}$",
     re.IGNORECASE,
 )
