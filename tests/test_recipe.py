@@ -31,8 +31,9 @@ from bl_trainer.recipe.fields import KINDS, SOURCES, fields_of, objective_parame
 from bl_trainer.recipe.help import OPTIONS
 from bl_trainer.recipe.keys import NEEDS, RENAMED, REPLACED, TRACKERS
 from bl_trainer.recipe.parser import DATACLASSES, Parser
-from bl_trainer.recipe.reading import load_yaml, read_keys
+from bl_trainer.recipe.reading import read_keys
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.recipe.yaml_file import load_yaml
 from bl_trainer.training.merge import MergeArguments
 from bl_trainer.training.preview import TrainArguments
 from conftest import fake_checkpoint, write_recipe

@@ -14,7 +14,8 @@ from .axolotl import AXOLOTL
 from .dialects import TRL, Dialect, Draft
 from .keys import NEEDS
 from .llama_factory import LLAMA_FACTORY
-from .reading import faults_of, load_yaml
+from .reading import faults_of
+from .yaml_file import load_yaml
 
 WIDTH = 120
 

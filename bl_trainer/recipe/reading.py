@@ -1,23 +1,20 @@
 """A recipe as its file and the command line give it: every wrong key and value is found before any library is loaded."""
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from .._util.text import from_json, listed, nearest, sentence, without_secrets
 from ..errors import RecipeError
 from .fields import Field, fields_of, objective_parameters, recipe_fields
 from .keys import NAMES, RENAMED, REPLACED
 from .rules import KEY_RULES, PLACE_RULES, TRAINING_RULES
+from .yaml_file import load_yaml
 
 OWN_READERS = ("objective", "threshold", "resume_from_checkpoint")  # keys whose values are checked where they are read
 OF_OBJECTIVES = ("floor", "mix", "special_tokens")  # of any objective's mapping
 LISTED = 200  # characters of allowed values beside a suggestion; transformers knows 43 optimizers
-MERGE = "tag:yaml.org,2002:merge"  # of `<<`, whose keys the mapping's own replace
 TRUTHS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
 
 
@@ -301,42 +298,3 @@ def _faults_of_entries(entries: Any) -> list[str]:
             if key not in allowed
         ]
     return faults
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML, except that a key given twice is an error; plain YAML takes the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == MERGE:
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise RecipeError(f"A key is {key!r} (line {key_node.start_mark.line + 1}). Write a text.")
-            if key in seen:
-                raise RecipeError(f"The file gives {key!r} twice (line {key_node.start_mark.line + 1}). Keep one of them.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(paths: list[str], what: str = "recipe") -> dict[str, Any]:
-    """Return the mapping of a YAML file. Raises RecipeError on a file that is none, or has a key twice."""
-    if not paths:
-        raise RecipeError("`--config` needs the path of a recipe. Write `--config recipe.yaml`.")
-    path = Path(paths[0])
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
-        line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
-        raise RecipeError(f"Can't read the {what} {path}: line {line}: {error.problem}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Can't read the {what} {path}: {sentence(error)}") from error
-    if not isinstance(config, dict):
-        raise RecipeError(f"The {what} {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
-    if not isinstance(config.get("env", {}), dict):
-        raise RecipeError(f"`env` must be a mapping of environment variables to values, got {type(config['env']).__name__}.")
-    for key in config:
-        if str(key).endswith("_strategy") and config[key] is False:
-            config[key] = "no"  # what YAML makes of an unquoted no
-    return config

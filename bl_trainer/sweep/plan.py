@@ -18,8 +18,8 @@ from ..evaluation.options import Checkpoint
 from ..objectives.objective import Objective
 from ..recipe.fields import recipe_fields
 from ..recipe.local_files import local_files
-from ..recipe.reading import load_yaml
 from ..recipe.recipe import Recipe
+from ..recipe.yaml_file import load_yaml
 from .checks import check
 from .design import Design, Setting, are_whole
 from .samplers import name_of
