@@ -791,6 +791,74 @@ def test_lists_of_letters_and_what_is_left_over(said, right):
     assert letter(said, CHOICES) == right
 
 
+NUMBERS = ["12", "15", "18", "21"]
+SIGNED = ["-1", "1", "0", "2"]
+TERMS = ["x + 1", "x - 1", "x", "1"]
+READ_ALIKE = ["3 > 2", "3 < 2", "a-b", "a b"]
+EXPLAINED = [
+    # an option is its number with sign, decimals and what is around it
+    (NUMBERS, "The answer is 15.", "B"),
+    (NUMBERS, "\\boxed{15\\text{ cm}}", "B"),
+    (NUMBERS, "We get $15$ from 3*5.", "B"),
+    *((NUMBERS, f"The answer is {said}.", None) for said in ("15.5", "-15", "15%", "15,000", "15:18", "15^2", "1.15")),
+    *((NUMBERS, f"\\boxed{{{said}}}", None) for said in ("-15", "15.5", "12/15", "15\\%")),
+    (SIGNED, "The answer is -1.", "A"),
+    (SIGNED, "The answer is \u22121.", "A"),
+    (SIGNED, "\\boxed{-1}", "A"),
+    (SIGNED, "The answer is 1.", "B"),
+    (TERMS, "The answer is x + 1.", "A"),
+    (TERMS, "\\boxed{x-1}", "B"),
+    (TERMS, "\\boxed{x}", "C"),
+    (TERMS, "\\boxed{x^3}", None),
+    (READ_ALIKE, "The answer is 3 < 2.", "B"),
+    (READ_ALIKE, "The answer is a b.", None),
+    (["10%", "20%"], "The answer is 20\\%.", "B"),
+    # the first option, and why not the others
+    (
+        CITIES,
+        "The answer is **A. Paris**.\n\n- **B. London**: in England.\n- **C. Berlin**: no.\n- **D. Rome**: in Italy.",
+        "A",
+    ),
+    (CITIES, "**Correct answer: A) Paris**\n\nB) London: north.\n\nC) Berlin: east.\n\nD) Rome: south.", "A"),
+    (CITIES, "The answer is one of:\nA. Paris\nB. London\nC. Berlin\nD. Rome", None),
+    (CITIES, "The answer is A. Paris, B. London or C. Berlin", None),
+    # what is singled out where nothing announces an answer
+    (CITIES, "A. Paris - large.\nB. London - old.\nC. Berlin - cold.\nD. Rome - hot.\n\nThe most likely city is Berlin.", "C"),
+    (CITIES, "The most appropriate next step is B.", "B"),
+    (CITIES, "Berlin is the most likely city. Rome is less likely.", "C"),
+    (CITIES, "Between A and B, B is more likely.", "B"),
+    (CITIES, "The answer is B. In the south, the most likely city is Rome.", "B"),
+    (CITIES, "The most likely city is not Rome.", None),
+    (CITIES, "B is most likely wrong.", None),
+    (CITIES, "Rome is less likely.", None),
+    (CITIES, "I believe B is the best answer.", "B"),
+    (CITIES, "I don't believe B is the best answer.", None),
+    (CITIES, "A, C and D can be ruled out, leaving B.", "B"),
+    # denied with its letter, supposed, or both
+    (CITIES, "The city is London (option B), rather than Paris (option A).", "B"),
+    (CITIES, "The answer is not Paris (A) but London (B).", "B"),
+    (CITIES, "The answer is A. However, if it were cold, the answer would be D.", "A"),
+    (CITIES, "If it had been cold, D would have been right. It is warm: B.", "B"),
+    (CITIES, "The correct answer would be B.", "B"),
+    (CITIES, "Both A and B are correct.", None),
+    (CITIES, "A is wrong and B is correct.", "B"),
+    (CITIES, "Correct answer: B\nIncorrect: A, C, D", "B"),
+    # marks and signs around a letter
+    (CITIES, "- A: \u274c\n- B: \u2705\n- C: \u274c\n- D: \u274c", "B"),
+    (CITIES, "A. Paris \u274c\nB. London \u2705\nC. Berlin \u274c\nD. Rome \u274c", "B"),
+    (CITIES, "| A | Incorrect |\n| B | Correct |\n| C | Incorrect |", "B"),
+    (CITIES, "The answer is \u201cB\u201d.", "B"),
+    (CITIES, "The answer is \\(B\\).", "B"),
+    (CITIES, "\\boxed{\\text{London (B)}}", "B"),
+    (CITIES, "\\boxed{\\text{London (C)}}", None),
+]
+
+
+@pytest.mark.parametrize(("choices", "said", "right"), EXPLAINED)
+def test_answers_with_their_reasons(choices, said, right):
+    assert letter(said, choices) == right
+
+
 def test_gold_of_a_worked_solution():
     def gold(said):
         return math_docs(Dataset.from_list([{"prompt": "?", "completion": said}]))["gold"][0]
