@@ -734,6 +734,72 @@ BOUNDS = [
 ]
 
 
+WRITTEN_OUT = [
+    # a name before a tuple, a set or a matrix
+    ("(3,4)", "(x,y)=(3,4)", 1),
+    ("(4,3)", "(x,y)=(3,4)", 0),
+    ("(x,y)=(3,4)", "(3,4)", 1),
+    ("(x,y)=(3,4)", "(x,y)=(4,3)", 0),
+    ("3", "(x,y)=(3,4)", 0),
+    ("\\{1,2\\}", "S=\\{1,2\\}", 1),
+    ("1,2", "x=1, x=2", 1),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "A^{-1}=\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", 1),
+    # an exact value and a rounded one
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1.414", 1),
+    ("\\sqrt{3}", "\\sqrt{2} \\approx 1.414", 0),
+    ("1.41", "\\sqrt{2} \\approx 1.41", 1),
+    # all real numbers, sets by a condition, and for what an expression holds
+    ("\\mathbb{R}", "(-\\infty,\\infty)", 1),
+    ("\\mathbb{R}", "(-\\infty,0)", 0),
+    ("(-\\infty,\\infty)", "\\text{all real numbers}", 1),
+    ("[1,3]", "\\{x \\mid 1 \\leq x \\leq 3\\}", 1),
+    ("(2,\\infty)", "\\{x \\in \\mathbb{R} : x \\ge 2\\}", 0),
+    ("k\\pi", "x=k\\pi, k\\in\\mathbb{Z}", 1),
+    ("k\\pi", "2k\\pi, k\\in\\mathbb{Z}", 0),
+    ("f(x)=x", "f(x)=x \\text{ for all } x\\in\\mathbb{R}", 1),
+    ("f(x)=x", "f(x)=x \\text{ for } x>0", 0),
+    # words before and behind
+    ("42", "\\text{The area is } 42", 1),
+    ("42", "\\text{The answer is not } 42", 0),
+    ("12", "12^{\\text{th}}", 1),
+    ("12", "13\\text{th}", 0),
+    ("10:15", "\\text{10:15 AM}", 1),
+    # degrees in a function are no unit
+    ("\\frac{1}{2}", "\\sin 30^\\circ", 1),
+    ("\\sin 30", "\\sin 30^\\circ", 0),
+    ("2\\sin 40^\\circ", "2\\cos 50^\\circ", 1),
+]
+SAID = [
+    ("5", "Therefore:\n\n\\[\nx = 5\n\\]", 1),
+    ("6", "Thus\n$$\nx + 1 = 6\n$$\nso\n$$\nx = 5\n$$", 0),
+    ("5", "Thus\n$$\nx + 1 = 6\n$$\nso\n$$\nx = 5\n$$", 1),
+    ("-5", "It is minus 5 degrees.", 1),
+    ("5", "It is minus 5 degrees.", 0),
+    ("5", "The answer is negative $5$.", 0),
+    ("-5", "The answer is negative $5$.", 1),
+    ("5", "So 12 minus 7 is 5.", 1),
+    ("10", "So the probability is 7 out of 10.", 0),
+    ("7/10", "So the probability is 7 out of 10.", 1),
+    ("3", "So x lies between 2 and 3.", 0),
+    ("2", "The answer isn't 2.", 0),
+    ("2", "The answer cannot be 2.", 0),
+    ("2", "I don't think the answer is 2.", 0),
+    ("3", "The answer is 3. The answer can't be 2.", 1),
+    ("5", "It's not hard: the answer is 5.", 1),
+    ("5", "The answer is 5 (not 6).", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), WRITTEN_OUT)
+def test_values_with_what_models_write_around_them(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "said", "right"), SAID)
+def test_values_that_prose_denies_or_displays(gold, said, right):
+    assert grade_math({"gold": gold}, [said])["accuracy"] == right
+
+
 @pytest.mark.parametrize(("gold", "answer", "right"), UNITS)
 def test_units_differ_unless_they_are_the_same_and_words_change_values(gold, answer, right):
     assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
