@@ -30,6 +30,7 @@ LEFT_OUT = (
 ARMS = [{"objective": "nll"}, {"objective": "neg_p"}, {"objective": {"name": "power", "alpha": 0.5}}]
 LEARNING_RATES = [1e-4, 1e-3]
 SEEDS = {"short": 4, "full": 3}
+TEST, HELD_OUT = Path("quickstart/data/test.jsonl"), 16  # rows, since measuring all 64 takes longer than a short run
 
 
 def write_files(folder: Path, preset: str, repetition: int) -> list[str]:
@@ -37,13 +38,15 @@ def write_files(folder: Path, preset: str, repetition: int) -> list[str]:
     recipe = {key: value for key, value in yaml.safe_load(RECIPE.read_text()).items() if key not in LEFT_OUT}
     first = 10 * repetition
     seeds = list(range(first, first + SEEDS[preset]))
-    sweep = {"preset": preset, "arms": ARMS, "learning_rate": LEARNING_RATES, "seed": seeds}
     place = folder / f"{preset}-{repetition}"
+    place.mkdir(parents=True, exist_ok=True)
+    held_out = folder / "held_out.jsonl"
+    held_out.write_text("".join(TEST.open(encoding="utf-8").readlines()[:HELD_OUT]), encoding="utf-8")
+    sweep = {"preset": preset, "arms": ARMS, "learning_rate": LEARNING_RATES, "seed": seeds, "held_out": str(held_out)}
     files = {"config": {**recipe, **LENGTH, "output_dir": str(place / "run")}, "sweep": sweep}
     options = [f"--sweep_dir={place / 'sweep'}"]
     for name, keys in files.items():
         path = place / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(keys, sort_keys=False))
         options.append(f"--{name}={path}")
     return options

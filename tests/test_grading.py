@@ -734,6 +734,72 @@ BOUNDS = [
 ]
 
 
+WRITTEN_OUT = [
+    # a name before a tuple, a set or a matrix
+    ("(3,4)", "(x,y)=(3,4)", 1),
+    ("(4,3)", "(x,y)=(3,4)", 0),
+    ("(x,y)=(3,4)", "(3,4)", 1),
+    ("(x,y)=(3,4)", "(x,y)=(4,3)", 0),
+    ("3", "(x,y)=(3,4)", 0),
+    ("\\{1,2\\}", "S=\\{1,2\\}", 1),
+    ("1,2", "x=1, x=2", 1),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "A^{-1}=\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", 1),
+    # an exact value and a rounded one
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1.414", 1),
+    ("\\sqrt{3}", "\\sqrt{2} \\approx 1.414", 0),
+    ("1.41", "\\sqrt{2} \\approx 1.41", 1),
+    # all real numbers, sets by a condition, and for what an expression holds
+    ("\\mathbb{R}", "(-\\infty,\\infty)", 1),
+    ("\\mathbb{R}", "(-\\infty,0)", 0),
+    ("(-\\infty,\\infty)", "\\text{all real numbers}", 1),
+    ("[1,3]", "\\{x \\mid 1 \\leq x \\leq 3\\}", 1),
+    ("(2,\\infty)", "\\{x \\in \\mathbb{R} : x \\ge 2\\}", 0),
+    ("k\\pi", "x=k\\pi, k\\in\\mathbb{Z}", 1),
+    ("k\\pi", "2k\\pi, k\\in\\mathbb{Z}", 0),
+    ("f(x)=x", "f(x)=x \\text{ for all } x\\in\\mathbb{R}", 1),
+    ("f(x)=x", "f(x)=x \\text{ for } x>0", 0),
+    # words before and behind
+    ("42", "\\text{The area is } 42", 1),
+    ("42", "\\text{The answer is not } 42", 0),
+    ("12", "12^{\\text{th}}", 1),
+    ("12", "13\\text{th}", 0),
+    ("10:15", "\\text{10:15 AM}", 1),
+    # degrees in a function are no unit
+    ("\\frac{1}{2}", "\\sin 30^\\circ", 1),
+    ("\\sin 30", "\\sin 30^\\circ", 0),
+    ("2\\sin 40^\\circ", "2\\cos 50^\\circ", 1),
+]
+SAID = [
+    ("5", "Therefore:\n\n\\[\nx = 5\n\\]", 1),
+    ("6", "Thus\n$$\nx + 1 = 6\n$$\nso\n$$\nx = 5\n$$", 0),
+    ("5", "Thus\n$$\nx + 1 = 6\n$$\nso\n$$\nx = 5\n$$", 1),
+    ("-5", "It is minus 5 degrees.", 1),
+    ("5", "It is minus 5 degrees.", 0),
+    ("5", "The answer is negative $5$.", 0),
+    ("-5", "The answer is negative $5$.", 1),
+    ("5", "So 12 minus 7 is 5.", 1),
+    ("10", "So the probability is 7 out of 10.", 0),
+    ("7/10", "So the probability is 7 out of 10.", 1),
+    ("3", "So x lies between 2 and 3.", 0),
+    ("2", "The answer isn't 2.", 0),
+    ("2", "The answer cannot be 2.", 0),
+    ("2", "I don't think the answer is 2.", 0),
+    ("3", "The answer is 3. The answer can't be 2.", 1),
+    ("5", "It's not hard: the answer is 5.", 1),
+    ("5", "The answer is 5 (not 6).", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), WRITTEN_OUT)
+def test_values_with_what_models_write_around_them(gold, answer, right):
+    assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
+
+
+@pytest.mark.parametrize(("gold", "said", "right"), SAID)
+def test_values_that_prose_denies_or_displays(gold, said, right):
+    assert grade_math({"gold": gold}, [said])["accuracy"] == right
+
+
 @pytest.mark.parametrize(("gold", "answer", "right"), UNITS)
 def test_units_differ_unless_they_are_the_same_and_words_change_values(gold, answer, right):
     assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"])["accuracy"] == right
@@ -789,6 +855,74 @@ def test_a_list_of_the_options_is_no_answer(shape, joint):
 )
 def test_lists_of_letters_and_what_is_left_over(said, right):
     assert letter(said, CHOICES) == right
+
+
+NUMBERS = ["12", "15", "18", "21"]
+SIGNED = ["-1", "1", "0", "2"]
+TERMS = ["x + 1", "x - 1", "x", "1"]
+READ_ALIKE = ["3 > 2", "3 < 2", "a-b", "a b"]
+EXPLAINED = [
+    # an option is its number with sign, decimals and what is around it
+    (NUMBERS, "The answer is 15.", "B"),
+    (NUMBERS, "\\boxed{15\\text{ cm}}", "B"),
+    (NUMBERS, "We get $15$ from 3*5.", "B"),
+    *((NUMBERS, f"The answer is {said}.", None) for said in ("15.5", "-15", "15%", "15,000", "15:18", "15^2", "1.15")),
+    *((NUMBERS, f"\\boxed{{{said}}}", None) for said in ("-15", "15.5", "12/15", "15\\%")),
+    (SIGNED, "The answer is -1.", "A"),
+    (SIGNED, "The answer is \u22121.", "A"),
+    (SIGNED, "\\boxed{-1}", "A"),
+    (SIGNED, "The answer is 1.", "B"),
+    (TERMS, "The answer is x + 1.", "A"),
+    (TERMS, "\\boxed{x-1}", "B"),
+    (TERMS, "\\boxed{x}", "C"),
+    (TERMS, "\\boxed{x^3}", None),
+    (READ_ALIKE, "The answer is 3 < 2.", "B"),
+    (READ_ALIKE, "The answer is a b.", None),
+    (["10%", "20%"], "The answer is 20\\%.", "B"),
+    # the first option, and why not the others
+    (
+        CITIES,
+        "The answer is **A. Paris**.\n\n- **B. London**: in England.\n- **C. Berlin**: no.\n- **D. Rome**: in Italy.",
+        "A",
+    ),
+    (CITIES, "**Correct answer: A) Paris**\n\nB) London: north.\n\nC) Berlin: east.\n\nD) Rome: south.", "A"),
+    (CITIES, "The answer is one of:\nA. Paris\nB. London\nC. Berlin\nD. Rome", None),
+    (CITIES, "The answer is A. Paris, B. London or C. Berlin", None),
+    # what is singled out where nothing announces an answer
+    (CITIES, "A. Paris - large.\nB. London - old.\nC. Berlin - cold.\nD. Rome - hot.\n\nThe most likely city is Berlin.", "C"),
+    (CITIES, "The most appropriate next step is B.", "B"),
+    (CITIES, "Berlin is the most likely city. Rome is less likely.", "C"),
+    (CITIES, "Between A and B, B is more likely.", "B"),
+    (CITIES, "The answer is B. In the south, the most likely city is Rome.", "B"),
+    (CITIES, "The most likely city is not Rome.", None),
+    (CITIES, "B is most likely wrong.", None),
+    (CITIES, "Rome is less likely.", None),
+    (CITIES, "I believe B is the best answer.", "B"),
+    (CITIES, "I don't believe B is the best answer.", None),
+    (CITIES, "A, C and D can be ruled out, leaving B.", "B"),
+    # denied with its letter, supposed, or both
+    (CITIES, "The city is London (option B), rather than Paris (option A).", "B"),
+    (CITIES, "The answer is not Paris (A) but London (B).", "B"),
+    (CITIES, "The answer is A. However, if it were cold, the answer would be D.", "A"),
+    (CITIES, "If it had been cold, D would have been right. It is warm: B.", "B"),
+    (CITIES, "The correct answer would be B.", "B"),
+    (CITIES, "Both A and B are correct.", None),
+    (CITIES, "A is wrong and B is correct.", "B"),
+    (CITIES, "Correct answer: B\nIncorrect: A, C, D", "B"),
+    # marks and signs around a letter
+    (CITIES, "- A: \u274c\n- B: \u2705\n- C: \u274c\n- D: \u274c", "B"),
+    (CITIES, "A. Paris \u274c\nB. London \u2705\nC. Berlin \u274c\nD. Rome \u274c", "B"),
+    (CITIES, "| A | Incorrect |\n| B | Correct |\n| C | Incorrect |", "B"),
+    (CITIES, "The answer is \u201cB\u201d.", "B"),
+    (CITIES, "The answer is \\(B\\).", "B"),
+    (CITIES, "\\boxed{\\text{London (B)}}", "B"),
+    (CITIES, "\\boxed{\\text{London (C)}}", None),
+]
+
+
+@pytest.mark.parametrize(("choices", "said", "right"), EXPLAINED)
+def test_answers_with_their_reasons(choices, said, right):
+    assert letter(said, choices) == right
 
 
 def test_gold_of_a_worked_solution():

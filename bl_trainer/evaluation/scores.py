@@ -96,7 +96,7 @@ def paired_difference(new: dict[str, float], old: dict[str, float]) -> dict[str,
     values = [new[item] - old[item] for item in old.keys() & new.keys()]
     mean, stderr, most = statistics.fmean(values) if values else None, standard_error(values), largest_difference(new, old)
     found = {"difference": mean, "stderr": stderr, "items": len(values)}
-    return {**found, "interval": _interval(mean, stderr, [len(values)], most)}
+    return {**found, "interval": _interval(mean, stderr, [len(values)], len(values) - 1, most)}
 
 
 def largest_difference(*scores: dict[str, float]) -> float:
@@ -104,12 +104,11 @@ def largest_difference(*scores: dict[str, float]) -> float:
     return 1.0 if all(0 <= value <= 1 for items in scores for value in items.values()) else math.inf
 
 
-def _interval(mean: float | None, stderr: float | None, items: list[int], most: float) -> list[float] | None:
-    """Return the interval of a mean over groups of as many items."""
-    groups = len(items)
-    if mean is None or stderr is None or sum(items) < 10 * groups:
+def _interval(mean: float | None, stderr: float | None, items: list[int], free: float, most: float) -> list[float] | None:
+    """Return the interval of a mean over groups of as many items, with `free` degrees of freedom."""
+    if mean is None or stderr is None or min(items) < 10:
         return None
-    found = mean_interval(mean, stderr, sum(items) - groups, groups * min(items), (-most, most))
+    found = mean_interval(mean, stderr, free, len(items) * min(items), (-most, most))
     return None if found is None else list(found)
 
 
@@ -121,11 +120,16 @@ def standard_error(values: Sequence[float]) -> float | None:
 def macro(parts: list[dict[str, Any]], key: str, most: float = math.inf) -> dict[str, Any]:
     """Return the mean of `key`, "value" or "difference", over groups of items that count alike, and its standard error.
 
-    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item. `most`: the largest
-    difference there can be.
+    That is sqrt(sum of the groups' squared ones) / number of groups; None if a group has a single item. The interval has
+    Satterthwaite's degrees of freedom, and is None if a group has fewer than 10 items. `most`: the largest difference there can
+    be.
     """
     mean, errors = statistics.fmean(part[key] for part in parts), [part["stderr"] for part in parts]
     stderr = None if None in errors else math.hypot(*errors) / len(errors)
     items = [part["items"] for part in parts]
     found = {key: mean, "stderr": stderr, "items": sum(items)}
-    return found if key == "value" else {**found, "interval": _interval(mean, stderr, items, most)}
+    if key == "value":
+        return found
+    squares = sum(error**4 / (n - 1) for error, n in zip(errors, items, strict=True)) if stderr else 0.0
+    free = math.fsum(error**2 for error in errors) ** 2 / squares if squares else sum(items) - len(items)
+    return {**found, "interval": _interval(mean, stderr, items, free, most)}

@@ -1,24 +1,33 @@
 """How answers state, deny and list the options of a question: the patterns of `letters`."""
 
 import re
+from collections import Counter
 from string import ascii_uppercase
 
 # Words allowed between an announcement and its letter. "not" is not among them
 LEAD = (
     r"(?i:\b(?:the|is|are|be|was|as|but|rather|therefore|thus|most|either|answer|option|choice|letter"
     r"|(?!(?:un|least )likely|hardly|scarcely|barely|rarely)\w{1,20}ly)\b"
-    r"|[\s:=*_`'\"$(\[{>-]){0,14}"
+    r"|[\s:=*_`'\"\u2018\u201c$(\[{>-]){0,14}"
 )
 # "A" and "I" are words too: before a word in lower case other than these
 GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
 ANNOUNCED = (
-    r"\b(?:answer|option|choice)\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
-    r"|\bthe (?:best|right|correct)(?: one)? is\b|\b(?:choose|pick|select|say|(?:go|going|opt|vote) (?:with|for))\b"
+    r"\b(?:answer|option|choice)(?:_\w{1,9})?\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
+    r"|\bthe (?:best|right|correct)(?: one)? is\b|\b(?:choose|pick|select|say|guess|(?:go|going|opt|vote) (?:with|for))\b"
+)
+# Words that single an option out, which count where nothing announces an answer
+LIKELY = r"(?:likely|probable|plausible|appropriate|suitable|accurate|consistent)(?! (?:not|wrong|incorrect|false)\b)"
+SINGLED = rf"\bmost {LIKELY}\b[^.:\n]{{0,80}}?(?:\bis\b|:)"
+# What announces one answer, not a list of the options
+ONE = (
+    r"(?i:\b(?:answer|(?:correct|right|best) (?:option|choice))\b"
+    r"(?:(?!\b(?:choices|options|answers|of|among|between|from|are)\b)[^.\n]){0,40}?(?:\bis\b|:))"
 )
 # Words that settle on a letter only where it ends a clause: "it's B.", "thus B", and a self-correction, "no wait, B"
 SETTLED = (
     r"\b(?:(?:it|that|this)(?:['\u2019]s| is| must be| has to be| should be| would be)"
-    r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say)\b"
+    r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say|by (?:process of )?elimination|leav(?:es|ing)(?: us with| only)?)\b"
     r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i meant?|scratch that|no|instead)\b"
     r"|\b(?:final|conclusion|verdict|decision|solution|result|response|ans|pick|vote|selection|correct)\b\s?(?=[:=\u2013\u2014-])"
     r"|(?:^|[.;:!?\n])[\s*]{0,3}(?:(?:must|has to|got to) be|definitely|certainly|clearly)\b"
@@ -31,14 +40,16 @@ WITHDRAWN = (
 )
 # What others may hold, or what is only supposed, up to the end of its clause
 SUPPOSED = (
-    r"(?i:\b(?:if|unless|whether|were)\b|\b(?:some|many|most|everyone|others|people|students|one|you|we) "
+    r"(?i:\bif\b[^.;\n]{0,80}?\b(?:were|had)\b[^.;\n]{0,120}?\bwould(?: have been| be)\b[^.,;\n]{0,40}|"
+    r"(?:\b(?:if|unless|whether|were)\b|\b(?:some|many|most|everyone|others|people|students|one|you|we) "
     r"(?:(?:might|may|could|would|often) )?(?:be tempted to |want to |think|say|argue|believe|claim|guess|choose|pick)s?\b)"
-    r"[^.,;\n]{0,80}"
+    r"[^.,;\n]{0,80})"
 )
 REASON = r"(?i:\b(?:because|since|although|though|while|whereas|unlike|than)\b)[^.;\n]{0,300}"
 IS = r"(?:is|are|was|would be|can be|must be|should be|has to be|needs to be|seems|looks|sounds)\s"
 BEST = r"(?:the |my )?(?:final )?(?:most |\w{1,20}ly )?"
-RIGHT_WORDS = ("correct", "right", "true", "yes", "\u2713", "\u2714", "\u2705")
+RIGHT_WORDS = ("correct", "right", "true", "yes")
+RIGHT_MARKS, WRONG_MARKS = "[\u2713\u2714\u2705]", "[\u2717\u2718\u2716\u274c]"
 WRONG_WORDS: tuple[str, ...] = (
     "wrong",
     "incorrect",
@@ -49,17 +60,18 @@ WRONG_WORDS: tuple[str, ...] = (
     "excluded",
     "eliminated",
     "ruled out",
-    "\u2717",
 )
 WRONG_WORDS += ("weak", "unlikely", "tempting", "doubtful", "impossible", "irrelevant", "contraindicated", "to be avoided")
 RIGHT = rf"{IS}{BEST}(?:correct|right|best|better|appropriate|answer)\b"
 WRONG = (
     rf"(?:{IS}(?:(?:all|both|also|too|\w{{1,20}}ly) )?(?:not|wrong|incorrect|false|excluded|ruled out|eliminated|out|avoided"
-    r"|unlikely|contraindicated|tempting|weak)|(?:\w{1,20}n['\u2019]t|cannot|can not|should not|must not)"
+    rf"|unlikely|contraindicated|tempting|weak|le(?:ss|ast) {LIKELY})"
+    r"|(?:\w{1,20}n['\u2019]t|cannot|can not|should not|must not)"
     r" (?:be|the|correct|right|it|an?|fit|work|apply|explain))\b"
 )
 NOT = (
-    r"(?:not|\w{1,20}n['\u2019]t|cannot|never|neither|nor|than|instead of|unlikely|hardly|unlike|avoid(?:ing)?|against"
+    r"(?:(?:rather|other) than"
+    r"|not|\w{1,20}n['\u2019]t|cannot|never|neither|nor|than|instead of|unlikely|hardly|unlike|avoid(?:ing)?|against"
     r"|(?:eliminat|exclud|dismiss|discard|reject)(?:e|es|ed|ing|s)?|rul(?:e|es|ed|ing) out)"
 )
 DENIED = (
@@ -75,16 +87,21 @@ UNSURE = (
 )
 DOUBT = re.compile(
     rf"(?i:\b(?:{NOT}|no|none|wrong|incorrect|false|avoided|weak|tempting|contraindicated|ruled out|excluded|explanation"
-    r"|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
+    rf"|le(?:ss|ast) {LIKELY}|perhaps|maybe|might|could|everyone|would say|not sure)\b)|\?"
 )
-BEGIN = r"(?:^|[.,;:!?\n]|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but)\b)"
-APART = r"[\s)*\].:=(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
+BEGIN = (
+    rf"(?:^|[.,;:!?\n|-]|{WRONG_MARKS}"
+    r"|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but|think|believe|feel|conclude)\b)"
+)
+APART = r"[\s)*\].:=|(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
+BOTH = r"\W{0,6}(?:\b(?i:and|or|nor)\b|&|/)\W{0,6}$"  # between two letters of which a verdict is
 ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
 NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
-END = r"(?=[\s*]{0,3}(?:[.,;:!)\n]|$|(?:because|since|as)\b))"
+END = r"(?=[\s*]{0,3}(?:[.,;!)\n|]|:(?!\s?\(?[A-J]\b)|$|(?:because|since|as)\b))"
 MARK = re.compile(
     r"(?<![\w'\u2019\\])(?<!\bout )(?<!\bis )(?<!\bbe )(?<!\bnot )(?<!\bso )(?<!\bSo )(?:\(([A-J])\)|([A-J])[.):](?!\w))"
 )  # as options are listed
+SIGNS = r"\^/<>=+#\u00b1\u00d7\u00f7\u221a\u2264\u2265"  # that make another expression of what they stand by
 MOST_APART = 300  # characters between two options of a list
 
 
@@ -93,10 +110,13 @@ class Exam:
 
     def __init__(self, choices: list[str]):
         self.letters = ascii_uppercase[: len(choices) or 10]
-        self.texts = {words_of(choice): name for name, choice in zip(self.letters, choices, strict=False)}
+        counts = Counter(map(words_of, choices))  # of options that read alike none is known by its text
+        self.texts = {
+            words_of(each): name for name, each in zip(self.letters, choices, strict=False) if counts[words_of(each)] == 1
+        }
         self.both = self.letters + self.letters.lower()
         self.one = (
-            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w-]|['\u2019]\w)"
+            rf"(?:(?![AI]\s{{1,3}}(?!{GOES_ON})[a-z])[{self.letters}](?![\w#+-]|['\u2019]\w)"
             rf"|[{self.letters.lower()}](?=\s{{0,2}}(?:[.)\]}},:;*_`\"$<]|$)))"
         )
         words = (_pattern(words) for words in self.texts if words)
@@ -105,18 +125,17 @@ class Exam:
         self.item = rf"(?i:(?:\b(?:option|choice)\s)?(?<!\w)(?:{items or '(?!)'})(?!\w))"
         self.list = rf"{self.item}(?:\W{{0,6}}(?:\b(?i:and|or)\W{{1,3}})?{self.item}){{1,9}}"
         self.second = rf"\W{{0,6}}(?:\b(?:or|and)\b|/|&)\W{{0,6}}{self.one}|,\s?{self.one}(?!\s[a-z])"  # but "A, I think"
-        self.right = (
-            rf"[\s)*]{{0,4}}(?i:{RIGHT})|{APART}(?i:{self._verdicts(RIGHT_WORDS)}){END}|[)*]{{0,3}}(?i:{SETTLES}){ENDS}"
-        )
-        self.wrong = rf"[\s)*]{{0,4}}(?i:{WRONG})|{APART}(?i:{self._verdicts(WRONG_WORDS)}){END}"
+        self.right = rf"[\s)*]{{0,4}}(?i:{RIGHT})|{self._verdict(RIGHT_WORDS, RIGHT_MARKS)}|[)*]{{0,3}}(?i:{SETTLES}){ENDS}"
+        self.wrong = rf"[\s)*]{{0,4}}(?i:{WRONG})|{self._verdict(WRONG_WORDS, WRONG_MARKS)}"
 
-    def _verdicts(self, words: tuple[str, ...]) -> str:
-        """Match words that say what an option is worth, unless they are an option themselves."""
-        return rf"(?:is |was )?(?:{'|'.join(word for word in words if word not in self.texts) or '(?!)'})"
+    def _verdict(self, words: tuple[str, ...], marks: str) -> str:
+        """Match words and marks that say what an option is worth, unless the words are an option themselves."""
+        said = "|".join(word for word in words if word not in self.texts) or "(?!)"
+        return rf"{APART}(?:(?i:(?:is |was )?(?:{said})){END}|{marks})"
 
     def without_texts(self, said: str) -> str:
         """Take the text of an option away between its letter and a verdict on it."""
-        verdict = rf"(?:is |was )?(?:{'|'.join((*RIGHT_WORDS, *WRONG_WORDS))})\b"
+        verdict = rf"(?:(?:is |was )?(?:{'|'.join((*RIGHT_WORDS, *WRONG_WORDS))})\b|{RIGHT_MARKS}|{WRONG_MARKS})"
         for words, name in self.texts.items():
             said = re.sub(
                 rf"\b({name})[).:*]{{1,3}} ?\*{{0,2}}{_pattern(words)}(?={APART}{verdict})", r"\1", said, flags=re.IGNORECASE
@@ -131,7 +150,8 @@ class Exam:
         which = r"(?i:\b(?:options?|choices?|answers?)\s)?[\s(*]{0,4}"
         said = re.sub(rf"{which}\b{either}{more}(?:{self.wrong})", " ", said)
         said = re.sub(rf"{UNSURE}\b{either}{more}(?:{self.right})", " ", said)
-        return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{more}", " ", said)
+        own = rf"(?: ?\((?i:(?:option|choice) )?{either}\))?"  # the letter behind a text
+        return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{own}{more}", " ", said)
 
     def without_list(self, said: str) -> str:
         """Blank options that are listed: letters and texts next to each other, or marks of letters in their order."""
@@ -145,7 +165,7 @@ class Exam:
                 run.append(mark)
                 continue
             if len(run) >= min(3, len(self.letters)):
-                for each in run:
+                for each in run[_is_picked(said, run[0].start()) :]:
                     end = (text.match(said, each.end()) or each).end()
                     blank[each.start() : end] = " " * (end - each.start())
             run = [mark] if mark and name == "A" else []
@@ -160,29 +180,46 @@ class Exam:
                 break
             seen[name] = item.end()
         end = max(seen.values()) if len(seen) > 1 else 0
-        return " " * end + listed[0][end:]
+        first = min(seen.values())
+        begin = first if re.match(r"\W*[.\n]", listed[0][first:]) and _is_picked(listed.string, listed.start()) else 0
+        return listed[0][:begin] + " " * (end - begin) + listed[0][end:]
 
     def stated(self, said: str) -> str | None:
-        """Return the letter of the last statement, "" if it names two, None if there is none."""
+        """Return the letter of the last statement, "" if it names two, None if there is none.
+
+        Where nothing announces an answer, what is singled out as the most likely option counts.
+        """
         listless = self.without_list(said)
         name = rf"(?P<name>{self.one})(?P<second>{self.second})?"
         words = rf"{LEAD}(?:\ban? )?(?P<name>{self.text})(?P<second>\W{{0,6}}(?:or|and|/|&)\W{{0,6}}{self.text})?{ENDS}"
-        found = [
+        begun = rf"{BEGIN}[\s(*]{{0,4}}(?P<name>{self.one})(?P<second>(?!))?"
+        announced = [
             *re.finditer(rf"(?i:{ANNOUNCED}){LEAD}{name}(?!\W{{0,4}}\?)", listless),
             *re.finditer(rf"(?i:{SETTLED})[\s,:;.\u2014-]{{0,4}}(?i:no[\s,]{{1,2}})?{LEAD}\b{name}{ENDS}", listless),
-            *re.finditer(rf"{BEGIN}[\s(*]{{0,4}}(?P<name>{self.one})(?P<second>(?!))?(?:{self.right})", said),
+            *re.finditer(rf"{begun}(?:{self.right})", said),
             *re.finditer(rf"(?i:{ANNOUNCED}|{SETTLED}){words}", listless),
         ]
-        last = max(found, key=lambda match: match.start("name"), default=None)
+        singled = [
+            *re.finditer(rf"(?i:{SINGLED}){LEAD}{name}(?!\W{{0,4}}\?)", listless),
+            *re.finditer(rf"{begun}[\s)*]{{0,4}}(?i:{IS}(?:the |an? |far |much )?mo(?:re|st) {LIKELY})", said),
+            *re.finditer(rf"(?i:{SINGLED}){words}", listless),
+            *re.finditer(rf"(?P<name>{self.text})(?P<second>(?!))?[\s)*]{{0,4}}(?i:{IS}(?:the |an? )?most {LIKELY})", said),
+        ]
+        last = max(announced or singled, key=lambda match: match.start("name"), default=None)
         if last is None:
             return None
-        is_open = last["second"] or re.search(WITHDRAWN, said[last.end() :])
+        pair = re.search(rf"(?P<other>{self.one}){BOTH}", last.string[: last.start("name")][-20:])
+        is_open = last["second"] or re.search(WITHDRAWN, said[last.end() :]) or pair
         return "" if is_open else self.texts.get(words_of(last["name"])) or last["name"].upper()
 
     def named(self, said: str) -> set[str]:
-        """Return the letters of the options whose words are in a text."""
-        words = f" {words_of(said)} "
-        return {name for text, name in self.texts.items() if text and f" {text} " in words}
+        """Return the letters of the options whose words are in a text, and not part of a larger expression."""
+        words = words_of(said)
+        found = {
+            text: re.search(rf"(?<![{SIGNS.replace('=', '')}] )(?<!\S){re.escape(text)}(?!\S)(?! [{SIGNS}])", words)
+            for text in self.texts
+        }
+        return {self.texts[text] for text, match in found.items() if text and match}
 
     def meant(self, said: str) -> str | None:
         """Return the letter of the only option whose words are in a text, unless that denies, doubts or names another one."""
@@ -200,6 +237,9 @@ class Exam:
             return found[1].upper()
         if words_of(content) in self.texts:
             return self.texts[words_of(content)]
+        ended = re.fullmatch(rf"(.*?)\W*\((?:option )?([{self.both}])\)\W*", content, re.DOTALL)
+        if ended and self.texts.get(words_of(ended[1])) == ended[2].upper():
+            return ended[2].upper()
         denies = rf"(?i:\b(?:{NOT}|none|no)\b)|(?<![\w'])[{self.letters}](?![\w'])|^\W*[A-Za-z]\W*$"
         names = self.named(content)
         if re.search(denies, content) or len(names) > 1:
@@ -223,7 +263,7 @@ class Exam:
         goes_on = r" (?:because|since)\b|,\W{0,4}(?:because|since|as|due|given|the|for|I|$)(?!\w)| [-\u2013\u2014] "
         for names in (
             re.findall(
-                rf"^[\s*_`(\[\u2022-]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`]|$)|{goes_on})(?!{self.second})"
+                rf"^[\s*_`(\[\u2022-]{{0,8}}({self.one})(?=\s?(?:[.):\]*_`!]|$)|{goes_on})(?!{self.second})"
                 r"(?![^\n]*(?:[\s(][A-J][.):]\s|; ?[A-J] [-\u2013\u2014]))",
                 said,
                 re.MULTILINE,
@@ -236,9 +276,22 @@ class Exam:
         return None
 
 
+def _is_picked(said: str, begin: int) -> bool:
+    """Whether what begins there is announced as the one answer, not as the first of the options."""
+    return re.search(rf"{ONE}{LEAD}$", said[max(0, begin - MOST_APART) : begin]) is not None
+
+
 def _pattern(words: str) -> str:
-    return r"\W{1,3}".join(map(re.escape, words.split()))
+    """Match a text whose words are `words`; a number only as a whole."""
+    said = re.escape(words.replace(" ", "\0")).replace("%", r"\s?\\?%")
+    said = re.sub(rf"\0(?=\\?[{SIGNS}])|(?<=[{SIGNS}])\0", r"\\W{0,3}", said).replace("\0", r"\W{1,3}")
+    before = r"(?<![\w^-])(?<!\d[.,/:])" if words[:1].isdigit() or words[:1] == "-" else ""
+    after = r"(?![\^]|[.,/:]\d|\s?\\?%)" if words[-1:].isdigit() else ""
+    return f"{before}{said}{after}"
 
 
 def words_of(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    """Return the words, numbers and signs of mathematics in a text, in lower case."""
+    text = re.sub(r"(?<![\w)\]])\+(?=\d)", "", text.casefold().replace("\u2212", "-").replace("\\%", "%"))
+    found = re.findall(rf"(?<![\w)\]])-?\d{{1,40}}(?:[.,/:]\d{{1,40}}){{0,9}}(?:\s?%|(?!\w))|\w{{1,200}}|[{SIGNS}]", text)
+    return " ".join(re.sub(r"\s", "", word) for word in found)

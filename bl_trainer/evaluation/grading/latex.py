@@ -172,7 +172,7 @@ class _Reader:
         words = re.sub("[{}]", "", " ".join(inner.split()))
         if words in ("i", "e", "d") or not re.search(r"[A-Za-z]", words) or "\\" in words:
             return inner
-        measure = re.fullmatch(r"(-?\d[\d.,/ ]*) ([A-Za-z][^\d]*)", words)
+        measure = re.fullmatch(r"(-?\d[\d.,/: ]*) ([A-Za-z][^\d]*)", words)
         if measure:
             return rf"{measure[1]}\text{{{measure[2]}}}"
         return rf"{' ' if inner[:1].isspace() else ''}\text{{{words}}}{' ' if inner[-1:].isspace() else ''}"

@@ -98,6 +98,7 @@ def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
 def _tidy(text: str) -> str:
     """Return an answer up to a next turn, without commands of style, and with runs of spaces and signs cut short."""
     text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
-    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r"\\[()\[\]]|[^\S\n]", " ", text.replace("\u2212", "-"))
+    text = re.sub(r" +", " ", text)
     text = re.sub(r"\n+", "\n", re.sub(r" ?\n ?", "\n", text))
     return re.sub(r"([^\w\s{}\\])\1{2,}", r"\1\1", text)

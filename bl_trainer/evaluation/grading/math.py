@@ -19,13 +19,27 @@ BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
 HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
+ROUNDED = re.compile(r"(.+)\\approx(?![a-z])[^=]+")  # an exact value, and a rounded one
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 LETTERS = re.compile(r"[A-Za-z]{2,}")
 VERDICTS = ("yes", "no", "true", "false")
+EQUALS = r"(?<![<>!\\])="
+NAMES = rf"\(? *{NAME}(?: *, *{NAME})* *\)?"
 PERCENT = unit_of("%")
 MOST_NAMED = 4  # capital letters that name points or sides; more of them are a word
 OPTION = re.compile(r"(?:\\text\{)?\(([A-J])\)\}?\s*((?:-?[\d.]|\\(?:frac|sqrt|text|pi)(?![a-z])).*)")  # as in (C) 5
+# For which names an expression holds: all of them
+CONDITION = re.compile(
+    r"(.+?),? *(?:\\text\{ ?\(?(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}.*"
+    r"|[,(] *[A-Za-z] *\\in *\\mathbb\{[ZNQR]\}[^,]{0,12})"
+)
+BUILT = re.compile(r"\\\{ *[A-Za-z] *(?:\\in *\\mathbb\{R\} *)?(?:\\mid(?![a-z])|[|:]) *(.*?) *\\\}")  # {x | x > 2}
+REALS = re.compile(r"(?:[A-Za-z] *\\in *)?\\mathbb\{R\}|(?:\\text\{)? ?all real numbers ?\}?", re.IGNORECASE)
+ORDINAL = re.compile(r"(\d+) ?(?:\^\{)?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}")
+LEADING = re.compile(
+    r"^\\text\{(?![^{}]*\b(?:not|no|least|most|than)\b)[^{}]*(?:\b(?:is|equals|about|approximately|roughly)|:) *\} *(?=\S)"
+)
 MODULO = re.compile(r"(.+?) *(?:\\pmod|\( *(?:\\text\{ ?)?mod(?: ?\})?|\\text\{ ?\(mod ?\}) *(\w+) *\)?")
 
 
@@ -147,7 +161,10 @@ def _said(text: str) -> str:
 
 
 def _without_marks(one: str, other: str) -> tuple[str, str]:
-    """Take away what only one of two expressions has: an option's letter, or its text, and a modulus."""
+    """Take away what only one of two expressions has: an option's letter, or its text, a modulus, and for what it holds."""
+    held = CONDITION.fullmatch(one), CONDITION.fullmatch(other)
+    if bool(held[0]) != bool(held[1]):
+        return held[0][1] if held[0] else one, held[1][1] if held[1] else other
     options = OPTION.fullmatch(one), OPTION.fullmatch(other)
     if bool(options[0]) != bool(options[1]):
         bare = other if options[0] else one
@@ -171,6 +188,9 @@ def _is_same_structure(one: str, other: str) -> bool:
         return _is_same_scalar(one, other)
     if kind == other_kind:
         return _are_same(parts, others, kind in ("list", r"\{\}", r"\cup"))
+    sides = [split(text, EQUALS) if each == "" else [text] for text, each in ((one, kind), (other, other_kind))]
+    if max(map(len, sides)) > 1 and (len(sides[0]) == 1 or re.fullmatch(NAMES, sides[0][0])):
+        return _is_same(sides[0][-1], sides[1][-1])
     if {kind, other_kind} <= {"list", r"\{\}", ""} or {kind, other_kind} == {"list", "()"}:
         return _are_same(parts, others, "()" not in (kind, other_kind))
     if any(RELATION.search(text) for text in (one, other)):
@@ -181,11 +201,15 @@ def _is_same_structure(one: str, other: str) -> bool:
 def _bare(text: str) -> str:
     r"""Return an expression without a full stop, stars around it, and parentheses around a single number, letter or word.
 
-    The empty braces are \emptyset, and a number in words is a number.
+    The empty braces are \emptyset, all real numbers an interval, {x | x > 2} its condition, 5th and a number in words a number,
+    and what introduces a value, such as \text{The area is }, is no part of it.
     """
     text = re.sub(r"^[\s*]+|[\s*]+$|[\s*]*[.,;:][\s*]*$", "", text)
     text = re.sub(r"^(?:\\text\{)?\((\w+)\)\}?$", r"\1", text)
-    text = re.sub(r"^\\\{ *\\\}$", r"\\emptyset ", text)
+    text = re.sub(r"^\\\{ *\\\}$", r"\\emptyset ", LEADING.sub("", text))
+    text = r"(-\infty ,\infty )" if REALS.fullmatch(text) else text
+    marked = BUILT.fullmatch(text) or ORDINAL.fullmatch(text)
+    text = marked[1] if marked else text
     number = number_of(re.sub(r"^\\text\{([^{}]*)\}$", r"\1", text))
     return text if number is None else str(number)
 
@@ -220,7 +244,10 @@ def _are_matched(one: list[str], other: list[str]) -> bool:
 
 
 def _is_same_scalar(one: str, other: str) -> bool:
-    left, right = split(one, r"(?<![<>!\\])=|\\approx"), split(other, r"(?<![<>!\\])=|\\approx")
+    for text, rounded in ((one, ROUNDED.fullmatch(one)), (other, ROUNDED.fullmatch(other))):
+        if rounded and _is_same(*(rounded[1] if each is text else each for each in (one, other))):
+            return True
+    left, right = split(one, rf"{EQUALS}|\\approx"), split(other, rf"{EQUALS}|\\approx")
     if len(left) > 1 and len(right) > 1:
         is_same = compact(left[0]) == compact(right[0]) and _is_same(left[-1], right[-1])
         return is_same or _verify(one, other)

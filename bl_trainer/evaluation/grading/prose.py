@@ -8,6 +8,10 @@ from .units import changes, is_unit
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
 STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
+DENIES = re.compile(r"\b(?:cannot|not|never)\b|n['\u2019]t\b", re.IGNORECASE)
+DENIED = re.compile(
+    r"(?:n['\u2019]t|\bnot)(?: \w{1,12}){1,3}? (?:that )?(?:the )?(?:\w{1,12} )?$", re.IGNORECASE
+)  # "I don't think the"
 ADVERBS = re.compile(
     r",?\s?(?:(?:about|actually|approximately|around|exactly|hence|indeed|just|now|precisely|roughly|simply|then|therefore|thus)\b"
     r"[,:\s]{1,3}){1,2}",
@@ -15,9 +19,10 @@ ADVERBS = re.compile(
 )
 # Between dollars, as Pandoc tells these from prices: nothing is $12 + $5
 DOLLARS = r"\$\$([^$]{1,300})\$\$|\$(?!\s)([^$]{1,300})(?<!\s)\$(?!\d)|\$ ([^$]{1,300}) \$(?!\s?\d)"
+DISPLAYED = re.compile(r"(\\\[|\$\$)\s{0,9}\n([^\n$]{1,300})\n\s{0,9}(\\\]|\$\$)")  # on a line between its marks
 MATH = re.compile(rf"{DOLLARS}|\\\((.{{1,300}}?)\\\)|\\\[(.{{1,300}}?)\\\]", re.DOTALL)
 PROSE = re.compile(
-    r"[,;]?\s+(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b"
+    r"[,;]?\s+\(?(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b"
     r"|[,;]\s+[A-Za-z]{2}|\s[-\u2014]\s(?=[A-Za-z]{2})"
 )
 MINUS = {**dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-"), **dict.fromkeys(map(ord, "\u00a0\u2009\u202f"), " ")}
@@ -46,11 +51,13 @@ LED = re.compile(
     re.IGNORECASE,
 )
 BEHIND = re.compile(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?")
+NEGATIVE = re.compile(r"(?<!\w)(?:minus|negative) (\$|\\\(|)(?=\d)", re.IGNORECASE)
+OUT_OF = re.compile(r"(?<![\w.,/])(\d+) out of (?:every )?(\d+)(?![\d.,]*\d)")
 BELOW = re.compile(r"(?: degrees?)? (?:below|under) zero", re.IGNORECASE)
 COMPARED = r"(?:more|less|fewer|greater|larger|bigger|higher|lower|smaller|other)"
 BOUND = re.compile(
-    r"\b(?:not(?: (?:actually|exactly|just|quite|really|simply))?|at (?:most|least)|up to|under|over|above|below"
-    r"|exceed(?:s|ing)?"
+    r"\b(?:not(?: (?:actually|exactly|just|quite|really|simply))?|(?:\w{2,8}n['\u2019]t|cannot|never)(?: be)?"
+    r"|at (?:most|least)|up to|under|over|above|below|exceed(?:s|ing)?|between\s[^.]{1,30}?\sand"
     rf"|{COMPARED} (?:than(?: or equal to)?|or equal to))[ ~$\\(*]{{0,4}}$",
     re.IGNORECASE,
 )
@@ -63,14 +70,19 @@ BETWEEN = re.compile(r" ?([A-Za-z]+)(?:,| and|, and)? ")
 
 def stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
-    ends = [match.end() for match in STATED.finditer(text)]
+    ends = [
+        match.end()
+        for match in STATED.finditer(text)
+        if not DENIES.search(match[0]) and not DENIED.search(text[max(0, match.start() - 60) : match.start()])
+    ]
     if ends:
         said = text[ends[-1] : ends[-1] + MOST_STATED]
         adverbs = ADVERBS.match(said)
         return _expression(_sentence(said[adverbs.end() :] if adverbs else said), 0)
-    lines = text[-4 * MOST_STATED :].strip().split("\n")
+    lines = DISPLAYED.sub(r"\1\2\3", text[-4 * MOST_STATED :]).strip().split("\n")
     line = re.sub(r"^[-*\u2022] ", "", lines[-1].strip())[-MOST_STATED:].strip()
-    return _expression(re.split(r"(?<=[.!?])\s+", line)[-1], -1)
+    last = re.split(r"(?<=[.!?])\s+", line)[-1]
+    return [] if STATED.search(last) else _expression(last, -1)  # else the answer that it denies
 
 
 def _sentence(text: str) -> str:
@@ -81,7 +93,7 @@ def _sentence(text: str) -> str:
 def _expression(text: str, which: int) -> list[str]:
     """Return the first or last expression of a sentence."""
     corrected = CORRECTED.match(text)
-    text = text[corrected.end() :] if corrected else text
+    text = NEGATIVE.sub(r"\1-", text[corrected.end() :] if corrected else text)
     found = list(MATH.finditer(text))
     if found and _is_bound(text, *found[which].span()):
         return [text]
@@ -89,7 +101,7 @@ def _expression(text: str, which: int) -> list[str]:
         between = [text[one.end() : other.start()] for one, other in pairwise(found)]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return [MATH.sub(_inside, text[found[0].start() :])] if is_one and between else [_inside(found[which])]
-    text = re.sub(r"\u2212 (?=\d)", "-", text).translate(MINUS)
+    text = OUT_OF.sub(r"\1/\2", re.sub(r"\u2212 (?=\d)", "-", text).translate(MINUS))
     if which < 0:
         text = LED.sub("", text.rpartition("=")[2].strip(), count=1)
     said = PROSE.split(re.sub(r"\*\*|(?<!\w)\*|\*(?!\w)", "", text).strip(), maxsplit=1)[0].strip(" .:")

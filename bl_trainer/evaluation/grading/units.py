@@ -92,7 +92,7 @@ BEHIND = re.compile(
     rf"|(.*?(?<![A-Za-z])[\d)}}!]) ((?:{WORD})(?:[ /]+(?:{WORD}|{STYLED}))*)"
     rf"|(-?[\d.]+)((?:{GLUED})s?{POWER})"
 )
-DEGREES = re.compile(r"(.+?) *\^\{\\circ *\} *(?:([CF])|\\text\{ ?([CF]) ?\})?")
+DEGREES = re.compile(r"((?:(?!\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])).)+?) *\^\{\\circ *\} *(?:([CF])|\\text\{ ?([CF]) ?\})?")
 PERCENT = re.compile(r"(.+?) *%")
 BEFORE = re.compile(r"(?:[€£¥₹]|Rs\.?|USD) *(?=\d)")
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")

@@ -25,6 +25,8 @@ POINTS = (
 COMPUTED = re.compile(r"\\(?:lfloor|lceil|bmod|pmod|mod)(?![a-z])|gcd|lcm|max|min")  # as math-verify reads them
 NAME = re.compile(r"\\(?:text|mathbb)\{[^{}]*\}|\\[A-Za-z]+|([A-Za-z])(?:_\{([^{}A-Z']*)\})?('*)")
 DOUBLE = re.compile(r"(?<![\d.!])(\d{1,2})!!(?!!)")  # a double factorial, which sympy reads as two
+ANGLE = re.compile(r"(\d+(?:\.\d+)?) *\^\{\\circ *\}")  # in degrees, within a trigonometric function
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
@@ -83,6 +85,7 @@ def _are_small(text: str) -> bool:
 
 def _with_products(text: str) -> str:
     """Write the signs that math-verify needs: 2(3) is a product, and i stands alone."""
+    text = ANGLE.sub(r"(\1\\cdot \\frac{\\pi }{180})", text) if TRIGONOMETRIC.search(text) else text
     text = DOUBLE.sub(lambda match: f"({math.prod(range(int(match[1]), 0, -2))})", text)
     text = re.sub(r"(?<=[\d)]) *(?=\()|(?<=\)) *(?=\d)|(?<=\d) *(?=\\frac)", r"\\cdot ", text)
     return NAME.sub(_name, re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z'])", " i ", text))
