@@ -43,6 +43,7 @@ def _bypasses(args: Any) -> Iterator[str]:
             "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
             "it, or write `packing: true`."
         )
+    yield from _without_effect(args)
     if args.use_liger_kernel and not is_liger_kernel_available():
         yield "Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`."
     liger = args.liger_kernel_config or {}
@@ -52,6 +53,19 @@ def _bypasses(args: Any) -> Iterator[str]:
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
+
+
+def _without_effect(args: Any) -> Iterator[str]:
+    """Yield settings that TRL takes and doesn't read."""
+    for key in sorted({*(getattr(args, "dataset_kwargs", None) or {})} - {"skip_prepare_dataset"}):
+        yield f"`dataset_kwargs: {{{key}: ...}}` has no effect: TRL reads `skip_prepare_dataset` alone. Remove it."
+    if "torch_dtype" in (getattr(args, "model_init_kwargs", None) or {}):
+        yield "`torch_dtype` in `model_init_kwargs` has no effect beside TRL's own `dtype`. Write `dtype`."
+    if getattr(args, "packing", False) and getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        yield (
+            "`truncation_mode: keep_end` has no effect with `packing`, which keeps the beginning of a long example. Remove it, "
+            "or `packing`."
+        )
 
 
 def refuse_launcher(args: TrainingArguments) -> None:
