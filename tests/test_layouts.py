@@ -386,6 +386,22 @@ def test_what_templates_may_do_to_a_message(name, tokenizer):
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]}]
+SPELLED = {
+    "as Python does": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+    "trimmed": "{% for m in messages %}{{ m.role + m.content | trim }}{% endfor %}",
+    "as JSON": "{% for m in messages %}{{ m.content if m.content is string else m.content | tojson }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_parts_of_content_that_the_template_writes_as_they_are_are_refused(name, tokenizer):
+    with pytest.raises(RowError, match=r"row 1 of the train set, .*: its content is a list of parts, which the chat template"):
+        render(tokenizer, [CHAT[0], PARTS], SPELLED[name])
+    reads = "{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}"
+    assert render(tokenizer, [PARTS], reads) == [None]
+    assert render(tokenizer, [[{**PARTS[0], "role": "tool"}]], SPELLED["as JSON"]) == [None]
+
+
 LOSSY = {
     "beginning": (CHAT[1], "{% for m in messages %}{{ m.content[2:] }}{% endfor %}"),
     "end": (CHAT[1], "{% for m in messages %}{{ m.content[:2] }}{% endfor %}"),

@@ -62,6 +62,11 @@ def _refuse_idle_keys(first: dict[str, Any], name: str, args: Any, owns_text: bo
         _refuse_idle_keys_on_tokens(first, name, args)
     elif not owns_text:
         _refuse_idle_keys_on_text(first, name, args)
+    elif getattr(args, "assistant_only_loss", False):
+        raise RecipeError(
+            f"`assistant_only_loss: true` has no effect on the {name} set: `formatting_func` makes texts without roles. Remove "
+            "one of the two."
+        )
 
 
 def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None:

@@ -24,7 +24,7 @@ from .template import messages_of
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
 MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
-NOBODY = "~##~"  # a role that no template knows
+NOBODY = "~##~"  # a role, and a key of a part of content, that no template knows
 
 
 def check_rendering(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -157,6 +157,11 @@ class RenderedRow:
     def _check(self, messages: list[Any], example: Any, at: str) -> str | None:
         marked, contents = marked_messages(messages)
         rendered = self._render(marked, example)
+        if NOBODY in rendered:
+            raise RowError(
+                f"Cannot train on {at}: its content is a list of parts, which the chat template writes with their keys. Give "
+                "each message's content as one text.",
+            )
         before = dict(zip(MARK.findall(rendered), MARK.split(rendered)[::2], strict=False))
         changed = None
         for mark, (index, content) in contents.items():
@@ -240,7 +245,10 @@ class RenderedRow:
 
 
 def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int, str]]]:
-    """Return messages with a mark behind each text, and for each mark the number of the message and the text."""
+    """Return messages with a mark behind each text, and for each mark the number of the message and the text.
+
+    A part of content gets a key `NOBODY` as well, but for tools' JSON. It shows where a template writes parts as they are.
+    """
     contents: dict[str, tuple[int, str]] = {}
 
     def marked(index: int, text: str) -> str:
@@ -248,11 +256,16 @@ def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int
         contents[number] = index, text
         return f"{text}~#~{number}~#~"
 
-    made = [
-        {**message, "content": with_texts(message["content"], partial(marked, index))} if "content" in message else message
-        for index, message in enumerate(messages)
-    ]
+    made = [{**message} for message in messages]
+    for index, message in enumerate(made):
+        if "content" in message:
+            content = with_texts(message["content"], partial(marked, index))
+            message["content"] = content if message["role"] == "tool" else _with_key(content)
     return made, contents
+
+
+def _with_key(content: Any) -> Any:
+    return [{**part, NOBODY: NOBODY} for part in content] if isinstance(content, list) else content
 
 
 def with_texts(content: Any, change: Callable[[str], str]) -> Any:

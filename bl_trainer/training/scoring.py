@@ -19,6 +19,7 @@ from ..measurement.forward import Lockstep, Observed
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.collators import collator_of
+from ..tokens.formatting import formatted
 from ..tokens.labels import check_rows, plain
 from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
@@ -179,7 +180,8 @@ class ScoringTrainer(SFTTrainer):
 
     def make_ready(self, rows: Rows) -> Any:
         """Return a data set ready to train, checked row by row. Raises RecipeError with the number of the row."""
-        dataset = plain(rows.dataset)
+        rows = formatted(replace(rows, dataset=plain(rows.dataset)))
+        dataset = rows.dataset
         if rows.formatting_func is None:
             where = f"the {rows.name} set"
             dataset = check_rendering(dataset, rows.processing_class, self.chat_template, where, rows.args)
