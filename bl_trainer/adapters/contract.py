@@ -1,6 +1,6 @@
 """What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sized
 from typing import Any
 
 import torch
@@ -36,14 +36,27 @@ def refuse_split_rows(trainer: Any) -> None:
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
 
 
-def refuse_weights(trainer: Any) -> None:
-    """Raise RecipeError if a data set of `trainer` has a column of weights, which it would drop or give to the model."""
+def refuse_weights(trainer: Any, looked: set[int]) -> None:
+    """Raise RecipeError if a data set of `trainer` has a column of weights, which it would drop or give to the model.
+
+    `looked`: ids of the sets whose first row has been looked at, since they name no columns; it is added to.
+    """
     for kind in ("train", "eval"):
         found = getattr(trainer, f"{kind}_dataset", None)
         for dataset in found.values() if isinstance(found, dict) else [found]:
+            columns = getattr(dataset, "column_names", None) or _keys_of_first(dataset, looked)
             for column in WEIGHTS:
-                if column in (getattr(dataset, "column_names", None) or ()):
+                if column in columns:
                     raise RecipeError(f"Cannot use the column `{column}` of the {kind} set: {UNREAD}")
+
+
+def _keys_of_first(dataset: Any, looked: set[int]) -> Collection[str]:
+    """Return the keys of the first row of a stream, or of a set of the user's own class; none the second time."""
+    if dataset is None or id(dataset) in looked:
+        return ()
+    looked.add(id(dataset))
+    row = dataset[0] if isinstance(dataset, Sized) and len(dataset) else next(iter(dataset), None)
+    return row.keys() if isinstance(row, Mapping) else ()
 
 
 def refuse_aligned(model: Any) -> None:
@@ -60,10 +73,11 @@ def watch(trainer: Any, loss: Any) -> None:
     """
     collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
     loop, predict = trainer.evaluation_loop, trainer.prediction_step
+    looked: set[int] = set()
 
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
-        refuse_weights(trainer)
+        refuse_weights(trainer, looked)
         refuse_aligned(trainer.model)
         keep_trainable(trainer.model)  # here and below: a trainer may have no model yet when it makes its loss
         return collect(map(with_targets, batches), *args, **kwargs)
@@ -77,7 +91,7 @@ def watch(trainer: Any, loss: Any) -> None:
 
     def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
         keep_trainable(trainer.model)
-        refuse_weights(trainer)
+        refuse_weights(trainer, looked)
         loss.forget("eval")  # what `predict` has left, which no log takes
         return loop(*args, **kwargs)
 
