@@ -623,6 +623,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="A PEFT adapter on `lm_head` would not train"):
             BLTrainer("no-such-model", peft_config=LoraConfig(**targets))
 
+    def test_an_adapter_that_starts_at_random_directions_of_the_base(self):
+        """Loaded again, it would stand on another base model than it was trained on."""
+        with pytest.raises(ValueError, match="Cannot train with `init_lora_weights: pissa_niter_4`: it takes random"):
+            BLTrainer("no-such-model", peft_config=LoraConfig(init_lora_weights="pissa_niter_4"))
+
     def test_lm_head_adapter_of_a_loaded_model(self, tokenizer, text_data, tmp_path):
         model = get_peft_model(make_llama(tokenizer), LoraConfig(target_modules=["lm_head"]))
         with pytest.raises(ValueError, match="lm_head"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
-from ..head.targets import IGNORED
+from ..head.targets import IGNORED, are_shifted
 from ..losses.pricing import SPLIT_BATCH
 from ..tokens.names import TOKEN_WEIGHT, WEIGHT
 
@@ -122,7 +122,7 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")
     tokens, is_target = batch.get("input_ids"), labels != IGNORED
     batch.pop("shift_labels", None)  # transformers would count these
-    if tokens is not None and tokens.shape == labels.shape and _shifted(tokens, labels, is_target):
+    if tokens is not None and tokens.shape == labels.shape and are_shifted(tokens, labels):
         raise LossError("Cannot train the objective: `labels` are shifted already. Let the data collator leave them unshifted.")
     begins = torch.zeros_like(is_target)
     begins[:, 0] = True
@@ -133,10 +133,3 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         begins[:, 1:] |= examples[:, 1:] != examples[:, :-1]
     batch["labels"] = labels.masked_fill(begins, IGNORED)
     return batch
-
-
-def _shifted(tokens: Tensor, labels: Tensor, is_target: Tensor) -> bool:
-    """Return whether targets differ from their own tokens and equal the next ones."""
-    ahead = is_target[:, :-1]
-    here, next_ = (tokens == labels)[is_target].all(), (tokens[:, 1:] == labels[:, :-1])[ahead].all()
-    return bool(~here & next_ & ahead.any())

@@ -18,6 +18,8 @@ HOW = (
     "beside `input_ids`: log p of each token under the reference."
 )
 
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # of LoRA, that leave the base model's weights alone
+
 
 def reference_source(
     asking: Objective, peft_config: PeftConfig | None, columns: Mapping[str, list[str]], collates: bool
@@ -58,6 +60,13 @@ def reference_source(
         raise RecipeError(
             f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "  # type: ignore[attr-defined]
             f"{objective!r}. Write `bias: none`, or give the data set a column `{REFERENCE}`."
+        )
+    start = getattr(peft_config, "init_lora_weights", True)
+    if start not in STARTS or getattr(peft_config, "kasa_config", None) is not None:
+        key, value = ("init_lora_weights", start) if start not in STARTS else ("kasa_config", "...")
+        raise RecipeError(
+            f"The adapter's `{key}: {value}` changes the base model, which is the reference of objective {objective!r}. "
+            f"Remove it, or give the data set a column `{REFERENCE}`."
         )
     return "adapter"
 

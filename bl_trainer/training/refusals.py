@@ -127,6 +127,16 @@ def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
         )
 
 
+def refuse_random_start(peft_config: PeftConfig | None) -> None:
+    """Raise RecipeError if `peft_config` takes random directions out of the base model, without which the adapter is lost."""
+    start = str(getattr(peft_config, "init_lora_weights", ""))
+    if start.startswith("pissa_niter"):
+        raise RecipeError(
+            f"Cannot train with `init_lora_weights: {start}`: it takes random directions out of the base model, and loading "
+            "the adapter takes others. Write `pissa`, which is exact."
+        )
+
+
 def refuse_virtual_tokens(peft_config: PeftConfig | None, args: TrainingArguments | None) -> None:
     """Raise RecipeError if `peft_config` puts virtual tokens where `args` would share them, or lose them."""
     if not getattr(peft_config, "is_prompt_learning", False):
