@@ -189,6 +189,27 @@ def test_a_system_column_beside_other_chats_is_told_of(column, monkeypatch):
     assert "The column `system` of the train set is not trained" in said[0]
 
 
+def test_a_system_column_beside_pairs_is_told_of_wherever_it_begins(monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.layouts.warn_once", said.append)
+    pair = {"prompt": "a", "completion": "b"}
+    arrange(Dataset.from_list([{**pair, "system": each} for each in (None, " ")]), "the train set", "text")
+    arrange(Dataset.from_list([{"text": "a", "system": "linux"}]), "the train set", "text")
+    assert not said
+    arrange(Dataset.from_list([{**pair, "system": each} for each in (None, " ", "be kind")]), "the train set", "text")
+    assert said == [
+        "The column `system` of the train set is not trained: its texts are prompts and completions. Put it before each prompt."
+    ]
+
+
+def test_an_input_beside_an_instruction_is_not_advised_away():
+    rows = [{"instruction": "a", "input": "", "output": "c"}, {"instruction": "a", "input": "b", "output": "c"}]
+    with pytest.raises(
+        RecipeError, match=r"Join `input` to each `instruction`\. Rename `instruction` to `prompt` and `output` to"
+    ):
+        arrange(Dataset.from_list(rows), "the train set", "text")
+
+
 def test_calls_of_functions_and_what_stands_in_place_of_content():
     call = {"name": "f", "arguments": {"x": 1}}
     turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(call)}]

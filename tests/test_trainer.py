@@ -521,6 +521,19 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(objective, to
             assert torch.equal(weights(again)[name], p), name
 
 
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}], ids=str)
+def test_an_adapter_is_not_resumed_by_another_configuration(change, tokenizer, text_data, tmp_path):
+    """Its weights would fit, and be read at another scale."""
+    lora, options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"save_strategy": "steps", "save_steps": 1}
+    train(BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**lora), **options)
+    again = build(
+        BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**{**lora, **change}), max_steps=2, **options
+    )
+    (key,) = change
+    with pytest.raises(ValueError, match=f"Cannot resume from .*checkpoint-1: its adapter has `{key}` .*, the trainer's"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_a_finished_run_is_not_trained_on(tokenizer, text_data, tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
     first = train(BLTrainer, tokenizer, text_data, tmp_path, **options)
