@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, List
 from datasets.fingerprint import Hasher
 from huggingface_hub import constants
 from packaging.version import Version
@@ -421,6 +421,35 @@ def test_parts_of_content_that_the_template_writes_as_they_are_are_refused(name,
     reads = "{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}"
     assert render(tokenizer, [PARTS], reads) == [None]
     assert render(tokenizer, [[{**PARTS[0], "role": "tool"}]], SPELLED["as JSON"]) == [None]
+
+
+def calling(**arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [*CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+def tooled(**properties):
+    return {"messages": CHAT[0], "tools": [{"name": "f", "parameters": properties, "default": None}]}
+
+
+WRITES = (
+    "{{ tools | tojson if tools }}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("make", [calling, tooled])
+def test_nulls_for_keys_of_other_rows_are_refused(make, tokenizer):
+    """Arrow gives each row the keys of all: a call of `x` would train `y: null` too."""
+    args, rows = BLConfig(use_cpu=True, bf16=False), [make(x=1), make(x=2), make(y="b")]
+    message = r"row 0 of the train set, .*: the chat template writes nulls of its calls or tools, for keys that other rows have"
+    with pytest.raises(RowError, match=message):
+        check_rendering(Dataset.from_list(rows), tokenizer, WRITES, "the train set", args)
+    plain = WRITES.replace("tools | tojson", "tools[0].name").replace("calls | tojson", "calls[0].function.name")
+    for each, template in ((rows[:2], WRITES), (rows, plain)):
+        check_rendering(Dataset.from_list(each), tokenizer, template, "the train set", args)
+    features = Features({key: List(Json()) for key in rows[0]})
+    check_rendering(Dataset.from_list(rows, features=features), tokenizer, WRITES, "the train set", args)
 
 
 LOSSY = {

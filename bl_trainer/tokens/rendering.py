@@ -16,6 +16,7 @@ from .._util.cached import Cached
 from .._util.logs import warn_once
 from .._util.text import sentence
 from ..errors import RecipeError
+from .filled import has_filled, unfilled
 from .labels import first_row, handed_on
 from .layouts import TEXT, RowError, arrange, check_stream
 from .messages import CALLS, ROLES, short, trains_in_full
@@ -36,7 +37,8 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
     first = first_row(dataset)
     if first is None or "input_ids" in first:
         return dataset
-    check = RenderedRow(processing_class, chat_template, where, args.assistant_only_loss)
+    fills = isinstance(dataset, Dataset) and has_filled(dataset)
+    check = RenderedRow(processing_class, chat_template, where, args.assistant_only_loss, fills)
     if isinstance(dataset, IterableDataset):
         return check_rendered(check_stream(dataset, where, args.dataset_text_field), check)
     if is_conversational(first):
@@ -92,11 +94,19 @@ class RenderedRow:
 
     Args:
         assistant_only: Whether only assistants' messages train, so that each example needs one.
+        fills: Whether nulls in calls and tools may be those of keys that other rows have. Rendered ones raise RowError.
     """
 
-    def __init__(self, processing_class: Any, chat_template: str | None, where: str, assistant_only: bool = False):
+    def __init__(
+        self,
+        processing_class: Any,
+        chat_template: str | None,
+        where: str,
+        assistant_only: bool = False,
+        fills: bool = False,
+    ):
         self.processing_class, self.chat_template, self.where = processing_class, chat_template, where
-        self.assistant_only = assistant_only
+        self.assistant_only, self.fills = assistant_only, fills
         self.are_read: dict[str, bool] = {}  # keys of messages that hold truths or numbers
 
     def __call__(self, example: Any, row: int) -> str | None:
@@ -177,6 +187,11 @@ class RenderedRow:
                     f"rendered text of {at}."
                 )
         self._refuse_lost_calls(messages, example, at)
+        if self.fills and self._render(*unfilled(messages, example)) != self._render(messages, example):
+            raise RowError(
+                f"Cannot train on {at}: the chat template writes nulls of its calls or tools, for keys that other rows have. "
+                "Make the set with `on_mixed_types='use_json'`, which keeps each row's own keys.",
+            )
         return changed or self._check_roles(messages, example, at)
 
     def _refuse_lost_calls(self, messages: list[Any], example: Any, at: str) -> None:
