@@ -1,10 +1,12 @@
-"""`formatting_func`: its texts train, whatever columns stand beside them."""
+"""`formatting_func`: its texts train, whatever columns stand beside them. And texts that hold what the tokenizer adds."""
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from bl_trainer import BLTrainer
 from bl_trainer.errors import RecipeError
+from conftest import make_tokenizer
 from ways import build
 
 CHAT = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
@@ -49,3 +51,17 @@ def test_its_texts_have_no_assistant(tokenizer, tmp_path):
     data, made = Dataset.from_list([{"messages": CHAT}] * 2), {"formatting_func": str}
     with pytest.raises(RecipeError, match="`assistant_only_loss: true` has no effect on the train set: `formatting_func`"):
         build(BLTrainer, tokenizer, data, tmp_path, made=made, assistant_only_loss=True)
+
+
+def test_a_start_token_that_text_and_tokenizer_give_is_told_of(tmp_path, monkeypatch):
+    """As a chat template's output has it that a user trains as text."""
+    said, tokenizer = [], make_tokenizer()
+    monkeypatch.setattr("bl_trainer.tokens.vocabulary.warn_once", said.append)
+    tokenizer.bos_token = "<user>"
+    start = [("<user>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<user> $A", special_tokens=start)
+    sets = {"train": [{"text": "<user>abc<end>"}] * 2, "eval": [{"text": "abc<end>"}] * 2}
+    train, evaluated = map(Dataset.from_list, sets.values())
+    trainer = build(BLTrainer, tokenizer, train, tmp_path, eval_data=evaluated)
+    assert trainer.train_dataset[0]["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    assert [line.partition(":")[0] for line in said] == ["Rows of the train set begin with <user> twice"]
