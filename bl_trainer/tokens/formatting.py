@@ -14,9 +14,9 @@ from .prepare import Rows
 
 
 def formatted(rows: Rows) -> Rows:
-    """Return rows whose text is what `formatting_func` makes of them, without the columns that TRL would train instead.
+    """Return rows whose text `formatting_func` makes, without the columns that TRL would train instead.
 
-    Raises RecipeError with the number of the first row of which it makes no text, in a stream as it is read.
+    Raises RecipeError with the number of the first row that it makes no text from, in a stream as it is read.
     """
     function, field, dataset = rows.formatting_func, rows.args.dataset_text_field, rows.dataset
     present, is_set = columns_of(dataset), isinstance(dataset, Dataset)
