@@ -19,8 +19,10 @@ def formatted(rows: Rows) -> Rows:
     Raises RecipeError with the number of the first row that it makes no text from, in a stream as it is read.
     """
     function, field, dataset = rows.formatting_func, rows.args.dataset_text_field, rows.dataset
+    if function is None:
+        return rows
     present, is_set = columns_of(dataset), isinstance(dataset, Dataset)
-    if function is None or "input_ids" in present or (is_set and dataset.format["type"] == "custom"):
+    if "input_ids" in present or (is_set and dataset.format["type"] == "custom"):
         return rows  # TRL warns of ids, and refuses a transform
 
     def render(example: dict[str, Any], row: int) -> dict[str, str]:
