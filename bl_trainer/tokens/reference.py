@@ -56,9 +56,15 @@ def reference_source(
             f"Objective {objective!r} needs a reference model (`ref_logp`), and prompt-learning PEFT makes none: without its "
             "virtual tokens the first target has nothing before it. Take LoRA."
         )
+    _refuse_other_base(peft_config, objective)
+    return "adapter"
+
+
+def _refuse_other_base(peft_config: Any, objective: str) -> None:
+    """Raise RecipeError if an adapter changes the base model, which is then no reference."""
     if getattr(peft_config, "bias", "none") != "none":
         raise RecipeError(
-            f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "  # type: ignore[attr-defined]
+            f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "
             f"{objective!r}. Write `bias: none`, or give the data set a column `{REFERENCE}`."
         )
     start = getattr(peft_config, "init_lora_weights", True)
@@ -68,7 +74,6 @@ def reference_source(
             f"The adapter's `{key}: {value}` changes the base model, which is the reference of objective {objective!r}. "
             f"Remove it, or give the data set a column `{REFERENCE}`."
         )
-    return "adapter"
 
 
 def refuse_lost_context(args: Any) -> None:
