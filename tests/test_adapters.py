@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import attached
@@ -99,6 +99,24 @@ def test_evaluation_reports_what_bltrainer_does(tokenizer, tmp_path):
     logs = trainer.evaluate()
     assert {"eval_loss", "eval_nll", "eval_target_prob"} <= trainer.state.log_history[-1].keys()
     assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(1 - logs["eval_loss"])
+
+
+@pytest.mark.parametrize("threshold", [None, {"above": 0.02, "normalize": "kept"}], ids=str)
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_tokens(threshold, tokenizer, tmp_path):
+    """However many targets a batch has."""
+    trainer, _ = build(tokenizer, tmp_path, per_device_eval_batch_size=1)
+    attach(trainer, "neg_p", threshold)
+    found, p = trainer.evaluate(), []
+    for row in trainer.eval_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = trainer.model(ids).logits[0, :-1]
+        p.append(logits.softmax(-1)[torch.arange(len(labels)), labels.clamp(min=0)][labels != -100])
+    assert len({len(each) for each in p}) > 1
+    every = torch.cat(p)
+    kept = every[every >= 0.02] if threshold else every
+    assert found["eval_loss"] == pytest.approx(1 - kept.mean().item())
+    assert trainer.state.log_history[-1]["eval_loss"] == found["eval_loss"]
 
 
 def test_evaluation_leaves_out_what_nothing_predicts_and_what_predict_has_seen(tokenizer, tmp_path):
@@ -205,6 +223,27 @@ def test_two_losses_at_once_are_refused(tokenizer, tmp_path):
     attach(trainer, "neg_p")
     with pytest.raises(RecipeError, match="`compute_loss_func` already"):
         attach(trainer, "nll")
+
+
+@pytest.mark.parametrize("kind", [IterableDataset.from_generator, list], ids=["stream", "list"])
+def test_columns_of_weights_are_refused_where_a_set_names_no_columns(kind, tokenizer, tmp_path):
+    trainer, seen = build(tokenizer, tmp_path)
+    plain = trainer.train_dataset
+    weighted = (
+        kind(lambda: ({**row, "objective_weight": 0.0} for row in plain))
+        if kind is not list
+        else [{**row, "objective_weight": 0.0} for row in plain]
+    )
+    trainer.train_dataset = weighted
+    message = "Cannot use the column `objective_weight` of the train set: only `BLTrainer` weights"
+    with pytest.raises(RecipeError, match=message):
+        attach(trainer, "neg_p")
+    trainer.train_dataset = plain
+    attach(trainer, "neg_p")
+    trainer.train_dataset = weighted
+    with pytest.raises(RecipeError, match=message):
+        trainer.train()
+    assert not seen.all
 
 
 @pytest.mark.parametrize("column", ["objective_weight", "token_weight"])

@@ -181,6 +181,8 @@ SILENT = [
      {"use_bnb_nested_quant": True, "lora_modules_to_save": ["embed_tokens", "lm_head"]}),
     ({"dataset_mixer": {"a/b": 1.0}, "packing": True}, {"packing": True, "packing_strategy": "wrapped"}),
     ({"loss_type": "dft"}, {"objective": "dft", "loss_type": None}),
+    ({"dataset_kwargs": {"add_special_tokens": False, "skip_prepare_dataset": True}},
+     {"dataset_kwargs": {"skip_prepare_dataset": True}}),
     ({"datasets": [{"path": "d"}], "eval_strategy": "epoch"}, {"eval_strategy": None}),
     ({"dataset_mixture": {"datasets": [{"id": "d", "weight": 0.001}]}}, {"datasets": [{"path": "d", "split": "train[:1%]"}]}),
 ]  # fmt: skip
@@ -193,6 +195,10 @@ def test_a_converted_recipe_trains_as_the_other_trainer_does(old, expected, rewr
 
 
 ALOUD = [
+    (
+        {"dataset_kwargs": {"add_special_tokens": False, "skip_prepare_dataset": True}},
+        "`dataset_kwargs`: TRL no longer reads `add_special_tokens`",
+    ),
     ({"base_model": "m"}, "`excess_length_strategy`: drop"),
     ({"base_model": "m", "datasets": [{"path": "d", "type": "chat_template", "shards": 10}]}, "`datasets.shards`: 10 of d"),
     ({"base_model": "m", "datasets": [{"path": "d", "type": "completion", "field": "body"}]}, "`datasets.field`: 'body' of d"),

@@ -10,6 +10,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import BatchSampler
 from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DogeConfig,
     DogeForCausalLM,
     GPT2Config,
@@ -25,7 +27,7 @@ from bl_trainer import BLConfig, BLTrainer, Threshold
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.tokens.idle import check_labels
-from bl_trainer.tokens.labels import _count_blank, check_ids
+from bl_trainer.tokens.labels import _count_blank, check_ids, check_rows
 from bl_trainer.tokens.layouts import arrange
 from bl_trainer.training.guards import FEW, refuse_dropped, refuse_dropped_sets, warn_of_few
 from conftest import make_llama, sizes, write_recipe
@@ -212,6 +214,90 @@ class TestFrozen:
     def test_an_adapter_for_inference(self, tokenizer, text_data, tmp_path):
         config = LoraConfig(target_modules=["q_proj"], inference_mode=True)
         refused(tokenizer, tmp_path, text_data, "all its parameters are frozen", trains=True, peft_config=config)
+
+
+class TestOptimizers:
+    """A user's own may hold other parameters than those that train."""
+
+    def test_made_before_the_adapter(self, tokenizer, text_data, tmp_path):
+        model = make_llama(tokenizer)
+        made = {"optimizers": (torch.optim.AdamW(model.parameters()), None)}
+        with pytest.raises(RecipeError, match="the optimizer in `optimizers` holds no parameter that trains"):
+            build(BLTrainer, tokenizer, text_data, tmp_path, model, LoraConfig(target_modules=["q_proj"]), made=made)
+        model.requires_grad_(False)
+        build(
+            BLTrainer, tokenizer, text_data, tmp_path, model, made={"optimizers": (torch.optim.AdamW(model.parameters()), None)}
+        )
+
+    def test_of_some_parameters(self, tokenizer, text_data, tmp_path, monkeypatch):
+        said, model = [], make_llama(tokenizer)
+        monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
+        build(
+            BLTrainer, tokenizer, text_data, tmp_path, model, made={"optimizers": (torch.optim.AdamW(model.parameters()), None)}
+        )
+        assert not said
+        optimizer = torch.optim.AdamW(model.lm_head.parameters())
+        build(BLTrainer, tokenizer, text_data, tmp_path, model, made={"optimizers": (optimizer, None)})
+        (said,) = said
+        assert said.startswith(
+            "The optimizer in `optimizers` leaves out 20 of 21 parameters, such as model.embed_tokens.weight"
+        )
+
+
+class TestCollators:
+    """A user's own, over rows whose labels mask."""
+
+    PREPARED = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8
+
+    def test_that_unmasks_what_labels_mask(self, tokenizer, pair_data, tmp_path):
+        """transformers' makes labels of all tokens; with rows of one length it doesn't even fail."""
+        made = {"data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False)}
+        trainer = build(BLTrainer, tokenizer, pair_data, tmp_path, made=made, per_device_train_batch_size=1)
+        with pytest.raises(
+            RecipeError, match=r"the `data_collator` makes \d+ targets of rows whose `labels` have \d+, so prompts"
+        ):
+            trainer.train()
+
+    def test_that_keep_labels_or_mask_more(self, tokenizer, pair_data, tmp_path):
+        keeps = DataCollatorForSeq2Seq(tokenizer)
+        own = build(BLTrainer, tokenizer, pair_data, tmp_path)
+        other = build(BLTrainer, tokenizer, pair_data, tmp_path, made={"data_collator": keeps})
+        a, b = (next(iter(each.get_train_dataloader()))["labels"] for each in (own, other))
+        assert torch.equal(a, b)
+
+        def masks(features):
+            batch = keeps(features)
+            return {**batch, "labels": batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) < 8, -100)}
+
+        assert train(BLTrainer, tokenizer, pair_data, tmp_path, made={"data_collator": masks}).state.global_step == 1
+
+    @kinds
+    def test_labels_that_are_shifted(self, streamed, tokenizer, tmp_path):
+        """As those of other loops are, whose loss doesn't shift."""
+        ids = [5, 6, 7, 8, 9]
+        row = {"input_ids": ids, "labels": [*ids[1:], -100]}
+        message = "Cannot train on row 0 of the train set, counted from 0: `labels` are shifted already"
+        refused(tokenizer, tmp_path, [row] * 8, message, streamed)
+        later = as_data([{"input_ids": ids, "labels": ids}, *[row] * 3], streamed)
+        trainer = build(BLTrainer, tokenizer, later, tmp_path, per_device_train_batch_size=1, max_steps=4)
+        with pytest.raises(RecipeError, match="Cannot train on these rows: `labels` are shifted already"):
+            trainer.train()
+        shifts = {"data_collator": lambda features: {**(batch := DataCollatorForSeq2Seq(tokenizer)(features)),
+                                                     "labels": batch["labels"].roll(-1, 1)}}  # fmt: skip
+        trainer = build(BLTrainer, tokenizer, as_data([{"input_ids": ids, "labels": ids}] * 8), tmp_path, made=shifts)
+        with pytest.raises(RecipeError, match="Cannot train on these rows: `labels` are shifted already"):
+            trainer.train()
+
+    @pytest.mark.parametrize("lengths", [[1, 2], [2, 3], [], [4, 0]], ids=str)
+    def test_lengths_of_examples_that_are_not_those_of_the_row(self, lengths, tokenizer, tmp_path):
+        """Two rows whose mistakes cancel would train on examples that are cut elsewhere."""
+        rows = [{**IDS, "labels": IDS["input_ids"], "seq_lengths": each} for each in ([1, 3], [4], lengths, [2, 3], [3])]
+        for streamed in (False, True):
+            with pytest.raises(
+                RecipeError, match=r"row 2 of the train set, .*: its `seq_lengths`, \[.*\], are not those of 4 tok"
+            ):
+                list(check_rows(as_data(rows, streamed), "train"))
+        assert check_rows(as_data(rows[:2]), "train")
 
 
 class TestNoStep:

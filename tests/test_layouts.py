@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, List
 from datasets.fingerprint import Hasher
 from huggingface_hub import constants
 from packaging.version import Version
@@ -187,6 +187,27 @@ def test_a_system_column_beside_other_chats_is_told_of(column, monkeypatch):
     rows = [{"system": "linux", column: each} for each in CHAT]
     assert list(arrange(Dataset.from_list(rows), "the train set", "text")["messages"]) == CHAT
     assert "The column `system` of the train set is not trained" in said[0]
+
+
+def test_a_system_column_beside_pairs_is_told_of_wherever_it_begins(monkeypatch):
+    said = []
+    monkeypatch.setattr("bl_trainer.tokens.layouts.warn_once", said.append)
+    pair = {"prompt": "a", "completion": "b"}
+    arrange(Dataset.from_list([{**pair, "system": each} for each in (None, " ")]), "the train set", "text")
+    arrange(Dataset.from_list([{"text": "a", "system": "linux"}]), "the train set", "text")
+    assert not said
+    arrange(Dataset.from_list([{**pair, "system": each} for each in (None, " ", "be kind")]), "the train set", "text")
+    assert said == [
+        "The column `system` of the train set is not trained: its texts are prompts and completions. Put it before each prompt."
+    ]
+
+
+def test_an_input_beside_an_instruction_is_not_advised_away():
+    rows = [{"instruction": "a", "input": "", "output": "c"}, {"instruction": "a", "input": "b", "output": "c"}]
+    with pytest.raises(
+        RecipeError, match=r"Join `input` to each `instruction`\. Rename `instruction` to `prompt` and `output` to"
+    ):
+        arrange(Dataset.from_list(rows), "the train set", "text")
 
 
 def test_calls_of_functions_and_what_stands_in_place_of_content():
@@ -386,6 +407,51 @@ def test_what_templates_may_do_to_a_message(name, tokenizer):
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]}]
+SPELLED = {
+    "as Python does": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+    "trimmed": "{% for m in messages %}{{ m.role + m.content | trim }}{% endfor %}",
+    "as JSON": "{% for m in messages %}{{ m.content if m.content is string else m.content | tojson }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_parts_of_content_that_the_template_writes_as_they_are_are_refused(name, tokenizer):
+    with pytest.raises(RowError, match=r"row 1 of the train set, .*: its content is a list of parts, which the chat template"):
+        render(tokenizer, [CHAT[0], PARTS], SPELLED[name])
+    reads = "{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}"
+    assert render(tokenizer, [PARTS], reads) == [None]
+    assert render(tokenizer, [[{**PARTS[0], "role": "tool"}]], SPELLED["as JSON"]) == [None]
+
+
+def calling(**arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [*CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+def tooled(**properties):
+    return {"messages": CHAT[0], "tools": [{"name": "f", "parameters": properties, "default": None}]}
+
+
+WRITES = (
+    "{{ tools | tojson if tools }}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("make", [calling, tooled])
+def test_nulls_for_keys_of_other_rows_are_refused(make, tokenizer):
+    """Arrow gives each row the keys of all: a call of `x` would train `y: null` too."""
+    args, rows = BLConfig(use_cpu=True, bf16=False), [make(x=1), make(x=2), make(y="b")]
+    message = r"row 0 of the train set, .*: the chat template writes nulls of its calls or tools, for keys that other rows have"
+    with pytest.raises(RowError, match=message):
+        check_rendering(Dataset.from_list(rows), tokenizer, WRITES, "the train set", args)
+    plain = WRITES.replace("tools | tojson", "tools[0].name").replace("calls | tojson", "calls[0].function.name")
+    for each, template in ((rows[:2], WRITES), (rows, plain)):
+        check_rendering(Dataset.from_list(each), tokenizer, template, "the train set", args)
+    features = Features({key: List(Json()) for key in rows[0]})
+    check_rendering(Dataset.from_list(rows, features=features), tokenizer, WRITES, "the train set", args)
+
+
 LOSSY = {
     "beginning": (CHAT[1], "{% for m in messages %}{{ m.content[2:] }}{% endfor %}"),
     "end": (CHAT[1], "{% for m in messages %}{{ m.content[:2] }}{% endfor %}"),

@@ -544,6 +544,10 @@ def test_refusals_before_the_model_loads(tokenizer, text_data, tmp_path):
         (text_data, {}, "'asft' needs a reference model .* there is none. Train an adapter .* or give the data set a column"),
         *((text_data, {"peft_config": config}, "prompt-learning PEFT makes none") for config in virtual),
         (text_data, {"peft_config": lora}, "adapter trains biases of the base model"),
+        *(
+            (text_data, {"peft_config": LoraConfig(init_lora_weights=start)}, f"`init_lora_weights: {start}` changes the base")
+            for start in ("pissa", "olora")
+        ),
         (column, {"eval_data": text_data}, "The set 'train' has a column `ref_logprobs`, and 'eval' has none"),
         (text_data, {"eval_data": {"a": column}}, "The set 'a' has a column `ref_logprobs`, and 'train' has none"),
         (text, {}, "column `ref_logprobs` of the set 'train' has no tokens beside it"),

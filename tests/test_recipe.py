@@ -92,7 +92,7 @@ TAKEN = {
     "lora_target_modules": "all-linear",
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "learning_rate": "2e-5", "max_steps": -1, "num_train_epochs": 1, "eval_steps": 0.1, "logging_first_step": True,
-    "hub_strategy": "every_save", "dataset_kwargs": {"add_special_tokens": False},
+    "hub_strategy": "every_save", "dataset_kwargs": {"skip_prepare_dataset": False},
     "warmup_steps": 0.1 if transformers.__version__ >= "5" else 2,
     "model_init_kwargs": {"pad_token_id": 0}, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "torch_compile": True, "run_name": 7,
     "optim_args": "rank=2", "accelerator_config": {"split_batches": True}, "metric_for_best_model": "eval_steps_per_second",

@@ -521,6 +521,19 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(objective, to
             assert torch.equal(weights(again)[name], p), name
 
 
+@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}], ids=str)
+def test_an_adapter_is_not_resumed_by_another_configuration(change, tokenizer, text_data, tmp_path):
+    """Its weights would fit, and be read at another scale."""
+    lora, options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"save_strategy": "steps", "save_steps": 1}
+    train(BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**lora), **options)
+    again = build(
+        BLTrainer, tokenizer, text_data, tmp_path, peft_config=LoraConfig(**{**lora, **change}), max_steps=2, **options
+    )
+    (key,) = change
+    with pytest.raises(ValueError, match=f"Cannot resume from .*checkpoint-1: its adapter has `{key}` .*, the trainer's"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_a_finished_run_is_not_trained_on(tokenizer, text_data, tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
     first = train(BLTrainer, tokenizer, text_data, tmp_path, **options)
@@ -576,6 +589,9 @@ class TestRefusals:
             ),
             ({"liger_kernel_config": {"cross_entropy": True}}, "is a cross-entropy of its own"),
             ({"eval_packing": True, "max_length": 64}, "`eval_packing: true` without `packing` would evaluate"),
+            ({"dataset_kwargs": {"add_special_tokens": False}}, r"`dataset_kwargs: \{add_special_tokens: ...\}` has no effect"),
+            ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, "`torch_dtype` in `model_init_kwargs` has no effect"),
+            ({"truncation_mode": "keep_end", "packing": True}, "`truncation_mode: keep_end` has no effect with `packing`"),
             ({"metric_for_best_model": "eval_loss", "threshold": 0.2}, "`metric_for_best_model: eval_loss`"),
             ({"metric_for_best_model": "loss", "objective": "neg_p"}, "`metric_for_best_model: loss`.* Write .*eval_nll"),
         ],
@@ -619,6 +635,11 @@ class TestRefusals:
     def test_lm_head_adapter(self, targets):
         with pytest.raises(ValueError, match="A PEFT adapter on `lm_head` would not train"):
             BLTrainer("no-such-model", peft_config=LoraConfig(**targets))
+
+    def test_an_adapter_that_starts_at_random_directions_of_the_base(self):
+        """Loaded again, it would stand on another base model than it was trained on."""
+        with pytest.raises(ValueError, match="Cannot train with `init_lora_weights: pissa_niter_4`: it takes random"):
+            BLTrainer("no-such-model", peft_config=LoraConfig(init_lora_weights="pissa_niter_4"))
 
     def test_lm_head_adapter_of_a_loaded_model(self, tokenizer, text_data, tmp_path):
         model = get_peft_model(make_llama(tokenizer), LoraConfig(target_modules=["lm_head"]))

@@ -66,8 +66,9 @@ def weights(trainer):
 
 def build(
     trainer_class, processor, data, tmp_path, model=None, peft_config=None, eval_data=None, callbacks=None,
-    compute_metrics=None, **options,
+    compute_metrics=None, made=None, **options,
 ):  # fmt: skip
+    """Return a trainer; `made`: further arguments of its own, `options`: of its configuration."""
     defaults = {
         "output_dir": str(tmp_path / "out"),
         "max_steps": 1,
@@ -94,6 +95,7 @@ def build(
         peft_config=peft_config,
         callbacks=callbacks,
         compute_metrics=compute_metrics,
+        **(made or {}),
     )
 
 

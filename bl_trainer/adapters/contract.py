@@ -1,6 +1,6 @@
 """What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sized
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
-from ..head.targets import IGNORED
+from ..head.targets import IGNORED, are_shifted
 from ..losses.pricing import SPLIT_BATCH
 from ..tokens.names import TOKEN_WEIGHT, WEIGHT
 
@@ -36,14 +36,27 @@ def refuse_split_rows(trainer: Any) -> None:
         raise RecipeError("Cannot train the objective: parallelism splits a row at targets. Set `cp_size` and `sp_size` to 1.")
 
 
-def refuse_weights(trainer: Any) -> None:
-    """Raise RecipeError if a data set of `trainer` has a column of weights, which it would drop or give to the model."""
+def refuse_weights(trainer: Any, looked: set[int]) -> None:
+    """Raise RecipeError if a data set of `trainer` has a column of weights, which it would drop or give to the model.
+
+    `looked`: ids of the sets whose first row has been looked at, since they name no columns; it is added to.
+    """
     for kind in ("train", "eval"):
         found = getattr(trainer, f"{kind}_dataset", None)
         for dataset in found.values() if isinstance(found, dict) else [found]:
+            columns = getattr(dataset, "column_names", None) or _keys_of_first(dataset, looked)
             for column in WEIGHTS:
-                if column in (getattr(dataset, "column_names", None) or ()):
+                if column in columns:
                     raise RecipeError(f"Cannot use the column `{column}` of the {kind} set: {UNREAD}")
+
+
+def _keys_of_first(dataset: Any, looked: set[int]) -> Collection[str]:
+    """Return the keys of the first row of a stream, or of a set of the user's own class; none the second time."""
+    if dataset is None or id(dataset) in looked:
+        return ()
+    looked.add(id(dataset))
+    row = dataset[0] if isinstance(dataset, Sized) and len(dataset) else next(iter(dataset), None)
+    return row.keys() if isinstance(row, Mapping) else ()
 
 
 def refuse_aligned(model: Any) -> None:
@@ -60,10 +73,11 @@ def watch(trainer: Any, loss: Any) -> None:
     """
     collect, compute, log = trainer.get_batch_samples, trainer.compute_loss, trainer.log
     loop, predict = trainer.evaluation_loop, trainer.prediction_step
+    looked: set[int] = set()
 
     def get_batch_samples(batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         refuse_split_rows(trainer)
-        refuse_weights(trainer)
+        refuse_weights(trainer, looked)
         refuse_aligned(trainer.model)
         keep_trainable(trainer.model)  # here and below: a trainer may have no model yet when it makes its loss
         return collect(map(with_targets, batches), *args, **kwargs)
@@ -77,7 +91,7 @@ def watch(trainer: Any, loss: Any) -> None:
 
     def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
         keep_trainable(trainer.model)
-        refuse_weights(trainer)
+        refuse_weights(trainer, looked)
         loss.forget("eval")  # what `predict` has left, which no log takes
         return loop(*args, **kwargs)
 
@@ -108,7 +122,7 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         raise LossError("Cannot train the objective: a batch has no `labels` of shape (rows, length). Check the data collator.")
     tokens, is_target = batch.get("input_ids"), labels != IGNORED
     batch.pop("shift_labels", None)  # transformers would count these
-    if tokens is not None and tokens.shape == labels.shape and _shifted(tokens, labels, is_target):
+    if tokens is not None and tokens.shape == labels.shape and are_shifted(tokens, labels):
         raise LossError("Cannot train the objective: `labels` are shifted already. Let the data collator leave them unshifted.")
     begins = torch.zeros_like(is_target)
     begins[:, 0] = True
@@ -119,10 +133,3 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         begins[:, 1:] |= examples[:, 1:] != examples[:, :-1]
     batch["labels"] = labels.masked_fill(begins, IGNORED)
     return batch
-
-
-def _shifted(tokens: Tensor, labels: Tensor, is_target: Tensor) -> bool:
-    """Return whether targets differ from their own tokens and equal the next ones."""
-    ahead = is_target[:, :-1]
-    here, next_ = (tokens == labels)[is_target].all(), (tokens[:, 1:] == labels[:, :-1])[ahead].all()
-    return bool(~here & next_ & ahead.any())

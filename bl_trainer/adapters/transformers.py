@@ -7,6 +7,7 @@ from torch import Tensor
 from .._util.bitsandbytes import keep_trainable
 from ..errors import LossError, RecipeError
 from ..losses import as_loss
+from ..losses.metrics import loss_of
 from ..objectives.pricing import METRICS
 from .contract import refuse_settings, refuse_weights, watch
 
@@ -22,7 +23,7 @@ def attach(trainer: Any, objective: Any, threshold: Any = None) -> None:
         raise RecipeError(f"Cannot train two losses at once: `loss_type: {kind}` is another. Remove it.")
     if trainer.compute_loss_func is not None:
         raise RecipeError("Cannot attach an objective: the trainer has a `compute_loss_func` already. Turn off its other loss.")
-    refuse_weights(trainer)
+    refuse_weights(trainer, set())
     keep_trainable(trainer.model)
     trainer.compute_loss_func = TrainerLoss(trainer, trainer.args, objective, threshold)
 
@@ -47,9 +48,15 @@ class TrainerLoss:
         return self.loss(outputs, labels, num_items_in_batch)
 
     def metrics(self, mode: str) -> dict[str, float]:
-        """Return what `BLTrainer` logs of `train` or `eval`, over all processes, since the last call."""
+        """Return what `BLTrainer` logs of `train` or `eval`, over all processes, since the last call.
+
+        Of `eval` with the loss: transformers' own is a mean of the means of batches, which a batch of few targets would bias.
+        """
         found = self.loss.metrics(mode, self.trainer.accelerator.reduce)
-        return {name: value for name, value in found.items() if name in METRICS}
+        made = {name: value for name, value in found.items() if name in METRICS}
+        if mode == "eval" and found and not self.adds_router_loss:
+            made["loss"] = loss_of(found, self.loss.threshold)
+        return made
 
     def forget(self, mode: str) -> None:
         """Drop what was measured since the last log."""

@@ -51,3 +51,14 @@ class Targets:
     def take(self, values: Tensor) -> Tensor:
         """Return the targets' own values, (N, ...), of what has one per place, (batch, places, ...)."""
         return values.flatten(0, 1).index_select(0, self.index)
+
+
+def are_shifted(tokens: Tensor, labels: Tensor) -> bool:
+    """Whether labels, (rows, length) as `tokens`, stand a place before their tokens: the loss would shift them a second time.
+
+    So they do if some target differs from its own token, and each is the next one.
+    """
+    is_target = labels != IGNORED
+    ahead = is_target[:, :-1]
+    here, following = (tokens == labels)[is_target].all(), (tokens[:, 1:] == labels[:, :-1])[ahead].all()
+    return bool(~here & following & ahead.any())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..head.ops import TokenCosts
 from ..objectives.pricing import METRICS
+from ..objectives.threshold import Threshold
 
 MEANS = (*METRICS, "objective")
 
@@ -55,6 +56,13 @@ class TokenSums:
 def mean_of(total: float, tokens: float) -> float:
     """Return a mean over target tokens, NaN if there is none."""
     return total / tokens if tokens else torch.nan
+
+
+def loss_of(means: Mapping[str, float], threshold: Threshold) -> float:
+    """Return the loss that training minimises, of means over target tokens: per kept token under `normalize: kept`."""
+    if threshold.normalize != "kept":
+        return means["objective"]
+    return means["objective"] / means["kept_fraction"] if means["kept_fraction"] else 0.0
 
 
 class LossMetrics:

@@ -250,6 +250,14 @@ def _loss_type(draft: Draft, value: Any) -> None:
         draft.lose("loss_type", f"{value} has no counterpart; choose by `objective`")
 
 
+def _dataset_kwargs(draft: Draft, value: Any) -> None:
+    for key, each in value.items():
+        if key == "skip_prepare_dataset":
+            draft.put("dataset_kwargs", {key: each})
+        else:
+            draft.lose("dataset_kwargs", f"TRL no longer reads `{key}`; texts get the tokenizer's own special tokens")
+
+
 _GONE = {key: "it no longer has an effect" for key, line in REPLACED.items() if line is None}
 _TRL: dict[str, Handler] = {
     "chat_template": _chat_template,
@@ -301,5 +309,5 @@ TRL = Dialect(
     values={("packing_strategy", "ffd"): "bfd", ("packing_strategy", "bfd-requeue"): "bfd_split"},
     flags=_absent(_FLAGS),
     idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}),
-    handlers={**_absent(_TRL), "packing": _packing, "loss_type": _loss_type},
+    handlers={**_absent(_TRL), "packing": _packing, "loss_type": _loss_type, "dataset_kwargs": _dataset_kwargs},
 )

@@ -1,6 +1,6 @@
 """Collators that carry what is known of each token along with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .._util.trl import DataCollatorForLanguageModeling, DataCollatorForVisionLa
 from ..errors import RecipeError
 from ..head.targets import IGNORED
 from .annotation import group_name
-from .labels import check_example
+from .labels import check_example, refuse_shifted
 from .names import EXAMPLE_LENGTHS, EXAMPLES, FILLS, GROUP, LENGTH, OWNER, POSITION, REFERENCE, ROW, TEMPLATE, WEIGHT
 from .template import segments
 
@@ -107,9 +107,31 @@ class TokenCollator(DataCollatorForLanguageModeling):
         for example in examples:
             check_example(example)
         batch = super().torch_call(examples)
+        refuse_shifted(batch["input_ids"], batch["labels"])
         lay_out(examples, batch)
         if self.padding_free:
             batch[EXAMPLE_LENGTHS] = torch.tensor([len(example["input_ids"]) for example in examples])
+        return batch
+
+
+class CheckedCollator:
+    """A collator of the user's own, whose labels may mask more than the rows' own do, and not less."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        given = [each["labels"] for each in features if isinstance(each, Mapping) and each.get("labels") is not None]
+        most = sum(int((torch.as_tensor(labels) != IGNORED).sum()) for labels in given)  # before a collator pads in place
+        batch = self.collator(features)
+        labels, ids = batch.get("labels"), batch.get("input_ids")
+        if isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape and labels.ndim == 2:
+            refuse_shifted(ids, labels)
+            if given and (labels != IGNORED).sum() > most:
+                raise RecipeError(
+                    f"Cannot train: the `data_collator` makes {(labels != IGNORED).sum()} targets of rows whose `labels` have "
+                    f"{most}, so prompts or padding would train. Leave it out, or let it keep `labels`, with -100 for padding."
+                )
         return batch
 
 
@@ -139,6 +161,8 @@ def collator_of(trainer: Any) -> Any:
     elif type(collator) is DataCollatorForVisionLanguageModeling:
         collator = ImageCollator(**vars(collator))
         collator.placeholders = _placeholders(trainer)
+    elif not trainer.sees_images:
+        collator = CheckedCollator(collator)
     carries = isinstance(collator, TokenCollator) and not trainer.is_shared_out("cp", "sp")
     if trainer.reference == "column" and not carries:
         raise RecipeError(

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
-from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row
+from ..head.targets import IGNORED
+from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row, refuse_shifted
 from .messages import trains_in_full
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .spans import refuse_untrained
@@ -45,6 +47,15 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         if isinstance(sets[name], Dataset):
             check_rows(sets[name], name)
             refuse_untrained(sets[name], name, getattr(args, "assistant_only_loss", False), bool(asks))
+        if {"input_ids", "labels"} <= first.keys():
+            _refuse_shifted(first, name)
+
+
+def _refuse_shifted(first: dict[str, Any], name: str) -> None:
+    """Raise RecipeError if the first row's labels are shifted; a collator looks at every batch."""
+    ids, labels = (torch.as_tensor(first[key])[None] for key in ("input_ids", "labels"))
+    if ids.shape == labels.shape and (labels != IGNORED).sum() > 1:
+        refuse_shifted(ids, labels, f"row 0 of the {name} set, counted from 0")
 
 
 def _warn_of_weights(first: dict[str, Any], name: str) -> None:
@@ -62,6 +73,11 @@ def _refuse_idle_keys(first: dict[str, Any], name: str, args: Any, owns_text: bo
         _refuse_idle_keys_on_tokens(first, name, args)
     elif not owns_text:
         _refuse_idle_keys_on_text(first, name, args)
+    elif getattr(args, "assistant_only_loss", False):
+        raise RecipeError(
+            f"`assistant_only_loss: true` has no effect on the {name} set: `formatting_func` makes texts without roles. Remove "
+            "one of the two."
+        )
 
 
 def _refuse_idle_text_field(first: dict[str, Any], name: str, args: Any) -> None:

@@ -14,11 +14,12 @@ from datasets import Dataset, IterableDataset
 
 from .._util.logs import warn_once
 from ..errors import RecipeError
-from ..head.targets import IGNORED
+from ..head.targets import IGNORED, are_shifted
 from .messages import short
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 
 MASKS = ("completion_mask", "assistant_masks")
+LENGTHS = "seq_lengths"  # of the examples that a row holds
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
 SIZED = (*OF_TOKENS, TOKEN_WEIGHT)
 # What a stream's rows are read by: each has what its first row has, and no more
@@ -73,7 +74,7 @@ def check_rows(dataset: Any, name: str) -> Any:
         first = frozenset(first_row(dataset) or ())
         return handed_on(dataset, dataset.map(_check_streamed, with_indices=True, fn_kwargs={"name": name, "first": first}))
     present = columns_of(dataset)
-    columns = [column for column in (*SIZED, WEIGHT, "attention_mask") if column in present]
+    columns = [column for column in (*SIZED, WEIGHT, "attention_mask", LENGTHS) if column in present]
     if "input_ids" in present and dataset.format["type"] != "custom":
         start = 0
         for table in plain(dataset).select_columns(["input_ids", *columns]).with_format("arrow").iter(1000):
@@ -103,6 +104,10 @@ def _is_aligned(table: pa.Table, columns: list[str]) -> bool:
         return False
     sizes = _sizes(table["input_ids"])
     sized = [column for column in columns if column != WEIGHT or pa.types.is_nested(table[column].type)]
+    if LENGTHS in sized:
+        sized.remove(LENGTHS)
+        if not _are_whole(table[LENGTHS], sizes.to_numpy()):
+            return False
     aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in sized)
     return aligned and ("attention_mask" not in columns or pc.min(pc.list_flatten(table["attention_mask"])).as_py() != 0)
 
@@ -114,6 +119,14 @@ def _are_numbers(lists: pa.ChunkedArray, are_ids: bool) -> bool:
     kind = lists.type.value_type
     fits = pa.types.is_integer(kind) or (not are_ids and (pa.types.is_boolean(kind) or pa.types.is_floating(kind)))
     return fits and not lists.null_count and not pc.list_flatten(lists).null_count
+
+
+def _are_whole(lengths: pa.ChunkedArray, sizes: np.ndarray) -> bool:
+    """Whether the lengths of the examples of each row make up its tokens."""
+    if not _are_numbers(lengths, True) or pc.min(pc.list_flatten(lengths)).as_py() in (None, 0):
+        return False
+    ends = np.append(0, np.cumsum(pc.list_flatten(lengths).to_numpy()))[np.cumsum(pc.list_value_length(lengths).to_numpy())]
+    return bool((ends == np.cumsum(sizes)).all())
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -139,6 +152,14 @@ def check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, 
             )
     for column in ("labels", *NUMBERS):
         _refuse_no_numbers(example, column, which)
+    lengths = example.get(LENGTHS)
+    if lengths is not None:
+        _refuse_no_numbers(example, LENGTHS, which)
+        if sum(lengths) != size or min(lengths, default=0) < 1:
+            raise RecipeError(
+                f"Cannot train on {which}: its `{LENGTHS}`, {short([*lengths])}, are not those of {size} tokens. Give the "
+                "length of each example in the row."
+            )
     mask = example.get("attention_mask")
     mask = () if mask is None else list(mask)
     targets = [not hidden and label != IGNORED for hidden, label in zip(mask, _labels_of(example), strict=False)]
@@ -166,6 +187,15 @@ def _refuse_no_numbers(example: dict[str, Any], column: str, which: str) -> None
 def check_example(example: dict[str, Any]) -> None:
     """Raise RecipeError on an example for the collator whose labels are not as many as its tokens."""
     check_row({key: example[key] for key in ("input_ids", "labels") if key in example}, None, "train or evaluation")
+
+
+def refuse_shifted(ids: Any, labels: Any, which: str = "these rows") -> None:
+    """Raise RecipeError if labels, (rows, length) as the ids, stand a place before their tokens."""
+    if are_shifted(ids, labels):
+        raise RecipeError(
+            f"Cannot train on {which}: `labels` are shifted already, each a place before its token, and the loss shifts them. "
+            "Give each label at its own token."
+        )
 
 
 def refuse_misaligned(batch: Mapping[str, Any]) -> None:

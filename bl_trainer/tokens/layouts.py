@@ -73,11 +73,14 @@ def arrange(dataset: Any, where: str, text_field: str, num_proc: int | None = No
     rivals = [key for key in first if key in {*RIVALS, text_field} - kept]
     dataset = dataset.remove_columns(rivals) if rivals else dataset
     names = columns if len(columns) > 1 or not is_chat else ("messages",)
-    if is_chat and _is_system(first.get("system")) and not _is_sharegpt(first, columns):
-        warn_once(
-            f"The column `system` of {where} is not trained: its messages have role and content. Put it into each row's "
-            "messages as the first, with the role system."
-        )
+    if columns != (text_field,) and not (is_chat and _is_sharegpt(first, columns)) and _has_systems(dataset, first):
+        why, how = "its texts are prompts and completions", "Put it before each prompt"
+        if is_chat:
+            why, how = (
+                "its messages have role and content",
+                "Put it into each row's messages as the first, with the role system",
+            )
+        warn_once(f"The column `system` of {where} is not trained: {why}. {how}.")
     if is_chat and (names != columns or not all(is_plain(first[column]) for column in columns)):
         return _convert(dataset, columns, names, where, _is_sharegpt(first, columns), num_proc)
     if isinstance(dataset, Dataset):
@@ -191,7 +194,8 @@ def _renaming(first: dict[str, Any]) -> str:
     answered = next((key for key in ANSWERS if key in first), None)
     if asked and answered:
         pairs = [(asked, "prompt"), (answered, "completion")]
-        return "Rename " + " and ".join(f"`{old}` to `{new}`" for old, new in pairs if old != new)
+        more = "Join `input` to each `instruction`. " if asked == "instruction" and first.get("input") is not None else ""
+        return more + "Rename " + " and ".join(f"`{old}` to `{new}`" for old, new in pairs if old != new)
     return "Rename a column of texts to `text`, one of chats to `messages`, or two to `prompt` and `completion`"
 
 
@@ -208,6 +212,13 @@ def _is_transformed(dataset: Any) -> bool:
 
 def _is_system(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _has_systems(dataset: Any, first: dict[str, Any]) -> bool:
+    """Whether the column `system` says something: of a stream in the first row, of a data set in any."""
+    if not isinstance(dataset, Dataset) or dataset.features.get("system") != TEXT or "system" not in first:
+        return _is_system(first.get("system"))
+    return any(map(_is_system, pc.unique(dataset.data.column("system")).to_pylist()))
 
 
 def _is_sharegpt(first: dict[str, Any], columns: tuple[str, ...]) -> bool:

@@ -18,6 +18,8 @@ HOW = (
     "beside `input_ids`: log p of each token under the reference."
 )
 
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # of LoRA, that leave the base model's weights alone
+
 
 def reference_source(
     asking: Objective, peft_config: PeftConfig | None, columns: Mapping[str, list[str]], collates: bool
@@ -54,12 +56,24 @@ def reference_source(
             f"Objective {objective!r} needs a reference model (`ref_logp`), and prompt-learning PEFT makes none: without its "
             "virtual tokens the first target has nothing before it. Take LoRA."
         )
+    _refuse_other_base(peft_config, objective)
+    return "adapter"
+
+
+def _refuse_other_base(peft_config: Any, objective: str) -> None:
+    """Raise RecipeError if an adapter changes the base model, which is then no reference."""
     if getattr(peft_config, "bias", "none") != "none":
         raise RecipeError(
-            f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "  # type: ignore[attr-defined]
+            f"The adapter trains biases of the base model (`bias: {peft_config.bias}`), which is the reference of objective "
             f"{objective!r}. Write `bias: none`, or give the data set a column `{REFERENCE}`."
         )
-    return "adapter"
+    start = getattr(peft_config, "init_lora_weights", True)
+    if start not in STARTS or getattr(peft_config, "kasa_config", None) is not None:
+        key, value = ("init_lora_weights", start) if start not in STARTS else ("kasa_config", "...")
+        raise RecipeError(
+            f"The adapter's `{key}: {value}` changes the base model, which is the reference of objective {objective!r}. "
+            f"Remove it, or give the data set a column `{REFERENCE}`."
+        )
 
 
 def refuse_lost_context(args: Any) -> None:

@@ -16,6 +16,7 @@ from .._util.cached import Cached
 from .._util.logs import warn_once
 from .._util.text import sentence
 from ..errors import RecipeError
+from .filled import has_filled, unfilled
 from .labels import first_row, handed_on
 from .layouts import TEXT, RowError, arrange, check_stream
 from .messages import CALLS, ROLES, short, trains_in_full
@@ -24,7 +25,7 @@ from .template import messages_of
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
 MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
-NOBODY = "~##~"  # a role that no template knows
+NOBODY = "~##~"  # a role, and a key of a part of content, that no template knows
 
 
 def check_rendering(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -36,7 +37,8 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
     first = first_row(dataset)
     if first is None or "input_ids" in first:
         return dataset
-    check = RenderedRow(processing_class, chat_template, where, args.assistant_only_loss)
+    fills = isinstance(dataset, Dataset) and has_filled(dataset)
+    check = RenderedRow(processing_class, chat_template, where, args.assistant_only_loss, fills)
     if isinstance(dataset, IterableDataset):
         return check_rendered(check_stream(dataset, where, args.dataset_text_field), check)
     if is_conversational(first):
@@ -92,11 +94,19 @@ class RenderedRow:
 
     Args:
         assistant_only: Whether only assistants' messages train, so that each example needs one.
+        fills: Whether nulls in calls and tools may be those of keys that other rows have. Rendered ones raise RowError.
     """
 
-    def __init__(self, processing_class: Any, chat_template: str | None, where: str, assistant_only: bool = False):
+    def __init__(
+        self,
+        processing_class: Any,
+        chat_template: str | None,
+        where: str,
+        assistant_only: bool = False,
+        fills: bool = False,
+    ):
         self.processing_class, self.chat_template, self.where = processing_class, chat_template, where
-        self.assistant_only = assistant_only
+        self.assistant_only, self.fills = assistant_only, fills
         self.are_read: dict[str, bool] = {}  # keys of messages that hold truths or numbers
 
     def __call__(self, example: Any, row: int) -> str | None:
@@ -157,6 +167,11 @@ class RenderedRow:
     def _check(self, messages: list[Any], example: Any, at: str) -> str | None:
         marked, contents = marked_messages(messages)
         rendered = self._render(marked, example)
+        if NOBODY in rendered:
+            raise RowError(
+                f"Cannot train on {at}: its content is a list of parts, which the chat template writes with their keys. Give "
+                "each message's content as one text.",
+            )
         before = dict(zip(MARK.findall(rendered), MARK.split(rendered)[::2], strict=False))
         changed = None
         for mark, (index, content) in contents.items():
@@ -172,6 +187,11 @@ class RenderedRow:
                     f"rendered text of {at}."
                 )
         self._refuse_lost_calls(messages, example, at)
+        if self.fills and self._render(*unfilled(messages, example)) != self._render(messages, example):
+            raise RowError(
+                f"Cannot train on {at}: the chat template writes nulls of its calls or tools, for keys that other rows have. "
+                "Make the set with `on_mixed_types='use_json'`, which keeps each row's own keys.",
+            )
         return changed or self._check_roles(messages, example, at)
 
     def _refuse_lost_calls(self, messages: list[Any], example: Any, at: str) -> None:
@@ -240,7 +260,10 @@ class RenderedRow:
 
 
 def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int, str]]]:
-    """Return messages with a mark behind each text, and for each mark the number of the message and the text."""
+    """Return messages with a mark behind each text, and for each mark the number of the message and the text.
+
+    A part of content gets a key `NOBODY` as well, but for tools' JSON. It shows where a template writes parts as they are.
+    """
     contents: dict[str, tuple[int, str]] = {}
 
     def marked(index: int, text: str) -> str:
@@ -248,11 +271,16 @@ def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int
         contents[number] = index, text
         return f"{text}~#~{number}~#~"
 
-    made = [
-        {**message, "content": with_texts(message["content"], partial(marked, index))} if "content" in message else message
-        for index, message in enumerate(messages)
-    ]
+    made = [{**message} for message in messages]
+    for index, message in enumerate(made):
+        if "content" in message:
+            content = with_texts(message["content"], partial(marked, index))
+            message["content"] = content if message["role"] == "tool" else _with_key(content)
     return made, contents
+
+
+def _with_key(content: Any) -> Any:
+    return [{**part, NOBODY: NOBODY} for part in content] if isinstance(content, list) else content
 
 
 def with_texts(content: Any, change: Callable[[str], str]) -> Any:

@@ -3,8 +3,11 @@
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import ProcessorMixin
+
+from .._util.logs import warn_once
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -16,6 +19,18 @@ def end_ids(trainer: Any) -> set[int]:
     """Return the ids of the tokens that end a generation."""
     more = getattr(trainer.model.generation_config, "eos_token_id", None)
     return {tokenizer_of(trainer.processing_class).eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
+
+
+def warn_of_two_starts(prepared: Any, tokenizer: Any, name: str) -> None:
+    """Warn if a prepared data set begins with the start token twice: its text has one, and the tokenizer adds one."""
+    start = tokenizer.bos_token_id
+    if start is None or not isinstance(prepared, Dataset) or not len(prepared):
+        return
+    if list(prepared[0]["input_ids"][:2]) == [start, start]:
+        warn_once(
+            f"Rows of the {name} set begin with {tokenizer.bos_token} twice: their text has it, and the tokenizer adds it. "
+            "Leave it out of the text, as a chat template's output has it, or give messages."
+        )
 
 
 def special_ids(tokenizer: Any) -> set[int]:

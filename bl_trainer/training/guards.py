@@ -56,6 +56,24 @@ def refuse_frozen(model: nn.Module) -> None:
         )
 
 
+def refuse_other_weights(model: nn.Module, optimizer: Any) -> None:
+    """Raise RecipeError if `optimizer`, a user's own, holds nothing of `model` that trains; warn if it leaves some out."""
+    groups = optimizer.param_groups if optimizer is not None else ()
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    trains = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lost = [name for name, parameter in trains if id(parameter) not in held and optimizer is not None]
+    if lost and len(lost) == len(trains):
+        raise RecipeError(
+            "Cannot train: the optimizer in `optimizers` holds no parameter that trains. Make it over the adapter's "
+            "parameters, or give `optimizer_cls_and_kwargs`."
+        )
+    if lost:
+        logger.warning(
+            f"The optimizer in `optimizers` leaves out {len(lost)} of {len(trains)} parameters, such as {lost[0]}: they do not "
+            "train."
+        )
+
+
 def refuse_dropped(rows: int, per_step: int, name: str, key: str) -> None:
     """Raise RecipeError if `dataloader_drop_last` drops all `rows` of a set; `per_step` rows make a batch."""
     if rows < per_step:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..losses.metrics import MEANS, TokenSums, mean_of
+from ..losses.metrics import MEANS, TokenSums, loss_of, mean_of
 from ..objectives.pricing import METRICS
 from ..objectives.threshold import Threshold
 from .loss import TokenLoss
@@ -78,9 +78,7 @@ class TokenMetrics:
 def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficient: float) -> dict[str, float]:
     """Return what an evaluation reports, from `TokenMetrics.pop`: `loss` as training minimises it, and `perplexity`."""
     found = {name: means[name] for name in METRICS}
-    loss = means["objective"]
-    if threshold.normalize == "kept":
-        loss = loss / means["kept_fraction"] if means["kept_fraction"] else 0.0
+    loss = loss_of(means, threshold)
     perplexity = torch.tensor(means["nll"], dtype=torch.float64).exp().item()  # infinite where Python would raise
     return {**found, "loss": loss + aux_loss_coefficient * means["aux_loss"], "perplexity": perplexity}
 

@@ -43,6 +43,7 @@ def _bypasses(args: Any) -> Iterator[str]:
             "`eval_packing: true` without `packing` would evaluate examples that see those before them in their row. Remove "
             "it, or write `packing: true`."
         )
+    yield from _without_effect(args)
     if args.use_liger_kernel and not is_liger_kernel_available():
         yield "Cannot use `use_liger_kernel: true`: Liger is not installed. Run `pip install liger-kernel`."
     liger = args.liger_kernel_config or {}
@@ -52,6 +53,19 @@ def _bypasses(args: Any) -> Iterator[str]:
                 f"`liger_kernel_config: {{{key}: true}}` is a cross-entropy of its own, which the objective can't use. "
                 "Remove it; Liger's other kernels can stay."
             )
+
+
+def _without_effect(args: Any) -> Iterator[str]:
+    """Yield settings that TRL takes and doesn't read."""
+    for key in sorted({*(getattr(args, "dataset_kwargs", None) or {})} - {"skip_prepare_dataset"}):
+        yield f"`dataset_kwargs: {{{key}: ...}}` has no effect: TRL reads `skip_prepare_dataset` alone. Remove it."
+    if "torch_dtype" in (getattr(args, "model_init_kwargs", None) or {}):
+        yield "`torch_dtype` in `model_init_kwargs` has no effect beside TRL's own `dtype`. Write `dtype`."
+    if getattr(args, "packing", False) and getattr(args, "truncation_mode", "keep_start") == "keep_end":
+        yield (
+            "`truncation_mode: keep_end` has no effect with `packing`, which keeps the beginning of a long example. Remove it, "
+            "or `packing`."
+        )
 
 
 def refuse_launcher(args: TrainingArguments) -> None:
@@ -110,6 +124,16 @@ def refuse_lm_head_adapter(peft_config: PeftConfig | None) -> None:
         raise RecipeError(
             "A PEFT adapter on `lm_head` would not train: the objective is computed from the head's weight directly. Remove "
             "'lm_head' from `lora_target_modules`; to train the whole head write `lora_modules_to_save: [lm_head]`."
+        )
+
+
+def refuse_random_start(peft_config: PeftConfig | None) -> None:
+    """Raise RecipeError if `peft_config` takes random directions out of the base model, without which the adapter is lost."""
+    start = str(getattr(peft_config, "init_lora_weights", ""))
+    if start.startswith("pissa_niter"):
+        raise RecipeError(
+            f"Cannot train with `init_lora_weights: {start}`: it takes random directions out of the base model, and loading "
+            "the adapter takes others. Write `pissa`, which is exact."
         )
 
 

@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 # What must stay as it was; other keys may change, with a warning
 FIXED = ("optim", "drop_rows", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
 
+SCALES = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")  # of an adapter, by which its weights are read
+
 FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
 
 
@@ -261,11 +263,13 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
 def take_up(trainer: Any, plan: ResumePlan) -> None:
     """Let `trainer` go by the plan's threshold; print where it resumes, and warn of what differs from an uninterrupted run.
 
-    Raises CheckpointError if the checkpoint records another loss head, as heads round gradients differently, or other rows.
+    Raises CheckpointError if the checkpoint records another loss head, as heads round gradients differently, other rows, or
+    another adapter's configuration.
     """
     checkpoint, state = plan.checkpoint, plan.state
     _refuse_other_head(checkpoint, trainer.loss_head)
     _refuse_other_rows(checkpoint, trainer.kept_rows)
+    _refuse_other_adapter(checkpoint, trainer.model)
     trainer.threshold = threshold = plan.threshold
     if threshold.above_percentile is not None:
         trainer.accelerator.print(
@@ -282,6 +286,20 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
             "than in an uninterrupted run."
         )
     trainer.accelerator.print(f"Resuming from {checkpoint}, after step {state.global_step}.")
+
+
+def _refuse_other_adapter(checkpoint: Path | None, model: Any) -> None:
+    """Raise CheckpointError if `model` would read the checkpoint's adapter by another configuration than trained it."""
+    path = (checkpoint or Path()) / "adapter_config.json"
+    recorded, adapters = read_json(path) or {}, getattr(model, "peft_config", None) or {}
+    config = next(iter(adapters.values()), None)
+    for key in SCALES if config is not None else ():
+        before, now = recorded.get(key), getattr(config, key, None)
+        if key in recorded and before != now:
+            raise CheckpointError(
+                f"Cannot resume from {checkpoint}: its adapter has `{key}` {before}, the trainer's {now}. Restore it, or "
+                "start a new run."
+            )
 
 
 def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:

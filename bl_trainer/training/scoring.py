@@ -19,10 +19,12 @@ from ..measurement.forward import Lockstep, Observed
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.collators import collator_of
-from ..tokens.labels import check_rows, plain
+from ..tokens.formatting import formatted
+from ..tokens.labels import check_rows, columns_of, plain
 from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
+from ..tokens.vocabulary import tokenizer_of, warn_of_two_starts
 from .guards import check_loaded
 from .refusals import has_balancing_loss, refuse_copied_tied_head
 from .setup import Setup
@@ -179,12 +181,16 @@ class ScoringTrainer(SFTTrainer):
 
     def make_ready(self, rows: Rows) -> Any:
         """Return a data set ready to train, checked row by row. Raises RecipeError with the number of the row."""
-        dataset = plain(rows.dataset)
+        rows = formatted(replace(rows, dataset=plain(rows.dataset)))
+        dataset = rows.dataset
         if rows.formatting_func is None:
             where = f"the {rows.name} set"
             dataset = check_rendering(dataset, rows.processing_class, self.chat_template, where, rows.args)
         rows = replace(rows, dataset=check_rows(dataset, rows.name))
-        return prepare(self, rows, self.wanted(rows.args, rows.name))
+        prepared = prepare(self, rows, self.wanted(rows.args, rows.name))
+        if "input_ids" not in columns_of(rows.dataset):
+            warn_of_two_starts(prepared, tokenizer_of(rows.processing_class), rows.name)
+        return prepared
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         return self.make_ready(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))

@@ -24,7 +24,14 @@ from ..tokens.spans import weighing_of
 from .config import objective_of, threshold_of
 from .guards import refuse_no_target
 from .kept_rows import KeptRows
-from .refusals import is_context_parallel, refuse_bypass, refuse_lm_head_adapter, refuse_no_causal_lm, refuse_virtual_tokens
+from .refusals import (
+    is_context_parallel,
+    refuse_bypass,
+    refuse_lm_head_adapter,
+    refuse_no_causal_lm,
+    refuse_random_start,
+    refuse_virtual_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Setup:
             )
         peft_config = arguments.get("peft_config") or getattr(arguments["model"], "active_peft_config", None)
         refuse_lm_head_adapter(peft_config)
+        refuse_random_start(peft_config)
         refuse_virtual_tokens(peft_config, args)
         objective, threshold = objective_of(args), threshold_of(args)
         given, kept = _kept(arrange_all(dict(arguments)), args)

@@ -42,6 +42,7 @@ from .guards import (
     refuse_dropped_sets,
     refuse_empty,
     refuse_frozen,
+    refuse_other_weights,
     refuse_unevaluated,
     refuse_unlearnt,
     warn_of_few,
@@ -114,6 +115,7 @@ class BLTrainer(ScoringTrainer):
         self._stream_count = StreamCount()
         super().__init__(**given)
         self._has_adapter = is_peft_model(self.model)
+        refuse_other_weights(self.model, optimizers[0])
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
             self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
