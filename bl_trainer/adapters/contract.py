@@ -1,6 +1,6 @@
 """What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sized
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def _keys_of_first(dataset: Any, looked: set[int]) -> Collection[str]:
     if dataset is None or id(dataset) in looked:
         return ()
     looked.add(id(dataset))
-    row = dataset[0] if isinstance(dataset, Sized) and len(dataset) else next(iter(dataset), None)
+    row = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else next(iter(dataset), None)
     return row.keys() if isinstance(row, Mapping) else ()
 
 

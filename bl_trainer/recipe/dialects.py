@@ -303,6 +303,11 @@ def _absent(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in recipe_fields()}
 
 
+def _precision_of_then(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the precision of the TRL that had `max_seq_length`: bf16 is the default since 0.19 (pull request 3515)."""
+    return {"bf16": False} if "max_seq_length" in given and not {"bf16", "fp16"} & given.keys() else {}
+
+
 TRL = Dialect(
     "TRL",
     renamed=_absent(RENAMED | {"hub_model_revision": "hub_revision"}),
@@ -310,4 +315,5 @@ TRL = Dialect(
     flags=_absent(_FLAGS),
     idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}),
     handlers={**_absent(_TRL), "packing": _packing, "loss_type": _loss_type, "dataset_kwargs": _dataset_kwargs},
+    defaults=_precision_of_then,
 )
