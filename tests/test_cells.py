@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from bl_trainer import as_loss
 from bl_trainer.cells import engine, pretraining
@@ -15,7 +16,7 @@ from bl_trainer.cells.judging import JUDGING
 from bl_trainer.cells.pretraining import models_of, pretrained
 from bl_trainer.cells.results import Results
 from bl_trainer.cells.scores import TEMPERATURES, questions, score, stacked
-from bl_trainer.cells.training import Arm, Course, Rows, train
+from bl_trainer.cells.training import Arm, Course, Rows, losses_of, train
 from bl_trainer.cells.transformer import Norm, Shape, SquaredRelu, initial, logits, unpack
 from bl_trainer.cells.vocabulary import END
 from bl_trainer.cells.world import RULES, SHOWN, World
@@ -97,6 +98,32 @@ def test_a_model_trains_as_a_loop_with_torch_and_as_loss_does(i: int) -> None:
     expected = torch.cat([weights[name].detach().flatten() for name in SHAPE.matrices])
     trained = train(SHAPE, start[None], rows, [arm], COURSE)[0]
     assert (trained - expected).abs().max() < 1e-6  # of the head's float32 sums
+
+
+def test_label_smoothing_is_torchs() -> None:
+    smoothed, plain = Entry.parse("s", {"name": "nll", "smoothing": 0.1}), Entry.parse("p", "nll")
+    both = [Arm(each.objective, each.threshold, 1e-3, 0, each.smoothing) for each in (smoothed, plain)]
+    generator = torch.Generator().manual_seed(3)
+    found = torch.randn(1, 3, 4, 9, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.randint(0, 9, (1, 3, 4), generator=generator)
+    is_target = torch.rand(labels.shape, generator=generator) < 0.5
+    losses = losses_of(both)
+    assert [loss.models.tolist() for loss in losses] == [[0], [1]]
+    for loss, share in zip(losses, (0.1, 0.0), strict=True):
+        cost = cross_entropy(found[is_target], labels[is_target], label_smoothing=share)
+        (expected,) = torch.autograd.grad(cost, found)
+        assert (loss.slopes(found.detach(), labels, is_target, 0.0, None) - expected).abs().max() < 1e-12
+
+
+def test_results_of_label_smoothing_are_kept_apart() -> None:
+    entries = [
+        Entry.parse("nll", spec) for spec in ("nll", {"name": "nll", "smoothing": 0.1}, {"name": "nll", "smoothing": 0.2})
+    ]
+    paths = [engine.Block(entry, "plain", (), (1e-3,), (0,), COURSE).path for entry in entries]
+    assert len({*paths}) == 3
+    assert (
+        engine.Block(Entry.parse("nll", {"name": "nll", "smoothing": 0}), "plain", (), (1e-3,), (0,), COURSE).path == paths[0]
+    )
 
 
 def stack_of(weights: dict) -> dict:

@@ -72,5 +72,21 @@ def test_a_stateless_candidate_is_preferred_among_equals_and_then_the_smaller_me
     assert Ruling(results(worse), tuple(table)).winner == scheduled
 
 
+def test_each_model_is_left_out_in_turn() -> None:
+    """y is the better one by two models of three, and by the mean; by the first and the last alone x is."""
+    made = results({"x": {"greedy": [0.5, 0.5]}, "y": {"greedy": [0.5, 0.5]}})
+    better = {("y", "small-0"): 0.01, ("y", "small-1"): 0.2, ("x", "small-2"): 0.1}
+    rows = []
+    for row in made.rows:
+        split = {**row["test"], "greedy": 0.5 + better.get((row["objective"], row["model"]), 0.0)}
+        rows.append({**row, "validation": split, "test": split})
+    ruling = Ruling(Results(tuple(rows)), ("x", "y"))
+    assert ruling.winner == "y"
+    assert ruling.winners_without_one == ["y", "x", "y"]
+    assert ruling.regrets["greedy"]["x"].cells["a"].by_model == pytest.approx(
+        {"small-0": 0.01, "small-1": 0.2, "small-2": -0.1}
+    )
+
+
 def test_candidates_are_of_the_field() -> None:
     assert {*CANDIDATES} < FIELD.keys()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bl_trainer.cells.choosing import STEPS
-from bl_trainer.cells.field import CANDIDATES, stored
+from bl_trainer.cells.field import CANDIDATES, FIELD, store, stored
 from bl_trainer.cells.judging import JUDGING
+from bl_trainer.cells.results import Results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -34,3 +35,36 @@ def test_the_rule_names_its_candidates_and_the_cells_that_judge() -> None:
     assert set(re.findall(r"`([^`]+)`", rule.partition("## Candidates")[2].partition("Label")[0])) == {*CANDIDATES}
     assert re.findall(r"^\| `([\w-]+)` \|", rule.partition("| cell that judges")[2], re.M) == list(JUDGING)
     assert STEPS == ("greedy", "variation", "sampled")
+
+
+def test_what_is_no_candidate_ran_on_all_cells_of_formats_and_of_several_answers() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
+    references = stored(tool["REFERENCES"])
+    assert set(references.objectives) == FIELD.keys() - {*CANDIDATES}
+    assert {*references.cells} == {*tool["FORMATS"], *tool["SEVERAL"]}
+    assert len(references.models) == 16
+
+
+def test_what_is_beyond_its_share_is_variation_less_what_is_wrong() -> None:
+    """Answers with 0.6 and 0.1 in place of 0.5 each: 0.3 is wrong, 0.1 beyond its share, and 0.4 the total variation."""
+    metrics = {"sampled_1": 0.7, "variation_1": 0.4, "format": 0.0}
+    splits = {"validation": metrics, "test": metrics}
+    rows = [
+        {"objective": "a", "cell": "two-even", "model": f"m{i}", "rate": 1.0, "seed": 0, "kept": 1.0, **splits} for i in (0, 1)
+    ]
+    less = {**metrics, "sampled_1": 0.2, "format": 1.0}
+    rows += [{**row, "rate": 2.0, "validation": less, "test": less} for row in rows]
+    tool = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
+    assert tool["beyond"](Results(tuple(rows)), "a", "two-even").mean == pytest.approx(0.1)
+    assert tool["in_format"](Results(tuple(rows)), "a", "two-even").mean == 1  # at a rate of its own
+
+
+def test_storing_some_objectives_keeps_the_others(tmp_path: Path) -> None:
+    study = runpy.run_path(str(ROOT / "studies" / "cells_study.py"))
+    old, new = (Results(tuple({"objective": name, "kept": kept} for name in names)) for names, kept in (
+        (("anneal", "nll"), 0.1), (("deft", "nll"), 0.2),
+    ))  # fmt: skip
+    store(old, tmp_path / "stored")
+    found = study["among"](new, tmp_path / "stored")
+    assert [(row["objective"], row["kept"]) for row in found.rows] == [("nll", 0.2), ("anneal", 0.1), ("deft", 0.2)]
+    assert study["among"](new, tmp_path / "none").objectives == ["nll", "deft"]

@@ -22,9 +22,11 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from scipy import stats
 
+import bl_trainer
 import sweeping
 from bl_trainer.cli import main
 from bl_trainer.errors import MeasurementError, RecipeError
@@ -41,10 +43,10 @@ from bl_trainer.sweep.leaderboard import rank
 from bl_trainer.sweep.outcome import Result, base_scores, read_held_out
 from bl_trainer.sweep.page import arms_csv, comparison, markdown, page, summary
 from bl_trainer.sweep.plan import Plan
-from bl_trainer.sweep.rulers import RULERS, ruler_named, rulers_in, study_direction, study_value, with_best
+from bl_trainer.sweep.rulers import RULERS, measured_by, ruler_named, rulers_in, study_direction, study_value, with_best
 from bl_trainer.sweep.study import FORGETTING, ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
-from conftest import write_recipe
+from conftest import make_double, write_recipe
 from forking import Forked, launching
 from test_statistics import quadratic_form
 
@@ -923,6 +925,22 @@ def test_what_forgets_too_much_stands_behind(lost, plan, names, rates, said, mak
     assert f"A setting that forgets more than {plan.get('max_drift', 0.05):g} (`max_drift`) stands behind" in text
     assert said in text if said else "forgets 0." not in text
     assert "accuracy lost since the base model on the probe set" in text
+
+
+def test_a_model_that_is_only_surer_forgets_nothing(tokenizer, double_checkpoint, pair_data, tmp_path):
+    """Objectives that sharpen cost nll and KL on old data, though no answer changes: the limit is on answers."""
+    surer = make_double(tokenizer)
+    with torch.no_grad():
+        surer.lm_head.weight *= 4
+    surer.save_pretrained(tmp_path / "surer")
+    tokenizer.save_pretrained(tmp_path / "surer")
+    pair_data.to_json(tmp_path / "old.jsonl")
+    given = {"model": double_checkpoint, "data": tmp_path / "old.jsonl", "probe": str(tmp_path / "old.jsonl")}
+    report = bl_trainer.diagnose(**given, compare=str(tmp_path / "surer"), percentiles=[]).to_json()
+    tuned, base = (measured_by(report["compare"], is_base) for is_base in (False, True))
+    assert tuned["drift"] > 1
+    assert tuned["nll"] > base["nll"] + 1
+    assert tuned["forgetting"] == 0
 
 
 def test_a_sweep_without_old_data_says_so(make, tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bl_trainer.cells.field import CANDIDATES, stored
-from bl_trainer.cells.page import markdown
+from bl_trainer.cells.page import markdown, shown
 from bl_trainer.cells.results import Results
 
 ROOT = Path(__file__).parents[1]
 DEFAULT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
-CELLS_COMMAND, JUDGE_COMMAND = "`python studies/cells_study.py`", "`python studies/cells_study.py --judge`"
+CELLS_COMMAND = "`python studies/cells_study.py`"
+JUDGE_COMMAND, REFERENCES_COMMAND = f"{CELLS_COMMAND[:-1]} --judge`", f"{CELLS_COMMAND[:-1]} --references`"
 STEADY = "alpha 0.5 e^-H"
 PAGE = """# What we claim
 
@@ -122,7 +123,37 @@ def claims(results: Results) -> list[list[str]]:
             "1",
             "`make continuum`",
         ],
+        *reference_claims(),
         *judged_claims(results),
+    ]
+
+
+def reference_claims() -> list[list[str]]:
+    """Return what the objectives that are no candidates show of formats and of several valid answers."""
+    cells = DEFAULT["telling"]()
+
+    def row(text: str, read: Any, names: tuple[str, ...], where: tuple[str, ...]) -> list[str]:
+        figures = [
+            f"{cell}: {', '.join(f'`{name}` {shown(read(cells[cell], name, cell))}' for name in names)}" for cell in where
+        ]
+        models = ", ".join(str(len(cells[cell].models)) for cell in where)
+        return [text, "; ".join(figures), models, REFERENCES_COMMAND]
+
+    return [
+        row(
+            "`power 10` and a threshold p >= 0.2 never learn a format that the model never wrote. Share of questions with "
+            "its tokens, at the best of three rates:",
+            DEFAULT["in_format"],
+            ("nll", "power 10", "nll p >= 0.2"),
+            DEFAULT["FORMATS"],
+        ),
+        row(
+            "Sharpening loses valid answers. Probability at temperature 1 that valid answers have above their shares, "
+            "0.5 (of two) or 0.67 (of three) where one alone is left:",
+            DEFAULT["beyond"],
+            ("nll", "anneal", "neg_p"),
+            DEFAULT["SEVERAL"],
+        ),
     ]
 
 
@@ -132,7 +163,8 @@ def judged_claims(results: Results) -> list[list[str]]:
     winner = ruling.winner
     others = [name for name in CANDIDATES if name != winner]
     nearest = max(others, key=lambda name: results.difference(name, winner, "greedy").mean)
-    behind = DEFAULT["Ruling"](judged, tuple(judged.objectives)).regrets["greedy"]
+    other = DEFAULT["Ruling"](judged, tuple(judged.objectives))
+    behind = other.regrets["greedy"]
     return [
         [
             f"[A rule written down before the runs](default.md) picks `{winner}` of {len(CANDIDATES)} candidates. "
@@ -140,6 +172,13 @@ def judged_claims(results: Results) -> list[list[str]]:
             f"the nearest, `{nearest}`, against `{winner}`, greedy: {signed(results, nearest, winner, 'greedy')}",
             str(len(results.models)),
             CELLS_COMMAND,
+        ],
+        [
+            f"The judge does not confirm that choice. By its nine cells alone the rule would pick `{other.winner}` of the "
+            f"{len(behind)} candidates judged. Mean greedy regret there:",
+            "; ".join(f"`{name}` {DEFAULT['signed'](behind[name].mean)}" for name in (winner, other.winner)),
+            str(len(judged.models)),
+            JUDGE_COMMAND,
         ],
         [
             "No objective is near the best in every cell. On the cells that judge, each one's worst regret, greedy:",
@@ -154,6 +193,9 @@ def fallen(results: Results) -> list[list[str]]:
     """Return the rows of the table of claims that fell."""
     first, best = (signed(results, "anneal", "nll", metric) for metric in ("sampled_1", "sampled"))
     new = signed(stored(DEFAULT["JUDGED"]), "anneal", "nll", "sampled")
+    cells = DEFAULT["telling"]()
+    suffix, prefix = (shown(DEFAULT["in_format"](cells[cell], "neg_p", cell)) for cell in ("suffix", "prefix"))
+    neither = shown(DEFAULT["valid"](cells["two-even"], "power 10", "two-even"))
     return [
         [
             "`anneal` is within 0.035 (greedy) and 0.085 (sampled) of the best fixed objective in every cell.",
@@ -181,6 +223,16 @@ def fallen(results: Results) -> list[list[str]]:
             f"On new facts it is behind `nll`, greedy: {signed(results, 'power 0.5', 'nll', 'greedy', ['new-clean'])}, with "
             f"noise {signed(results, 'power 0.5', 'nll', 'greedy', ['new-noise'])}.",
             "Keep `nll` there.",
+        ],
+        [
+            "`neg_p` never learns a new format.",
+            f"At its best rate some models learn one. Share of questions: suffix {suffix}, prefix {prefix}.",
+            "`power 10` and a threshold never do. `neg_p` does less often than `nll`.",
+        ],
+        [
+            "`power 10` keeps one of several valid answers.",
+            f"It learns hardly any. Probability of a valid answer on `two-even`: {neither}.",
+            "`neg_p` and `anneal` lose valid answers.",
         ],
         [
             "An objective near the best everywhere exists, and it is `anneal`.",

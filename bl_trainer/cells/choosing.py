@@ -18,11 +18,16 @@ SCHEDULED = ("anneal",)  # whose cost depends on the step of training; a statele
 class Regret:
     """By how much the best candidate of each cell exceeds an objective, in means over models; positive is worse.
 
-    `mean`: over cells, with an interval over models.
+    `cells`: of each cell, and `mean` over cells, with intervals over models.
     """
 
-    by_cell: dict[str, float]
+    cells: dict[str, Mean]
     mean: Mean
+
+    @property
+    def by_cell(self) -> dict[str, float]:
+        """The mean of each cell."""
+        return {cell: each.mean for cell, each in self.cells.items()}
 
     @property
     def worst(self) -> str:
@@ -62,6 +67,12 @@ class Ruling:
         """The stateless one, if any, with the smallest mean greedy regret among those that the last step leaves."""
         return min(self.rounds[-1], key=lambda name: (name in SCHEDULED, self.regrets["greedy"][name].mean.mean))
 
+    @cached_property
+    def winners_without_one(self) -> list[str]:
+        """The winner without each model in turn: how much the choice hangs on single models."""
+        others = ([model for model in self.results.models if model != one] for one in self.results.models)
+        return [Ruling(self.results.of(models), self.candidates).winner for models in others]
+
 
 def regrets(results: Results, candidates: Sequence[str], metric: str) -> dict[str, Regret]:
     """Return the regret of each candidate by one metric, each at the learning rate that validation chose for the cell."""
@@ -77,7 +88,7 @@ def regrets(results: Results, candidates: Sequence[str], metric: str) -> dict[st
     }
     return {
         name: Regret(
-            {cell: sum(one.values()) / len(one) for cell, one in cells.items()},
+            {cell: over_models(one, (-1.0, 1.0)) for cell, one in cells.items()},
             over_models(
                 {model: sum(one[model] for one in cells.values()) / len(cells) for model in results.models}, (-1.0, 1.0)
             ),

@@ -32,20 +32,21 @@ KEPT = 0.02  # greedy share below which a task counts as not known before
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared: an objective with its threshold, under a name."""
+    """What is compared: an objective with its threshold, and label smoothing, under a name."""
 
     name: str
     objective: Objective
     threshold: Threshold
+    smoothing: float = 0.0
 
     @classmethod
     def parse(cls, name: str, spec: Any) -> "Entry":
-        """Read an objective as recipes have it; a mapping may also have `threshold`. Raises RecipeError."""
-        threshold = None
-        if isinstance(spec, Mapping) and "threshold" in spec:
-            threshold = spec["threshold"]
-            spec = {key: value for key, value in spec.items() if key != "threshold"}
-        return cls(name, Objective.parse(spec), Threshold.parse(threshold))
+        """Read an objective as recipes have it; a mapping may also have `threshold` and `smoothing`. Raises RecipeError."""
+        own: dict[str, Any] = {}
+        if isinstance(spec, Mapping):
+            own = {key: spec[key] for key in ("threshold", "smoothing") if key in spec}
+            spec = {key: value for key, value in spec.items() if key not in own}
+        return cls(name, Objective.parse(spec), Threshold.parse(own.get("threshold")), own.get("smoothing", 0.0))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,16 @@ class Block:
     @property
     def path(self) -> Path:
         """Where it is kept, in a folder of results; it names all that the block depends on."""
-        spec = (self.entry.objective.to_dict(), self.entry.threshold.to_dict(), self.cell, self.rates, self.seeds, self.course)
+        entry = self.entry
+        spec: tuple[Any, ...] = (
+            entry.objective.to_dict(),
+            entry.threshold.to_dict(),
+            self.cell,
+            self.rates,
+            self.seeds,
+            self.course,
+        )
+        spec += (entry.smoothing,) if entry.smoothing else ()
         return Path(f"{digest(repr((spec, self.models, design(), VERSION)))}.json")
 
     @property
@@ -76,7 +86,7 @@ class Block:
         sets = [(k, seed) for k in range(len(self.models)) for seed in self.seeds]
         rows = stacked([_rows(self.cell, self.models[k].seed, seed, self.course) for k, seed in sets])
         own = [(i, rate) for i in range(len(sets)) for rate in self.rates]
-        arms = [Arm(self.entry.objective, self.entry.threshold, rate, i) for i, rate in own]
+        arms = [Arm(self.entry.objective, self.entry.threshold, rate, i, self.entry.smoothing) for i, rate in own]
         which = torch.tensor([sets[i][0] for i, _ in own])
         measured = measure(self.cell, self.models, train(shape, weights[which], rows, arms, self.course), which)
         before = measure(self.cell, self.models, weights, torch.arange(len(self.models)))

@@ -26,6 +26,7 @@ FIELD: dict[str, Any] = {
     "eaft": "eaft",
     "infosft": "infosft",
     "power 10": {"name": "power", "alpha": 10},
+    "label smoothing 0.1": {"name": "nll", "smoothing": 0.1},
 }
 # Those that might be a default; the others of the field are known to fail where the model lacks knowledge, and are shown beside
 CANDIDATES = (

@@ -40,8 +40,13 @@ LIMITED = (
 
 
 def temperatures(entries: Iterable[Entry]) -> dict[str, str]:
-    """Return the effective temperature of each objective by name, in words."""
-    return {entry.name: str(effective_temperature(entry.objective, entry.threshold)) for entry in entries}
+    """Return the effective temperature of each objective by name, in words; label smoothing has none."""
+    return {
+        entry.name: str(effective_temperature(entry.objective, entry.threshold))
+        if not entry.smoothing
+        else f"none: p = {1 - entry.smoothing:g} T + {entry.smoothing:g} / vocabulary"
+        for entry in entries
+    }
 
 
 def comparison(results: Results, optima: Mapping[str, str], least_kept: float = 0.0) -> tuple[list[str], list[list[str]]]:

@@ -150,7 +150,8 @@ def over_models(values: dict[str, float], bounds: Bounds) -> Mean:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    listed = list(values)
+    return math.fsum(listed) / len(listed)  # exact, so that ties are ties in any order
 
 
 def _rounded(value: Any) -> Any:

@@ -23,12 +23,16 @@ class Rows(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """How one model of a stack trains; `rows`: which set of the `Rows` is its own."""
+    """How one model of a stack trains; `rows`: which set of the `Rows` is its own.
+
+    `smoothing`: share e of label smoothing. A token costs (1 - e) f(p) + e times the mean of -log p over the vocabulary.
+    """
 
     objective: Objective
     threshold: Threshold
     rate: float
     rows: int
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,12 @@ def train(shape: Shape, start: Tensor, rows: Rows, arms: Sequence[Arm], course: 
 
 @dataclass(frozen=True)
 class StackLoss:
-    """The loss of those `models`, (n,) indices into a stack, that share an objective and a threshold."""
+    """The loss of those `models`, (n,) indices into a stack, that share an objective, a threshold and label smoothing."""
 
     objective: Objective
     threshold: Threshold
     models: Tensor
+    smoothing: float = 0.0
 
     def slopes(self, found: Tensor, labels: Tensor, is_target: Tensor, progress: float, base: Tensor | None) -> Tensor:
         """Return the gradient of each model's mean cost in its logits, of the shape of `found`.
@@ -122,6 +127,8 @@ class StackLoss:
         slope.scatter_add_(1, label[:, None], -cost.weight[:, None])
         if cost.entropy_slope is not None:
             slope -= (cost.entropy_slope)[:, None] * p * (logp + entropy[:, None])
+        if self.smoothing:
+            slope = (1 - self.smoothing) * slope + self.smoothing * (p - 1 / p.shape[-1])
         slopes = torch.zeros_like(found)
         slopes[is_target] = slope
         return slopes / self._divisor(is_target, cost.kept)[:, None, None, None]
@@ -136,9 +143,7 @@ class StackLoss:
 
 def losses_of(arms: Sequence[Arm]) -> list[StackLoss]:
     """Return the losses of a stack, each with its models."""
-    keys = [repr((arm.objective.to_dict(), arm.threshold.to_dict())) for arm in arms]
+    keys = [repr((arm.objective.to_dict(), arm.threshold.to_dict(), arm.smoothing)) for arm in arms]
     firsts = {key: keys.index(key) for key in keys}
-    return [
-        StackLoss(arms[i].objective, arms[i].threshold, torch.tensor([j for j, other in enumerate(keys) if other == key]))
-        for key, i in firsts.items()
-    ]
+    shared = {key: torch.tensor([j for j, other in enumerate(keys) if other == key]) for key in firsts}
+    return [StackLoss(arms[i].objective, arms[i].threshold, shared[key], arms[i].smoothing) for key, i in firsts.items()]
