@@ -133,7 +133,8 @@ def by_cell(results: Results, metric: str) -> str:
 
 def telling() -> dict[str, Results]:
     """Return the results of candidates and references by cell of formats and of several valid answers."""
-    others, found = stored(REFERENCES), {}
+    others = stored(REFERENCES)
+    found: dict[str, Results] = {}
     for results in (stored(), stored(JUDGED)):
         both = results + others.of(results.models)
         found |= {cell: both for cell in results.cells if cell in FORMATS + SEVERAL}
