@@ -177,7 +177,7 @@ def run(line, page):
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if {*commands(page)} - {*LEFT_OUT}])
-def test_commands_work_one_after_the_other(page, given, tmp_path, monkeypatch):
+def test_commands_work_one_after_the_other(page, given, tmp_path_factory, monkeypatch):
     """Where pages begin alike, so do their folders: the same commands run once."""
     monkeypatch.setattr(sweep_verb, "starter", lambda *arguments: Here)
     for module in (html, diagnosis_page):
@@ -192,8 +192,8 @@ def test_commands_work_one_after_the_other(page, given, tmp_path, monkeypatch):
         if step in done:  # with another launcher
             continue
         if (*done, step) not in given:
-            folder = tmp_path / str(len(done))
-            shutil.copytree(given[done], folder)
+            folder = tmp_path_factory.mktemp("folder")
+            shutil.copytree(given[done], folder, dirs_exist_ok=True)
             monkeypatch.chdir(folder)
             if line in INSTEAD:
                 shutil.rmtree("out")
