@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -85,7 +85,8 @@ def test_the_last_lines_of_a_run_work(checkpoint, tmp_path, monkeypatch, capsys,
     assert (tmp_path / "out-compared/report.html").is_file()
     assert steps["Generate"] == "run the Python lines of out/README.md"
     assert answer_of("out/README.md", capsys) == answer_of("out-merged/README.md", capsys) != "\n"
-    *_, folder, option, pattern = shlex.split(steps["Push"])
+    *_, name, folder, option, pattern = shlex.split(steps["Push"])
+    assert name == f"{checkpoint.name}-power"
     assert (folder, option) == ("out", "--exclude")
     files = ["model.safetensors", "checkpoint-2/optimizer.pt"]
     assert list(filter_repo_objects(files, ignore_patterns=[pattern])) == files[:1]
@@ -107,6 +108,37 @@ def test_the_last_lines_of_a_run_work(checkpoint, tmp_path, monkeypatch, capsys,
         f"a fine-tuned version of `{checkpoint}`, an adapter merged into it, trained on"
         in Path("out-merged/README.md").read_text()
     )
+
+
+def test_the_card_of_a_resumed_run_has_the_metrics_before_training(checkpoint, data_folder, tmp_path):
+    """transformers evaluates again where it resumes, for `eval_on_start`."""
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    keys = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.02, **evaluates}
+    main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data_folder, **keys))])
+    resumes = {"resume_from_checkpoint": str(tmp_path / "out/checkpoint-2"), "output_dir": str(tmp_path / "resumed")}
+    main(["train", "--config", str(write_recipe(tmp_path, checkpoint, data_folder, **keys, **resumes))])
+    history = json.loads((tmp_path / "resumed/checkpoint-4/trainer_state.json").read_text())["log_history"]
+    nll = {
+        step: [entry["eval_nll"] for entry in history if "eval_nll" in entry and entry["step"] == step] for step in (0, 2, 4)
+    }
+    assert [len(found) for found in nll.values()] == [1, 2, 1]
+    for folder in ("out", "resumed"):
+        assert f"| `eval_nll` | {nll[0][0]:.4g} | {nll[4][0]:.4g} |" in (tmp_path / folder / "README.md").read_text()
+    assert f"{nll[0][0]:.4g}" != f"{nll[2][0]:.4g}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ({"model_name_or_path": "Qwen/Qwen2.5-1.5B"}, "Qwen2.5-1.5B-nll"),
+        ({"model_name_or_path": "models/my  model/", "objective": {"name": "my_losses:f"}}, "my-model-my_losses-f"),
+        ({"model_name_or_path": "a--b..c", "objective": "neg_p"}, "a-b-c-neg_p"),
+        ({"model_name_or_path": "x" * 100, "objective": "neg_p"}, "x" * 90 + "-neg_p"),
+    ],
+)
+def test_the_name_to_push_to_is_one_that_the_hub_takes(recipe, name, tmp_path):
+    assert shlex.split(next_steps(str(tmp_path), recipe, [])[-1])[3] == name
+    validate_repo_id(name)
 
 
 def test_a_full_fine_tune_has_nothing_to_merge(checkpoint, data_folder, tmp_path, capsys):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import torch
 import transformers
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -272,8 +271,6 @@ BAD_RECIPES = [
     ({"packing": 2}, "`packing: 2` is of the wrong type. Write true or false."),
     ({"load_best_model_at_end": True}, "load_best_model_at_end"),
 ]
-if not torch.cuda.is_available():
-    BAD_RECIPES.append(({"use_cpu": False, "bf16": True}, "On a machine without a GPU write `use_cpu: true`."))
 # An older transformers still has, and obeys, some of the keys that the newest one lacks
 BAD_RECIPES = [(changes, message) for changes, message in BAD_RECIPES if not changes.keys() & REPLACED.keys() & KEYS]
 
@@ -287,6 +284,30 @@ def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, t
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
     assert message in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"bf16": True}, ["`bf16: true` needs"]),
+        ({"bf16": None}, ["`bf16: true`, the default, needs"]),
+        ({"bf16": None, "max_steps": 0, "objective": "neg_q"}, ["`max_steps: 0`", "`bf16: true`, the", "Unknown objective"]),
+        ({"bf16": None, "max_steps": 0}, ["`max_steps: 0` trains nothing"]),
+        ({"bf16_full_eval": True}, ["`bf16_full_eval: true` needs"]),
+    ],
+    ids=str,
+)
+def test_bfloat16_without_a_gpu_is_listed_with_the_other_mistakes(changes, found, write, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(write(use_cpu=None, **changes))
+    said = str(caught.value).splitlines()[-len(found) :]
+    assert all(start in line for start, line in zip(found, said, strict=True)), said
+    if "needs" in found[0]:
+        assert str(caught.value).endswith(
+            "a GPU, and this machine has none. Write `use_cpu: true`, and `bf16: false` for float32."
+        )
+    assert Recipe.read(write(use_cpu=True, bf16=True)).training.bf16
 
 
 @pytest.mark.parametrize(

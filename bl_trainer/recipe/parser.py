@@ -44,8 +44,6 @@ class Parser(TrlParser):
             raise
         except Exception as error:  # of the libraries' checks, which are of many kinds and seldom name the key
             message = sentence(error)
-            if "bf16/gpu" in message:
-                message += " On a machine without a GPU write `use_cpu: true`."
             if not any(re.search(rf"\b{key}\b", message) for key in self.known):
                 message = f"{_suspects(config, message)}{message}"
             raise RecipeError(message) from error

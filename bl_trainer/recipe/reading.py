@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from .._util.text import from_json, listed, nearest, sentence, without_secrets
@@ -63,6 +64,7 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tri
     _read_command_line(keys, argv, own, verb)
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
+    keys.faults += _faults_of_precision(keys)
     if keys.faults or tries:
         keys.faults += _faults_of_objective(keys)
     if keys.faults:
@@ -70,6 +72,25 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tri
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
     return keys
+
+
+def _faults_of_precision(keys: Keys) -> list[str]:
+    """Return what is wrong with bfloat16 on a machine without an accelerator.
+
+    It loads torch, and so leaves out a recipe at fault for which nothing else does.
+    """
+    is_half = not keys["fp16"] if keys["bf16"] is None else keys["bf16"]  # TRL's default
+    if keys["use_cpu"] or not (is_half or keys["bf16_full_eval"]) or find_spec("torch_xla"):
+        return []
+    if keys.faults and not {"objective", "threshold"} & keys.values.keys():
+        return []
+    import torch
+
+    if torch.accelerator.is_available():
+        return []
+    key = "bf16: true" if is_half else "bf16_full_eval: true"
+    what = f"`{key}`{'' if key.partition(':')[0] in keys else ', the default,'}"
+    return [f"{what} needs a GPU, and this machine has none. Write `use_cpu: true`, and `bf16: false` for float32."]
 
 
 def _faults_of_objective(keys: Keys) -> list[str]:

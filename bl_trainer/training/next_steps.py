@@ -1,6 +1,7 @@
 """What a user can do with a trained model: the commands that a run ends with."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +25,21 @@ def next_steps(folder: str, recipe: Mapping[str, Any], argv: list[str], pushed: 
     if (Path(folder) / "adapter_config.json").is_file():
         steps["Merge"] = _command("merge", folder, "--output", f"{folder}-merged")
     if not pushed:
-        steps["Push"] = shlex.join(["hf", "upload", Path(folder).resolve().name, folder, "--exclude", CHECKPOINTS])
+        steps["Push"] = shlex.join(["hf", "upload", _hub_name(recipe), folder, "--exclude", CHECKPOINTS])
     return [f"  {what + ':':<10}{how}" for what, how in steps.items()]
 
 
 def _without_show(argv: list[str]) -> list[str]:
     """Return the train verb's command line without `--show N`, which no other verb has."""
     return [arg for i, arg in enumerate(argv) if not arg.startswith("--show=") and "--show" not in argv[max(0, i - 1) : i + 1]]
+
+
+def _hub_name(recipe: Mapping[str, Any]) -> str:
+    """Return a name that the Hub takes for the model: its base's and its objective's."""
+    objective = recipe.get("objective") or "nll"
+    name = objective if isinstance(objective, str) else objective["name"]
+    base = Path(str(recipe.get("model_name_or_path"))).resolve().name
+    return re.sub(r"[^A-Za-z0-9_.]+|\.{2,}", "-", f"{base}-{name}")[-96:].strip("-.")
 
 
 def _command(*words: str) -> str:
