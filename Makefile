@@ -135,6 +135,7 @@ compatibility: $(VENV)/tests
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
 	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
+	$(BIN)/python benchmarks/scores.py --output benchmarks
 	$(BIN)/python benchmarks/composition.py --output benchmarks
 
 bench-head: $(VENV)/weights
