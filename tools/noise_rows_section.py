@@ -7,6 +7,7 @@ from typing import Any
 from bl_trainer._util.intervals import t_quantile
 
 VALIDATION = 1  # the seed that chooses learning rates
+SEEDS = 5  # others, of a complete set
 CONTROL, RANDOM = "all rows, nll", "random rows dropped"
 ARMS = {
     CONTROL: "the control",
@@ -41,7 +42,7 @@ comparisons.
 
 {results}
 """
-MISSING = "There are no results yet."
+MISSING = "Not run yet, or not to the end: {sets}. The same command continues."
 
 
 def section(cells: dict[str, Any]) -> str:
@@ -53,8 +54,10 @@ def section(cells: dict[str, Any]) -> str:
         if rest and int(seed) != VALIDATION:
             runs.setdefault((name, rest[0]), {})[int(seed)] = cell
             rates[name, rest[0]] = rest[1]
-    names = [name for name in SETS if (name, CONTROL) in runs]
-    parts = [_accuracies(cells, runs, names), _rates(rates, names), _verdicts(runs, names)] if names else [MISSING]
+    names = [name for name in SETS if all(len(runs.get((name, arm), {})) == SEEDS for arm in ARMS)]
+    parts = [_accuracies(cells, runs, names), _rates(rates, names), _verdicts(runs, names)] if names else []
+    left = [each for name, each in SETS.items() if name not in names]
+    parts += [MISSING.format(sets=", ".join(left))] if left else []
     arms = "\n".join(f"| {arm} | {what} |" for arm, what in ARMS.items())
     return SECTION.format(arms=arms, control=CONTROL, random=RANDOM, results="\n\n".join(parts))
 

@@ -1,7 +1,9 @@
 """The study of what a noise score is good for: what its arms train on, that they share their order, and that it resumes."""
 
 import json
+from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import noise_rows
 import noise_rows_help
 from bl_trainer.objectives import Objective
 from noise_rows import Reader, Row, Words, encoded, rows_of
-from noise_rows_help import ARMS, COMPARED, Set, batches, held_out, judged, loss_of
+from noise_rows_help import ARMS, COMPARED, RATES, SEEDS, VALIDATION, Set, batches, held_out, judged, loss_of
 
 NAME = "records 30 %"
 
@@ -107,3 +109,12 @@ def test_a_run_resumes(reader, monkeypatch, tmp_path, capsys):
     noise_rows_help.run(path, tmp_path, [NAME])
     assert path.read_text() == text
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_stored_results_are_of_these_arms():
+    """Each data set that has been judged has every run of every arm."""
+    path = Path(__file__).parents[2] / "docs" / "results" / "noise_rows_help.json"
+    runs = [key.split(" | ") for key in json.loads(path.read_text()) if key.count(" | ") == 3]
+    wanted = {(seed, arm): len(RATES) if seed == VALIDATION else 1 for seed in (VALIDATION, *SEEDS) for arm in ARMS}
+    for name in {name for name, seed, *_ in runs if int(seed) == SEEDS[-1]}:
+        assert Counter((int(seed), arm) for its, seed, arm, _ in runs if its == name) == wanted
