@@ -8,7 +8,7 @@ from bl_trainer._util.intervals import t_quantile
 
 VALIDATION = 1  # the seed that chooses learning rates
 SEEDS = 5  # others, of a complete set
-CONTROL, RANDOM = "all rows, nll", "random rows dropped"
+CONTROL, RANDOM, BOUND = "all rows, nll", "random rows dropped", "wrong rows dropped"
 ARMS = {
     CONTROL: "the control",
     "flagged dropped": "the 30 % of rows with the highest scores do not train, as by `drop_rows`",
@@ -16,7 +16,7 @@ ARMS = {
     "weight exp(-score)": "every row has this `objective_weight`; there is no cut",
     "all rows, neg_p": "no score is needed",
     "all rows, anneal": "no score is needed",
-    "wrong rows dropped": "exactly the wrong rows do not train: the most that a score could do",
+    BOUND: "exactly the wrong rows do not train: the most that a score could do",
     RANDOM: "as many rows as are flagged, drawn at random, do not train: the price of fewer rows",
 }
 ACTING = tuple(ARMS)[1:4]  # on the score
@@ -43,6 +43,7 @@ comparisons.
 {results}
 """
 MISSING = "Not run yet, or not to the end: {sets}. The same command continues."
+UNDECIDED = f" Not even `{BOUND}` is shown to help, so five seeds are too few to decide on this set."
 
 
 def section(cells: dict[str, Any]) -> str:
@@ -99,8 +100,8 @@ def _verdicts(runs: dict[Any, Any], names: list[str]) -> str:
             harms += [f"`{arm}`"] if change < -half else []
             above, its = difference(runs, name, arm, RANDOM) if arm in ACTING else (0.0, 0.0)
             acts += [arm] if change > half and above > its else []
-        said = f"**The score {'helps' if acts else 'does not help'}.** Helps: {_listed(helps)}. Harms: {_listed(harms)}."
-        lines.append(f"- **{SETS[name]}**: {said}")
+        said = f"**The score {'helps' if acts else 'is not shown to help'}.** Helps: {_listed(helps)}. Harms: {_listed(harms)}."
+        lines.append(f"- **{SETS[name]}**: {said}{'' if f'`{BOUND}`' in helps else UNDECIDED}")
     return "By the rule:\n\n" + "\n".join(lines)
 
 
