@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def measure(options: argparse.Namespace) -> Figures:
         runs: dict[str, Any] = {ARMS[0]: forward}
         runs |= {arm: lambda arm=arm: scorers[arm].run() for arm in diagnoses}
         runs[ARMS[3]] = lambda: fingerprint(diagnoses[ARMS[1]].trainer, [])
-        return interleave(runs, options.rounds, options.device, prepare)
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        return interleave(runs, options.rounds, options.device, prepare, clock=clock)
 
 
 def _diagnosis(folder: Path, flags: list[str], options: argparse.Namespace) -> Diagnosis:
@@ -85,10 +87,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu_time", action="store_true", help="time one thread's work, as a busy machine's clock says little")
     add_options(parser, "scores")
     options = parser.parse_args()
     set_up(options)
-    report("scores", {f"{options.rows} rows": measure(options)}, ARMS[0], "forward", 2, options)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    what = f"{options.rows} rows{', CPU time' if options.cpu_time else ''}"
+    report("scores", {what: measure(options)}, ARMS[0], "forward", 2, options)
 
 
 if __name__ == "__main__":
