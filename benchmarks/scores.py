@@ -52,7 +52,9 @@ def measure(options: argparse.Namespace) -> Figures:
 
         def prepare(arm: str) -> None:
             if arm in diagnoses:
-                empty = replace(diagnoses[arm].folder, path=Path(tempfile.mkdtemp(dir=folder)))
+                scores = diagnoses[arm].folder
+                assert scores is not None
+                empty = replace(scores, path=Path(tempfile.mkdtemp(dir=folder)))
                 scorers[arm] = RowScorer(diagnoses[arm].trainer, empty)
 
         runs: dict[str, Any] = {ARMS[0]: forward}
