@@ -15,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study noise-rows test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -76,6 +76,12 @@ pretrained-study: $(VENV)/weights $(VENV)/tests
 	$(BIN)/python scripts/quickstart.py prepare
 	OMP_NUM_THREADS=1 $(BIN)/python studies/pretrained_study.py --jobs $(CORES) $(if $(GSM8K),--gsm8k $(GSM8K))
 
+# Which score finds wrong rows, and whether it helps to drop them, in docs/results: three quarters of an hour on one core
+noise-rows: $(VENV)/tests
+	OMP_NUM_THREADS=1 $(BIN)/python studies/noise_rows.py
+	OMP_NUM_THREADS=1 $(BIN)/python studies/noise_rows_help.py
+	$(BIN)/python tools/noise_rows_page.py
+
 test: lint test-pinned test-lowest
 
 test-pinned: $(VENV)/tests
@@ -129,6 +135,7 @@ compatibility: $(VENV)/tests
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/step.py --output benchmarks
 	$(BIN)/python benchmarks/diagnosis.py --output benchmarks
+	$(BIN)/python benchmarks/scores.py --output benchmarks
 	$(BIN)/python benchmarks/composition.py --output benchmarks
 
 bench-head: $(VENV)/weights

@@ -56,11 +56,12 @@ def interleave(
     device: str,
     prepare: Callable[[str], Any] = lambda arm: None,
     slow: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Figures:
     """Run all arms round by round, in rotating order; the first round warms up.
 
     `prepare(arm)` comes before each run, outside of its time. An arm that takes more than `slow` times as long as the first
-    gets one round.
+    gets one round. `clock`: that which times a run, in seconds.
     """
     names = list(runs)
     figures: Figures = {name: {"seconds": [], "megabytes": []} for name in names}
@@ -74,11 +75,11 @@ def interleave(
             gc.collect()
             peak_memory(device, reset=True)
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
             synchronize(device)
             if round_:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
                 megabytes.append(peak_memory(device))
     return figures
 

@@ -1,14 +1,15 @@
 """Time and peak memory of `diagnose --scores` on a data set, against bare forward passes over the same batches.
 
 `python benchmarks/scores.py --help`. Interleaved in one process on a randomly initialised model. Scoring is the verb's own,
-with all that it does besides: hashing rows and weights, and writing the files. Reported are medians, and medians of each
-round's ratios to the bare forward passes.
+with all that it does besides for each row: reading, hashing, and writing the files. The hash of the model's weights, which a
+run takes once, is an arm of its own. Reported are medians, and medians of each round's ratios to the bare forward passes.
 """
 
 import argparse
 import json
 import random
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.row_scores import RowScorer
 from bl_trainer.diagnosis.run import Diagnosis
+from bl_trainer.measurement.fingerprint import fingerprint
 from bl_trainer.recipe.recipe import Recipe
 from common import Figures, add_options, interleave, report, set_up
 from step import SHAPES, make_model, make_tokenizer
 
-ARMS = ("forward passes", "--scores", "--scores --tokens")
+ARMS = ("forward passes", "--scores", "--scores --tokens", "hash of the weights, once a run")
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -35,7 +37,7 @@ def measure(options: argparse.Namespace) -> Figures:
         plain.save_pretrained(folder / "model")
         make_tokenizer().save_pretrained(folder / "model")
         (folder / "data.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
-        diagnoses = {arm: _diagnosis(folder, arm.split()[1:], options) for arm in ARMS[1:]}
+        diagnoses = {arm: _diagnosis(folder, arm.split()[1:], options) for arm in ARMS[1:3]}
         batches = [
             {"input_ids": torch.tensor(rows[start : start + options.batch], device=options.device)}
             for start in range(0, len(rows), options.batch)
@@ -46,15 +48,20 @@ def measure(options: argparse.Namespace) -> Figures:
                 with torch.no_grad():
                     plain(**batch, attention_mask=torch.ones_like(batch["input_ids"]), use_cache=False)
 
-        def scores(diagnosis: Diagnosis, number: Any) -> None:
-            assert diagnosis.folder is not None
-            RowScorer(diagnosis.trainer, replace(diagnosis.folder, path=folder / f"scores-{next(number)}")).run()
+        scorers: dict[str, RowScorer] = {}
 
-        numbers = iter(range(10**6))
+        def prepare(arm: str) -> None:
+            if arm in diagnoses:
+                scores = diagnoses[arm].folder
+                assert scores is not None
+                empty = replace(scores, path=Path(tempfile.mkdtemp(dir=folder)))
+                scorers[arm] = RowScorer(diagnoses[arm].trainer, empty)
+
         runs: dict[str, Any] = {ARMS[0]: forward}
-        for arm, diagnosis in diagnoses.items():
-            runs[arm] = lambda diagnosis=diagnosis: scores(diagnosis, numbers)
-        return interleave(runs, options.rounds, options.device)
+        runs |= {arm: lambda arm=arm: scorers[arm].run() for arm in diagnoses}
+        runs[ARMS[3]] = lambda: fingerprint(diagnoses[ARMS[1]].trainer, [])
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        return interleave(runs, options.rounds, options.device, prepare, clock=clock)
 
 
 def _diagnosis(folder: Path, flags: list[str], options: argparse.Namespace) -> Diagnosis:
@@ -81,11 +88,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu_time", action="store_true", help="time one thread's work, as a busy machine's clock says little")
     add_options(parser, "scores")
     options = parser.parse_args()
     set_up(options)
-    report("scores", {f"{options.rows} rows": measure(options)}, ARMS[0], "forward", 2, options)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    what = f"{options.rows} rows{', CPU time' if options.cpu_time else ''}"
+    report("scores", {what: measure(options)}, ARMS[0], "forward", 2, options)
 
 
 if __name__ == "__main__":

@@ -265,10 +265,10 @@ def tiny(folder: Path, name: str) -> Reader:
     return reader
 
 
-def pretrained(path: str) -> Reader:
-    """Return a model of a folder or the Hub."""
+def pretrained(path: str, dtype: str) -> Reader:
+    """Return a model of a folder or the Hub. Adapters are in float32 beside any `dtype`."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager")
     return Reader(model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
 
 
@@ -296,7 +296,8 @@ def logits(reader: Reader, batch: list[Example], model: Any = None) -> list[Tens
     hidden = (model or reader.model).get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     head = (model or reader.model).get_output_embeddings()
     rows = [hidden[i, each.start - 1 : len(each.ids) - 1] for i, each in enumerate(batch)]
-    return list(head(torch.cat(rows)).float().log_softmax(-1).split([len(row) for row in rows]))
+    found = torch.nn.functional.linear(torch.cat(rows).float(), head.weight.float(), head.bias)
+    return list(found.log_softmax(-1).split([len(row) for row in rows]))
 
 
 def log_probs(reader: Reader, batch: list[Example]) -> list[Tensor]:
@@ -513,7 +514,8 @@ def cell(reader: Reader, name: str, seed: int, count: int, rate: float) -> dict[
     found = scored(reader, rows, seed, rate)
     values = {each: judged(score(found, seed), rows) for each, score in SCORES.items()}
     means = {part: float(np.exp(np.concatenate(getattr(found, part).logp)).mean()) for part in ("base", "unseen")}
-    return {"wrong": sum(row.kind == "wrong" for row in rows) / count, "mean_p": means, "scores": values}
+    wrong = sum(row.kind == "wrong" for row in rows) / count
+    return {"rows": count, "dtype": str(reader.model.dtype)[6:], "wrong": wrong, "mean_p": means, "scores": values}
 
 
 def rounded(value: Any) -> Any:
@@ -534,6 +536,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/results/noise_rows.json"))
     parser.add_argument("--models", nargs="*", default=list(TINY), help="those of the study, or folders and Hub names")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of models other than the study's")
     parser.add_argument("--folder", type=Path, default=Path("noise_rows"), help="where the tiny models are kept")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -549,7 +552,7 @@ def main() -> None:
         if key in results:
             continue
         if model not in readers:
-            readers[model] = tiny(options.folder, name) if name in TINY else pretrained(model)
+            readers[model] = tiny(options.folder, name) if name in TINY else pretrained(model, options.dtype)
         results[key] = found = cell(readers[model], each, seed, options.rows, RATE if name in TINY else OTHER_RATE)
         write(options.output, results)
         best = max(found["scores"], key=lambda score: found["scores"][score]["auroc"])

@@ -4,14 +4,21 @@ import html
 import json
 import re
 import shlex
+import shutil
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bl_trainer.cli import main
 from bl_trainer.diagnosis import rows_page, score_files
-from bl_trainer.diagnosis.rows_page import CUTS, cuts_of
+from bl_trainer.diagnosis.rows_page import CUTS, ScoredRows, cuts_of
+from bl_trainer.diagnosis.rows_page import rows_page as page_of
+from bl_trainer.diagnosis.score_files import Shard
 from conftest import write_recipe
 from test_diagnosis import rows_of, save
 
@@ -116,3 +123,52 @@ def test_a_report_links_to_it(home, checkpoint):
     main(argv)
     assert "rows.html" not in (home / "report" / "report.html").read_text()
     assert not (home / "report" / "rows.html").exists()  # of an earlier report
+
+
+# Moves the slider to its end, shows the rows around the cut and 50 more, and tells what there is then
+READER = """
+slider.value = 500
+slider.dispatchEvent(new Event("input"))
+where.children[1].click()
+more.click()
+const dropped = [...box.children].filter(each => each.classList.contains("dropped")).length
+const shown = [data.rows.length, box.children.length, box.firstChild.place, dropped, more.hidden]
+document.title = JSON.stringify([...shown, share.textContent])
+"""
+
+
+def large(folder, tokenizer, size):
+    """Write files of scores of random rows, and return them as the page reads them."""
+    rng, shards = np.random.default_rng(0), [Shard(start, min(start + 4096, size)) for start in range(0, size, 4096)]
+    for shard in shards:
+        rows = []
+        for number in shard.rows:
+            ids, logp, fitted = rng.integers(3, len(tokenizer), 12), *np.log(rng.uniform(0.01, 1, (2, 8)))
+            row = {
+                "row": number,
+                "row_hash": f"{number:016x}",
+                "targets": 8,
+                "input_ids": ids,
+                "labels": [*[-100] * 4, *ids[4:]],
+            }
+            means = {"mean_p": np.exp(logp).mean(), "mean_logp": logp.mean(), "fitted_mean_logp": fitted.mean()}
+            rows.append({**row, **means, "noise_score": -logp.min(), "logp": logp, "fitted_logp": fitted})
+        pq.write_table(pa.Table.from_pylist(rows), folder / shard.name)
+    return ScoredRows(SimpleNamespace(path=folder, shards=lambda: shards), tokenizer)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's package chromium is not installed")
+def test_ten_thousand_rows_in_a_browser(tokenizer, tmp_path):
+    scored = large(tmp_path, tokenizer, 10_050)
+    table = pa.concat_tables(pq.read_table(tmp_path / shard.name) for shard in scored.folder.shards())
+    page = tmp_path / "page.html"
+    page.write_text(f"{page_of(scored, table, tmp_path / 'rows.parquet', 'Large')}<script>{READER}</script>")
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    *found, said = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    assert found == [10_000, 100, 5015, 10, False]
+    assert "drops 5,025 of 10,050 (50.0 %) rows, 40,200 of 80,400 (50.0 %) target tokens." in said

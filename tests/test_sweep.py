@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -46,6 +48,7 @@ from bl_trainer.sweep.plan import Plan
 from bl_trainer.sweep.rulers import RULERS, measured_by, ruler_named, rulers_in, study_direction, study_value, with_best
 from bl_trainer.sweep.study import FORGETTING, ArmError, Study
 from bl_trainer.sweep.verb import device_shares, failures
+from bl_trainer.tokens.row_hash import row_hash
 from conftest import make_double, write_recipe
 from forking import Forked, launching
 from test_statistics import quadratic_form
@@ -1230,6 +1233,27 @@ def test_dry_run_shows_arms_and_cost(make, tmp_path, capsys):
     assert total == pytest.approx(12 * each, abs=12)
     assert "5 steps of 4 rows" in said
     assert not (tmp_path / "out-sweep").exists()
+
+
+def test_dropped_rows_cost_nothing(make, data_folder, tmp_path, capsys):
+    """`drop_rows` leaves half of the rows to the runs that have it; scores of other data stop the sweep."""
+    rows = [json.loads(line) for line in (data_folder / "train.jsonl").read_text().splitlines()]
+    scores = {"row": [*range(len(rows))], "row_hash": [*map(row_hash, rows)], "score": [i % 2 for i in range(len(rows))]}
+    pq.write_table(pa.table(scores), tmp_path / "scores.parquet")
+    rule = f"{tmp_path / 'scores.parquet'} score > 0"
+    make({**GRID, "arms": [{"objective": "nll"}, {"objective": "nll", "drop_rows": rule}]})
+    argv = ["sweep", "--config", str(tmp_path / "recipe.yaml"), "--sweep", str(tmp_path / "sweep.yaml"), "--dry_run", "true"]
+    main(argv)
+    said = capsys.readouterr().out
+    pattern = r"about ([\d,]+) tokens \(\d epoch\(s\) of (\d+) rows"
+    (every, of_all), (some, of_kept) = ((int(n.replace(",", "")), int(rows)) for n, rows in re.findall(pattern, said))
+    assert (of_all, of_kept) == (len(rows), len(rows) / 2)
+    lengths = [len(row["prompt"] + row["completion"]) for row in rows]  # a token a character
+    assert some / every == pytest.approx(sum(lengths[::2]) / sum(lengths), rel=0.02)
+    pq.write_table(pa.table({**scores, "row_hash": scores["row_hash"][::-1]}), tmp_path / "scores.parquet")
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "row 0 of the training set is another one in the scores" in capsys.readouterr().err
 
 
 def test_an_arm_s_data_are_looked_at_with_its_own_rate(make, tmp_path, capsys):

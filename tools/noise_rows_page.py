@@ -1,7 +1,8 @@
-"""Write docs/results/noise-rows.md from noise_rows.json beside it: `python tools/noise_rows_page.py [docs/results]`."""
+"""Write docs/results/noise-rows.md from the two files beside it: `python tools/noise_rows_page.py [docs/results]`."""
 
 import json
 import math
+import runpy
 import statistics
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from bl_trainer._util.intervals import t_quantile
 
-MEASURED = Path(__file__).parents[1] / "docs" / "results" / "noise_rows.json"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+SECTION: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("noise_rows_section.py")))
+FILES = ("noise_rows.json", "noise_rows_help.json")
 CHOSEN = "lesser gap, worst token"
 MODELS = {"tiny-half": "half knows these tasks", "tiny-strong": "nearly knows these tasks"}
 SETS = {
@@ -75,6 +78,7 @@ The share of hard rows that are among the k highest scores. A good score flags f
 
 {hard}
 
+{helps}
 ## Reading
 
 - **Where the model knows the task, its own loss is enough.** On the new rule the base model is at chance, and cross-fitting
@@ -103,12 +107,12 @@ The share of hard rows that are among the k highest scores. A good score flags f
 
 def main(folder: str) -> None:
     """Write the page into `folder`."""
-    cells = json.loads(MEASURED.read_text(encoding="utf-8"))
-    (Path(folder) / "noise-rows.md").write_text(page(cells), encoding="utf-8")
+    cells, helps = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in FILES)
+    (Path(folder) / "noise-rows.md").write_text(page(cells, SECTION["section"](helps)), encoding="utf-8")
 
 
-def page(cells: dict[str, Any]) -> str:
-    """Return the page. `cells`: the study's, by `model | set | seed`."""
+def page(cells: dict[str, Any], helps: str) -> str:
+    """Return the page. `cells`: the study's, by `model | set | seed`. `helps`: the section on whether the score helps."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key, cell in cells.items():
         model, name, _ = key.split(" | ")
@@ -127,6 +131,7 @@ def page(cells: dict[str, Any]) -> str:
         auroc=tables(found, scores, "auroc"),
         precision=tables(found, scores, "precision"),
         hard=hard(found, scores),
+        helps=helps,
         sums=f"{math.ceil(100 * max(sums)) / 100:.2f}",
     )
 

@@ -25,7 +25,7 @@ from ..tokens.names import EXAMPLES, REFERENCE, WEIGHT
 from ..tokens.spans import weighing_of
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.config import BLConfig
-from ..training.kept_rows import KeptRows
+from ..training.kept_rows import without_dropped
 from .cross_fit import CrossFit, halves_of
 from .diagnoser import Diagnoser, deal
 from .learnability import Probe, halves, probe_adapter
@@ -56,8 +56,7 @@ class Diagnosis:
         with names_as_given(self.options.model is not None):
             dataset, _ = recipe.load_datasets()
         self.all_rows = dataset  # those that `--scores` numbers
-        if recipe.training.drop_rows is not None:
-            dataset = KeptRows.of(recipe.training.drop_rows, dataset, recipe.training.dataset_text_field).select(dataset)
+        dataset = without_dropped(dataset, recipe.training)
         self.num_rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.is_weighed = WEIGHT in columns_of(dataset) or weighing_of(dataset).multiplies
         self._check(next(iter(dataset)))

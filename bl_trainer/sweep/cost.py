@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from ..diagnosis.presets import FINALISTS, SEEDS
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
+from ..training.kept_rows import without_dropped
 from .checks import check_arm
 from .design import Design, Setting, describe
 from .outcome import Result
@@ -21,10 +22,10 @@ COSTLESS = {"objective", "threshold", "learning_rate", "seed"}  # keys that an a
 
 
 def check_data(design: Design) -> None:
-    """Load all arms' data as they will. Raises RecipeError if data can't be had, or lack what an objective needs."""
+    """Load all arms' data as they will. Raises RecipeError if data or scores can't be had, or lack what an arm needs."""
     for point in {_text(design, point, COSTLESS - {"objective"}): point for point in design.points()}.values():
         try:
-            check_arm(design.recipe_at(point)).load_datasets()
+            _training_rows(check_arm(design.recipe_at(point)))
         except RecipeError as error:
             raise RecipeError(f"In the run {describe(point)}: {error}") from error
 
@@ -126,7 +127,7 @@ def _text(design: Design, point: Setting, without: set[str]) -> str:
 
 def _tokens(recipe: Recipe) -> tuple[int | None, str]:
     """Return about how many tokens, prompts among them, a run passes over, from `COST_ROWS` rows; and how that was reckoned."""
-    dataset, _ = recipe.load_datasets()
+    dataset = _training_rows(recipe)
     if not isinstance(dataset, Dataset):
         return None, ""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.model_name_or_path)
@@ -141,6 +142,12 @@ def _tokens(recipe: Recipe) -> tuple[int | None, str]:
     else:
         how = f"{training.num_train_epochs:g} epoch(s) of {len(dataset)} rows"
     return int(rows * length), f"{how}, of {length:.0f} tokens on average"
+
+
+def _training_rows(recipe: Recipe) -> Any:
+    """Return the training set that a run has."""
+    dataset, _ = recipe.load_datasets()
+    return without_dropped(dataset, recipe.training)
 
 
 def _length(tokenizer: Any, row: dict[str, Any], text_field: str) -> int:

@@ -62,6 +62,13 @@ class KeptRows:
         return kept if ROW in kept.column_names else kept.add_column(ROW, self.numbers)
 
 
+def without_dropped(dataset: Any, args: Any) -> Any:
+    """Return a training set without the rows that `args.drop_rows` drops. Raises RecipeError as `KeptRows.of`."""
+    if args.drop_rows is None:
+        return dataset
+    return KeptRows.of(args.drop_rows, dataset, args.dataset_text_field).select(dataset)
+
+
 def _cannot(cut: RowCut) -> str:
     return f"Cannot drop rows by `drop_rows: {cut}`"
 
