@@ -180,8 +180,8 @@ def diagnose(argv: list[str]) -> None:
         diagnosis.score()
         report = diagnosis.run() if recipe.options.report else None
         if report is not None and diagnosis.trainer.is_world_process_zero():
-            write_report(report, recipe.options.report, diagnosis.scored())
-            print(terminal_summary(report, recipe.options.report))
+            write_report(report, recipe.options.report, diagnosis.scored(), recipe.options.draw)
+            print(terminal_summary(report, recipe.options.report, recipe.options.draw))
     except Exception as error:  # of one process alone, perhaps: its rows are read and its batches measured as it goes
         fail(error, recipe, anywhere=True)
     end(diagnosis.trainer)
@@ -192,6 +192,8 @@ def sweep(argv: list[str]) -> None:
 
     A mistake ends in one sentence on stderr and exit code 2, before any arm runs.
     """
+    argv = _with_launch(argv)
+    refuse_wrong_keys(argv, "sweep", "SweepArguments")
     try:
         from .sweep.verb import sweep as run
     except ImportError as error:
@@ -203,6 +205,14 @@ def sweep(argv: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fail(error)
+
+
+def _with_launch(argv: list[str]) -> list[str]:
+    """Return `argv` with `--launch` and what follows it in one, since that begins with dashes as an option of its own does."""
+    if "--launch" not in argv[:-1]:
+        return argv
+    index = argv.index("--launch")
+    return [*argv[:index], f"--launch={argv[index + 1]}", *argv[index + 2 :]]
 
 
 def evaluate(argv: list[str]) -> None:

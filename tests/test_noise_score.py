@@ -195,6 +195,7 @@ def test_divergence_is_told(double_checkpoint, tmp_path, monkeypatch):
 
 
 OPTIONS = {
+    "undrawn": (["--scores", "s", "--draw", "false"], "`--draw` does nothing without `--report`."),
     "alone": (["--report", "r", "--noise_steps", "3"], "`--noise_steps` does nothing without `--scores`."),
     "negative": (["--scores", "s", "--noise_steps", "-1"], "`--noise_steps -1` must not be negative; 0 leaves the noise score"),
     "probe": (["--scores", "s", "--noise_steps", "3", "--report", "r", "--probe_steps", "3"], "both train the adapter. Run"),

@@ -334,6 +334,17 @@ def test_readers_take_every_report():
     assert "<h2>Knowledge or noise" not in page(made(), Path("out"))
 
 
+def test_a_report_without_drawings_has_no_page_left_of_an_earlier_one(tmp_path):
+    write_report(full(), str(tmp_path / "drawn"))
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "drawn").iterdir() if path.suffix not in ("", ".html")}
+    write_report(full(), str(tmp_path / "drawn"), draw=False)
+    write_report(full(), str(tmp_path / "new"), draw=False)
+    assert {path.name for path in (tmp_path / "drawn").rglob("*")} == {*kept, "figures"}
+    assert {path.name for path in (tmp_path / "new").rglob("*")} == {*kept}
+    assert {name: (tmp_path / "drawn" / name).read_bytes() for name in kept} == kept
+    assert f"Report: {tmp_path / 'report.json'} " in terminal_summary(full(), str(tmp_path), drawn=False)
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
     write_report(full(), str(tmp_path))
     names = ("report.json", "report.html", "examples.json", "sweep.yaml")

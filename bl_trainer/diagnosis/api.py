@@ -48,7 +48,7 @@ def diagnose(
             diagnosis.score()
             found, writes, scored = diagnosis.run(), diagnosis.trainer.is_world_process_zero(), diagnosis.scored()
         if report is not None and writes:
-            write_report(found, folder, scored)
+            write_report(found, folder, scored, options.get("draw") is not False)
     return found
 
 

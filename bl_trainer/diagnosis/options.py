@@ -72,11 +72,14 @@ class DiagnoseArguments:
             "rows are probably wrong. 80 is a good number."
         },
     )
+    draw: bool = field(default=True, metadata={"help": "Write report.html and its figures; a sweep's runs leave them out."})
 
     def check(self) -> None:
         """Raise RecipeError on a wrong value or a folder that can't be written to."""
         if not self.report and not self.scores:
             raise RecipeError("`--report` is missing: the folder for the report. Write `--report out/diagnosis`.")
+        if not self.draw and not self.report:
+            raise RecipeError("`--draw` does nothing without `--report`. Remove it.")
         if self.max_tokens < 0:
             raise RecipeError(f"`--max_tokens {self.max_tokens}` must not be negative; 0 measures the whole data set.")
         for rank in self.percentiles:

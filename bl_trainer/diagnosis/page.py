@@ -38,30 +38,32 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def write_report(report: Report, folder: str | None, scored: ScoredRows | None = None) -> None:
-    """Write report.json, examples.json, report.html, sweep.yaml, figures/*.png and, of a comparison, its rows into `folder`.
+def write_report(report: Report, folder: str | None, scored: ScoredRows | None = None, draw: bool = True) -> None:
+    """Write report.json, examples.json, sweep.yaml and, of a comparison, its rows into `folder`.
 
-    With `scored` rows.html and rows.parquet besides. Each file is written in one go.
+    With `draw` report.html and figures/*.png besides, with `scored` rows.html and rows.parquet. Each file is written in one go.
     """
     target = Path(folder or ".")
-    (target / "figures").mkdir(parents=True, exist_ok=True)
+    (target / "figures" if draw else target).mkdir(parents=True, exist_ok=True)
     for path in (
         *(f"figures/{name}.png" for name in ALT_TEXTS),
+        *(() if draw else ("report.html",)),
         "compare.csv",
         "probe.csv",
         "rows.html",
         "rows.parquet",
     ):  # of an earlier report
         (target / path).unlink(missing_ok=True)
-    for name, draw in figures(report).items():
-        write_bytes(target / "figures" / f"{name}.png", render(partial(draw, report), figure_size(name), "light", "png"))
+    for name, drawing in figures(report).items() if draw else ():
+        write_bytes(target / "figures" / f"{name}.png", render(partial(drawing, report), figure_size(name), "light", "png"))
     texts = {
         **{f"{name}.csv": _rows_csv(rows) for name, rows in report.rows.items()},
         "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n",
         "examples.json": to_json(report.reader) + "\n",
         "sweep.yaml": sweep_yaml(report),
-        "report.html": page(report, target, has_rows=scored is not None),
     }
+    if draw:
+        texts["report.html"] = page(report, target, has_rows=scored is not None)
     for name, text in texts.items():
         write_text(target / name, text)
     if scored is not None:

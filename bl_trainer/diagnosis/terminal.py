@@ -18,15 +18,15 @@ from .wording import (
 )
 
 
-def terminal_summary(report: Report, folder: str | None) -> str:
-    """Return the report in at most 25 lines."""
+def terminal_summary(report: Report, folder: str | None, drawn: bool = True) -> str:
+    """Return the report in at most 25 lines; `drawn`: whether there is a page of it."""
     advice, target = report.recommendation, Path(folder or ".")
     lines = [*_measured(report), f"Placement: {placement_text(report.placement)}", *_groups(report), *_compared(report)]
     lines += [f"  {clipped(reason, 400)}" for reason in advice.reasons[: 3 if report.learnability else 2]]
     lines += [f"  ! {clipped(warning)}" for warning in advice.warnings[:6]]
     lines.append(f"Advice: {advice.headline}")
     lines.append("Sweep: " + "; ".join(arm_name(arm) for arm in advice.arms) + f" ({sweep_cost(report)})")
-    lines.append(f"Report: {target / 'report.html'}   sweep file: {target / 'sweep.yaml'}")
+    lines.append(f"Report: {target / ('report.html' if drawn else 'report.json')}   sweep file: {target / 'sweep.yaml'}")
     return "\n".join(lines[:25])
 
 

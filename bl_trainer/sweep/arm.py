@@ -105,7 +105,8 @@ class Arm:
         write_yaml(self.folder / "held_out.yaml", self._held_out())
         self._step("train", self._launched("train", "--config", str(self.folder / "recipe.yaml")), trial)
         probe = ["--probe", self.plan.probe] if self.plan.probe else []
-        measured = ["--report", str(self.folder / "held_out"), "--overwrite", "--max_tokens", "0", "--compare", str(self.model)]
+        measured = ["--report", str(self.folder / "held_out"), "--overwrite", "--max_tokens", "0"]
+        measured += ["--draw", "false", "--compare", str(self.model)]
         config = ["--config", str(self.folder / "held_out.yaml")]
         self._step("measure", [sys.executable, "-m", "bl_trainer", "diagnose", *config, *measured, *probe])
         if self.plan.evaluate:

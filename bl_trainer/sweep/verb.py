@@ -54,7 +54,7 @@ class SweepArguments:
 
 def sweep(argv: list[str]) -> None:
     """Run the sweep that `argv` names: `--config recipe.yaml --sweep sweep.yaml`. Raises RecipeError."""
-    recipe = Recipe.read(_with_launch(argv), "sweep", SweepArguments)
+    recipe = Recipe.read(argv, "sweep", SweepArguments)
     options: SweepArguments = recipe.options
     _check(options, recipe)
     folder = _folder(options, recipe)
@@ -137,14 +137,6 @@ def _run(study: Study, options: SweepArguments, runner: Runner) -> None:
             study.run(run_arm, options.jobs, options.retry_failed)
         finally:
             runner.close()
-
-
-def _with_launch(argv: list[str]) -> list[str]:
-    """Return `argv` with `--launch` and what follows it in one, since that begins with dashes as an option of its own does."""
-    if "--launch" not in argv[:-1]:
-        return argv
-    index = argv.index("--launch")
-    return [*argv[:index], f"--launch={argv[index + 1]}", *argv[index + 2 :]]
 
 
 def failures(study: Study) -> Failed:
