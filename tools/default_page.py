@@ -37,7 +37,7 @@ FORMATS, SEVERAL = ("prefix", "suffix", "wrapped"), ("two-even", "three-even")
 ADVICE = """## What it means
 
 **The judge does not confirm the choice.** By its cells alone the rule would pick another candidate, whichever model is
-left out. Yet by greedy answers over all nine cells no candidate that was judged differs from `nll` beyond chance. Single cells
+left out. Yet over all nine cells, by greedy answers, {apart}. Single cells
 decide: `nll` fails on `three-even`, where it learns no form well in 80 steps, and `anneal` on `new-rule`. The intervals of a
 worst cell are wide. So no objective needs no choice.
 
@@ -149,6 +149,21 @@ def in_format(results: Results, name: str, cell: str) -> Mean:
     return over_models({row["model"]: row["test"]["format"] for row in shares[best]}, (0.0, 1.0))
 
 
+def apart(results: Results) -> str:
+    """Return which objectives differ from the control in greedy answers by more than their interval."""
+    others = [name for name in results.objectives if name != CONTROL]
+    found = {name: results.difference(name, CONTROL, "greedy").interval or (-1.0, 1.0) for name in others}
+    better, worse = ([f"`{name}`" for name in others if found[name][side] * sign > 0] for side, sign in ((0, 1), (1, -1)))
+    says = [
+        f"{' and '.join(names) or 'none'} {verb} {how}"
+        for names, verb, how in (
+            (better, "are" if len(better) > 1 else "is", f"better than `{CONTROL}` beyond chance"),
+            (worse, "are" if len(worse) > 1 else "is", "worse"),
+        )
+    ]
+    return ", and ".join(says)
+
+
 def valid(results: Results, name: str, cell: str) -> Mean:
     """Return the probability of a valid answer at temperature 1."""
     return results.mean(name, "sampled_1", [cell])
@@ -182,7 +197,7 @@ def page() -> str:
     results, judge = stored(), stored(JUDGED)
     parts = [rule.strip(), BEGINS, chosen(results), "## What the judge says", judged(judge)]
     parts += ["## Beside the candidates", beside()]
-    return "\n\n".join((*parts, ADVICE)) + "\n"
+    return "\n\n".join((*parts, ADVICE.format(apart=apart(judge)))) + "\n"
 
 
 def main(folder: str) -> None:
