@@ -25,6 +25,7 @@ from .template import messages_of
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
 MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
+WRITTEN_AS_JSON = ("tool", "ipython")  # roles whose lists are what a tool gave
 NOBODY = "~##~"  # a role, and a key of a part of content, that no template knows
 
 
@@ -190,7 +191,7 @@ class RenderedRow:
         if self.fills and self._render(*unfilled(messages, example)) != self._render(messages, example):
             raise RowError(
                 f"Cannot train on {at}: the chat template writes nulls of its calls or tools, for keys that other rows have. "
-                "Make the set with `on_mixed_types='use_json'`, which keeps each row's own keys.",
+                "Save the rows as JSON lines without these nulls, or make the set with `on_mixed_types='use_json'`.",
             )
         return changed or self._check_roles(messages, example, at)
 
@@ -262,7 +263,8 @@ class RenderedRow:
 def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int, str]]]:
     """Return messages with a mark behind each text, and for each mark the number of the message and the text.
 
-    A part of content gets a key `NOBODY` as well, but for tools' JSON. It shows where a template writes parts as they are.
+    A part of content gets a key `NOBODY` as well, except in `WRITTEN_AS_JSON`. It shows where a template writes parts as they
+    are.
     """
     contents: dict[str, tuple[int, str]] = {}
 
@@ -275,7 +277,7 @@ def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int
     for index, message in enumerate(made):
         if "content" in message:
             content = with_texts(message["content"], partial(marked, index))
-            message["content"] = content if message["role"] == "tool" else _with_key(content)
+            message["content"] = content if message["role"] in WRITTEN_AS_JSON else _with_key(content)
     return made, contents
 
 
