@@ -297,7 +297,7 @@ class TestCollators:
         with pytest.raises(RecipeError, match="Cannot train on these rows: `labels` are shifted already"):
             trainer.train()
 
-    @pytest.mark.parametrize("lengths", [[1, 2], [2, 3], [], [4, 0]], ids=str)
+    @pytest.mark.parametrize("lengths", [[1, 2], [2, 3], [], [4, 0], [5, -1]], ids=str)
     def test_lengths_of_examples_that_are_not_those_of_the_row(self, lengths, tokenizer, tmp_path):
         """Two rows whose mistakes cancel would train on examples that are cut elsewhere."""
         rows = [{**IDS, "labels": IDS["input_ids"], "seq_lengths": each} for each in ([1, 3], [4], lengths, [2, 3], [3])]

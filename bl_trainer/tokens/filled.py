@@ -6,6 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .aligned import is_list
+
 CALLS = "tool_calls"  # key of a message
 TOOLS = "tools"  # column
 CHATS = ("messages", "prompt", "completion")
@@ -34,20 +36,16 @@ def unfilled(messages: list[dict[str, Any]], example: Any) -> tuple[list[dict[st
 
 
 def _of_calls(chats: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    messages = pc.list_flatten(chats) if _is_list(chats) else None
+    messages = pc.list_flatten(chats) if is_list(chats.type) else None
     if messages is None or not pa.types.is_struct(messages.type) or messages.type.get_field_index(CALLS) < 0:
         return None
     return pc.struct_field(messages, CALLS)
 
 
-def _is_list(values: pa.ChunkedArray) -> bool:
-    return pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
-
-
 def _has_filled(values: pa.ChunkedArray | None) -> bool:
     if values is None or isinstance(values.type, pa.BaseExtensionType):  # JSON, which keeps the keys of each row
         return False
-    if _is_list(values):
+    if is_list(values.type):
         return _has_filled(pc.list_flatten(values))
     if not pa.types.is_struct(values.type):
         return False
