@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
+from torch.utils.data import IterableDataset as TorchStream
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import attached
 from attached import CASES, Kept, options, rows
 from bl_trainer.adapters import axolotl, llamafactory, swift, unsloth, verl
-from bl_trainer.adapters.contract import refuse_settings, with_targets
+from bl_trainer.adapters.contract import refuse_settings, refuse_weights, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
 from conftest import make_double, make_llama, make_mixtral
@@ -244,6 +245,32 @@ def test_columns_of_weights_are_refused_where_a_set_names_no_columns(kind, token
     with pytest.raises(RecipeError, match=message):
         trainer.train()
     assert not seen.all
+
+
+class Sized(TorchStream):
+    """A stream that knows its length, as TRL's own were."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([{"a": 1}, {"a": 2}])
+
+
+class Once(Sized):
+    """A stream that can be read once only."""
+
+    def __init__(self):
+        self.rows = super().__iter__()
+
+    def __iter__(self):
+        return self.rows
+
+
+def test_a_look_for_weights_takes_no_row():
+    for data in (Sized(), Once(), Once().rows):
+        refuse_weights(SimpleNamespace(train_dataset=data), set())
+        assert [row["a"] for row in data] == [1, 2]
 
 
 @pytest.mark.parametrize("column", ["objective_weight", "token_weight"])

@@ -263,8 +263,8 @@ TURN = [{"role": "user", "content": "a"}]
 RANGE = "learning_rate: {low: 1.0e-5, high: 1.0e-3}\ntrials: 3\n"
 SWEEP_FILES = [
     (b"", "must be a YAML mapping of keys to values, got NoneType."),
-    (b"\xff", "Can't read the sweep file"),
-    (b"arms: [\n", "Can't read the sweep file"),
+    (b"\xff", "Cannot read the sweep file"),
+    (b"arms: [\n", "Cannot read the sweep file"),
     (b"arms: [{5: 6}]\n", "`arms: [{5: 6}]` must be a list of mappings of recipe keys."),
     (b"arms: [5]\n", "`arms: [5]` must be a list of mappings of recipe keys."),
     (b"arms:\n", "`arms: None` must be a list of mappings of recipe keys."),

@@ -312,7 +312,7 @@ def test_nothing_is_overwritten(present, rewrite, tmp_path):
     [
         ([], "The recipe is missing. Write `bl-trainer convert OLD.yaml --output NEW.yaml`."),
         (["a.yaml"], "`--output` is missing."),
-        (["a.yaml", "-o", "b.yaml"], "Can't read the recipe a.yaml"),
+        (["a.yaml", "-o", "b.yaml"], "Cannot read the recipe a.yaml"),
         (["a.yaml", "--outputt", "b.yaml"], "Unrecognized arguments: --outputt b.yaml."),
         ([str(OLD / "trl-example.yaml"), "-o", "/proc/none/new.yaml"], "Cannot write "),
     ],

@@ -4,8 +4,10 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from bl_trainer import BLTrainer
+from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.errors import RecipeError
+from bl_trainer.tokens.formatting import formatted
+from bl_trainer.tokens.prepare import Rows
 from conftest import make_tokenizer
 from ways import build
 
@@ -36,6 +38,17 @@ def test_the_texts_that_it_makes_train(kind, streamed, tokenizer, tmp_path):
     expected = f"madeof{len(row)}<end>"
     found = texts(tokenizer, trainer.train_dataset) | texts(tokenizer, trainer.eval_dataset)
     assert found == ({expected * 2} if kind == "packed" else {expected})
+
+
+def test_its_texts_are_cached_for_every_trainer_of_the_set(tokenizer, tmp_path):
+    """Also for one with another folder, or another process."""
+    data = Dataset.from_list([{"a": "x"}] * 2)
+
+    def fingerprint(folder):
+        rows = Rows(data, tokenizer, BLConfig(str(folder), use_cpu=True, bf16=False), False, str, "train")
+        return formatted(rows).dataset._fingerprint
+
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "other")
 
 
 def test_what_is_no_text_is_named(tokenizer, tmp_path):

@@ -888,6 +888,9 @@ EXPLAINED = [
     (CITIES, "**Correct answer: A) Paris**\n\nB) London: north.\n\nC) Berlin: east.\n\nD) Rome: south.", "A"),
     (CITIES, "The answer is one of:\nA. Paris\nB. London\nC. Berlin\nD. Rome", None),
     (CITIES, "The answer is A. Paris, B. London or C. Berlin", None),
+    (CITIES, "The correct answer is:\nA. Paris\nB. London\nC. Berlin\nD. Rome\n\nB", "B"),
+    (CITIES, "The answer is\nA. Paris\nB. London\nC. Berlin\nD. Rome", None),
+    (CITIES, "final_answer: C", "C"),
     # what is singled out where nothing announces an answer
     (CITIES, "A. Paris - large.\nB. London - old.\nC. Berlin - cold.\nD. Rome - hot.\n\nThe most likely city is Berlin.", "C"),
     (CITIES, "The most appropriate next step is B.", "B"),

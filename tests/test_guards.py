@@ -249,12 +249,12 @@ class TestCollators:
 
     PREPARED = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8
 
-    def test_that_unmasks_what_labels_mask(self, tokenizer, pair_data, tmp_path):
+    def test_that_unmasks_what_labels_mask(self, tokenizer, tmp_path):
         """transformers' makes labels of all tokens; with rows of one length it doesn't even fail."""
         made = {"data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False)}
-        trainer = build(BLTrainer, tokenizer, pair_data, tmp_path, made=made, per_device_train_batch_size=1)
+        trainer = build(BLTrainer, tokenizer, as_data(self.PREPARED), tmp_path, made=made)
         with pytest.raises(
-            RecipeError, match=r"the `data_collator` makes \d+ targets of rows whose `labels` have \d+, so prompts"
+            RecipeError, match="the `data_collator` makes 32 targets of rows whose `labels` have 16, so prompts"
         ):
             trainer.train()
 
@@ -270,6 +270,15 @@ class TestCollators:
             return {**batch, "labels": batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) < 8, -100)}
 
         assert train(BLTrainer, tokenizer, pair_data, tmp_path, made={"data_collator": masks}).state.global_step == 1
+
+    def test_that_ends_each_row(self, tokenizer, tmp_path):
+        end = {"input_ids": tokenizer.eos_token_id, "labels": tokenizer.eos_token_id}
+
+        def ends(features):
+            return DataCollatorForSeq2Seq(tokenizer)([{key: [*row[key], end[key]] for key in end} for row in features])
+
+        made = {"data_collator": ends}
+        assert train(BLTrainer, tokenizer, as_data(self.PREPARED), tmp_path, made=made).state.global_step == 1
 
     @kinds
     def test_labels_that_are_shifted(self, streamed, tokenizer, tmp_path):
@@ -288,7 +297,7 @@ class TestCollators:
         with pytest.raises(RecipeError, match="Cannot train on these rows: `labels` are shifted already"):
             trainer.train()
 
-    @pytest.mark.parametrize("lengths", [[1, 2], [2, 3], [], [4, 0]], ids=str)
+    @pytest.mark.parametrize("lengths", [[1, 2], [2, 3], [], [4, 0], [5, -1]], ids=str)
     def test_lengths_of_examples_that_are_not_those_of_the_row(self, lengths, tokenizer, tmp_path):
         """Two rows whose mistakes cancel would train on examples that are cut elsewhere."""
         rows = [{**IDS, "labels": IDS["input_ids"], "seq_lengths": each} for each in ([1, 3], [4], lengths, [2, 3], [3])]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
-from datasets import Dataset, Features, IterableDataset, Json, List
+from datasets import Dataset, Features, IterableDataset, Json, List, concatenate_datasets
 from datasets.fingerprint import Hasher
 from huggingface_hub import constants
 from packaging.version import Version
@@ -26,6 +26,7 @@ from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
 from bl_trainer.tokens import layouts
+from bl_trainer.tokens.filled import has_filled
 from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.layouts import RowError, arrange, check_stream
 from bl_trainer.tokens.rendering import RenderedRow, check_rendering
@@ -420,7 +421,9 @@ def test_parts_of_content_that_the_template_writes_as_they_are_are_refused(name,
         render(tokenizer, [CHAT[0], PARTS], SPELLED[name])
     reads = "{% for m in messages %}{{ m.content | map(attribute='text') | join }}{% endfor %}"
     assert render(tokenizer, [PARTS], reads) == [None]
-    assert render(tokenizer, [[{**PARTS[0], "role": "tool"}]], SPELLED["as JSON"]) == [None]
+    knows = "{{ 'of a tool ' if messages[0].role == 'ipython' }}" + SPELLED["as JSON"]
+    for role in ("tool", "ipython"):
+        assert render(tokenizer, [[{**PARTS[0], "role": role}]], knows) == [None]
 
 
 def calling(**arguments):
@@ -448,6 +451,9 @@ def test_nulls_for_keys_of_other_rows_are_refused(make, tokenizer):
     plain = WRITES.replace("tools | tojson", "tools[0].name").replace("calls | tojson", "calls[0].function.name")
     for each, template in ((rows[:2], WRITES), (rows, plain)):
         check_rendering(Dataset.from_list(each), tokenizer, template, "the train set", args)
+    apart = concatenate_datasets([Dataset.from_list(each, Dataset.from_list(rows).features) for each in (rows[:2], rows[2:])])
+    assert apart.data.column("messages").num_chunks == 2
+    assert has_filled(apart)
     features = Features({key: List(Json()) for key in rows[0]})
     check_rendering(Dataset.from_list(rows, features=features), tokenizer, WRITES, "the train set", args)
 

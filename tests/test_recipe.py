@@ -316,7 +316,7 @@ def test_bfloat16_without_a_gpu_is_listed_with_the_other_mistakes(changes, found
         ("objective: neg_p\nobjective: nll\n", "The file gives 'objective' twice (line 2). Keep one of them."),
         ("- a\n- b\n", "must be a YAML mapping of keys to values, got list."),
         ("", "must be a YAML mapping of keys to values, got NoneType."),
-        ("objective: [neg_p\n", "Can't read the recipe"),
+        ("objective: [neg_p\n", "Cannot read the recipe"),
         ("seed: 1\n? [a]\n: 2\n", "A key is ['a'] (line 2). Write a text."),
     ],
 )
@@ -330,7 +330,7 @@ def test_broken_file(text, message, write):
     ("argv", "message"),
     [
         (["--config"], "`--config` needs the path of a recipe."),
-        (["--config", "missing.yaml"], "Can't read the recipe missing.yaml"),
+        (["--config", "missing.yaml"], "Cannot read the recipe missing.yaml"),
         (["--objectiv", "neg_p"], "Unknown recipe key 'objectiv'. Did you mean 'objective'?"),
         (["--chars-per-token", "3"], "`chars_per_token` is not a recipe key any more. Remove it"),
         (["neg_p"], "Cannot use the argument 'neg_p': it belongs to no option. Write `--KEY VALUE`."),

@@ -1205,7 +1205,7 @@ def test_mistakes_on_the_command_line(make, tmp_path, capsys, monkeypatch):
     config = ["--config", str(tmp_path / "recipe.yaml")]
     both = [*config, "--sweep", str(tmp_path / "sweep.yaml")]
     assert "error: `--sweep` is missing" in verb(capsys, *config)
-    assert "error: Can't read the sweep file" in verb(capsys, *config, "--sweep", str(tmp_path / "no.yaml"))
+    assert "error: Cannot read the sweep file" in verb(capsys, *config, "--sweep", str(tmp_path / "no.yaml"))
     assert "error: `--jobs 0` must be at least 1" in verb(capsys, *both, "--jobs", "0")
     assert "error: `push_to_hub: true` would push every run" in verb(capsys, *both, "--push_to_hub", "true")
     assert "has no split 'nope' to hold out, only 'train', 'test'" in verb(

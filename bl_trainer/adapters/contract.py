@@ -51,11 +51,15 @@ def refuse_weights(trainer: Any, looked: set[int]) -> None:
 
 
 def _keys_of_first(dataset: Any, looked: set[int]) -> Collection[str]:
-    """Return the keys of the first row of a stream, or of a set of the user's own class; none the second time."""
+    """Return the keys of the first row of a stream, or of a set of the user's own class.
+
+    None the second time, nor of what can be read once only, which would lose the row.
+    """
     if dataset is None or id(dataset) in looked:
         return ()
     looked.add(id(dataset))
-    row = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else next(iter(dataset), None)
+    rows = iter(dataset)
+    row = None if rows is iter(dataset) else next(rows, None)
     return row.keys() if isinstance(row, Mapping) else ()
 
 

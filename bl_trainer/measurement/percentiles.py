@@ -103,7 +103,7 @@ def _read(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning(f"Can't read {path} ({error}): the probabilities are measured anew.")
+        logger.warning(f"Cannot read {path} ({error}): the probabilities are measured anew.")
         return None
 
 

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
-from .._util.text import from_json, listed, nearest, sentence, without_secrets
+from .._util.text import from_json, listed, nearest, without_secrets
 from ..errors import RecipeError
 from .fields import Field, fields_of, objective_parameters, recipe_fields
 from .keys import NAMES, RENAMED, REPLACED
 from .rules import KEY_RULES, PLACE_RULES, TRAINING_RULES
+from .torch_rules import faults_of_objective, faults_of_precision
 from .yaml_file import load_yaml
 
 OWN_READERS = ("objective", "threshold", "resume_from_checkpoint")  # keys whose values are checked where they are read
@@ -64,61 +64,14 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tri
     _read_command_line(keys, argv, own, verb)
     for rule in KEY_RULES + PLACE_RULES + (TRAINING_RULES if verb == "train" else ()):
         keys.faults += rule(keys)
-    keys.faults += _faults_of_precision(keys)
+    keys.faults += faults_of_precision(keys)
     if keys.faults or tries:
-        keys.faults += _faults_of_objective(keys)
+        keys.faults += faults_of_objective(keys)
     if keys.faults:
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
     return keys
-
-
-def _faults_of_precision(keys: Keys) -> list[str]:
-    """Return what is wrong with bfloat16 on a machine without an accelerator.
-
-    It loads torch, and so leaves out a recipe at fault for which nothing else does.
-    """
-    is_half = not keys["fp16"] if keys["bf16"] is None else keys["bf16"]  # TRL's default
-    if keys["use_cpu"] or not (is_half or keys["bf16_full_eval"]) or find_spec("torch_xla"):
-        return []
-    if keys.faults and not {"objective", "threshold"} & keys.values.keys():
-        return []
-    import torch
-
-    if torch.accelerator.is_available():
-        return []
-    key = "bf16: true" if is_half else "bf16_full_eval: true"
-    what = f"`{key}`{'' if key.partition(':')[0] in keys else ', the default,'}"
-    return [f"{what} needs a GPU, and this machine has none. Write `use_cpu: true`, and `bf16: false` for float32."]
-
-
-def _faults_of_objective(keys: Keys) -> list[str]:
-    """Return what is wrong with the objective and the threshold, which needs torch alone.
-
-    A user's function is tried once, by the trainer; here only for a recipe that does not get there.
-    """
-    found = []
-    for key in [key for key in ("objective", "threshold") if key in keys.values]:
-        if not keys.faults and _names_a_function(keys.values[key]):
-            continue
-        from ..objectives.objective import Objective
-        from ..objectives.threshold import Threshold
-
-        parse: Any = Objective.parse if key == "objective" else Threshold.parse
-        try:
-            parse(keys.values[key])
-        except Exception as error:  # also of a user's function, which may raise anything
-            said = sentence(error)
-            found.append(said if f"`{key}`" in said else f"`{key}`: {said}")
-    return found
-
-
-def _names_a_function(value: Any) -> bool:
-    """Whether an objective, or a part of it, goes by an import path."""
-    if isinstance(value, dict | list):
-        return any(map(_names_a_function, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and ":" in value
 
 
 def faults_of(config: dict[str, Any]) -> list[str]:

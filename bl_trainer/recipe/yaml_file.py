@@ -38,9 +38,9 @@ def load_yaml(paths: list[str], what: str = "recipe") -> dict[str, Any]:
         config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:  # whose message quotes the line, which may hold a secret
         line = error.problem_mark.line + 1 if error.problem_mark else "unknown"
-        raise RecipeError(f"Can't read the {what} {path}: line {line}: {error.problem}.") from error
+        raise RecipeError(f"Cannot read the {what} {path}: line {line}: {error.problem}. Correct the line.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Can't read the {what} {path}: {sentence(error)}") from error
+        raise RecipeError(f"Cannot read the {what} {path}: {sentence(error)}") from error
     if not isinstance(config, dict):
         raise RecipeError(f"The {what} {path} must be a YAML mapping of keys to values, got {type(config).__name__}.")
     if not isinstance(config.get("env", {}), dict):

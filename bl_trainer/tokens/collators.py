@@ -115,7 +115,10 @@ class TokenCollator(DataCollatorForLanguageModeling):
 
 
 class CheckedCollator:
-    """A collator of the user's own, whose labels may mask more than the rows' own do, and not less."""
+    """A collator of the user's own, whose labels may mask more than the rows' own do, and not less.
+
+    It may add one target to each row, an end token.
+    """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collator = collator
@@ -127,7 +130,7 @@ class CheckedCollator:
         labels, ids = batch.get("labels"), batch.get("input_ids")
         if isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape and labels.ndim == 2:
             refuse_shifted(ids, labels)
-            if given and (labels != IGNORED).sum() > most:
+            if given and (labels != IGNORED).sum() > most + len(given):
                 raise RecipeError(
                     f"Cannot train: the `data_collator` makes {(labels != IGNORED).sum()} targets of rows whose `labels` have "
                     f"{most}, so prompts or padding would train. Leave it out, or let it keep `labels`, with -100 for padding."

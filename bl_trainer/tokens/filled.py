@@ -6,6 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .aligned import is_list
+
 CALLS = "tool_calls"  # key of a message
 TOOLS = "tools"  # column
 CHATS = ("messages", "prompt", "completion")
@@ -13,7 +15,7 @@ CHATS = ("messages", "prompt", "completion")
 
 def has_filled(dataset: Dataset) -> bool:
     """Whether calls or tools have keys that hold null in some rows and a value in others."""
-    columns = {name: dataset.data.column(name).combine_chunks() for name in (*CHATS, TOOLS) if name in dataset.column_names}
+    columns = {name: dataset.data.column(name) for name in (*CHATS, TOOLS) if name in dataset.column_names}
     return any(_has_filled(_of_calls(column) if name in CHATS else column) for name, column in columns.items())
 
 
@@ -33,17 +35,17 @@ def unfilled(messages: list[dict[str, Any]], example: Any) -> tuple[list[dict[st
     return calls, {**example, **tools}
 
 
-def _of_calls(chats: pa.Array) -> pa.Array | None:
-    messages = pc.list_flatten(chats) if pa.types.is_list(chats.type) or pa.types.is_large_list(chats.type) else None
+def _of_calls(chats: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    messages = pc.list_flatten(chats) if is_list(chats.type) else None
     if messages is None or not pa.types.is_struct(messages.type) or messages.type.get_field_index(CALLS) < 0:
         return None
     return pc.struct_field(messages, CALLS)
 
 
-def _has_filled(values: pa.Array | None) -> bool:
-    if values is None or isinstance(values, pa.ExtensionArray):  # JSON, which keeps the keys of each row
+def _has_filled(values: pa.ChunkedArray | None) -> bool:
+    if values is None or isinstance(values.type, pa.BaseExtensionType):  # JSON, which keeps the keys of each row
         return False
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    if is_list(values.type):
         return _has_filled(pc.list_flatten(values))
     if not pa.types.is_struct(values.type):
         return False

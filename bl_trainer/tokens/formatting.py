@@ -18,18 +18,18 @@ def formatted(rows: Rows) -> Rows:
 
     Raises RecipeError with the number of the first row that it makes no text from, in a stream as it is read.
     """
-    function, field, dataset = rows.formatting_func, rows.args.dataset_text_field, rows.dataset
+    function, field, dataset, name = rows.formatting_func, rows.args.dataset_text_field, rows.dataset, rows.name
     if function is None:
         return rows
     present, is_set = columns_of(dataset), isinstance(dataset, Dataset)
     if "input_ids" in present or (is_set and dataset.format["type"] == "custom"):
         return rows  # TRL warns of ids, and refuses a transform
 
-    def render(example: dict[str, Any], row: int) -> dict[str, str]:
+    def render(example: dict[str, Any], row: int) -> dict[str, str]:  # `datasets` caches its result by all that it holds
         text = function(example)
         if not isinstance(text, str):
             raise RecipeError(
-                f"Cannot train on row {row} of the {rows.name} set, counted from 0: `formatting_func` gives {short(text)}, not "
+                f"Cannot train on row {row} of the {name} set, counted from 0: `formatting_func` gives {short(text)}, not "
                 "a text. Return the text of one example."
             )
         return {field: text}

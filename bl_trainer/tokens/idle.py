@@ -11,7 +11,8 @@ from .._util.logs import warn_once
 from .._util.text import is_number
 from ..errors import RecipeError
 from ..head.targets import IGNORED
-from .labels import MASKS, OF_TOKENS, SIZED, check_row, check_rows, first_row, refuse_shifted
+from .aligned import MASKS
+from .labels import OF_TOKENS, SIZED, check_row, check_rows, first_row, refuse_shifted
 from .messages import trains_in_full
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 from .spans import refuse_untrained

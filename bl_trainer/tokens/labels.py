@@ -15,17 +15,15 @@ from datasets import Dataset, IterableDataset
 from .._util.logs import warn_once
 from ..errors import RecipeError
 from ..head.targets import IGNORED, are_shifted
+from .aligned import IDS, LENGTHS, MASKS, NUMBERS, is_aligned
 from .messages import short
 from .names import REFERENCE, TOKEN_WEIGHT, WEIGHT
 
-MASKS = ("completion_mask", "assistant_masks")
-LENGTHS = "seq_lengths"  # of the examples that a row holds
 OF_TOKENS = ("labels", *MASKS)  # one number for each of `input_ids`
 SIZED = (*OF_TOKENS, TOKEN_WEIGHT)
 # What a stream's rows are read by: each has what its first row has, and no more
-IN_ALL_ROWS = ("input_ids", *SIZED, WEIGHT, REFERENCE, "seq_lengths")
+IN_ALL_ROWS = ("input_ids", *SIZED, WEIGHT, REFERENCE, LENGTHS)
 IN_NO_LATER_ROW = (*IN_ALL_ROWS, "attention_mask", "position_ids", "prompt", "completion", "image", "images")
-IDS, NUMBERS = ("input_ids", "labels"), (*MASKS, "attention_mask")
 
 
 _first_rows: WeakKeyDictionary[IterableDataset, Any] = WeakKeyDictionary()  # a stream is costly to start
@@ -78,7 +76,7 @@ def check_rows(dataset: Any, name: str) -> Any:
     if "input_ids" in present and dataset.format["type"] != "custom":
         start = 0
         for table in plain(dataset).select_columns(["input_ids", *columns]).with_format("arrow").iter(1000):
-            if not _is_aligned(table, columns):
+            if not is_aligned(table, columns):
                 for row, example in enumerate(table.to_pylist(), start):
                     check_row(example, row, name)
             start += len(table)
@@ -95,46 +93,6 @@ def _check_streamed(example: dict[str, Any], row: int, name: str, first: frozens
             f"the first row of the stream {instead}. Give all rows the same columns."
         )
     return check_row(example, row, name) if "input_ids" in first else {}
-
-
-def _is_aligned(table: pa.Table, columns: list[str]) -> bool:
-    """Whether nothing in a table needs a look, row by row: much faster than that look."""
-    read = {column: table[column] for column in (*IDS, *NUMBERS) if column in table.column_names}
-    if not all(_are_numbers(values, column in IDS) for column, values in read.items()):
-        return False
-    sizes = _sizes(table["input_ids"])
-    sized = [column for column in columns if column != WEIGHT or pa.types.is_nested(table[column].type)]
-    if LENGTHS in sized:
-        sized.remove(LENGTHS)
-        if not _are_whole(table[LENGTHS], sizes.to_numpy()):
-            return False
-    aligned = all(pc.all(pc.fill_null(pc.equal(_sizes(table[column]), sizes), False)).as_py() for column in sized)
-    return aligned and ("attention_mask" not in columns or pc.min(pc.list_flatten(table["attention_mask"])).as_py() != 0)
-
-
-def _are_numbers(lists: pa.ChunkedArray, are_ids: bool) -> bool:
-    """Whether a column holds lists of numbers, all of them there; of whole ones if they are ids."""
-    if not _is_list(lists.type):
-        return False
-    kind = lists.type.value_type
-    fits = pa.types.is_integer(kind) or (not are_ids and (pa.types.is_boolean(kind) or pa.types.is_floating(kind)))
-    return fits and not lists.null_count and not pc.list_flatten(lists).null_count
-
-
-def _are_whole(lengths: pa.ChunkedArray, sizes: np.ndarray) -> bool:
-    """Whether the lengths of the examples of each row make up its tokens."""
-    if not _are_numbers(lengths, True) or pc.min(pc.list_flatten(lengths)).as_py() in (None, 0):
-        return False
-    ends = np.append(0, np.cumsum(pc.list_flatten(lengths).to_numpy()))[np.cumsum(pc.list_value_length(lengths).to_numpy())]
-    return bool((ends == np.cumsum(sizes)).all())
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _sizes(lists: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.list_value_length(lists) if _is_list(lists.type) else pa.nulls(len(lists), pa.int32())
 
 
 def check_row(example: dict[str, Any], row: int | None, name: str) -> dict[str, Any]:

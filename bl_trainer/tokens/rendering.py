@@ -2,8 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -19,13 +17,12 @@ from ..errors import RecipeError
 from .filled import has_filled, unfilled
 from .labels import first_row, handed_on
 from .layouts import TEXT, RowError, arrange, check_stream
+from .marked import MARK, NOBODY, ends_with, marked_messages, with_names, with_texts
 from .messages import CALLS, ROLES, short, trains_in_full
 from .names import MESSAGE_WEIGHT, ROW
 from .template import messages_of
 
 RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
-MARK = re.compile(r"~#~(\d+)~#~")  # without letters, which a template may put in upper case
-NOBODY = "~##~"  # a role, and a key of a part of content, that no template knows
 
 
 def check_rendering(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -190,7 +187,7 @@ class RenderedRow:
         if self.fills and self._render(*unfilled(messages, example)) != self._render(messages, example):
             raise RowError(
                 f"Cannot train on {at}: the chat template writes nulls of its calls or tools, for keys that other rows have. "
-                "Make the set with `on_mixed_types='use_json'`, which keeps each row's own keys.",
+                "Save the rows as JSON lines without these nulls, or make the set with `on_mixed_types='use_json'`.",
             )
         return changed or self._check_roles(messages, example, at)
 
@@ -257,50 +254,3 @@ class RenderedRow:
         if isinstance(self.processing_class, ProcessorMixin):
             messages = prepare_multimodal_messages(messages)
         return self.processing_class.apply_chat_template(messages, tokenize=False, **options)
-
-
-def marked_messages(messages: list[Any]) -> tuple[list[Any], dict[str, tuple[int, str]]]:
-    """Return messages with a mark behind each text, and for each mark the number of the message and the text.
-
-    A part of content gets a key `NOBODY` as well, but for tools' JSON. It shows where a template writes parts as they are.
-    """
-    contents: dict[str, tuple[int, str]] = {}
-
-    def marked(index: int, text: str) -> str:
-        number = str(len(contents))
-        contents[number] = index, text
-        return f"{text}~#~{number}~#~"
-
-    made = [{**message} for message in messages]
-    for index, message in enumerate(made):
-        if "content" in message:
-            content = with_texts(message["content"], partial(marked, index))
-            message["content"] = content if message["role"] == "tool" else _with_key(content)
-    return made, contents
-
-
-def _with_key(content: Any) -> Any:
-    return [{**part, NOBODY: NOBODY} for part in content] if isinstance(content, list) else content
-
-
-def with_texts(content: Any, change: Callable[[str], str]) -> Any:
-    """Return a message's content with its texts changed, except blank ones."""
-    if isinstance(content, list):
-        return [{**part, "text": with_texts(part["text"], change)} if "text" in part else part for part in content]
-    return change(content) if isinstance(content, str) and content.strip() else content
-
-
-def with_names(calls: Any) -> Any:
-    """Return the calls of a message with other names of the functions."""
-    if isinstance(calls, list):
-        return [with_names(call) for call in calls]
-    if not isinstance(calls, dict):
-        return calls
-    return {key: f"~{value}~" if key == "name" else with_names(value) for key, value in calls.items()}
-
-
-def ends_with(rendered: str, content: str) -> bool:
-    """Whether `content` ends a text, also escaped as JSON. White space, and reasoning before the answer, may be left out."""
-    answer, text = content.rpartition("</think>")[2], "".join(rendered.split())
-    forms = (answer, json.dumps(answer, ensure_ascii=False)[1:-1], json.dumps(answer)[1:-1])
-    return any(text.endswith("".join(form.split())) for form in forms)

@@ -58,14 +58,15 @@ def refuse_frozen(model: nn.Module) -> None:
 
 def refuse_other_weights(model: nn.Module, optimizer: Any) -> None:
     """Raise RecipeError if `optimizer`, a user's own, holds nothing of `model` that trains; warn if it leaves some out."""
-    groups = optimizer.param_groups if optimizer is not None else ()
-    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trains = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    lost = [name for name, parameter in trains if id(parameter) not in held and optimizer is not None]
+    lost = [name for name, parameter in trains if id(parameter) not in held]
     if lost and len(lost) == len(trains):
         raise RecipeError(
-            "Cannot train: the optimizer in `optimizers` holds no parameter that trains. Make it over the adapter's "
-            "parameters, or give `optimizer_cls_and_kwargs`."
+            "Cannot train: the optimizer in `optimizers` holds no parameter that trains. Make it over those of the "
+            "model that you give, with its adapter, or give `optimizer_cls_and_kwargs`."
         )
     if lost:
         logger.warning(

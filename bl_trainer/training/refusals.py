@@ -62,10 +62,7 @@ def _without_effect(args: Any) -> Iterator[str]:
     if "torch_dtype" in (getattr(args, "model_init_kwargs", None) or {}):
         yield "`torch_dtype` in `model_init_kwargs` has no effect beside TRL's own `dtype`. Write `dtype`."
     if getattr(args, "packing", False) and getattr(args, "truncation_mode", "keep_start") == "keep_end":
-        yield (
-            "`truncation_mode: keep_end` has no effect with `packing`, which keeps the beginning of a long example. Remove it, "
-            "or `packing`."
-        )
+        yield "`truncation_mode: keep_end` has no effect with `packing`. Remove one of the two."
 
 
 def refuse_launcher(args: TrainingArguments) -> None:

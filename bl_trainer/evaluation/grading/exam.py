@@ -13,7 +13,7 @@ LEAD = (
 # "A" and "I" are words too: before a word in lower case other than these
 GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|in)\b"
 ANNOUNCED = (
-    r"\b(?:answer|option|choice)(?:_\w{1,9})?\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
+    r"\b(?:final_)?(?:answer|option|choice)(?:_\w{1,9})?\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
     r"|\bthe (?:best|right|correct)(?: one)? is\b|\b(?:choose|pick|select|say|guess|(?:go|going|opt|vote) (?:with|for))\b"
 )
 # Words that single an option out, which count where nothing announces an answer
@@ -277,8 +277,9 @@ class Exam:
 
 
 def _is_picked(said: str, begin: int) -> bool:
-    """Whether what begins there is announced as the one answer, not as the first of the options."""
-    return re.search(rf"{ONE}{LEAD}$", said[max(0, begin - MOST_APART) : begin]) is not None
+    """Whether what begins there is announced on its line as the one answer, not as the first of the options."""
+    line = said[max(0, begin - MOST_APART) : begin].rpartition("\n")[2]
+    return re.search(rf"{ONE}{LEAD}$", line) is not None
 
 
 def _pattern(words: str) -> str:
