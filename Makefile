@@ -15,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum sweep-presets anneal-study pretrained-study noise-rows test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum sweep-presets quickstart-presets anneal-study pretrained-study noise-rows test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -66,6 +66,11 @@ continuum: $(VENV)/installed
 # What the short preset of a sweep costs beside the full grid, and what each finds, in presets/
 sweep-presets: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python studies/sweep_presets.py --jobs $(CORES)
+
+# The same on SmolLM2-135M and the quickstart's task, in quickstart-presets/
+quickstart-presets: $(VENV)/weights
+	$(BIN)/python scripts/quickstart.py prepare
+	OMP_NUM_THREADS=1 $(BIN)/python studies/quickstart_presets.py --jobs $(CORES)
 
 # How near `anneal` comes to the best fixed objective on those tasks, in anneal/; FULL=--full for all designs and other lengths
 anneal-study: $(VENV)/installed

@@ -58,9 +58,10 @@ def refuse_frozen(model: nn.Module) -> None:
 
 def refuse_other_weights(model: nn.Module, optimizer: Any) -> None:
     """Raise RecipeError if `optimizer`, a user's own, holds nothing of `model` that trains; warn if it leaves some out."""
-    if optimizer is None:
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:  # accelerate's stand-in for an optimizer of DeepSpeed's configuration has none
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = {id(parameter) for group in groups for parameter in group["params"]}
     trains = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     lost = [name for name, parameter in trains if id(parameter) not in held]
     if lost and len(lost) == len(trains):
