@@ -42,7 +42,7 @@ command here.
 - e^-H matters in `anneal`, the schedule does not.
 - Of two equally valid answers, `anneal` and `neg_p` lose one.
 - Prior-leaning objectives never learn a new suffix.
-- The probe's verdict was wrong on six of 17 cells. [The guide](../guide/diagnose.md) says what it cannot see.
+- An earlier verdict of the probe was wrong on six of 17 cells. [The guide](../guide/diagnose.md) says what it cannot see.
 - `power 0.5` is far behind `nll` on weak models: 0.60 against 0.94 on new facts.
 """
 
