@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import datasets
 import pytest
 from trl import DatasetMixtureConfig, ScriptArguments
+from trl.scripts.utils import DatasetConfig
 
 from bl_trainer.cli import main
 from bl_trainer.recipe.datasets import load_dataset, load_mixture
@@ -77,6 +79,24 @@ def test_byte_order_marks_are_read_over(kind, tmp_path):
     main(["prepare-data", "coding", "--output", str(tmp_path / "out"), "--source", str(tmp_path / f"rows.{kind}")])
     (row,) = load_dataset_of(tmp_path / "out")
     assert row["completion"] == [{"role": "assistant", "content": "b"}]
+
+
+def test_a_name_is_not_taken_for_a_folder_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "elsewhere" / "my-data"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+    assert load_dataset_of(folder)[0]["prompt"] == "one"
+    monkeypatch.chdir(tmp_path)
+    assert datasets.load_dataset("my-data")["train"][0]["prompt"] == "one"  # the fault is there
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file or folder my-data in .*, and the cache has one from elsewhere"
+    ):
+        load_dataset_of("my-data")
+    with pytest.raises(FileNotFoundError, match="the cache has one from elsewhere"):
+        load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path="my-data")]), "text")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_dataset_of("my-data")[0]["prompt"] == "one"
 
 
 def load_dataset_of(path):

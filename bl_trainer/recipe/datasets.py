@@ -16,6 +16,8 @@ from .paths import COMPRESSED, LOCAL_FORMATS, format_of, missing
 
 OPTIONAL = (WEIGHT, TOKEN_WEIGHT, REFERENCE)  # columns that the splits of a data set may have each for itself
 
+COMMIT = 40  # characters of the hash of what the Hub has given; that of a folder is shorter
+
 TEXTS = ("prompt", "completion", "text", "messages", "conversations")
 
 
@@ -30,6 +32,8 @@ def load_dataset(script: ScriptArguments) -> Any:
         return _load_file(path, script.dataset_train_split, script.dataset_streaming)
     if fault := missing(name):
         raise FileNotFoundError(fault)
+    if not path.is_dir():
+        _refuse_cached_folder(name, script.dataset_config)
     source = _folder(path) if path.is_dir() else {"path": name}
     try:
         splits = datasets.load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
@@ -41,6 +45,17 @@ def load_dataset(script: ScriptArguments) -> Any:
         if any(each != names[0] for each in names):
             raise
     return _without_filled(splits)
+
+
+def _refuse_cached_folder(name: str, config: str | None) -> None:
+    """Raise FileNotFoundError if `name` is of no folder here, and `datasets` would give its cache of one elsewhere.
+
+    It does so where the Hub can't be reached, for any folder of that name which it has read before.
+    """
+    if "/" not in name and len(datasets.load_dataset_builder(name, config).hash or "") < COMMIT:
+        raise FileNotFoundError(
+            f"there is no file or folder {name} in {Path.cwd()}, the Hub does not give it, and the cache has one from elsewhere"
+        )
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
@@ -98,6 +113,8 @@ def _load_entry(entry: Any, streaming: bool) -> Any:
     where = {"path": entry.path, "data_dir": entry.data_dir and _literal(entry.data_dir), **_texts(entry.path)}
     if path.is_dir() and not own:
         where |= _folder(path)
+    elif not own:
+        _refuse_cached_folder(entry.path, entry.name)
     files = _literal(entry.data_files, path)
     return datasets.load_dataset(**where, name=entry.name, data_files=files, split=entry.split, streaming=streaming)
 
