@@ -144,9 +144,8 @@ def profile(setting: Setting, reporter: Reporter) -> None:
 def steps(setting: Setting, reporter: Reporter) -> None:
     """Forward and backward of a whole model, beside TRL's."""
     options = options_of(setting, "qwen2.5-1.5b", batch=2, length=32 if setting.small else 2048)
-    step.ARMS = {arm: step.ARMS[arm] for arm in STEP_ARMS}
     for mode in ("LoRA", "full"):
-        figures = step.measure(options.shape, mode == "LoRA", options)
+        figures = step.measure(options.shape, mode == "LoRA", options, STEP_ARMS)
         for arm, found in figures.items():
             seconds = statistics.median(found["seconds"])
             cells = {

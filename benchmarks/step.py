@@ -7,7 +7,7 @@ and backward, without the optimizer, which is the same for all.
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -103,8 +103,8 @@ def make_trainer(
     return trainer_class(model=model, args=args, train_dataset=data, processing_class=make_tokenizer(), peft_config=lora)
 
 
-def measure(shape: str, lora: bool, options: argparse.Namespace) -> Figures:
-    """Return the figures of all arms for one model."""
+def measure(shape: str, lora: bool, options: argparse.Namespace, arms: Iterable[str] = ()) -> Figures:
+    """Return the figures of `arms`, by default of all, for one model."""
     model = make_model(shape, options.device, options.dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
@@ -114,7 +114,7 @@ def measure(shape: str, lora: bool, options: argparse.Namespace) -> Figures:
     num_items = torch.tensor(ids[:, 1:].numel(), device=options.device)
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.arms:
+        for name in arms or ARMS:
             trainer_class, keys = ARMS[name]
             trainer = make_trainer(trainer_class, model, data, folder, options.device, keys)
             trainer.current_gradient_accumulation_steps = 1
@@ -137,7 +137,7 @@ def main(name: str = "step", base: str = "TRL nll") -> tuple[Results, argparse.N
     if base not in options.arms:
         parser.error(f"the arms need {base!r}, which the others are compared with")
     set_up(options)
-    results = {mode: measure(options.shape, mode == "LoRA", options) for mode in options.modes}
+    results = {mode: measure(options.shape, mode == "LoRA", options, options.arms) for mode in options.modes}
     report(name, results, base, base, 3, options)
     return results, options
 

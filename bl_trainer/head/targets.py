@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -53,8 +54,8 @@ class Targets:
         return values.flatten(0, 1).index_select(0, self.index)
 
 
-def are_shifted(tokens: Tensor, labels: Tensor) -> bool:
-    """Whether labels, (rows, length) as `tokens`, stand a place before their tokens: the loss would shift them a second time.
+def are_shifted(tokens: Any, labels: Any) -> bool:
+    """Whether labels, an array (rows, length) as `tokens`, stand a place before their tokens: the loss would shift them again.
 
     So they do if some target differs from its own token, and each is the next one.
     """

@@ -107,7 +107,7 @@ class TokenCollator(DataCollatorForLanguageModeling):
         for example in examples:
             check_example(example)
         batch = super().torch_call(examples)
-        refuse_shifted(batch["input_ids"], batch["labels"])
+        refuse_shifted(batch["input_ids"].numpy(), batch["labels"].numpy())  # arrays of the host, for which no GPU is waited
         lay_out(examples, batch)
         if self.padding_free:
             batch[EXAMPLE_LENGTHS] = torch.tensor([len(example["input_ids"]) for example in examples])
