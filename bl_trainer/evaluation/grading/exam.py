@@ -94,7 +94,7 @@ BEGIN = (
     r"|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but|think|believe|feel|conclude)\b)"
 )
 APART = r"[\s)*\].:=|(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
-BOTH = r"\W{0,6}(?:\b(?i:and|or|nor)\b|&|/)\W{0,6}$"  # between two letters of which a verdict is
+BOTH = r"\W{0,6}(?:\b(?i:and|or|nor)\b|&|/)\W{0,6}$"  # between two letters that share a verdict
 ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
 NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
 END = r"(?=[\s*]{0,3}(?:[.,;!)\n|]|:(?!\s?\(?[A-J]\b)|$|(?:because|since|as)\b))"
