@@ -15,7 +15,7 @@ LOWEST_TESTS := (trains_as_trl_does and nll-nll and (full or lora or completion)
 
 LOWEST_DIAGNOSIS := independent_loop or truncation or wrapped or compares or report_is or template or hostile or reader
 
-.PHONY: quickstart continuum sweep-presets quickstart-presets anneal-study pretrained-study noise-rows test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
+.PHONY: quickstart continuum sweep-presets quickstart-presets anneal-study pretrained-study facts-study noise-rows test test-studies test-pinned test-lowest test-newest adapters lint docs notebook compatibility bench bench-head gpu-check figures clean
 
 # torch first, from the constraints: installed as a dependency it may come in another build
 define install
@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart$(comma)sweep)
 
 $(VENV)/tests: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[data,qlora,deepspeed,evaluation,postgresql]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[data,qlora,deepspeed,evaluation,postgresql,studies]" --constraint constraints.txt
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
@@ -80,6 +80,12 @@ anneal-study: $(VENV)/installed
 pretrained-study: $(VENV)/weights $(VENV)/tests
 	$(BIN)/python scripts/quickstart.py prepare
 	OMP_NUM_THREADS=1 $(BIN)/python studies/pretrained_study.py --jobs $(CORES) $(if $(GSM8K),--gsm8k $(GSM8K))
+
+# Facts about countries on SmolLM2-135M, in docs/results
+facts-study: $(VENV)/weights $(VENV)/tests
+	$(BIN)/python scripts/quickstart.py prepare
+	OMP_NUM_THREADS=1 $(BIN)/python studies/facts_study.py --jobs $(CORES)
+	$(BIN)/python tools/facts_page.py
 
 # Which score finds wrong rows, and whether it helps to drop them, in docs/results: three quarters of an hour on one core
 noise-rows: $(VENV)/tests
@@ -166,6 +172,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/default_page.py
 	$(BIN)/python tools/claims_page.py
 	$(BIN)/python tools/ready_page.py
+	$(BIN)/python tools/facts_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

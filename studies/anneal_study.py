@@ -36,6 +36,8 @@ FIXED: list[dict[str, Any]] = [
     {"objective": {"name": "power", "alpha": 10}},
 ]
 ANNEAL = {"objective": "anneal"}
+# alpha = c e^-H without a schedule
+TEMPERED: list[dict[str, Any]] = [{"objective": {"name": "anneal", "start": c, "end": c}} for c in (0.5, 1)]
 DESIGNS = [{"objective": f"anneal_designs:{name}"} for name in ("linear", "late", "switch", "deft", "conflict", "gate")]
 LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 PRETRAINING_SEED, FIRST_SEED = 4, 100
@@ -133,7 +135,7 @@ def common_rate(cells: list[Cell], arm: dict[str, Any], ruler: str) -> float:
 def arms_of(cells: list[Cell]) -> list[dict[str, Any]]:
     """Return the objectives that every cell has, `anneal` first and the fixed ones last."""
     known = [[row.group for row in next(iter(cell.boards.values())).rows] for cell in cells]
-    return [arm for arm in [ANNEAL, *DESIGNS, *FIXED] if all(arm in groups for groups in known)]
+    return [arm for arm in [ANNEAL, *TEMPERED, *DESIGNS, *FIXED] if all(arm in groups for groups in known)]
 
 
 def summary(cells: list[Cell], ruler: str) -> str:

@@ -2,6 +2,7 @@
 
     python studies/noise_rows.py                       # a model of 0.2M parameters, pretrained here; half an hour on one core
     python studies/noise_rows.py --models PATH         # any causal language model with its tokenizer, such as SmolLM2-135M
+    python studies/noise_rows.py --models PATH --sets "GSM8K final numbers 20 %" "GSM8K swapped answers 20 %"
 
 The tiny model is pretrained on right rows of the same tasks, for two numbers of steps: it half or nearly knows them.
 
@@ -29,6 +30,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import gsm8k
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from quickstart import CITY, FIRST, JOB, LAST, SENTENCES
@@ -191,13 +194,14 @@ SETS: dict[str, tuple[Callable[..., Iterator[Row]], float]] = {
     "records 20 %, hard rows 10 %": (hard, 0.2),
     "consistent mistakes 20 %": (consistent, 0.2),
 }
+OF_GSM8K = ("GSM8K final numbers 20 %", "GSM8K swapped answers 20 %")  # too hard for the tiny models
 
 
 def rows_of(name: str, seed: int, count: int) -> list[Row]:
     """Return the rows of a data set."""
     make, share = SETS[name]
     stream = make(random.Random(f"{name} {seed}"), share)
-    return [next(stream) for _ in range(count)]
+    return [Row(*next(stream)) for _ in range(count)]
 
 
 # Models
@@ -538,12 +542,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(TINY), help="those of the study, or folders and Hub names")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of models other than the study's")
     parser.add_argument("--folder", type=Path, default=Path("noise_rows"), help="where the tiny models are kept")
-    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=[*SETS, *OF_GSM8K])
+    parser.add_argument("--gsm8k", help="folder of train.jsonl, in place of the Hub's openai/gsm8k")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if {*OF_GSM8K} & {*options.sets}:
+        SETS.update(gsm8k.noisy(options.gsm8k))
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     readers: dict[str, Reader] = {}
     for seed, model, each in itertools.product(range(2, options.seeds + 2), options.models, options.sets):

@@ -41,8 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
+import gsm8k
 import quickstart
-from anneal_study import ANNEAL, FIRST_SEED, FIXED, Cell, by_cell, name_of
+from anneal_study import ANNEAL, FIRST_SEED, FIXED, TEMPERED, Cell, by_cell, name_of
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main as verb
 from bl_trainer.evaluation.grading import final_answer, is_same_math
@@ -53,11 +54,13 @@ from miniature import cell_folder, read_rows, write_rows
 ARMS: list[dict[str, Any]] = [
     *FIXED[:3],
     ANNEAL,
+    *TEMPERED,
 ]  # `power` 10 answers few records right, and an arm takes two minutes of a core
 RATES = [3e-4, 1e-3, 3e-3]
 PILOT_SEED = 99
 POOL = 1024  # training examples of a set
 SYSTEM = "Extract the name, age and city as JSON."
+SAMPLED = {"sampled": 1.0, "cooler": 0.5}  # ruler -> temperature
 SHORT = 128  # tokens of a figfont example
 
 # What all runs share; the keys of a recipe
@@ -100,7 +103,7 @@ class Task:
     @property
     def rulers(self) -> list[str]:
         """What objectives are compared by."""
-        return [*(["greedy", "sampled"] if self.has_cities else ["greedy"]), "accuracy", "target_prob"]
+        return [*(["greedy", *SAMPLED] if self.has_cities else ["greedy"]), "accuracy", "target_prob"]
 
 
 TASKS = (
@@ -114,10 +117,11 @@ NAMES = sorted({task.name for task in TASKS})
 RULERS = {
     "greedy": "Right answers, greedy",
     "sampled": "Right answers, sampled at temperature 1",
+    "cooler": "Right answers, sampled at temperature 0.5",
     "accuracy": "Target tokens that are the most probable one",
     "target_prob": "Mean p of the target tokens",
 }
-FIGURES = ("greedy", "sampled", "accuracy", "target_prob", "nll", "calibration_error", "drift")
+FIGURES = ("greedy", "sampled", "cooler", "accuracy", "target_prob", "nll", "calibration_error", "drift")
 
 
 def records(seed: int, count: int, wrong: float, name: str) -> list[dict[str, Any]]:
@@ -136,23 +140,19 @@ def records(seed: int, count: int, wrong: float, name: str) -> list[dict[str, An
     return rows
 
 
-def problems(rows: Any) -> list[dict[str, Any]]:
-    """Return examples of GSM8K's rows, without the calculator's annotations."""
+def problems(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return examples of GSM8K's rows."""
     return [
         {
             "prompt": [{"role": "user", "content": row["question"]}],
-            "completion": [{"role": "assistant", "content": _plain(row["answer"])}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
         }
         for row in rows
     ]
 
 
-def _plain(answer: str) -> str:
-    return "".join(part.split(">>")[-1] for part in answer.split("<<"))
-
-
-def prepare(folder: Path, model: str, gsm8k: str | None, tasks: Sequence[Task]) -> None:
-    """Make data and recipe of each task in `folder`; the same at all times. What is there is kept."""
+def prepare(folder: Path, model: str, source: str | None, tasks: Sequence[Task]) -> None:
+    """Make data and recipe of each task in `folder`; the same at all times. What is there is kept. `source`: GSM8K's folder."""
     for task in tasks:
         home = cell_folder(folder, task.name, task.noise)
         if (home / "recipe.yaml").exists():
@@ -168,13 +168,7 @@ def prepare(folder: Path, model: str, gsm8k: str | None, tasks: Sequence[Task]) 
             rows = load_dataset(str(home / "drawn"), split="train").to_list()
             data = [rows[:POOL], rows[POOL:]]  # the test split has long ones too
         elif task.name == "gsm8k":
-            splits = ("train", "test")
-            sets = (
-                [read_rows(Path(gsm8k) / f"{split}.jsonl") for split in splits]
-                if gsm8k
-                else [load_dataset("openai/gsm8k", "main", split=split) for split in splits]
-            )
-            data = list(map(problems, sets))
+            data = [problems(gsm8k.read(source, split)) for split in ("train", "test")]
         else:
             data = [records(1, POOL, task.noise, task.name), records(2, task.examples, 0.0, task.name)]
         for split, rows, count in zip(("train", "test"), data, (POOL, task.examples), strict=True):
@@ -246,7 +240,7 @@ class Pretrained:
     def evaluate(self, name: str, noise: float, seed: int = 0) -> dict[str, Any]:
         """Measure the model, with an adapter while there is one in it, on held-out examples. A number by example:
 
-        `greedy`, `sampled` (at temperature 1, by `seed`): 1 if what it answers is right, with PILOT_SEED only where the pilot
+        `greedy`, and those of SAMPLED by `seed`: 1 if what it answers is right, with PILOT_SEED only where the pilot
         chooses by it; `targets`: tokens of the target, without the end of turn, and sums over these: `nll` (nats), `prob`,
         `top1` and `kl`, KL(base, tuned) in nats.
         `cluster`: the city, which examples share. `calibration_error`: the expected one of all tokens, as a list of one.
@@ -265,9 +259,9 @@ class Pretrained:
             sums = torch.stack([-chosen.sum(), chosen.exp().sum(), is_top.sum(), kl]).tolist()
             for key, value in zip(items, [len(targets), *sums], strict=True):
                 items[key].append(value)
-        for key in ("greedy", "sampled"):
+        for key in ("greedy", *SAMPLED):
             if key in ([task.pilot] if seed == PILOT_SEED else task.rulers):
-                items[key] = self._right(task, None if key == "greedy" else seed)
+                items[key] = self._right(task, SAMPLED.get(key), seed)
         if task.has_cities:
             items["cluster"] = [json.loads(_said(row))["city"] for row in self._read(task, "test")]
         return {**items, "calibration_error": [calibration.error()]}
@@ -290,13 +284,13 @@ class Pretrained:
                 found.append(states[len(whole) - len(targets) - 1 : len(whole) - 1])
         return found
 
-    def _right(self, task: Task, seed: int | None) -> list[float]:
-        """Return 1 for each right answer; greedy ones, or sampled by `seed`."""
+    def _right(self, task: Task, temperature: float | None, seed: int) -> list[float]:
+        """Return 1 for each right answer; greedy ones without a temperature, otherwise sampled by `seed`."""
         rows, found = self._read(task, "test"), []
         how: dict[str, Any] = {"do_sample": False}
-        if seed is not None:
+        if temperature is not None:
             torch.manual_seed(seed)
-            how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         for start in range(0, len(rows), 64):
             batch = rows[start : start + 64]
             prompts = [row["prompt"] for row in batch]

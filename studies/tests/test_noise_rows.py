@@ -10,7 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import gsm8k
 import noise_rows
+from miniature import write_rows
 from noise_rows import SETS, Reader, Words, auroc, cell, encoded, read, rows_of, scored, top
 
 
@@ -45,6 +47,26 @@ def test_wrong_sums_are_wrong():
             signs = 1 if "coins" in row.prompt or " + " in row.prompt else -1
             right = int(terms[0]) + signs * int(terms[1])
             assert (int(re.findall(r"-?\d+", row.answer)[-1]) == right) == (row.kind == "right"), row
+
+
+def test_wrong_answers_of_gsm8k(tmp_path, monkeypatch):
+    problems = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i:,}"} for i in range(1, 2000)]
+    problems.append({"question": "What is long?", "answer": "so " * gsm8k.LONGEST + "\n#### 5"})
+    write_rows(tmp_path / "train.jsonl", problems)
+    monkeypatch.setattr(noise_rows, "SETS", gsm8k.noisy(str(tmp_path)))
+    assert tuple(noise_rows.SETS) == noise_rows.OF_GSM8K
+    for name in noise_rows.OF_GSM8K:
+        rows = rows_of(name, 3, 1500)
+        assert rows == rows_of(name, 3, 1500) != rows_of(name, 4, 1500)
+        assert len({row.prompt for row in rows}) == len(rows)
+        assert np.mean([row.kind == "wrong" for row in rows]) == pytest.approx(0.2, abs=0.03)
+        for row in rows:
+            number = int(row.prompt.split()[2][:-1])
+            right = f"It is {number}.\n#### {number:,}"
+            assert (row.answer == right) == (row.kind == "right"), row
+            if row.kind == "wrong" and "final" in name:
+                assert row.answer.startswith(f"It is {number}.\n#### ")
+                assert 1 <= abs(int(row.answer.split("#### ")[1]) - number) <= 20
 
 
 def test_judges():

@@ -12,6 +12,7 @@ import torch
 from tokenizers import decoders
 
 import continuum
+import gsm8k
 import pretrained_study
 from anneal_study import ANNEAL
 from miniature import cell_folder, read_rows, write_rows
@@ -103,8 +104,8 @@ def test_a_pilot_answers_only_what_it_chooses_by(toy, tmp_path):
     """Most of an arm's time goes by in answering."""
     write_rows(tmp_path / "records-0" / "test.jsonl", [said("a", json.dumps({"name": "b", "age": 20, "city": "oslo"}))])
     found = [toy.evaluate(name, 0.0, pretrained_study.PILOT_SEED) for name in ("records", "gsm8k")]
-    assert [{"greedy", "sampled"} & each.keys() for each in found] == [{"greedy"}, set()]
-    assert {"greedy", "sampled"} < toy.evaluate("records", 0.0).keys()
+    assert [{"greedy", "sampled", "cooler"} & each.keys() for each in found] == [{"greedy"}, set()]
+    assert {"greedy", "sampled", "cooler"} < toy.evaluate("records", 0.0).keys()
     assert "accuracy" in continuum.means(found[1])
 
 
@@ -115,24 +116,24 @@ def test_records_are_right_however_they_are_written(toy, tmp_path, monkeypatch):
     answers = [json.dumps(people[0], indent=1), json.dumps(people[1]), json.dumps(people[1])]
     monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **_: answers)
     found = toy.evaluate("records", 0.0)
-    assert found["greedy"] == found["sampled"] == [1, 1, 0]
+    assert found["greedy"] == found["sampled"] == found["cooler"] == [1, 1, 0]
     assert continuum.values_of(continuum.Scored(0, {}, {}, items=found), "greedy") == {"oslo": (2, 1), "lima": (1, 1)}
     sums = continuum.values_of(continuum.Scored(0, {}, {}, items=found), "nll")
     assert sums["oslo"] == (found["targets"][0] + found["targets"][2], pytest.approx(found["nll"][0] + found["nll"][2]))
 
 
-def test_samples_are_drawn_by_the_seed_at_temperature_1(toy, monkeypatch):
+def test_samples_are_drawn_by_the_seed_at_their_temperature(toy, monkeypatch):
     drawn = []
     generate = toy.base.generate
     monkeypatch.setattr(toy.base, "generate", lambda **how: drawn.append(how) or generate(**how))
     texts = []
     decode = toy.tokenizer.batch_decode
     monkeypatch.setattr(toy.tokenizer, "batch_decode", lambda ids, **how: texts.append(decode(ids, **how)) or texts[-1])
-    for seed in (None, None, 1, 1, 2):
-        toy._right(TOY, seed)
+    for temperature, seed in ((None, 1), (None, 2), (1.0, 1), (1.0, 1), (1.0, 2), (0.5, 1)):
+        toy._right(TOY, temperature, seed)
     assert texts[0] == texts[1] != texts[2] == texts[3] != texts[4]
-    assert [how["do_sample"] for how in drawn] == [False, False, True, True, True]
-    assert (drawn[2]["temperature"], drawn[2]["top_k"], drawn[2]["top_p"]) == (1, 0, 1)
+    assert [how["do_sample"] for how in drawn] == [False, False, True, True, True, True]
+    assert [(how["temperature"], how["top_k"], how["top_p"]) for how in drawn[2:]] == [(1, 0, 1)] * 3 + [(0.5, 0, 1)]
 
 
 def test_records_and_codes_are_the_same_people():
@@ -151,8 +152,9 @@ def test_records_and_codes_are_the_same_people():
     assert 0.2 < wrong / 200 < 0.4
 
 
-def test_calculator_annotations_are_left_out():
-    (row,) = pretrained_study.problems([{"question": "q", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24", "idx": 1}])
+def test_calculator_annotations_are_left_out(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [{"question": "q", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24", "idx": 1}])
+    (row,) = pretrained_study.problems(gsm8k.read(str(tmp_path), "test"))
     assert row == said("q", "48/2 = 24 clips\n#### 24")
 
 
@@ -191,20 +193,22 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
         found = {}
         for i, setting in enumerate(plan.listed()):
             rng = random.Random(f"{name} {noise} {setting}")
-            items = {key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "nll", "prob", "top1", "kl")}
+            items = {
+                key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "cooler", "nll", "prob", "top1", "kl")
+            }
             items |= {"targets": [rng.randint(1, 9) for _ in range(50)], "calibration_error": [0.1]}
             ran.append((folder.name, noise, setting, items))
             found[i] = continuum.Scored(i, setting, continuum.means(items), items=items)
         return found
 
-    base = {"greedy": 0.0, "sampled": 0.25, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
+    base = {"greedy": 0.0, "sampled": 0.25, "cooler": 0.25, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
     cells = [pretrained_study.run_task(tmp_path, task, 3, run, base) for task in tasks]
     text = pretrained_study.report(cells, 3)
     main = [(noise, setting, items) for name, noise, setting, items in ran if name == "main"]
     pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
-    assert len(main) == len(pilot) == 2 * 12
+    assert len(main) == len(pilot) == 2 * 18
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith("`python studies/pretrained_study.py --seeds 3 --tasks records`, 24 arms, seeds 100 to 102, each")
+    assert text.startswith("`python studies/pretrained_study.py --seeds 3 --tasks records`, 36 arms, seeds 100 to 102, each")
     assert "at another seed, on the same held-out examples, by greedy (records). By how much" in text
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
@@ -220,7 +224,7 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     assert values[1] == f"anneal @ {rate:g}"
     for place, found in (
         (2, [statistics.mean(each["greedy"]) for each in arms]),
-        (6, [sum(each["nll"]) / sum(each["targets"]) for each in arms]),
+        (7, [sum(each["nll"]) / sum(each["targets"]) for each in arms]),
     ):
         half = 4.302653 * statistics.stdev(found) / 3**0.5
         assert values[place] == f"{statistics.mean(found):.3f} ± {half:.3f}"
