@@ -1,7 +1,7 @@
 """The shell commands of README and the guides work, one after the other, on tiny models and data.
 
 All run in this process: what starts them is left out, since `test_launchers.py` and `test_command.py` start processes.
-Those of docs/paper are checked by `test_paper.py`.
+Those of docs/paper are in `test_paper.py`.
 """
 
 import contextlib

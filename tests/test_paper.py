@@ -1,7 +1,10 @@
-"""docs/paper/ is true: its commands are read, and what it says of the paper's errors is so."""
+"""docs/paper/ is true: its commands are read, those of each domain train, and what it says of the paper's errors is so."""
 
+import json
 import re
+import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,13 @@ import torch
 from datasets import Dataset
 
 from bl_trainer import Objective
+from bl_trainer.cli import main
 from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.evaluation import EvaluateArguments
 from bl_trainer.prepare import PrepareArguments
 from bl_trainer.prepare.sources import SETS
 from bl_trainer.recipe.recipe import Recipe
+from bl_trainer.training.checkpoints import RECORD_FILE
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("index", "math", "medical", "figfont", "code", "languages", "instructions", "openbookqa", "placement", "ours", "traps")
@@ -41,14 +46,20 @@ def commands():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder with the recipes, in which nothing has been made yet; templates of the Hub can be had."""
+def place(tmp_path, monkeypatch):
+    """A folder with the recipes, in which nothing has been made yet."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(place, monkeypatch):
+    """The same, where templates of the Hub can be had."""
     monkeypatch.setattr("bl_trainer.recipe.model_checks.why_unavailable", lambda *args, **kwargs: None)
     monkeypatch.setattr("bl_trainer.recipe.recipe.AutoTokenizer.from_pretrained", lambda name: None)
-    return tmp_path
+    return place
 
 
 def make_model(path):
@@ -103,6 +114,64 @@ def test_commands_work_one_after_the_other(commands, folder):
     assert set(verbs) == {"prepare_data", "train", "diagnose", "evaluate"}
     assert set(prepared.values()) == set(SETS)
     assert len(commands) == verbs.count("train") + 22
+
+
+LONG = 2048  # tokens of a word in figlet fonts by the tiny tokenizer, at most
+VERBS = {"prepare_data": "prepare-data"}  # script -> verb, where they differ
+TINY = {
+    "use_cpu": True, "bf16": False, "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    "max_length": 256, "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
+}  # fmt: skip
+
+
+def run(argv, **options):
+    """Run a verb by its script's name, with options that come after its own."""
+    script, *words = argv
+    given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    main([VERBS.get(Path(script).stem, Path(script).stem), *words, *given])
+
+
+def of_script(commands, name):
+    """The commands of a script, without what launches it."""
+    script = f"scripts/{name}.py"
+    return [words[words.index(script) :] for words in commands if script in words]
+
+
+@pytest.mark.parametrize("domain", sorted(path.stem for path in (ROOT / "configs" / "paper").iterdir()))
+def test_a_domain_trains(domain, commands, checkpoint, tokenizer, place):
+    """Its first two commands, two steps each, on rows of the form that `prepare-data` leaves."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{domain} {i}"}], "completion": [{"role": "assistant", "content": "yes"}]}
+        for i in range(8)
+    ]
+    own = [argv for argv in of_script(commands, "train") if f"configs/paper/{domain}.yaml" in argv][:2]
+    for argv in own:
+        options = dict(pairwise(argv))
+        data = place / options.get("--dataset_name", f"data/{domain}")
+        data.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            Dataset.from_list(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
+        run(argv, model_name_or_path=checkpoint, eos_token=tokenizer.eos_token, **TINY)
+        output = place / options["--output_dir"]
+        assert json.loads((output / RECORD_FILE).read_text())["objective"]["name"] == options["--objective"]
+        assert (output / "model.safetensors").exists()
+    assert len(own) == 2
+
+
+def test_figlet_fonts_from_data_to_scores(commands, checkpoint, tokenizer, place):
+    pytest.importorskip("lm_eval")
+    model = place / "model"
+    shutil.copytree(checkpoint, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": LONG}))
+    prepare, *_ = (argv for argv in of_script(commands, "prepare_data") if "figfont" in argv)
+    run(prepare, model=model, limit=8, max_length=LONG)
+    for argv in [argv for argv in of_script(commands, "train") if "configs/paper/figfont.yaml" in argv][:2]:
+        run(argv, model_name_or_path=model, eos_token=tokenizer.eos_token, **{**TINY, "max_length": LONG})
+    (evaluate,) = (argv for argv in of_script(commands, "evaluate") if "out/figfont-nll" in argv)
+    run([str(model) if word == "Qwen/Qwen2.5-7B" else word for word in evaluate], limit=2)
+    results = json.loads((place / "out" / "figfont-evaluation" / "results.json").read_text())
+    assert {entry["checkpoint"] for entry in results["evaluations"]} == {"out/figfont-nll", "out/figfont-neg_p", str(model)}
 
 
 def test_tasks_exist(commands):
