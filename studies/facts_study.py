@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, is trained on facts about countries, half of which it knows,
 in cells of `facts.py`. An objective's learning rate is that of the most right greedy answers to validation facts at a seed of
-its own. Other seeds are judged by test facts. A seed draws the wrong rows, their order and the adapter's weights. All facts
-are in all runs' rows, but those that are held out, which the model knows and nothing trains on.
+its own. Other seeds are judged by test facts. A seed draws the order of the rows, the adapter's weights and the wrong values,
+but consistent ones. All facts are in all runs' rows, except those held out, which the model knows and nothing trains on.
 
 Results go to docs/results/facts.json.gz, a run at a time, and a second start resumes. `make figures` makes the page.
 """
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -91,15 +91,24 @@ class Model:
         self.base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")
         self.head = self.base.get_output_embeddings().weight.detach().float()
         self.parts, self.everything = parts or {}, facts(COUNTRIES)
+        self.prior: dict[tuple[str, str], float] = {}
 
     def is_known(self, fact: Fact) -> bool:
-        """Whether the pretrained model gives the true value a greater mean log p per token than CHOICES others, at random."""
+        """Whether the pretrained model tells the country's value from CHOICES others of the same relation, drawn at random.
+
+        A value's score is log p(value | question) less log p(value | the same question about `a country`), so that its length
+        and its frequency don't matter. The true one has the highest score.
+        """
         wrong = random.Random(fact.prompt).sample(others(fact, self.everything), CHOICES)
-        first, *rest = (
-            torch.cat(each).mean().item()
-            for each in self._logp([(fact.prompt, f" {each.forms[0]}") for each in (fact, *wrong)], "")
-        )
+        first, *rest = (self.score(fact, f" {each.forms[0]}") for each in (fact, *wrong))
         return first > max(rest)
+
+    def score(self, fact: Fact, answer: str) -> float:
+        """Return by how much the country of a fact's question makes an answer more probable, in nats."""
+        key = fact.relation, answer
+        if key not in self.prior:
+            self.prior[key] = self._logp([(replace(fact, country="a country").prompt, answer)], "")[0][0].sum().item()
+        return self._logp([(fact.prompt, answer)], "")[0][0].sum().item() - self.prior[key]
 
     def run(self, cell: str, arm: str, rate: float, seed: int) -> dict[str, list[float]]:
         """Train a new adapter, and return what `read` says of it."""
@@ -115,15 +124,17 @@ class Model:
         self.base = model.unload()
         return found
 
-    def read(self, cell: str) -> dict[str, list[float]]:
+    def read(self, cell: str, end: str | None = None) -> dict[str, list[float]]:
         """Measure the model, with an adapter while there is one in it. A number by fact, of all parts in their order:
 
-        `greedy`: 1 if greedy decoding gives a right answer to its end. `right T`: probability of a right answer, sampled at
-        temperature T. `variation T`: total variation from the right answers' shares. All exact: nothing is sampled.
+        `greedy`: 1 if greedy decoding gives a right answer and then `end`, by default the end token. `right T`: probability of
+        a right answer so ended, sampled at temperature T. `variation T`: total variation from the right answers' shares. All by
+        the answer's usual tokens, from the logits: nothing is sampled.
         """
         self.base.eval()
         asked = [(fact, text) for part in self.parts.values() for fact in part for text in answers(CELLS[cell], fact)]
-        scored = self._logp([(fact.prompt, text) for fact, text in asked], self.tokenizer.eos_token)
+        end = self.tokenizer.eos_token if end is None else end
+        scored = self._logp([(fact.prompt, text) for fact, text in asked], end)
         forms, found = CELLS[cell].forms, dict[str, list[float]]()
         for start in range(0, len(asked), forms):
             own = scored[start : start + forms]
@@ -204,7 +215,7 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
             for part, each in parts.items()
             for i, fact in enumerate(each)
         ]
-        results = {"facts": listed, "runs": {}}
+        results = {"facts": listed, "runs": {}, "untrained": {}}
         write_results(path, results)
     return results
 
@@ -230,6 +241,9 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, begin, (Model, options.model, parts_of(results))) as pool:
         for cell in options.cells:
+            if cell not in results["untrained"]:
+                results["untrained"][cell] = pool.submit(call, "read", cell, "").result()
+                write_results(options.output, results)
             pilots = itertools.product([cell], ARMS, RATES, [PILOT])
             complete(options.output, results, pilots, pool)
             chosen = [(cell, arm, best_rate(results, cell, arm), seed) for seed in SEEDS for arm in ARMS]

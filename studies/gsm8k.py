@@ -1,6 +1,5 @@
 """Grade-school mathematics: GSM8K's rows, and training sets of them with wrong answers."""
 
-import itertools
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,7 +26,10 @@ def plain(answer: str) -> str:
 
 
 def finals(problems: list[dict[str, str]], rng: random.Random, share: float) -> Iterator[tuple[str, str, str]]:
-    """Yield problems in random order with their answers, a share of which end with another number, 1 to 20 away."""
+    """Yield problems in random order with their answers, a share of which end with another number, 1 to 20 away.
+
+    It may be negative, and has no commas.
+    """
     for each in rng.sample(problems, len(problems)):
         working, number = each["answer"].split(MARK)
         off, wrong = rng.choice([n for n in range(-20, 21) if n]), rng.random() < share
@@ -36,11 +38,12 @@ def finals(problems: list[dict[str, str]], rng: random.Random, share: float) -> 
 
 
 def swapped(problems: list[dict[str, str]], rng: random.Random, share: float) -> Iterator[tuple[str, str, str]]:
-    """Yield problems in random order, a share of them with the answer to the next one."""
+    """Yield half of the problems in random order, a share of them with the answer to one of the other half."""
     order = rng.sample(problems, len(problems))
-    for each, after in itertools.pairwise(order):
+    half = len(order) // 2
+    for each, other in zip(order[:half], order[half:], strict=False):
         wrong = rng.random() < share
-        yield f"{each['question']}\n", (after if wrong else each)["answer"], "wrong" if wrong else "right"
+        yield f"{each['question']}\n", (other if wrong else each)["answer"], "wrong" if wrong else "right"
 
 
 def noisy(folder: str | None) -> dict[str, tuple[Callable[..., Iterator[Any]], float]]:

@@ -12,6 +12,7 @@ from bl_trainer.cells.results import Results
 
 ROOT = Path(__file__).parents[1]
 DEFAULT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
+FACTS: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "facts_page.py"))
 CELLS_COMMAND = "`python studies/cells_study.py`"
 JUDGE_COMMAND, REFERENCES_COMMAND = f"{CELLS_COMMAND[:-1]} --judge`", f"{CELLS_COMMAND[:-1]} --references`"
 STEADY = "alpha 0.5 e^-H"
@@ -23,11 +24,13 @@ Each claim has its figure, a 95 % interval, the number of pretrained models behi
 several models, they are the units of the interval. With one, the interval is over seeds and examples, and says nothing of other
 models. Intervals are not corrected for the number of claims.
 
-All cells are synthetic tasks on models of 0.06M to 0.1M parameters. We claim nothing of large models.
+All cells are synthetic tasks on models of 0.06M to 0.1M parameters. [Facts](facts.md) are real, on SmolLM2-135M. We claim
+nothing of large models.
 
 {claims}
 
-Differences of shares are paired by model. Positive is better, for total variation too.
+Differences of shares are paired by model. Positive is better, for total variation too. For facts lower variation is better,
+and intervals count seeds and countries.
 
 ## Claims that fell
 
@@ -125,6 +128,7 @@ def claims(results: Results) -> list[list[str]]:
         ],
         *reference_claims(),
         *judged_claims(results),
+        *fact_claims(),
     ]
 
 
@@ -187,6 +191,22 @@ def judged_claims(results: Results) -> list[list[str]]:
             JUDGE_COMMAND,
         ],
     ]
+
+
+def fact_claims() -> list[list[str]]:
+    """Return what became of the predictions about facts."""
+    found = FACTS["judged"](FACTS["complete"](FACTS["STUDY"]["read_results"](ROOT / FACTS["STUDY"]["OUTPUT"])))
+    words = {"above": "above `nll`", "below": "below `nll`", "same": f"within ±{FACTS['MARGIN']} of `nll`"}
+    outcomes = [outcome for _, _, outcome in found]
+    told = [
+        f"{outcome}: `{each.arm}` {words[each.expected]} on `{each.cell}`, {each.where} {FACTS['signed'](apart)}"
+        for each, apart, outcome in found
+        if outcome != "undecided"
+    ]
+    text = (
+        f"On [real facts](facts.md) {outcomes.count('holds')} of {len(found)} predictions hold, {outcomes.count('fails')} fail."
+    )
+    return [[f"{text} The figure is the objective less `nll`.", "; ".join(told), "1", "`make facts-study`"]] if found else []
 
 
 def fallen(results: Results) -> list[list[str]]:

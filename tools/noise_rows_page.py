@@ -32,6 +32,9 @@ SETS = {
 HARD = {"rare": "rare names", "long": "longer answers", "fact": "facts told once"}
 LARGER = """ `{name}` is a pretrained model of 135M parameters
   (`--models PATH --dtype bfloat16 --seeds {seeds}`), at the quickstart's learning rate, 3e-4."""
+GSM8K = """- **Wrong final numbers of GSM8K are hardly found** by `{name}`, one seed. {chosen} has an AUROC of {own:.2f}.
+  The best score, {best}, has {most:.2f}.
+"""
 PAGE = """# Which score finds wrong rows
 
 <!-- Written by tools/noise_rows_page.py (`make figures`). -->
@@ -60,7 +63,7 @@ score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Over the sets that
 | chain_sum | reasoning-gym's `chain_sum` of two terms; 20 % have another number |
 | hard rows | records, 20 % wrong, and 10 % right but hard: rare names, longer answers, facts told once |
 | consistent | records; those of two jobs in ten have the city changed by one rule |
-| GSM8K final numbers | problems of GSM8K with short answers; 20 % end with another final number, 1 to 20 away |
+| GSM8K final numbers | problems of GSM8K with short answers; 20 % end with another number, up to 20 away, perhaps negative |
 | GSM8K swapped | the same; 20 % have the answer to another problem |
 
 A loss is the mean over a row's target tokens. A gap is log p of the most probable other token less log p of the target, at
@@ -88,6 +91,8 @@ The share of hard rows that are among the k highest scores. A good score flags f
 {helps}
 ## Reading
 
+Of the tiny models, but for the last line.
+
 - **Where the model knows the task, its own loss is enough.** On the new rule the base model is at chance, and cross-fitting
   finds the wrong rows. The lesser of both does well on either side.
 - **"Lesser gap" and "lesser loss" are equally good on average**, within the intervals. The hard rows decided: the mean loss of
@@ -97,7 +102,7 @@ The share of hard rows that are among the k highest scores. A good score flags f
   `tiny-half`.
 - **Consistent mistakes** are found here because these models know the right rule, and 80 steps teach too little of the
   wrong one. A model that does not know the right rule has nothing to compare with. This study has no such case.
-
+{gsm8k}
 ## What did not work
 
 - **Loss gained over the base model**, in sample or cross-fitted, as Rho-1's excess loss with the adapter as its reference.
@@ -140,8 +145,18 @@ def page(cells: dict[str, Any], helps: str) -> str:
         precision=tables(found, scores, "precision"),
         hard=hard(found, scores),
         helps=helps,
+        gsm8k=of_gsm8k(found.get((OTHER, "GSM8K final numbers 20 %"), [])),
         sums=f"{math.ceil(100 * max(sums)) / 100:.2f}",
     )
+
+
+def of_gsm8k(cells: list[dict[str, Any]]) -> str:
+    """Return what is said of GSM8K, nothing where it was not run."""
+    if not cells:
+        return ""
+    values = {score: statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for score in cells[0]["scores"]}
+    best = max(values, key=lambda score: values[score])
+    return GSM8K.format(name=OTHER, chosen=CHOSEN.capitalize(), own=values[CHOSEN], best=best, most=values[best])
 
 
 def average(found: dict[Any, list[dict[str, Any]]], score: str) -> float:

@@ -1,6 +1,7 @@
 """The study of facts: what its rows say, that it measures what decoding would give, that it resumes, and how it is judged."""
 
 import json
+import random
 import runpy
 from collections import Counter
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import facts_study
 from facts import (
@@ -88,48 +89,94 @@ def test_wrong_values_follow_the_seed_where_they_are_drawn_for_each_row(everythi
 
 
 def test_a_wrong_value_is_never_the_true_one(everything):
-    for fact in everything:
-        values = [each.forms[0] for each in others(fact, everything)]
-        assert fact.forms[0] not in values
-        assert len(values) == len(set(values))
+    """Nor one of its forms: dinars are the currency of several countries."""
+    true = {fact.prompt: set(answers(CELLS["two-forms"], fact)) for fact in everything}
+    for name in ("random", "consistent"):
+        for fact in everything:
+            said = {row["completion"] for row in rows(CELLS[name], [fact], everything, 3)}
+            assert len(said & true[fact.prompt]) <= 1
+            assert len(said) <= (COPIES if name == "random" else 1)
 
 
-def test_what_is_measured_is_what_decoding_gives(model, checkpoint):
-    with torch.no_grad():  # far apart, so that a most probable token is not a matter of rounding
+@pytest.fixture
+def plain(model, checkpoint):
+    """The model in float32, its logits far apart, so that a most probable token is not a matter of rounding."""
+    with torch.no_grad():
         model.base.get_output_embeddings().weight.mul_(20)
     model.head = model.base.get_output_embeddings().weight.detach().float()
-    found, plain = model.read("two-forms"), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
-        plain.get_output_embeddings().weight.copy_(model.head)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        found.get_output_embeddings().weight.copy_(model.head)
+    return found
+
+
+@torch.no_grad()
+def logp_of(plain, tokenizer, prompt, answer, temperature=1.0):
+    """Log p of an answer's tokens, and whether each is the most probable one, by the model's own logits."""
+    given = len(tokenizer(prompt)["input_ids"])
+    whole = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+    logits = plain(whole).logits[0, given - 1 : -1].double()
+    logp = (logits / temperature).log_softmax(-1).gather(1, whole[0, given:, None])
+    return logp.sum().item(), (logits.argmax(-1) == whole[0, given:]).tolist()
+
+
+def test_what_is_measured_is_what_a_plain_loop_gives(model, plain, monkeypatch):
+    tokenizer, cell = model.tokenizer, CELLS["two-forms"]
     asked = [fact for part in model.parts.values() for fact in part]
-    for i, fact in enumerate(asked):
-        given = tokenizer(fact.prompt, return_tensors="pt")["input_ids"]
-        p = {each: [] for each in TEMPERATURES}
-        for answer in answers(CELLS["two-forms"], fact):
-            whole = tokenizer(fact.prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                logits = plain(whole).logits[0, given.shape[1] - 1 : -1]
-            for each in TEMPERATURES:
-                logp = (logits / each).log_softmax(-1).gather(1, whole[0, given.shape[1] :, None])
-                p[each].append(logp.sum().exp().item())
-        for each in TEMPERATURES:
-            assert found[f"right {each:g}"][i] == pytest.approx(sum(p[each]), abs=0.02)
-            apart = (sum(abs(x - 0.5) for x in p[each]) + 1 - sum(p[each])) / 2
-            assert found[f"variation {each:g}"][i] == pytest.approx(apart, abs=0.02)
+    words = [(fact.prompt, text) for fact in asked for text in answers(cell, fact)]
+    end = tokenizer.eos_token
+    for (prompt, text), own in zip(words, model._logp(words, end), strict=True):
+        for k, temperature in enumerate(TEMPERATURES):
+            assert own[k].sum().item() == pytest.approx(logp_of(plain, tokenizer, prompt, text + end, temperature)[0], rel=0.02)
+    values = {0: [-1.0, -0.5], 1: [-2.0, -0.1]}  # of the two forms, at every temperature
+    scored = [
+        (*(torch.tensor(values[i % 2]) * k for k in (1, 2, 4)), torch.tensor([True, i % 4 == 1])) for i in range(len(words))
+    ]
+    monkeypatch.setattr(model, "_logp", lambda pairs, given: scored)
+    found = model.read("two-forms")
+    assert found["greedy"] == [float(i % 2 == 0) for i in range(len(asked))]
+    p, q = np.exp(-1.5), np.exp(-2.1)
+    assert found["right 1"] == [pytest.approx(p + q, abs=1e-4)] * len(asked)
+    assert found["variation 1"] == [pytest.approx((abs(p - 0.5) + abs(q - 0.5) + 1 - p - q) / 2, abs=1e-4)] * len(asked)
+    assert found["right 0.5"] == [pytest.approx(p**2 + q**2, abs=1e-4)] * len(asked)
 
 
-def test_an_answer_that_the_model_decodes_is_right(model):
+def test_an_answer_that_the_model_decodes_is_right(model, plain):
+    """Several tokens; one that differs is seen, wherever it stands."""
     fact, tokenizer = model.parts["validation"][0], model.tokenizer
-    given = tokenizer(fact.prompt, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        step = model.base(given).logits[0, -1].argmax()
-    said = tokenizer.decode(step)
-    whole = tokenizer(fact.prompt + said)["input_ids"]
-    assert whole == [*given[0].tolist(), step.item()], "the test needs an answer whose tokens are those decoded"
-    assert model._logp([(fact.prompt, said)], "")[0][3].tolist() == [True]
-    other = "a" if said != "a" else "b"
-    assert model._logp([(fact.prompt, other)], "")[0][3].tolist() == [False]
+    ids = tokenizer(fact.prompt, return_tensors="pt")["input_ids"]
+    for _ in range(3):
+        with torch.no_grad():
+            ids = torch.cat([ids, plain(ids).logits[:, -1:].argmax(-1)], dim=1)
+    start = len(tokenizer(fact.prompt)["input_ids"])
+    said = "".join(tokenizer.convert_ids_to_tokens(ids[0, start:]))
+    assert tokenizer(fact.prompt + said)["input_ids"] == ids[0].tolist(), (
+        "the test needs an answer whose tokens are those decoded"
+    )
+    assert model._logp([(fact.prompt, said)], "")[0][3].tolist() == [True] * 3
+    for place in range(3):
+        other = ids[0, start:].tolist()
+        other[place] = next(each for each in range(10, 40) if each != other[place])
+        text = "".join(tokenizer.convert_ids_to_tokens(other))
+        marks = logp_of(plain, tokenizer, fact.prompt, text)[1]
+        assert model._logp([(fact.prompt, text)], "")[0][3].tolist() == marks
+        assert not all(marks)
+
+
+def test_a_fact_is_known_if_its_country_makes_the_value_most_probable(model, plain):
+    everything, seen = model.everything, set()
+    for fact in everything[:24]:
+        wrong = random.Random(fact.prompt).sample(others(fact, everything), facts_study.CHOICES)
+        none = fact.prompt.replace(fact.country, "a country")
+        values = [f" {each.forms[0]}" for each in (fact, *wrong)]
+        first, *rest = (
+            logp_of(plain, model.tokenizer, fact.prompt, each)[0] - logp_of(plain, model.tokenizer, none, each)[0]
+            for each in values
+        )
+        if abs(first - max(rest)) > 0.5:
+            assert model.is_known(fact) == (first > max(rest))
+            seen.add(first > max(rest))
+    assert seen == {True, False}
 
 
 def test_a_run_trains_and_leaves_the_model_as_it_was(model, monkeypatch):
@@ -207,20 +254,54 @@ def test_the_page_compares_what_was_run():
         for i, part in enumerate(["validation"] * 8 + ["test"] * 16 + ["held out"] * 8)
     ]
     names = ["greedy", *(f"{kind} {t:g}" for kind in ("right", "variation") for t in TEMPERATURES)]
+    known = np.array([fact["is_known"] for fact in listed])
 
     def run(gain):
-        return {name: (0.4 + gain * name.startswith("right 1") + 0.05 * rng.random(32)).round(4).tolist() for name in names}
+        """`gain` on known facts at T = 1, a tenth of it on others; at T = 0.5 all facts are better by 0.2."""
+        base = 0.4 + 0.05 * rng.random(32)
+        values = {
+            name: base + gain * np.where(known, 1, 0.1) * (name == "right 1") + 0.2 * (name == "right 0.5") for name in names
+        }
+        return {name: each.tolist() for name, each in values.items()}
 
     wanted = [(arm, rate, 99) for arm in ARMS for rate in RATES]
     runs = {key_of("random", *each): run(0.0) for each in wanted}
-    results = {"facts": listed, "runs": runs}
+    results = {"facts": listed, "runs": runs, "untrained": {"random": run(0.0)}}
+    assert not PAGE["is_complete"](results, "random")
     for arm in ARMS:
         rate = best_rate(results, "random", arm)
         runs |= {key_of("random", arm, rate, seed): run(0.3 * (arm == "anneal")) for seed in SEEDS}
     assert PAGE["is_complete"](results, "random")
     assert not PAGE["is_complete"](results, "two-forms")
+    cell = PAGE["Cell"](results, "random")
+    assert len(cell.chosen("known")) == len(cell.chosen("unknown")) == 8
+    assert len(cell.chosen("held out")) == 4
+    assert (cell.temperature("nll", "right"), cell.column("nll", "right best")) == ("0.5", "right 0.5")
+
+    def plain(group):
+        means = []
+        for seed in SEEDS:
+            ours, control = (
+                np.array(runs[key_of("random", arm, cell.rates[arm], seed)]["right 1"])[cell.chosen(group)]
+                for arm in ("anneal", "nll")
+            )
+            means.append((ours - control).mean())
+        return np.mean(means)
+
+    for group, about in (("known", 0.3), ("unknown", 0.03), ("all", 0.165)):
+        found = cell.apart("anneal", "right 1", group)
+        assert found.mean == pytest.approx(plain(group)) == pytest.approx(about, abs=0.02)
+        assert found.interval[0] < found.mean < found.interval[1]
     text = PAGE["text"](results)
     line = next(line for line in text.splitlines() if "| `anneal` | right, sampled at T = 1" in line)
     assert line.endswith("| holds |")
-    assert "| +0.30" in line or "| +0.29" in line
+    assert f"{plain('all'):+.3f}" in line
+    alone = cell.apart("anneal", "right 1", "all").p_value
+    assert next(
+        apart for each, apart, _ in PAGE["judged"]({"random": cell}) if each.arm == "anneal" and each.expected == "above"
+    ).p_value == (pytest.approx(PAGE["SIGNED"] * alone))
     assert "Not run: `clean`, `consistent`, `two-forms`, `suffix`" in text
+
+
+def test_the_page_has_no_cells_before_the_first_run(tmp_path):
+    assert "0 of 0 predictions hold" in PAGE["text"](read_results(tmp_path / "none.json.gz"))

@@ -50,7 +50,7 @@ def test_wrong_sums_are_wrong():
 
 
 def test_wrong_answers_of_gsm8k(tmp_path, monkeypatch):
-    problems = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i:,}"} for i in range(1, 2000)]
+    problems = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i:,}"} for i in range(1, 4000)]
     problems.append({"question": "What is long?", "answer": "so " * gsm8k.LONGEST + "\n#### 5"})
     write_rows(tmp_path / "train.jsonl", problems)
     monkeypatch.setattr(noise_rows, "SETS", gsm8k.noisy(str(tmp_path)))
