@@ -14,7 +14,7 @@ from typing import Any
 ARMS = ("nll", "alpha 0.5 e^-H", "alpha e^-H", "anneal", "neg_p")
 RATES = (1e-3, 3e-3)
 PILOT, SEEDS = 99, (100, 101, 102, 103)
-RUN = ("random", "two-forms")  # cells, unless told otherwise
+RUN = ("random", "two-forms")  # cells that run by default
 COUNTRIES = 160
 PARTS = {"validation": 32, "test": 64}  # part -> known facts, and as many unknown ones
 HELD_OUT = 48  # known facts
@@ -102,7 +102,7 @@ def written(cell: Cell, fact: Fact, form: int, country: str) -> str:
 
 
 def answers(cell: Cell, fact: Fact) -> list[str]:
-    """Return the right answers, each of which has the same share of a fact's right rows."""
+    """Return the right answers. Each has the same share of a fact's right rows."""
     return [written(cell, fact, form, fact.country) for form in range(cell.forms)]
 
 

@@ -1,8 +1,8 @@
 """Ask a pretrained model for facts that it was fine-tuned on, some of them wrong: `python studies/facts_study.py`.
 
-SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, is trained on facts about countries, half of which it knows,
-in cells of `facts.py`. An objective's learning rate is that of the most right greedy answers to validation facts at a seed of
-its own. Other seeds are judged by test facts. A seed draws the order of the rows, the adapter's weights and the wrong values,
+SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, is trained on facts about countries. It knows about half of
+them. `facts.py` has the cells. An objective has the learning rate of the most right greedy answers to validation facts at a seed
+of its own. Other seeds are judged by test facts. A seed draws the order of the rows, the adapter's weights and the wrong values,
 but consistent ones. All facts are in all runs' rows, except those held out, which the model knows and nothing trains on.
 
 Results go to docs/results/facts.json.gz, a run at a time, and a second start resumes. `make figures` makes the page.
@@ -37,8 +37,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
+import pretrained_study
 import quickstart
 from bl_trainer import BLConfig, BLTrainer
+from bl_trainer._util.files import write_bytes
 from bl_trainer.cells.field import FIELD
 from continuum import begin, call, quiet
 from facts import (
@@ -67,19 +69,7 @@ from facts import (
     rows,
 )
 
-TRAINING: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": True,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1_000_000,
-    "disable_tqdm": True,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 3,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": BATCH,
-}
+TRAINING = {**pretrained_study.TRAINING, "num_train_epochs": 1, "per_device_train_batch_size": BATCH}
 
 
 class Model:
@@ -88,7 +78,9 @@ class Model:
     def __init__(self, path: str, parts: dict[str, list[Fact]] | None = None):
         torch.set_num_threads(1)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")
+        self.base: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, attn_implementation=pretrained_study.ATTENTION
+        )
         self.head = self.base.get_output_embeddings().weight.detach().float()
         self.parts, self.everything = parts or {}, facts(COUNTRIES)
         self.prior: dict[tuple[str, str], float] = {}
@@ -187,9 +179,7 @@ def split(known: dict[Fact, bool]) -> dict[str, list[Fact]]:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write the results whole."""
     text = json.dumps(results, sort_keys=True, separators=(",", ":"))
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_bytes(gzip.compress(text.encode(), mtime=0))
-    beside.replace(path)
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
 
 def complete(path: Path, results: dict[str, Any], wanted: Iterable[tuple[str, str, float, int]], pool: Executor) -> None:
@@ -232,7 +222,7 @@ def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--model", default=str(quickstart.MODEL), help="what `make quickstart` has made, unless told")
+    parser.add_argument("--model", default=str(quickstart.MODEL), help="by default the one that `make quickstart` makes")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(RUN))
     options = parser.parse_args()

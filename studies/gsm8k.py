@@ -26,9 +26,9 @@ def plain(answer: str) -> str:
 
 
 def finals(problems: list[dict[str, str]], rng: random.Random, share: float) -> Iterator[tuple[str, str, str]]:
-    """Yield problems in random order with their answers, a share of which end with another number, 1 to 20 away.
+    """Yield problems in random order with their answers. A share of the answers end with another number, 1 to 20 away.
 
-    It may be negative, and has no commas.
+    That number may be negative, and has no commas.
     """
     for each in rng.sample(problems, len(problems)):
         working, number = each["answer"].split(MARK)

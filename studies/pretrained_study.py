@@ -384,7 +384,7 @@ def main() -> None:
     """Prepare, run what is left, and write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("pretrained"))
-    parser.add_argument("--model", default=str(quickstart.MODEL), help="what `make quickstart` has made, unless told")
+    parser.add_argument("--model", default=str(quickstart.MODEL), help="by default the one that `make quickstart` makes")
     parser.add_argument("--gsm8k", help="folder of train.jsonl and test.jsonl, in place of the Hub's openai/gsm8k")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=3)

@@ -151,7 +151,7 @@ def page(cells: dict[str, Any], helps: str) -> str:
 
 
 def of_gsm8k(cells: list[dict[str, Any]]) -> str:
-    """Return what is said of GSM8K, nothing where it was not run."""
+    """Return the line on GSM8K, or nothing if that was not run."""
     if not cells:
         return ""
     values = {score: statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for score in cells[0]["scores"]}
