@@ -1,9 +1,10 @@
 """Ask a pretrained model for facts that it was fine-tuned on, some of them wrong: `python studies/facts_study.py`.
 
 SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, is trained on facts about countries. It knows about half of
-them. `facts.py` has the cells. An objective has the learning rate of the most right greedy answers to validation facts at a seed
-of its own. Other seeds are judged by test facts. A seed draws the order of the rows, the adapter's weights and the wrong values,
-but consistent ones. All facts are in all runs' rows, except those held out, which the model knows and nothing trains on.
+them. `facts.py` has the cells. An objective has the learning rate of the most right greedy answers to validation facts at a
+seed of its own. Other seeds are judged by test facts. A seed draws the order of the rows, the adapter's weights and the wrong
+values, but consistent ones. All facts are in all runs' rows, except those held out: the model knows them and nothing trains on
+them.
 
 Results go to docs/results/facts.json.gz, a run at a time, and a second start resumes. `make figures` makes the page.
 """
