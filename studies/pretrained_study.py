@@ -2,8 +2,9 @@
 
 Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
 
-- records: the quickstart's task, which the model nearly knows, with right records, and with 30 % wrong ones
+- records: the quickstart's task, which the model nearly knows, with 30 % wrong records
 - codes: the same with a code for each city, which the model can't know, and 30 % wrong records
+- clean-records: with right records
 - figfont: words as ASCII art, the paper's model-weak task
 - gsm8k: grade-school mathematics, from the Hub, or from `--gsm8k`, a folder of train.jsonl and test.jsonl
 
@@ -101,6 +102,11 @@ class Task:
         return self.name in ("records", "codes")
 
     @property
+    def option(self) -> str:
+        """What the command line calls it."""
+        return f"clean-{self.name}" if self.has_cities and not self.noise else self.name
+
+    @property
     def rulers(self) -> list[str]:
         """What objectives are compared by."""
         return [*(["greedy", *SAMPLED] if self.has_cities else ["greedy"]), "accuracy", "target_prob"]
@@ -113,7 +119,7 @@ TASKS = (
     Task("figfont", 24, 12, pilot="accuracy"),
     Task("gsm8k", 16, 256, examples=64, pilot="accuracy"),
 )
-NAMES = sorted({task.name for task in TASKS})
+OPTIONS = [task.option for task in TASKS]
 RULERS = {
     "greedy": "Right answers, greedy",
     "sampled": "Right answers, sampled at temperature 1",
@@ -354,17 +360,18 @@ def report(cells: list[Cell], seeds: int, model: str = "") -> str:
     """Return pretrained.md; `model`: what the command line says of it."""
     count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
     rates = ", ".join(f"{rate:g}" for rate in RATES)
-    names = sorted({cell.name for cell in cells})
-    chosen: dict[str, str] = {}
-    for task in TASKS:
-        if task.name in names and task.name not in chosen.get(task.pilot, ""):
-            chosen[task.pilot] = ", ".join(filter(None, [chosen.get(task.pilot), task.name]))
-    tasks = "" if names == NAMES else f" --tasks {' '.join(names)}"
+    tried = [task_of(cell.name, cell.noise) for cell in cells]
+    chosen: dict[str, list[str]] = {}
+    for task in tried:
+        chosen.setdefault(task.pilot, []).append(task.option)
+    judged = " and ".join(f"{ruler} ({', '.join(sets)})" for ruler, sets in chosen.items())
+    names = [task.option for task in tried]
+    tasks = "" if names == OPTIONS else f" --tasks {' '.join(names)}"
     parts = [
         f"`python studies/pretrained_study.py --seeds {seeds}{tasks}{model}`, {count} arms, seeds {FIRST_SEED} to "
         f"{FIRST_SEED + seeds - 1}, each objective at the learning rate (@) of {rates} that was best at another seed, on the "
-        f"same held-out examples, by {' and '.join(f'{ruler} ({sets})' for ruler, sets in chosen.items())}. By how "
-        "much the best fixed objective of a set exceeds each one on held-out examples, which are right; below 0 is better "
+        f"same held-out examples, by {judged}. By how much "
+        "the best fixed objective of a set exceeds each one on held-out examples, which are right; below 0 is better "
         "than any of them. In brackets 95 % intervals, paired, over seeds and over examples, "
         "or over cities where the answers name one."
     ]
@@ -388,10 +395,10 @@ def main() -> None:
     parser.add_argument("--gsm8k", help="folder of train.jsonl and test.jsonl, in place of the Hub's openai/gsm8k")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--tasks", nargs="+", choices=OPTIONS, default=OPTIONS)
     options = parser.parse_args()
     quiet()
-    tasks = [task for task in TASKS if task.name in options.tasks]
+    tasks = [task for task in TASKS if task.option in options.tasks]
     prepare(options.folder, options.model, options.gsm8k, tasks)
     cells = []
     spawn = multiprocessing.get_context("spawn")

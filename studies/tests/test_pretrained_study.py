@@ -208,8 +208,10 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
     assert len(main) == len(pilot) == 2 * 18
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith("`python studies/pretrained_study.py --seeds 3 --tasks records`, 36 arms, seeds 100 to 102, each")
-    assert "at another seed, on the same held-out examples, by greedy (records). By how much" in text
+    assert text.startswith(
+        "`python studies/pretrained_study.py --seeds 3 --tasks records clean-records`, 36 arms, seeds 100 to 102"
+    )
+    assert "at another seed, on the same held-out examples, by greedy (records, clean-records). By how much" in text
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
         for noise, setting, items in pilot
