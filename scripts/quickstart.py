@@ -1,8 +1,8 @@
 """The quickstart's model, data and closing table: `python scripts/quickstart.py prepare|compare`.
 
 Task: read name, age and city out of a sentence, as JSON. SmolLM2-135M-Instruct nearly knows it (mean p of the target tokens
-about 0.8, the model-strong end of the continuum), and 30 % of the training records carry another person's age and city, as
-scraped labels do; the held-out records are correct. Training teaches it to answer with the record alone and to stop.
+about 0.8, the model-strong end of the continuum), and 30 % of the training records carry a random age and city, as wrong
+labels do; the held-out records are correct. Training teaches it to answer with the record alone and to stop.
 """
 
 import argparse

@@ -360,7 +360,7 @@ def report(cells: list[Cell], seeds: int, model: str = "") -> str:
     """Return pretrained.md; `model`: what the command line says of it."""
     count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
     rates = ", ".join(f"{rate:g}" for rate in RATES)
-    tried = [task_of(cell.name, cell.noise) for cell in cells]
+    tried = [task_of(cell.name, cell.corruption) for cell in cells]
     chosen: dict[str, list[str]] = {}
     for task in tried:
         chosen.setdefault(task.pilot, []).append(task.option)

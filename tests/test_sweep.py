@@ -1235,6 +1235,19 @@ def test_dry_run_shows_arms_and_cost(make, tmp_path, capsys):
     assert not (tmp_path / "out-sweep").exists()
 
 
+def test_an_arm_is_named_by_the_whole_loss_that_it_trains(make):
+    """What an arm leaves to the recipe is part of its name and of its group."""
+    rate = {"learning_rate": [1e-3], "seed": [0]}
+    arms = [{"objective": "nll"}, {"objective": "nll", "threshold": None}, {"threshold": 0.5}, {"weight_decay": 0.1}]
+    plan = make({"arms": arms, **rate}, objective="neg_p", threshold=0.2)
+    names = ["nll, p >= 0.2", "nll", "neg_p, p >= 0.5", "weight_decay 0.1"]
+    assert [describe(plan.group_of(point)) for point in plan.points()] == names
+    assert [plan.recipe_of(point).get("threshold") for point in plan.points()] == [0.2, None, 0.5, 0.2]
+    assert [describe(point) for point in make({"objective": ["nll"], **rate}, threshold=0.2).points()] == [
+        "nll, p >= 0.2, learning_rate 0.001"
+    ]
+
+
 def test_dropped_rows_cost_nothing(make, data_folder, tmp_path, capsys):
     """`drop_rows` leaves half of the rows to the runs that have it; scores of other data stop the sweep."""
     rows = [json.loads(line) for line in (data_folder / "train.jsonl").read_text().splitlines()]

@@ -72,8 +72,8 @@ def without_one(ruling: Ruling) -> str:
     """Return what the rule picks when one model at a time is left out."""
     winners = ruling.winners_without_one
     counts = {name: winners.count(name) for name in sorted({*winners}, key=lambda name: -winners.count(name))}
-    return "Without one model at a time it picks " + ", ".join(
-        f"`{name}` in {count} of {len(winners)}" for name, count in counts.items()
+    return "With one model left out, it picks " + ", ".join(
+        f"`{name}` in {count} of {len(winners)} cases" for name, count in counts.items()
     )
 
 

@@ -77,8 +77,8 @@ question makes the true value more probable, against a question without the coun
 | `two-forms` | each value is written in two ways ("Euro", "EUR"), in half of its rows each |
 | `suffix` | answers end in a format that the model never saw |
 
-- **Training**: bfloat16, LoRA of rank {rank}, one epoch of {steps} steps of {batch} rows. Each objective has the rate of
-  {rates} with the most right greedy answers to {validation} validation facts at seed {pilot}.
+- **Training**: bfloat16, LoRA of rank {rank}, one epoch of {steps} steps of {batch} rows. Each objective uses the
+  learning rate, {rates}, that answers most of {validation} validation facts right at seed {pilot}.
 - **Judging**: {seeds} other seeds and {test} other facts. Rows of both kinds of facts train in every run. {held_out} more facts
   are held out: no row asks for them, though their values occur as wrong ones. Shown is the part of them that the model knows.
 - **Figures**: probabilities of the answer's usual tokens and of the end token, from the logits at T = 1, 0.5 and 0.25. Nothing
@@ -91,21 +91,22 @@ question makes the true value more probable, against a question without the coun
 ## Predictions
 
 Differences to `{control}` are paired by seed and fact. Their 95 % intervals count seeds and countries. "Above" and "below"
-hold if the difference has that sign and its p-value is below {level}, corrected for all {predicted} such predictions (Holm).
-"Same" holds if the interval is within ±{margin}, and fails if it is outside. Intervals are not corrected.
+hold if the difference has that sign and its p-value is below {level}, corrected for {predicted} such predictions (Holm), with
+those of cells that were not run. "Same" holds if the interval is within ±{margin}, and fails if it is outside. Intervals are
+not corrected.
 
 {predictions}
 
 ## What it cannot tell
 
-- **Rates**: {rates} alone were tried, and a best rate at their edge may not be the best there is.
+- **Rates**: only {rates} were tried, and a best rate at their edge may not be the best there is.
 - **Temperature**: it is at most 1. What sharpening has collapsed, a higher one might spread again.
 - **At T = 1 under random wrong rows** a difference shows that an objective sharpens, not that it knows more.
 - **Power**: with {seeds} seeds "the same" within ±{margin} is hard to show.
 - **Countries share values** such as "Euro", and ISO codes resemble names. Intervals count countries, not values.
 - **One model** of 135M parameters, one adapter rank, one length of training. {missing}
 """
-ANSWER = "> **Answer.** {held} of {count} predictions hold, {fell} fail, {open} are undecided."
+ANSWER = "> **Answer.** Of {all} predictions {count} are tested: {held} hold, {fell} fail, {open} are undecided."
 
 
 class Cell:
@@ -265,7 +266,7 @@ def text(results: dict[str, Any]) -> str:
     rows = 2 * sum(STUDY["PARTS"].values()) * STUDY["COPIES"]
     facts = results.get("facts", [])
     return PAGE.format(
-        answer=ANSWER.format(count=len(found), **counts),
+        answer=ANSWER.format(all=len(PREDICTIONS), count=len(found), **counts),
         trained=2 * sum(STUDY["PARTS"].values()),
         choices=STUDY["CHOICES"],
         among=STUDY["CHOICES"] + 1,
@@ -276,7 +277,7 @@ def text(results: dict[str, Any]) -> str:
         copies=STUDY["COPIES"],
         rank=STUDY["RANK"],
         batch=STUDY["BATCH"],
-        rates=", ".join(f"{rate:g}" for rate in STUDY["RATES"]),
+        rates=" or ".join(f"{rate:g}" for rate in STUDY["RATES"]),
         pilot=STUDY["PILOT"],
         seeds=len(STUDY["SEEDS"]),
         test=2 * STUDY["PARTS"]["test"],

@@ -30,16 +30,15 @@ SETS = {
     "GSM8K swapped answers 20 %": "GSM8K swapped",
 }
 HARD = {"rare": "rare names", "long": "longer answers", "fact": "facts told once"}
-LARGER = """ `{name}` is a pretrained model of 135M parameters
-  (`--models PATH --dtype bfloat16 --seeds {seeds}`), at the quickstart's learning rate, 3e-4."""
-GSM8K = """- **Wrong final numbers of GSM8K are hardly found** by `{name}`, one seed. {chosen} has an AUROC of {own:.2f}.
-  The best score, {best}, has {most:.2f}.
-"""
+LARGER = """ `{name}` is a pretrained model of 135M parameters, at the
+  quickstart's learning rate, 3e-4: `--models PATH --dtype bfloat16 --seeds {seeds} --sets {sets}`."""
+GSM8K = {"GSM8K final numbers 20 %": "wrong final numbers", "GSM8K swapped answers 20 %": "swapped answers"}
 PAGE = """# Which score finds wrong rows
 
 <!-- Written by tools/noise_rows_page.py (`make figures`). -->
 
-`python studies/noise_rows.py` makes training sets whose wrong rows are known, and asks which score puts them on top. The
+`python studies/noise_rows.py` makes training sets whose wrong rows are known, and asks which score puts them on top. It adds
+to the results the models, sets and seeds that they lack. The
 score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Over the sets that several seeds have judged, its AUROC averages
 {own}. The others with the highest averages are {others}.
 
@@ -47,7 +46,7 @@ score of [`--noise_steps`](../guide/rows.md) is **{chosen}**. Over the sets that
 
 - **Models**: {models}. Each is a Llama of 0.18M parameters with a vocabulary of words and digits. It was pretrained on
   right rows of these tasks, except the new rule: 200 steps for the first, 900 for the second.{larger}
-- **Data**: 240 rows per set; {seeds}. Each seed makes new rows and adapters.
+- **Data**: 240 rows per set. Number of seeds: {seeds}. Each seed makes new rows and adapters.
 - **Cross-fitting**: two LoRA adapters of rank 16 train 80 steps of 8 rows by `nll`. The tiny models train at learning rate
   1e-3. Of 1e-3, 3e-3 and 1e-2 this rate has the lowest cross-fitted loss on three sets of another seed.
 - **Development**: the candidates were developed on seeds 0 and 1, which are not among the results. The gaps, the lesser of
@@ -91,7 +90,7 @@ The share of hard rows that are among the k highest scores. A good score flags f
 {helps}
 ## Reading
 
-Of the tiny models, but for the last line.
+What is not said of `SmolLM2-135M-Instruct` is of the tiny models.
 
 - **Where the model knows the task, its own loss is enough.** On the new rule the base model is at chance, and cross-fitting
   finds the wrong rows. The lesser of both does well on either side.
@@ -113,7 +112,7 @@ Of the tiny models, but for the last line.
 - **Improbable tokens that stay improbable.** A row's count takes few values.
 - **Area under the margin.** It needs every row to train, which a probe of 80 steps does not do on larger sets. Here it is
   best among hard rows, and no better elsewhere.
-- **IFD.** It is no better than the base model's loss, and costs another pass.
+- **IFD.** On the tiny models it is no better than the base model's loss, and it costs another pass.
 """
 
 
@@ -139,24 +138,30 @@ def page(cells: dict[str, Any], helps: str) -> str:
         own=f"{averages[CHOSEN]:.3f}",
         others=runners(averages),
         models=", and ".join(f"`{model}`, which {what}" for model, what in TINY.items() if counts[model]),
-        larger=LARGER.format(name=OTHER, seeds=max(counts[OTHER])) if counts[OTHER] else "",
-        seeds=" and ".join(f"seeds of `{model}`: {' or '.join(map(str, each))}" for model, each in counts.items() if each),
+        larger=LARGER.format(
+            name=OTHER, seeds=max(counts[OTHER]), sets=" ".join(f"'{name}'" for name in SETS if (OTHER, name) in found)
+        )
+        if counts[OTHER]
+        else "",
+        seeds=", ".join(f"{' or '.join(map(str, each))} of `{model}`" for model, each in counts.items() if each),
         auroc=tables(found, scores, "auroc"),
         precision=tables(found, scores, "precision"),
         hard=hard(found, scores),
         helps=helps,
-        gsm8k=of_gsm8k(found.get((OTHER, "GSM8K final numbers 20 %"), [])),
+        gsm8k=of_gsm8k({what: found[OTHER, name] for name, what in GSM8K.items() if (OTHER, name) in found}),
         sums=f"{math.ceil(100 * max(sums)) / 100:.2f}",
     )
 
 
-def of_gsm8k(cells: list[dict[str, Any]]) -> str:
-    """Return the line on GSM8K, or nothing if that was not run."""
-    if not cells:
-        return ""
-    values = {score: statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for score in cells[0]["scores"]}
-    best = max(values, key=lambda score: values[score])
-    return GSM8K.format(name=OTHER, chosen=CHOSEN.capitalize(), own=values[CHOSEN], best=best, most=values[best])
+def of_gsm8k(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the lines on GSM8K. `found`: what is wrong -> its cells."""
+    lines = []
+    for what, cells in found.items():
+        values = {score: statistics.mean(cell["scores"][score]["auroc"] for cell in cells) for score in cells[0]["scores"]}
+        best = max(values, key=lambda score: values[score])
+        lines.append(f"- **{what.capitalize()} of GSM8K**, `{OTHER}`, one seed: AUROC {values[CHOSEN]:.2f}.\n")
+        lines.append(f"  The best score there is {best}, {values[best]:.2f}.\n")
+    return "".join(lines)
 
 
 def average(found: dict[Any, list[dict[str, Any]]], score: str) -> float:

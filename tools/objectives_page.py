@@ -75,11 +75,9 @@ The weight on the NLL gradient against the probability p of the target. Where an
 values of what it looks at.
 
 **Which one?** [Choosing an objective](../guide/worked-example.md): diagnose, then sweep. The first four are the paper's;
-[`anneal`](../results/anneal.md) is ours, with a study of its own. Those after it are here to be compared by the same metrics.
-Whether any of them is better has not been tested, but for [`deft`'s weight](../results/anneal.md#the-study). It is
-behind `anneal` on one of four small synthetic tasks, level or better on the others, and less good on
-[a real model](../results/negative-results.md). Each can be scheduled, mixed, given a floor, and spare special tokens: see
-[Composing objectives](../guide/composing.md).
+[`anneal`](../results/anneal.md) is ours, with a study of its own. The others are published objectives, included for comparison.
+`deft`, `eaft` and `infosft` are tested [beside `nll`](../results/default.md#what-the-judge-says). The others are not.
+Each can be scheduled, mixed, given a floor, and spare special tokens: see [Composing objectives](../guide/composing.md).
 
 **Reading the loss.** Some costs also fall while targets become less probable: -sg(p) log p is 0 at p = 0. Others fall while the
 model merely becomes surer, where a weight is its entropy. A schedule or a threshold changes what the loss means. So

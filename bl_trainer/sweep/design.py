@@ -30,6 +30,8 @@ DATA_KEYS = {
     "pad_to_multiple_of", "remove_unused_columns", "disable_tqdm", "report_to",
 }  # fmt: skip
 
+LOSS_KEYS = ("objective", "threshold")  # what a loss is made of: an arm that has one inherits the other
+
 MAX_DRIFT = 0.05  # of accuracy, or of a task's metric, that the best setting may have lost
 
 Setting = dict[str, Any]  # the recipe keys that a run has of its own
@@ -67,13 +69,17 @@ class Design:
     notes: list[str] = field(default_factory=list)
 
     def points(self) -> list[Setting]:
-        """Return the grid's points: each arm with each combination of the keys that it doesn't set, seeds and ranges apart."""
-        points = []
+        """Return the grid's points: each arm with each combination of the keys that it doesn't set, seeds and ranges apart.
+
+        One that sets an objective or a threshold has the recipe's other one too, since it trains with both.
+        """
+        points: list[Setting] = []
+        inherited = {key: self.base[key] for key in LOSS_KEYS if self.base.get(key) is not None}
         for arm in self.arms:
             free = [key for key in self.grid if key not in arm]
             combinations = itertools.product(*(self.grid[key] for key in free))
             points += [{**dict(zip(free, each, strict=True)), **arm} for each in combinations]
-        return points
+        return [{**inherited, **point} if point.keys() & {*LOSS_KEYS} else point for point in points]
 
     def listed(self) -> list[Setting]:
         """Return the settings of all arms of a grid, in order."""

@@ -304,4 +304,4 @@ def test_the_page_compares_what_was_run():
 
 
 def test_the_page_has_no_cells_before_the_first_run(tmp_path):
-    assert "0 of 0 predictions hold" in PAGE["text"](read_results(tmp_path / "none.json.gz"))
+    assert "Of 13 predictions 0 are tested: 0 hold" in PAGE["text"](read_results(tmp_path / "none.json.gz"))
