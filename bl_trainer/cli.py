@@ -109,7 +109,7 @@ def _made_ready(argv: list[str]) -> tuple[Any, Any, Any]:
 
 
 def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None = None) -> None:
-    """End with the mistakes of a recipe that its keys and values alone show, before torch loads.
+    """End with the mistakes of a recipe that its keys and values alone show, before torch loads, and set its `env`.
 
     `options`: the dataclass of what the verb takes besides.
     """
@@ -117,7 +117,8 @@ def refuse_wrong_keys(argv: list[str], verb: str = "train", options: str | None 
     from .recipe.reading import read_keys
 
     try:
-        read_keys(argv, verb, fields_of(options) if options else (), tries=True)
+        keys = read_keys(argv, verb, fields_of(options) if options else (), tries=True)
+        os.environ.update({key: str(value) for key, value in (keys.config.get("env") or {}).items()})  # libraries read it once
     except Exception as error:  # whatever fails is what the recipe says or points to
         fail(error)
 

@@ -350,3 +350,52 @@ def test_the_page_is_true(tmp_path, monkeypatch):
         assert ours in recipe_fields() or ours in ("train", "env"), ours
     for name in re.findall(r"`(\w+)`", page.split("changed their name alone")[1].split(". A warning")[0]):
         assert name in RENAMED
+
+
+OF_AXOLOTL = {"base_model": "m", "micro_batch_size": 1}
+LINEAR, NAMED = "lora_target_linear", "lora_target_modules"
+OF_LLAMA_FACTORY = {"stage": "sft", "model_name_or_path": "m"}
+TWO_KEYS = [
+    ({**OF_AXOLOTL, LINEAR: True, NAMED: ["q_proj"], "adapter": "lora"}, NAMED, "all-linear"),
+    ({**OF_AXOLOTL, NAMED: ["q_proj"], LINEAR: True, "adapter": "lora"}, NAMED, "all-linear"),
+    ({**OF_AXOLOTL, NAMED: ["q_proj"], LINEAR: False, "adapter": "lora"}, NAMED, ["q_proj"]),
+    ({**OF_LLAMA_FACTORY, "neat_packing": True, "packing": False}, "packing", True),
+    ({**OF_LLAMA_FACTORY, "packing": False, "neat_packing": True}, "packing", True),
+    ({**OF_LLAMA_FACTORY, "train_on_prompt": True}, "completion_only_loss", False),
+    ({**OF_AXOLOTL, "wandb_project": "p"}, "report_to", "wandb"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "key", "value"), TWO_KEYS, ids=[f"{[*old][2:]}" for old, *_ in TWO_KEYS])
+def test_keys_that_decide_together_mean_what_they_meant(old, key, value, rewrite):
+    assert rewrite(old)[0][key] == value
+
+
+def test_a_key_with_two_values_is_told(rewrite):
+    new, changed = rewrite({"model_name_or_path": "m", "torch_dtype": "auto", "dtype": "float32"})
+    assert new["dtype"] == "float32"
+    assert changed == ["`dtype`: two keys gave it values, auto and float32; the latter is kept"]
+
+
+def test_a_plugin_that_changes_training_is_told(rewrite):
+    plugins = ["axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kd.KDPlugin"]
+    said = [each for each in rewrite({**OF_AXOLOTL, "plugins": plugins})[1] if "plugins" in each]
+    assert said == ["`plugins`: bl_trainer has no axolotl.integrations.kd.KDPlugin"]
+
+
+@pytest.mark.parametrize(
+    ("old", "gone"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup_steps"),
+        ({"eval_strategy": "epoch", "eval_steps": 10}, "eval_steps"),
+        ({"do_train": False}, "do_train"),
+        ({"do_eval": True}, "do_eval"),
+        ({"do_predict": True}, "do_predict"),
+    ],
+    ids=str,
+)
+def test_what_had_no_effect_is_left_out(old, gone, rewrite, tmp_path):
+    new, changed = rewrite({"model_name_or_path": "m", "dataset_name": "d", **old})
+    assert gone not in new
+    assert changed == []
+    assert f"`{gone}`" in (tmp_path / "new.yaml").read_text()

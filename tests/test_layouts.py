@@ -473,16 +473,41 @@ def test_a_message_of_which_the_template_leaves_out_a_part_is_warned_of(name, to
     assert "leaves out or changes content with the role 'user' in the train set. Compare the rendered text of row 0" in said
 
 
+GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
 @pytest.mark.parametrize("key", ["function_call", "tool_calls"])
 def test_a_call_that_the_template_leaves_out_is_an_error(key, tokenizer):
     call = {"name": "f", "arguments": "{}"}
     row = [*CHAT[0], {"role": "assistant", "content": None, key: call if key == "function_call" else [{"function": call}]}]
-    with pytest.raises(RowError, match=r"row 1 .*: the chat template leaves out .*, which has no content"):
+    with pytest.raises(RowError, match=r"row 1 .*: the chat template leaves out the call of .*assistant"):
         render(tokenizer, [CHAT[0], row], "{% for m in messages %}{{ m.role }}{{ m.content or '' }}{% endfor %}")
+    row[-1]["content"] = "I call."
+    with pytest.raises(RowError, match=r"row 1 .*: the chat template leaves out the call of .*assistant"):
+        render(tokenizer, [CHAT[0], row], GENERIC)
+
+
+@pytest.mark.parametrize("template", [GENERIC, GENERIC + "{{ tools | tojson }}"])
+def test_tools_that_the_template_leaves_out_are_an_error(template, tokenizer):
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    check = RenderedRow(tokenizer, template, "the train set")
+    if "tools" in template:
+        assert check({"messages": CHAT[0], "tools": tools}, 0) is None
+        return
+    with pytest.raises(RowError, match=r"row 0 .*: the chat template leaves out its `tools`\. Remove the column"):
+        check({"messages": CHAT[0], "tools": tools}, 0)
+    assert check({"messages": CHAT[0], "tools": []}, 0) is None
+
+
+def test_arguments_of_the_template_that_it_does_not_read_are_named(tokenizer):
+    check = RenderedRow(tokenizer, GENERIC + "{{ 'x' if thinks }}", "the train set")
+    row = {"messages": CHAT[0], "chat_template_kwargs": {"thinks": False, "enable_thinking": False}}
+    assert check.unread_keys(row) == ["enable_thinking"]
+    with pytest.raises(RowError, match="it has no `chat_template_kwargs`, which other rows have"):
+        check({**row, "chat_template_kwargs": None}, 3)
 
 
 # The role as it is, in capitals, and of a template that knows two of them
-GENERIC = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CAPITALS = GENERIC.replace("m.role", "m.role | upper")
 EITHER = "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }}{{ m.content }}{% endfor %}"
 VICUNA = "{% for m in messages %}{{ {'human': 'H:', 'gpt': 'G:'}[m.role] or raise_exception('no') }}{{ m.content }}{% endfor %}"

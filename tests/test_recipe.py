@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -94,9 +95,12 @@ TAKEN = {
     "hub_strategy": "every_save", "dataset_kwargs": {"skip_prepare_dataset": False},
     "warmup_steps": 0.1 if transformers.__version__ >= "5" else 2,
     "model_init_kwargs": {"pad_token_id": 0}, "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "torch_compile": True, "run_name": 7,
-    "optim_args": "rank=2", "accelerator_config": {"split_batches": True}, "metric_for_best_model": "eval_steps_per_second",
+    "accelerator_config": {"split_batches": True}, "metric_for_best_model": "eval_steps_per_second",
 }  # fmt: skip
 
+
+if transformers.__version__ >= "5":  # an older one reads no arguments of SGD
+    TAKEN["optim_args"] = "momentum=0.0,nesterov=false"
 
 READ_AS = {"learning_rate": 2e-5, "run_name": "7"}
 
@@ -107,6 +111,7 @@ def test_values_that_trl_takes_are_taken(key, write):
         "lora_target_modules": {"use_peft": True},
         "eval_steps": {"eval_strategy": "steps"},
         "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr"},
+        "optim_args": {"optim": "sgd"},
     }
     read = Recipe.read(write(**{key: TAKEN[key], **besides.get(key, {})}))
     found = next(getattr(part, key) for part in (read.training, read.model) if hasattr(part, key))
@@ -243,7 +248,29 @@ BAD_RECIPES = [
     ({"save_steps": 0}, "`save_steps: 0` must be above 0; to switch it off write `save_strategy: no`."),
     ({"use_peft": True, "lora_r": 0}, "`lora_r: 0` must be at least 1."),
     ({"use_peft": True, "lora_dropout": 2.0}, "`lora_dropout: 2.0` must be from 0 to 1."),
-    ({"adam_beta1": 2.0}, "`adam_beta1: 2.0` must be from 0 to 1."),
+    ({"adam_beta1": 2.0}, "`adam_beta1: 2.0` must be at least 0 and below 1."),
+    ({"adam_beta2": 1.0}, "`adam_beta2: 1.0` must be at least 0 and below 1."),
+    ({"eval_strategy": "epoch", "eval_steps": 5}, "`eval_steps` does nothing under `eval_strategy: epoch`."),
+    ({"save_strategy": "epoch", "save_steps": 5}, "`save_steps` does nothing under `save_strategy: epoch`."),
+    ({"logging_strategy": "epoch", "logging_steps": 5}, "`logging_steps` does nothing under `logging_strategy: epoch`."),
+    ({"eval_delay": 5}, "`eval_delay` does nothing without `eval_strategy`."),
+    ({"do_train": False}, "`do_train: false` does nothing: `train` trains."),
+    ({"do_predict": True}, "`do_predict: true` does nothing."),
+    ({"do_eval": True}, "`do_eval: true` does nothing: `eval_strategy: no` decides."),
+    ({"do_eval": False, "eval_strategy": "epoch"}, "`do_eval: false` does nothing: `eval_strategy: epoch` decides."),
+    (
+        {"torch_compile": False, "torch_compile_mode": "default"},
+        "`torch_compile_mode` switches compilation on, and `torch_compile: false` off. Remove one of them.",
+    ),
+    (
+        {"lr_scheduler_type": "constant", "warmup_steps": 2},
+        "`warmup_steps: 2` does nothing under `lr_scheduler_type: constant`. Remove it, or write `constant_with_warmup`",
+    ),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0.1, "eval_strategy": "epoch"}, "`warmup_steps: 0.1` does"),
+    ({"optim": "adafactor", "adam_beta1": 0.9}, "`optim: adafactor` does not read `adam_beta1`. Remove what it does not read."),
+    ({"optim": "adamw_torch", "optim_args": "foo=1"}, "`optim: adamw_torch` does not read `optim_args: foo=1`."),
+    ({"optim": "sgd", "optim_target_modules": ["q_proj"]}, "`optim: sgd` does not read `optim_target_modules`."),
+    ({"dtype": "float16"}, "Cannot train weights in float16, such as model.embed_tokens.weight"),
     ({"max_length": 1}, "`max_length: 1` must be at least 2."),
     ({"chat_template_path": "missing.jinja"}, "`chat_template_path: missing.jinja` can't be read: No such file or directory."),
     ({"chat_template_path": "README.md"}, "`chat_template_path: README.md` has no tokenizer, and is no .jinja file"),
@@ -284,6 +311,24 @@ def test_mistake_ends_in_one_sentence_and_exit_code_2(changes, message, write, t
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
     assert message in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset_config": "none"}, "`dataset_config` does nothing beside a file, `dataset_name: {path}`. Remove it."),
+        ({"data_files": "other.jsonl"}, "`data_files` does nothing beside a file, `path: {path}` in `datasets`. Remove it."),
+        ({"name": "main"}, "`name` does nothing beside a file, `path: {path}` in `datasets`. Remove it."),
+        ({"fraction": -1}, "`fraction: -1` of {path} must be at least 0."),
+    ],
+    ids=str,
+)
+def test_what_a_file_can_not_have_is_an_error(keys, message, write, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "ab"}\n')
+    source = {"dataset_name": str(path), **keys} if "dataset_config" in keys else {"datasets": [{"path": str(path), **keys}]}
+    with pytest.raises(RecipeError, match=re.escape(message.format(path=path))):
+        Recipe.read(write(**{"dataset_name": None, **source}))
 
 
 @pytest.mark.parametrize(

@@ -521,6 +521,44 @@ def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(objective, to
             assert torch.equal(weights(again)[name], p), name
 
 
+@pytest.mark.parametrize("change", [{"learning_rate": 0.5}, {"weight_decay": 0.5}, {"adam_beta1": 0.1}, {"adam_epsilon": 1.0}])
+def test_a_run_is_not_resumed_by_settings_that_its_optimizer_would_not_take(change, tokenizer, text_data, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    train(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, **options)
+    again = build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=2, **options, **change)
+    (key,) = change
+    with pytest.raises(
+        ValueError, match=f"Cannot resume from .*checkpoint-1: its optimizer goes on with .*{key}.* is asked for"
+    ):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_longer_run_goes_on_by_its_own_schedule_and_intervals(tokenizer, text_data, tmp_path):
+    """Its first step has the learning rate of the new schedule, not the 0 at which the shorter one ended."""
+    short = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", "logging_steps": 3}
+    train(BLTrainer, tokenizer, text_data, tmp_path, **short)
+    again = build(BLTrainer, tokenizer, text_data, tmp_path, **{**short, "max_steps": 6, "save_steps": 1, "logging_steps": 1})
+    again.train(resume_from_checkpoint=True)
+    rates = {entry["step"]: entry["learning_rate"] for entry in again.state.log_history if "learning_rate" in entry}
+    assert [rates[step] for step in (4, 5, 6)] == pytest.approx([again.args.learning_rate * part / 6 for part in (3, 2, 1)])
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 4, 5, 6)}
+
+
+def test_other_rows_are_told_on_resuming(tokenizer, text_data, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    train(BLTrainer, tokenizer, text_data, tmp_path, max_steps=1, **options)
+    same = build(BLTrainer, tokenizer, text_data, tmp_path, max_steps=2, **options)
+    same.train(resume_from_checkpoint=True)
+    assert "The training set has changed" not in caplog.text
+    other = build(BLTrainer, tokenizer, text_data.select(range(len(text_data) - 1)), tmp_path, max_steps=3, **options)
+    other.train(resume_from_checkpoint=True)
+    count = len(text_data)
+    assert (
+        f"The training set has changed since {tmp_path / 'out' / 'checkpoint-2'}: it had {count} rows, and has {count - 1}"
+        in (caplog.text)
+    )
+
+
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}], ids=str)
 def test_an_adapter_is_not_resumed_by_another_configuration(change, tokenizer, text_data, tmp_path):
     """Its weights would fit, and be read at another scale."""

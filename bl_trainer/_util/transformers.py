@@ -54,6 +54,7 @@ METHODS = {
     "_hp_search_setup": "the refusal to search over the objective",
     "call_model_init": "the loss head of a search's models",
     "_load_from_checkpoint": "the model of a run that has all its steps",
+    "_load_optimizer_and_scheduler": "the refusal to resume with another learning rate",
     "_load_best_model": "the best model of a schedule-free optimizer",
     "_save_rng_state": "checkpoints of several processes, kept until all parts are written",
     "_get_output_dir": "the removal of a broken checkpoint that is written again",

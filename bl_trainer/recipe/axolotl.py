@@ -14,6 +14,35 @@ def _train_on_inputs(draft: Draft, value: Any) -> None:
         draft.drop("train_on_inputs", "rows of prompt and completion train on completions by default")
 
 
+def _plugins(draft: Draft, value: Any) -> None:
+    for name in [value] if isinstance(value, str) else value:
+        if any(kernel in name.lower() for kernel in KERNELS):
+            draft.drop("plugins", f"{name} has kernels, not another loss")
+        else:
+            draft.lose("plugins", f"bl_trainer has no {name}")
+
+
+def _lora_linear(draft: Draft, value: Any) -> None:
+    named = draft.old.get("lora_target_modules")
+    if not value:
+        draft.drop("lora_target_linear", "it is false, which is the default")
+    elif named:
+        draft.lose("lora_target_modules", f"{named} are joined by all linear layers, since `lora_target_linear` is true")
+    if value:
+        draft.put("lora_target_modules", "all-linear", "was `lora_target_linear`")
+
+
+def _lora_modules(draft: Draft, value: Any) -> None:
+    if not draft.old.get("lora_target_linear"):
+        draft.put("lora_target_modules", value)
+
+
+def _wandb_project(draft: Draft, value: Any) -> None:
+    if value:
+        to_environment("WANDB_PROJECT")(draft, value)
+        draft.put("report_to", "wandb", "axolotl tracks a run that has a `wandb_project`")
+
+
 def _special_tokens(draft: Draft, value: Any) -> None:
     for key, token in value.items():
         if key in ("pad_token", "eos_token"):
@@ -120,6 +149,8 @@ def _axolotl_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in given}
 
 
+KERNELS = ("liger", "cut_cross_entropy")  # in the names of plugins that compute the same loss faster
+
 # What an entry of `datasets` says without changing how its rows are read
 IDLE_OF_DATASETS: dict[str, tuple[Any, ...]] = {
     "ds_type": ("json", "csv", "parquet", "arrow", "text"),
@@ -138,7 +169,6 @@ _IDLE_AXOLOTL = {
     **dict.fromkeys(("dataset_prepared_path", "wandb_watch", "wandb_log_model", "eval_table_size"), "it is axolotl's own"),
     "eval_max_new_tokens": "it is axolotl's own",
     "pad_to_sequence_len": "padding has no effect on the loss",
-    "plugins": "bl_trainer has none",
     **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), "it is a kernel"),
     **dict.fromkeys(
         ("flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp"), "it is a kernel"
@@ -171,7 +201,7 @@ AXOLOTL = Dialect(
     flags={
         **TRL.flags,
         "flash_attention": ("attn_implementation", "flash_attention_2"), "sdp_attention": ("attn_implementation", "sdpa"),
-        "eager_attention": ("attn_implementation", "eager"), "lora_target_linear": ("lora_target_modules", "all-linear"),
+        "eager_attention": ("attn_implementation", "eager"),
         "xformers_attention": ("attn_implementation", "sdpa"),
         "use_dynamic_finetuning": ("objective", "dft"), "use_eaft": ("objective", "eaft"),
     },
@@ -184,8 +214,9 @@ AXOLOTL = Dialect(
         "val_set_size": lambda draft, value: evaluates(draft, value, "val_set_size"),
         "evals_per_epoch": lambda draft, value: _per_epoch(draft, value, "eval"),
         "saves_per_epoch": lambda draft, value: _per_epoch(draft, value, "save"),
-        "special_tokens": _special_tokens, "wandb_project": to_environment("WANDB_PROJECT"),
-        "train_on_inputs": _train_on_inputs,
+        "special_tokens": _special_tokens, "wandb_project": _wandb_project,
+        "train_on_inputs": _train_on_inputs, "plugins": _plugins, "lora_target_linear": _lora_linear,
+        "lora_target_modules": _lora_modules,
         "test_datasets": losing("test_datasets", "write `test_split_size`, or a test split"),
     },
     defaults=_axolotl_defaults,

@@ -3,7 +3,9 @@
 They read what the recipe names (a template, a tokenizer, a configuration), and load neither data nor model.
 """
 
+import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +58,55 @@ def optimizer_is_installed(recipe: "Recipe") -> str | None:
     return None
 
 
+def optimizer_reads_its_keys(recipe: "Recipe") -> str | None:
+    """A key is read if without it, or with another value, the optimizer would be made otherwise."""
+    training: Any = recipe.training
+    faults: list[str] = []
+
+    def is_read(key: str, other: Any) -> bool:
+        changed = copy.copy(training)
+        setattr(changed, key, other)
+        with suppress(Exception):  # of a wrong value, which is said elsewhere, or for want of the model
+            return bool(Trainer.get_optimizer_cls_and_kwargs(changed) != Trainer.get_optimizer_cls_and_kwargs(training))
+        return True
+
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if key in recipe.given and not is_read(key, getattr(training, key) / 2 + 1e-9):
+            faults.append(key)
+    if training.optim_target_modules and not is_read("optim_target_modules", None):
+        faults.append("optim_target_modules")
+    pairs = (training.optim_args or "").replace(" ", "").split(",")
+    for pair in filter(None, pairs):
+        name, _, value = pair.partition("=")
+        another = f"{name}={'true' if value.lower() == 'false' else 1 + 2 * int(value) if value.isdigit() else 0.625}"
+        texts = (",".join(each for each in (*(part for part in pairs if part != pair), new) if each) for new in ("", another))
+        if not any(is_read("optim_args", text or None) for text in texts):
+            faults.append(f"optim_args: {pair}")
+    names = ", ".join(f"`{name}`" for name in faults)
+    return f"`optim: {training.optim.value}` does not read {names}. Remove what it does not read." if faults else None
+
+
+def warmup_is_part_of_the_schedule(recipe: "Recipe") -> str | None:
+    """A schedule has a warmup if its first steps are others without one."""
+    training: Any = recipe.training
+    steps = training.get_warmup_steps(100)
+    if not steps:
+        return None
+    rates = []
+    for warmup in (steps, 0):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+        own = training.lr_scheduler_kwargs or {}
+        try:
+            schedule: Any = get_scheduler(training.lr_scheduler_type, optimizer, warmup, max(100, steps), own)
+        except Exception:  # which is said elsewhere
+            return None
+        rates.append([rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in range(steps + 1)])
+    if rates[0] != rates[1]:
+        return None
+    key, name = f"warmup_steps: {training.warmup_steps:g}", training.lr_scheduler_type.value
+    return f"`{key}` does nothing under `lr_scheduler_type: {name}`. Remove it, or write `constant_with_warmup` or another."
+
+
 def schedule_takes_its_arguments(recipe: "Recipe") -> str | None:
     """The libraries would complain only once the model is there."""
     training: Any = recipe.training
@@ -93,6 +144,8 @@ def hub_can_be_pushed_to(recipe: "Recipe") -> str | None:
 RULES: tuple[Rule, ...] = (
     processes_train_together,
     optimizer_is_installed,
+    optimizer_reads_its_keys,
+    warmup_is_part_of_the_schedule,
     schedule_takes_its_arguments,
     best_metric_is_reported,
     chat_template_can_be_read,

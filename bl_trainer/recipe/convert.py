@@ -12,12 +12,13 @@ from .._util.text import listed
 from ..errors import RecipeError
 from .axolotl import AXOLOTL
 from .dialects import TRL, Dialect, Draft
-from .keys import NEEDS
+from .keys import IDLE_UNDER, NEEDS
 from .llama_factory import LLAMA_FACTORY
 from .reading import faults_of
 from .yaml_file import load_yaml
 
 WIDTH = 120
+UNWARMED = ("constant", "reduce_lr_on_plateau")  # schedules without warmup
 
 
 @dataclass
@@ -92,6 +93,16 @@ def _drop_idle(draft: Draft) -> None:
         if other not in draft.new and not packs:
             del draft.new[key]
             draft.drop(key, f"it does nothing without `{other}`")
+    for key in sorted(draft.new.keys() & IDLE_UNDER.keys()):
+        other, values = IDLE_UNDER[key]
+        if draft.new.get(other) in values:
+            del draft.new[key]
+            draft.drop(key, f"it does nothing under `{other}: {draft.new[other]}`")
+    if not draft.new.get("warmup_steps"):
+        return
+    if draft.new.get("lr_scheduler_type") in UNWARMED:
+        value = draft.new.pop("warmup_steps")
+        draft.drop("warmup_steps", f"{value}: `lr_scheduler_type: {draft.new['lr_scheduler_type']}` has no warmup")
 
 
 def _write(texts: dict[Path, str]) -> None:

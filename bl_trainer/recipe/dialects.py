@@ -27,8 +27,10 @@ class Draft:
     files: dict[Path, str] = field(default_factory=dict)
 
     def put(self, key: str, value: Any, note: str = "") -> None:
-        """Give a key its value, with a comment; a mapping joins what the key has."""
+        """Give a key its value, with a comment; a mapping joins what the key has, and another value replaces it, as is said."""
         both = isinstance(value, dict) and isinstance(self.new.get(key), dict)
+        if key in self.new and not both and self.new[key] != value:
+            self.lose(key, f"two keys gave it values, {self.new[key]} and {value}; the latter is kept")
         self.new[key] = {**self.new[key], **value} if both else value
         if note:
             self.notes[key] = "; ".join(filter(None, [self.notes.get(key), note]))
@@ -298,6 +300,13 @@ _OPEN_R1 = {
 }
 
 
+_VERBS = {
+    "do_train": "`train` trains",
+    "do_eval": "`eval_strategy` decides",
+    "do_predict": "`bl-trainer evaluate` writes a model's answers",
+}
+
+
 def _absent(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table without the keys that the installed versions have, and obey."""
     return {key: value for key, value in table.items() if key not in recipe_fields()}
@@ -313,7 +322,7 @@ TRL = Dialect(
     renamed=_absent(RENAMED | {"hub_model_revision": "hub_revision"}),
     values={("packing_strategy", "ffd"): "bfd", ("packing_strategy", "bfd-requeue"): "bfd_split"},
     flags=_absent(_FLAGS),
-    idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}),
+    idle=_absent({**_GONE, **_OPEN_R1, "ignore_bias_buffers": "it does nothing in SFT"}) | _VERBS,
     handlers={**_absent(_TRL), "packing": _packing, "loss_type": _loss_type, "dataset_kwargs": _dataset_kwargs},
     defaults=_precision_of_then,
 )

@@ -88,7 +88,11 @@ NEEDS = {
     "packing_strategy": ("packing", "packing: true"),
     **dict.fromkeys(("eval_steps", "dataset_test_split", "eval_packing"), ("eval_strategy", "eval_strategy: steps")),
     "liger_kernel_config": ("use_liger_kernel", "use_liger_kernel: true"),
+    "eval_delay": ("eval_strategy", "eval_strategy: steps"),
 }
+
+# Keys that do nothing under some values of another, whose own default reads them: key -> (the other key, these values)
+IDLE_UNDER = {f"{kind}_steps": (f"{kind}_strategy", ("epoch", "best")) for kind in ("eval", "save", "logging")}
 
 # Keys whose values the libraries refuse late, or take without a word: the least and the greatest
 RANGES = {
@@ -104,7 +108,8 @@ RANGES = {
     ),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("dataloader_num_workers", "seed", "data_seed", "adam_epsilon"), (0, math.inf)),
-    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), (0, 1)),
+    "lora_dropout": (0, 1),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
     "max_length": (2, math.inf),
     "max_steps": (-1, math.inf),
 }

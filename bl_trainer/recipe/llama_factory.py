@@ -46,6 +46,11 @@ def _dataset(draft: Draft, value: Any) -> None:
         draft.lose("train_on_prompt", "LLaMA-Factory trains on answers alone; for messages write `assistant_only_loss: true`")
 
 
+def _train_on_prompt(draft: Draft, value: Any) -> None:
+    if value:
+        draft.put("completion_only_loss", False, "was `train_on_prompt: true`")
+
+
 def _quantization(draft: Draft, value: Any) -> None:
     draft.put(f"load_in_{value}bit", True, "was `quantization_bit`")
 
@@ -58,9 +63,13 @@ def _flash_attn(draft: Draft, value: Any) -> None:
 
 
 def _packing(draft: Draft, value: Any) -> None:
-    draft.put("packing", value)
+    draft.put("packing", bool(value or draft.old.get("neat_packing")))  # which packs by itself
     if value and not draft.old.get("neat_packing"):
         draft.lose("packing", "rows packed together attended to each other; here each attends to itself alone")
+
+
+def _neat_packing(draft: Draft, value: Any) -> None:
+    draft.put("packing", bool(value or draft.old.get("packing")), "was `neat_packing`")
 
 
 def _precision(dtype: str) -> Handler:
@@ -120,13 +129,13 @@ LLAMA_FACTORY = Dialect(
     handlers={
         **TRL.handlers,
         "stage": _stage, "finetuning_type": _finetuning_type, "lora_target": _lora_target, "dataset": _dataset,
-        "max_samples": _nothing, "train_on_prompt": _nothing,
+        "max_samples": _nothing, "train_on_prompt": _train_on_prompt,
         "val_size": lambda draft, value: evaluates(draft, value, "val_size"),
         "quantization_bit": _quantization, "flash_attn": _flash_attn,
         "template": losing("template", "the model's own template is used; write `chat_template_path` for another"),
         "eval_dataset": losing("eval_dataset", "write `test_split_size`, or a test split"),
         "dataset_dir": losing("dataset_dir", "write paths in `datasets`"),
-        "neat_packing": lambda draft, value: draft.put("packing", value, "was `neat_packing`"), "packing": _packing,
+        "neat_packing": _neat_packing, "packing": _packing,
         "bf16": _precision("bfloat16"), "fp16": _precision("float16"), "pure_bf16": _pure_bf16,
         "double_quantization": _double_quantization,
         "additional_target": lambda draft, value: draft.put("lora_modules_to_save", _names(value), "was `additional_target`"),

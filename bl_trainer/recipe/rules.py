@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..tokens.row_cut import RowCut
-from .keys import NEEDS, PACKAGES, RANGES, TRACKERS
+from .keys import IDLE_UNDER, NEEDS, PACKAGES, RANGES, TRACKERS
 from .paths import is_path, missing
 
 if TYPE_CHECKING:
@@ -27,8 +27,27 @@ def keys_do_something(keys: "Keys") -> Iterator[str]:
         other, line = NEEDS[key]
         if other not in keys and not (key == "packing_strategy" and keys["eval_packing"]):
             yield f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`."
+    for key in sorted(keys.given & IDLE_UNDER.keys()):
+        other, values = IDLE_UNDER[key]
+        if keys[other] in values:
+            yield f"`{key}` does nothing under `{other}: {keys[other]}`. Remove one of them."
     if "ignore_bias_buffers" in keys:
         yield "`ignore_bias_buffers` does nothing in SFT. Remove it."
+    if "do_train" in keys and not keys["do_train"]:
+        yield "`do_train: false` does nothing: `train` trains. Remove it; `diagnose` measures without training."
+    if keys["do_predict"]:
+        yield "`do_predict: true` does nothing. Remove it; `bl-trainer evaluate` writes a model's answers."
+    if "do_eval" in keys and keys["do_eval"] != (keys["eval_strategy"] != "no"):
+        yield (
+            f"`do_eval: {str(keys['do_eval']).lower()}` does nothing: `eval_strategy: {keys['eval_strategy']}` decides. Remove "
+            "it, or write `eval_strategy: steps` to evaluate and `no` not to."
+        )
+
+
+def compilation_is_decided_once(keys: "Keys") -> Iterator[str]:
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if keys[key] is not None and "torch_compile" in keys and not keys["torch_compile"]:
+            yield f"`{key}` switches compilation on, and `torch_compile: false` off. Remove one of them."
 
 
 def keyword_arguments_are_mappings_without_tokens(keys: "Keys") -> Iterator[str]:
@@ -50,6 +69,7 @@ def numbers_are_in_range(keys: "Keys") -> Iterator[str]:
         value = keys[key]
         if value is not None and not least <= value <= greatest:
             bounds = f"at least {least}" if greatest == math.inf else f"from {least} to {greatest}"
+            bounds = f"at least {least} and below 1" if 0 < 1 - greatest < 1e-9 else bounds
             yield f"`{key}: {value}` must be {bounds}."
 
 
@@ -102,6 +122,8 @@ def streams_are_used_as_such(keys: "Keys") -> Iterator[str]:
         yield f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps."
     if keys["dataloader_drop_last"]:
         yield "`dataloader_drop_last` has no effect on a streamed data set. Remove it."
+    if "train_sampling_strategy" in keys and keys["train_sampling_strategy"] == "group_by_length":
+        yield "`train_sampling_strategy: group_by_length` has no effect on a streamed data set. Remove it."
     if keys["streaming"] and keys["test_split_size"] is not None:
         yield "`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`."
 
@@ -134,9 +156,17 @@ def model_keys_are_given_once(keys: "Keys") -> Iterator[str]:
 def files_are_there(keys: "Keys") -> Iterator[str]:
     if fault := missing(keys["dataset_name"] or ""):
         yield f"Cannot load `dataset_name: {keys['dataset_name']}`: {fault}."
-    for entry in keys["datasets"] or ():
-        if isinstance(entry, dict) and (fault := missing(str(entry.get("path", "")))):
-            yield f"Cannot load `path: {entry['path']}` in `datasets`: {fault}."
+    if keys["dataset_config"] and Path(keys["dataset_name"] or "").expanduser().is_file():
+        yield f"`dataset_config` does nothing beside a file, `dataset_name: {keys['dataset_name']}`. Remove it."
+    for entry in filter(lambda entry: isinstance(entry, dict), keys["datasets"] or ()):
+        path = str(entry.get("path", ""))
+        if fault := missing(path):
+            yield f"Cannot load `path: {path}` in `datasets`: {fault}."
+        for key in ("name", "data_dir", "data_files"):
+            if entry.get(key) and Path(path).expanduser().is_file():
+                yield f"`{key}` does nothing beside a file, `path: {path}` in `datasets`. Remove it."
+        if isinstance(entry.get("fraction"), (int, float)) and entry["fraction"] < 0:
+            yield f"`fraction: {entry['fraction']}` of {path} must be at least 0."
     template = Path(keys["chat_template_path"] or ".")
     if template.suffix in (".jinja", ".j2") and not template.is_file():
         yield f"`chat_template_path: {template}` can't be read: No such file or directory."
@@ -185,6 +215,7 @@ KEY_RULES: tuple[Rule, ...] = (
     model_keys_are_given_once,
     streams_are_used_as_such,
     keys_do_something,
+    compilation_is_decided_once,
     keyword_arguments_are_mappings_without_tokens,
     packing_has_a_length,
     numbers_are_in_range,

@@ -22,7 +22,8 @@ from .messages import CALLS, ROLES, short, trains_in_full
 from .names import MESSAGE_WEIGHT, ROW
 from .template import messages_of
 
-RENDERED = ("messages", "prompt", "completion", "tools", "chat_template_kwargs", ROW)  # columns that rendering reads
+KWARGS = "chat_template_kwargs"
+RENDERED = ("messages", "prompt", "completion", "tools", KWARGS, ROW)  # columns that rendering reads
 
 
 def check_rendering(dataset: Any, processing_class: Any, chat_template: str | None, where: str, args: Any) -> Any:
@@ -112,6 +113,10 @@ class RenderedRow:
         columns = ("prompt", "completion") if "prompt" in example else ("messages",)
         messages = messages_of(example)
         at = f"row {example.get(ROW, row)} of {self.where}, counted from 0"
+        if KWARGS in example and example[KWARGS] is None:
+            raise RowError(
+                f"Cannot train on {at}: it has no `{KWARGS}`, which other rows have. Give them to all rows or none.",
+            )
         self._refuse_no_template(example)
         if self.assistant_only and not any(message["role"] == "assistant" for message in messages):
             raise RowError(
@@ -130,31 +135,38 @@ class RenderedRow:
             ) from error
 
     def unread_keys(self, example: Any) -> list[str]:
-        """Return keys of messages whose truths or numbers have no effect: the template names none, nor renders otherwise.
+        """Return keys whose values have no effect: the template names none, nor renders otherwise without.
 
-        Each key is measured once, in the first row that has it.
+        They are `chat_template_kwargs`, and keys of messages that hold truths or numbers. Each is measured once, in the first
+        row that has it.
         """
         messages = messages_of(example) if is_conversational(example) else []
         found = {key for message in messages for key, value in message.items() if isinstance(value, (bool, int, float))}
         new = [key for key in sorted(found - self.are_read.keys()) if key != MESSAGE_WEIGHT and trains_in_full(key) is None]
-        own = (example.get("chat_template_kwargs") or {}).get("chat_template")
+        own = (example.get(KWARGS) or {}).get("chat_template")
         template = str(own or self.chat_template or getattr(self.processing_class, "chat_template", None))
         for key in new:
             without = [{name: value for name, value in message.items() if name != key} for message in messages]
             is_named = re.search(rf"\b{re.escape(key)}\b", template) is not None
             self.are_read[key] = is_named or self._render(without, example) != self._render(messages, example)
+        kwargs = {key: value for key, value in (example.get(KWARGS) or {}).items() if key != "chat_template"}
+        for key in kwargs.keys() - self.are_read.keys() if messages else ():
+            new.append(key)
+            other = {**example, KWARGS: {name: value for name, value in example[KWARGS].items() if name != key}}
+            is_named = re.search(rf"\b{re.escape(key)}\b", template) is not None
+            self.are_read[key] = is_named or self._render(messages, other) != self._render(messages, example)
         return [key for key in new if not self.are_read[key]]
 
     def warn_of(self, keys: list[str]) -> None:
         """Warn of keys of messages that have no effect."""
         for key in keys:
             warn_once(
-                f"The key `{key}` of messages in {self.where} has no effect: the chat template does not read it. Write "
-                f"`{MESSAGE_WEIGHT}: 0` for a message that does not train."
+                f"The key `{key}` of messages or `{KWARGS}` in {self.where} has no effect: the chat template does not read it. "
+                f"Write `{MESSAGE_WEIGHT}: 0` for a message that does not train."
             )
 
     def _refuse_no_template(self, example: Any) -> None:
-        own = (example.get("chat_template_kwargs") or {}).get("chat_template")
+        own = (example.get(KWARGS) or {}).get("chat_template")
         if not (self.chat_template or own or getattr(self.processing_class, "chat_template", None)):
             raise RecipeError(
                 f"Cannot render the messages of {self.where}: the tokenizer has no chat template. Set `chat_template_path`, or "
@@ -193,13 +205,18 @@ class RenderedRow:
 
     def _refuse_lost_calls(self, messages: list[Any], example: Any, at: str) -> None:
         for index, message in enumerate(messages):
-            if not message.get("content") and any(map(message.get, CALLS)):
+            if any(map(message.get, CALLS)):
                 other = {**message, **{key: with_names(message[key]) for key in CALLS if message.get(key)}}
                 if self._renders_alike(messages, index, other, example):
                     raise RowError(
-                        f"Cannot train on {at}: the chat template leaves out {short(message)}, which has no content. Write the "
-                        "call as `tool_calls`, or set a `chat_template_path` that renders it."
+                        f"Cannot train on {at}: the chat template leaves out the call of {short(message)}. Write it as "
+                        "`tool_calls`, or set a `chat_template_path` that renders it."
                     )
+        if example.get("tools") and self._render(messages, example) == self._render(messages, {**example, "tools": None}):
+            raise RowError(
+                f"Cannot train on {at}: the chat template leaves out its `tools`. Remove the column, or set a "
+                "`chat_template_path` that renders it."
+            )
 
     def _check_roles(self, messages: list[Any], example: Any, at: str) -> str | None:
         """Return a warning of a role that the template doesn't know. Raises RowError if it is a known one's other name."""
@@ -249,7 +266,7 @@ class RenderedRow:
         options = {
             "chat_template": self.chat_template,
             "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(example.get("chat_template_kwargs") or {}),
+            **(example.get(KWARGS) or {}),
         }
         if isinstance(self.processing_class, ProcessorMixin):
             messages = prepare_multimodal_messages(messages)

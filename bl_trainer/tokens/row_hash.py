@@ -9,6 +9,8 @@ from datasets import Dataset
 from .labels import OF_TOKENS, columns_of
 from .layouts import find_layout
 
+SAMPLED = 64  # rows that stand for a set, spread evenly
+
 
 def row_hash(row: dict[str, Any]) -> str:
     """Return a hash of a row's training text: blake2b, 8 bytes, of its JSON with sorted keys and without nulls."""
@@ -25,6 +27,16 @@ def hashed_columns(dataset: Dataset, text_field: str) -> list[str]:
 def hashes_of(dataset: Dataset, columns: list[str]) -> list[str]:
     """Return the hash of each row of a data set, by these columns."""
     return [row_hash(row) for row in dataset.select_columns(columns)]
+
+
+def sample_of(dataset: Any) -> dict[str, Any] | None:
+    """Return the number of a training set's rows, and a hash of the tokens of 64 of them; None where it has no tokens yet."""
+    if not isinstance(dataset, Dataset) or not len(dataset) or "input_ids" not in dataset.column_names:
+        return None
+    last = len(dataset) - 1
+    numbers = sorted({i * last // (SAMPLED - 1) for i in range(SAMPLED)})
+    rows = dataset.with_format(None).select_columns(["input_ids"]).select(numbers)
+    return {"count": len(dataset), "hash": row_hash({"rows": [list(map(int, row["input_ids"])) for row in rows]})}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -115,6 +115,7 @@ class BeginTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = 0  # again: `auto_find_batch_size` begins anew after a failed step
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state has those of its own run
         self.trainer.ensure_verified()
         self.trainer.resolve_threshold()
         say_start(self.trainer, state.max_steps)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -53,6 +54,16 @@ def refuse_frozen(model: nn.Module) -> None:
         raise RecipeError(
             f"Cannot train {type(model).__name__}: all its parameters are frozen. Load an adapter with `is_trainable=True`, "
             "or call `requires_grad_(True)` on what is to train."
+        )
+
+
+def refuse_half(model: nn.Module) -> None:
+    """Raise RecipeError if a weight that trains is in float16, where AdamW's epsilon of 1e-8 is 0 and small steps are lost."""
+    names = [name for name, each in model.named_parameters() if each.requires_grad and each.dtype == torch.float16]
+    if names:
+        raise RecipeError(
+            f"Cannot train weights in float16, such as {names[0]}: steps below its resolution are lost. Write "
+            "`dtype: float32`, with `fp16: true` for mixed precision, or `dtype: bfloat16`."
         )
 
 

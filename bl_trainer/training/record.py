@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from .._util.files import write_text
+from ..tokens.row_hash import sample_of
 from .card import before_and_after, write_card
 from .checkpoints import RECORD_FILE, quantization_in
 
@@ -36,13 +37,15 @@ class RunRecord:
     """What a run was trained with, as every checkpoint and the model card record it; `recipe` is fit for JSON.
 
     `quantization`: bitsandbytes' configuration of the base model, None if it was not quantised. `metrics`: of evaluations,
-    before training and afterwards. `drop_rows`: what `drop_rows` left out, None if the recipe has no such key.
+    before training and afterwards. `drop_rows`: what `drop_rows` left out, None if the recipe has no such key. `rows`: how many
+    the training set has, and a hash of 64 of them.
     """
 
     objective: dict[str, Any]
     threshold: dict[str, Any]
     loss_head: str
     drop_rows: dict[str, Any] | None
+    rows: dict[str, Any] | None
     recipe: dict[str, Any] | None
     processes: int
     save_only_model: bool
@@ -61,6 +64,7 @@ class RunRecord:
             threshold=trainer.threshold.to_dict(),
             loss_head=trainer.loss_head,
             drop_rows=trainer.kept_rows.record if trainer.kept_rows else None,
+            rows=sample_of(trainer.train_dataset),
             recipe=trainer.recipe,
             processes=trainer.accelerator.num_processes,
             save_only_model=trainer.args.save_only_model,

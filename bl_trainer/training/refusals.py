@@ -72,6 +72,12 @@ def refuse_launcher(args: TrainingArguments) -> None:
             "FSDP1 is not supported: it flattens weights, the LM head's too. Write `fsdp_version: 2` in the launcher's "
             "configuration, as configs/accelerate/fsdp2.yaml does, or `fsdp_config: {version: 2}` in the recipe."
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if precision != "no" and not (args.bf16 or args.fp16):
+        raise RecipeError(
+            f"The launcher asks for mixed precision in {precision}, and the recipe for none. Launch with `--mixed_precision "
+            f"no`, or write `{precision}: true`."
+        )
     cp_size, size, backend = _sequence_parallelism(args)
     if size > 1 and backend == "deepspeed":
         raise RecipeError(

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -18,14 +19,25 @@ from .._util.process import is_first_here
 from ..errors import CheckpointError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold, spell_probability
+from ..tokens.row_hash import sample_of
 from .checkpoints import STATE_FILE, last_whole, read_json, read_record, why_broken
 from .config import objective_of, threshold_of
 from .kept_rows import KeptRows
 
 logger = get_logger(__name__)
 
-# What must stay as it was; other keys may change, with a warning
-FIXED = ("optim", "drop_rows", "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
+# What must stay as it was; other keys may change, with a warning. A checkpoint's optimizer brings its own rate and moments
+FIXED = (
+    "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "drop_rows",
+    "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save",
+)  # fmt: skip
+
+OF_GROUPS = {
+    "initial_lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "betas": "adam_beta1, adam_beta2",
+    "eps": "adam_epsilon",
+}
 
 SCALES = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")  # of an adapter, by which its weights are read
 
@@ -270,6 +282,7 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
     _refuse_other_head(checkpoint, trainer.loss_head)
     _refuse_other_rows(checkpoint, trainer.kept_rows)
     _refuse_other_adapter(checkpoint, trainer.model)
+    _warn_of_other_rows(checkpoint, trainer.train_dataset)
     trainer.threshold = threshold = plan.threshold
     if threshold.above_percentile is not None:
         trainer.accelerator.print(
@@ -286,6 +299,32 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
             "than in an uninterrupted run."
         )
     trainer.accelerator.print(f"Resuming from {checkpoint}, after step {state.global_step}.")
+
+
+@contextmanager
+def going_on(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Let a trainer load a checkpoint's optimizer and scheduler, and go on by the schedule as it is now.
+
+    The last learning rate of a shorter run's schedule would otherwise hold for one more step. Raises CheckpointError if the
+    checkpoint brings settings of the optimizer that are not the trainer's.
+    """
+    groups = [dict(group) for group in getattr(optimizer, "param_groups", ())]
+    yield
+    if checkpoint is None:
+        return
+    for before, group in zip(groups, getattr(optimizer, "param_groups", ()), strict=False):
+        for name, key in OF_GROUPS.items():
+            if name in before and name in group and before[name] != group[name]:
+                raise CheckpointError(
+                    f"Cannot resume from {checkpoint}: its optimizer goes on with {key} {group[name]}, and {before[name]} is "
+                    "asked for. Restore it, or start a new run from that checkpoint as `model_name_or_path`."
+                )
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper has one
+    rates = getattr(schedule, "lr_lambdas", ())
+    for group, rate in zip(optimizer.param_groups if rates else (), rates, strict=False):
+        group["lr"] = group["initial_lr"] * rate(schedule.last_epoch)
+    if rates:
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # which is logged
 
 
 def _refuse_other_adapter(checkpoint: Path | None, model: Any) -> None:
@@ -309,6 +348,15 @@ def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
         raise CheckpointError(
             f"Cannot resume from {checkpoint}: the loss head changed from `{recorded}` to `{loss_head}`. They round gradients "
             f"differently. {advice} `loss_head: trl` and launch as before, or start a new run with another `output_dir`."
+        )
+
+
+def _warn_of_other_rows(checkpoint: Path | None, dataset: Any) -> None:
+    before, now = read_record(str(checkpoint)).get("rows"), sample_of(dataset)
+    if before and now and before != now:
+        logger.warning(
+            f"The training set has changed since {checkpoint}: it had {before['count']:,} rows, and has {now['count']:,}, at "
+            "least some of them others. The run goes on with the new ones, from the same place in their order."
         )
 
 

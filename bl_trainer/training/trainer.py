@@ -42,6 +42,7 @@ from .guards import (
     refuse_dropped_sets,
     refuse_empty,
     refuse_frozen,
+    refuse_half,
     refuse_other_weights,
     refuse_unevaluated,
     refuse_unlearnt,
@@ -54,7 +55,7 @@ from .metrics import TokenMetrics, evaluated, own_targets
 from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_lost_adapter, refuse_searched
-from .resume import ResumePlan, planned_resume, take_up
+from .resume import ResumePlan, going_on, planned_resume, take_up
 from .scoring import ScoringTrainer
 
 logger = get_logger(__name__)
@@ -116,6 +117,8 @@ class BLTrainer(ScoringTrainer):
         super().__init__(**given)
         self._has_adapter = is_peft_model(self.model)
         refuse_other_weights(self.model, optimizers[0])
+        if not self.is_deepspeed_enabled:  # which keeps float32 weights beside them
+            refuse_half(self.model)
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
             self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -270,6 +273,10 @@ class BLTrainer(ScoringTrainer):
         self.token_metrics.restart()
         self._stream_count.restart()
         self._metrics["train"].clear()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with going_on(checkpoint, self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         take_average(self.optimizer)  # or saving would average the best model's with the last step's
