@@ -302,8 +302,8 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
 
 
 @contextmanager
-def going_on(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Iterator[None]:
-    """Let a trainer load a checkpoint's optimizer and scheduler, and go on by the schedule as it is now.
+def resuming_with(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Let a trainer load a checkpoint's optimizer and scheduler, and continue by the schedule as it is now.
 
     The last learning rate of a shorter run's schedule would otherwise hold for one more step. Raises CheckpointError if the
     checkpoint brings settings of the optimizer that are not the trainer's.
@@ -316,7 +316,7 @@ def going_on(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Iterator
         for name, key in OF_GROUPS.items():
             if name in before and name in group and before[name] != group[name]:
                 raise CheckpointError(
-                    f"Cannot resume from {checkpoint}: its optimizer goes on with {key} {group[name]}, and {before[name]} is "
+                    f"Cannot resume from {checkpoint}: its optimizer keeps {key} {group[name]}, and {before[name]} is "
                     "asked for. Restore it, or start a new run from that checkpoint as `model_name_or_path`."
                 )
     schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper has one
@@ -356,7 +356,7 @@ def _warn_of_other_rows(checkpoint: Path | None, dataset: Any) -> None:
     if before and now and before != now:
         logger.warning(
             f"The training set has changed since {checkpoint}: it had {before['count']:,} rows, and has {now['count']:,}, at "
-            "least some of them others. The run goes on with the new ones, from the same place in their order."
+            "least some of them others. The run continues with the new ones, from the same place in their order."
         )
 
 

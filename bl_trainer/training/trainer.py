@@ -55,7 +55,7 @@ from .metrics import TokenMetrics, evaluated, own_targets
 from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_lost_adapter, refuse_searched
-from .resume import ResumePlan, going_on, planned_resume, take_up
+from .resume import ResumePlan, planned_resume, resuming_with, take_up
 from .scoring import ScoringTrainer
 
 logger = get_logger(__name__)
@@ -275,7 +275,7 @@ class BLTrainer(ScoringTrainer):
         self._metrics["train"].clear()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with going_on(checkpoint, self.optimizer, self.lr_scheduler):
+        with resuming_with(checkpoint, self.optimizer, self.lr_scheduler):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
