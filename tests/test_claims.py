@@ -27,7 +27,7 @@ def test_the_readme_has_the_figures_of_the_claims() -> None:
     figures = re.findall(r"[+-]\d\.\d{3} \([^)]*\)", readme)
     assert len(figures) == 4
     assert all(figure in claims for figure in figures)
-    assert f"with {len(stored().models)} models of at most 0.1M" in readme
+    assert f"on 12 tasks and {len(stored().models)} models" in readme
 
 
 def test_the_rule_names_its_candidates_and_the_cells_that_judge() -> None:

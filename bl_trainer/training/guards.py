@@ -57,10 +57,13 @@ def refuse_frozen(model: nn.Module) -> None:
         )
 
 
-def refuse_half(model: nn.Module) -> None:
-    """Raise RecipeError if a weight that trains is in float16, where AdamW's epsilon of 1e-8 is 0 and small steps are lost."""
+def refuse_half(model: nn.Module, has_copies: bool) -> None:
+    """Raise RecipeError if a weight that trains is in float16, where AdamW's epsilon of 1e-8 is 0 and small steps are lost.
+
+    `has_copies`: whether float32 copies train in its place, as under DeepSpeed.
+    """
     names = [name for name, each in model.named_parameters() if each.requires_grad and each.dtype == torch.float16]
-    if names:
+    if names and not has_copies:
         raise RecipeError(
             f"Cannot train weights in float16, such as {names[0]}: steps below its resolution are lost. Write "
             "`dtype: float32`, with `fp16: true` for mixed precision, or `dtype: bfloat16`."

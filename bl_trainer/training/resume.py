@@ -324,7 +324,8 @@ def resuming_with(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Ite
     for group, rate in zip(optimizer.param_groups if rates else (), rates, strict=False):
         group["lr"] = group["initial_lr"] * rate(schedule.last_epoch)
     if rates:
-        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]  # which is logged
+        state = schedule.state_dict() | {"_last_lr": [group["lr"] for group in optimizer.param_groups]}
+        schedule.load_state_dict(state)  # which is logged
 
 
 def _refuse_other_adapter(checkpoint: Path | None, model: Any) -> None:

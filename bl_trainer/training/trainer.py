@@ -116,9 +116,8 @@ class BLTrainer(ScoringTrainer):
         self._stream_count = StreamCount()
         super().__init__(**given)
         self._has_adapter = is_peft_model(self.model)
+        refuse_half(self.model, self.is_deepspeed_enabled)
         refuse_other_weights(self.model, optimizers[0])
-        if not self.is_deepspeed_enabled:  # which keeps float32 weights beside them
-            refuse_half(self.model)
         if not self.is_shared_out("sp"):
             # TRL's loss divides by the target tokens of the whole batch, whatever the model's own would do, and shifts labels
             self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
