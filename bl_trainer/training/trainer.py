@@ -218,12 +218,7 @@ class BLTrainer(ScoringTrainer):
             super().log(logs, start_time)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         self.shard()
         self.ensure_verified()
@@ -243,10 +238,7 @@ class BLTrainer(ScoringTrainer):
 
     @leaves_no_empty_folder
     def train(
-        self,
-        resume_from_checkpoint: str | bool | ResumePlan | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | ResumePlan | None = None, trial=None, ignore_keys_for_eval=None
     ) -> TrainOutput:
         self.is_left = False
         self.token_metrics.begin()

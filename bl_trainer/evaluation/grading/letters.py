@@ -4,13 +4,12 @@ import re
 from string import ascii_uppercase
 from typing import Any
 
-from ...prepare.format import USER
 from ..choices import COLUMNS as CHOICES
 from ..choices import read_choices, right_index
 from .docs import read_docs
 from .exam import MOST_APART, Exam
 from .math import boxes
-from .reasoning import without_reasoning
+from .reasoning import own_turn, without_reasoning
 
 LETTER_GOLD = ("answer_idx", "answer_letter", "answer", "completion")
 
@@ -69,7 +68,7 @@ def letter(text: str, choices: list[str]) -> str | None:
     may hold, or that are only supposed. "B or C" is no answer. Nothing is guessed: neither a letter in prose nor the nearest
     option. All patterns are bounded, so that the work grows with the length of an answer and no faster.
     """
-    exam, said = Exam(choices), _tidy(without_reasoning(text))
+    exam, said = Exam(choices), _tidy(own_turn(without_reasoning(text)))
     spans = boxes(said)
     for _, content, end in reversed(spans):
         found = exam.boxed(said[content:end].strip()) if end - content <= MOST_APART else None
@@ -96,8 +95,8 @@ def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Return an answer up to a next turn, without commands of style, and with runs of spaces and signs cut short."""
-    text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.split(f"\n{USER}")[0])
+    """Return an answer without commands of style, with Latin punctuation, and with runs of spaces and signs cut short."""
+    text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.translate(WIDE))
     text = re.sub(r"\\[()\[\]]|[^\S\n]", " ", text.replace("\u2212", "-"))
     text = re.sub(r" +", " ", text)
     text = re.sub(r"\n+", "\n", re.sub(r" ?\n ?", "\n", text))

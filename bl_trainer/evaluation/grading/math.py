@@ -9,7 +9,7 @@ from .prose import STATED, stated
 from .reasoning import without_reasoning
 from .structure import NAME, ORDER, as_intervals, split, structure
 from .units import are_same_units, measured, number_of, unit_of
-from .values import SECONDS, is_same_value, math_verify, parsed
+from .values import is_same_value, math_verify, parsed, verified
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
 MOST_PARTS = 30  # of a list, a set or a matrix
@@ -195,7 +195,7 @@ def _is_same_structure(one: str, other: str) -> bool:
         return _are_same(parts, others, "()" not in (kind, other_kind))
     if any(RELATION.search(text) for text in (one, other)):
         return _verify(one, other)
-    return False
+    return any(each.startswith("matrix") for each in (kind, other_kind)) and is_same_value(one, other)
 
 
 def _bare(text: str) -> str:
@@ -268,6 +268,4 @@ def _is_same_scalar(one: str, other: str) -> bool:
 
 def _verify(one: str, other: str) -> bool:
     left, right = parsed(one), parsed(other)
-    if left is None or right is None:
-        return False
-    return bool(math_verify().verify(left, right, timeout_seconds=SECONDS))
+    return left is not None and right is not None and verified(left, right)

@@ -19,6 +19,13 @@ LONGEST = 200  # characters of a tag, with the white space behind it
 KIND = re.compile(r"channel|assistant|think|thought|reasoning|scratchpad", re.IGNORECASE)
 KINDS = {"thought": "think", "assistant": "channel"}
 END = re.compile(r"<\|(?:return|end|call)\|>")
+# What templates write behind a turn, or before the user's; a model that runs on writes it as text
+ENDED = re.compile(
+    r"</s>|<\|(?:im_end|endoftext|eot_id|end_of_text|end|eom_id)\|>|<end_of_turn>"
+    r"|<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user"
+)
+# "Question" begins a paragraph there, since an answer may restate the question within its own
+TURN = re.compile(r"(?<=\S)\s*?(?:\n[ \t]*(?:#{1,6} ?)?(?:User|USER|Human|HUMAN|Instruction)|\n[ \t]*\n\s*(?:#{1,6} ?)?Question) ?:")
 
 
 def split_reasoning(answer: str, prompt: str = "") -> tuple[str, bool]:
@@ -54,5 +61,10 @@ def _kind(tag: str) -> str:
 
 
 def without_reasoning(answer: str) -> str:
-    """Return what an answer says outside its reasoning."""
-    return split_reasoning(answer)[0]
+    """Return what an answer says outside its reasoning, up to a special token that ends it."""
+    return ENDED.split(split_reasoning(answer)[0], maxsplit=1)[0]
+
+
+def own_turn(said: str) -> str:
+    """Return what an answer says before a next turn of its own making, which begins with who speaks, as in `User:`."""
+    return TURN.split(said, maxsplit=1)[0]

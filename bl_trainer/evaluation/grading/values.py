@@ -3,6 +3,8 @@
 import logging
 import math
 import re
+import signal
+import threading
 from fractions import Fraction
 from functools import lru_cache, reduce
 from typing import Any
@@ -11,10 +13,12 @@ from ...errors import RecipeError
 
 MOST_BITS = 1 << 17  # of a number that is computed; what is larger is compared as it is written
 MOST_SUMMED = 32  # of the limits of a sum, likewise
+MOST_TERMS = 100  # of a sum that is written out
 DIGITS = 40  # of numbers that aren't rational
+MOST_DIGITS = 10_000  # of large ones, which would else hide what is added to them
 MOST_READ = 600  # characters of an expression that math-verify reads
 MOST_BRACKETS = 8  # within each other, and bars; math-verify's time doubles with each
-SECONDS = 3  # math-verify's own limit, which no expression of this size is meant to reach
+SECONDS = 3  # of reading, of comparing, and of math-verify, which no expression of this size is meant to reach
 POINTS = (
     ("1.7", "2.3", "0.6"),
     ("0.37", "3.1", "1.9"),
@@ -57,9 +61,15 @@ def parsed(text: str) -> Any:
     )
     config = math_verify().LatexExtractionConfig(normalization_config=plain)
     found = math_verify().parse(
-        rf"\boxed{{{_with_products(text)}}}", [config], fallback_mode="no_fallback", parsing_timeout=SECONDS
+        rf"\boxed{{{_with_products(text)}}}", [config], fallback_mode="no_fallback", parsing_timeout=_seconds()
     )
     return _with_imaginary_unit(found[0]) if found else None
+
+
+def _seconds() -> int | None:
+    """The time limit; None where there are no alarms (off the main thread, and on Windows) and sizes alone bound the work."""
+    has_alarms = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    return SECONDS if has_alarms else None
 
 
 def _is_readable(text: str) -> bool:
@@ -101,13 +111,11 @@ def _name(match: re.Match[str]) -> str:
 def _with_imaginary_unit(value: Any) -> Any:
     from sympy import I, Symbol
 
-    symbols = getattr(value, "free_symbols", ())
-    renamed = {symbol: I if symbol.name == "i" else Symbol(symbol.name, real=True) for symbol in symbols}
-    if all(symbol == other for symbol, other in renamed.items()):
-        return value
     try:
-        return value.xreplace(renamed)
-    except (AttributeError, TypeError, ValueError):  # of a matrix, or of a relation between complex numbers
+        symbols = getattr(value, "free_symbols", ())
+        renamed = {symbol: I if symbol.name == "i" else Symbol(symbol.name, real=True) for symbol in symbols}
+        return value if all(symbol == other for symbol, other in renamed.items()) else value.xreplace(renamed)
+    except Exception:  # as in is_same_value; also of a matrix, or of a relation between complex numbers
         return value
 
 
@@ -116,13 +124,32 @@ def is_same_value(one: str, other: str) -> bool:
     left, right = parsed(one), parsed(other)
     if left is None or right is None:
         return False
+    math_verify()
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
     try:
-        is_same = _compare(left, right)
+        is_same = timeout(_seconds())(_compare_or_match)(left, right)
+    except TimeoutException:
+        return False
+    # What a model writes may be any expression, and sympy raises nearly any error on one that has no value or that it can't
+    # work with, RecursionError included. It isn't the gold value then, and must not end the evaluation of all other answers.
+    except Exception:
+        return False
+    return verified(left, right) if is_same is None else is_same
+
+
+def verified(left: Any, right: Any) -> bool:
+    """Whether math-verify takes two expressions of sympy's as the same."""
+    return bool(math_verify().verify(left, right, timeout_seconds=_seconds()))
+
+
+def _compare_or_match(left: Any, right: Any) -> bool | None:
+    """Compare two values, but as they are written where they are too large."""
+    try:
+        return _compare(left, right)
     except TooLarge:
         return bool(left == right)
-    if is_same is None:
-        return bool(math_verify().verify(left, right, timeout_seconds=SECONDS))
-    return is_same
 
 
 def _compare(left: Any, right: Any) -> bool | None:
@@ -131,39 +158,97 @@ def _compare(left: Any, right: Any) -> bool | None:
 
     for value in (left, right):
         _bits(value)
+    cells = _cells(left), _cells(right)
+    if any(cells):
+        return cells[0] is not None and cells[1] is not None and _are_same_cells(cells[0], cells[1])
     if not (isinstance(left, Expr) and isinstance(right, Expr)):
         return None
     is_rounded = left.has(Float) or right.has(Float)
     one, other = _rational(left), _rational(right)
     if one is not None and other is not None:
-        return one == other or (is_rounded and _is_near(float(abs(one - other)), _size(one), _size(other)))
+        return one == other or (is_rounded and _is_near(abs(one - other), abs(one), abs(other)))
     if not left.free_symbols and not right.free_symbols:
         return _agree(left, right, is_rounded)
     return _agree_everywhere(left, right, is_rounded)
 
 
-def _size(value: Fraction) -> float:
-    return float(abs(value)) if abs(value) < Fraction(10) ** 300 else math.inf
+def _cells(value: Any) -> list[list[Any]] | None:
+    """Return the rows of a matrix, or of what is computed of matrices; None of anything else."""
+    from sympy import MatrixBase, MatrixExpr
+
+    if getattr(value, "has", None) and not isinstance(value, MatrixBase) and value.has(MatrixBase, MatrixExpr):
+        value = value.doit()
+        value = value.as_explicit() if isinstance(value, MatrixExpr) else value
+    return value.tolist() if isinstance(value, MatrixBase) else None
 
 
-def _is_near(gap: float, one: float, other: float) -> bool:
+def _are_same_cells(one: list[list[Any]], other: list[list[Any]]) -> bool:
+    if [*map(len, one)] != [*map(len, other)]:
+        return False
+    pairs = [pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True)]
+    return all(left == right or _compare(left, right) for left, right in pairs)
+
+
+def _is_near(gap: Fraction, one: Fraction, other: Fraction) -> bool:
     """Whether a rounded number is within 6 decimals of another one, and of its size."""
-    return gap <= 5e-7 and gap <= 1e-5 * max(one, other)
+    return gap <= Fraction(5, 10**7) and gap <= max(one, other) / 10**5
 
 
 def _agree(left: Any, right: Any, is_rounded: bool) -> bool | None:
-    """Compare two numbers to many digits; None if one can't be computed."""
+    """Compare two numbers to many digits; None if one can't be computed.
+
+    Numbers that agree are compared again to as many digits more as they may be large.
+    """
+    left, right = _written_out(left), _written_out(right)
+    if not (_ends(left) and _ends(right)):
+        return bool(left == right)
+    found = _agree_to(DIGITS, left, right, is_rounded)
+    more = int(min(max(_bits(left), _bits(right)) * math.log10(2), MOST_DIGITS))
+    if not found or is_rounded or more <= DIGITS / 4:
+        return found
+    return _agree_to(DIGITS + more, left, right, is_rounded) is not False
+
+
+def _agree_to(digits: int, left: Any, right: Any, is_rounded: bool) -> bool | None:
     from sympy import nan, oo, zoo
 
-    one, other = left.evalf(DIGITS), right.evalf(DIGITS)
+    one, other = (value.evalf(digits, maxn=2 * digits + 60) for value in (left, right))
     if any(value.has(nan, oo, zoo) for value in (one, other)):
         return bool(one == other) if not one.has(nan) else None
     if not (one.is_number and other.is_number and _is_computed(one) and _is_computed(other)):
         return None
     gap, size = abs(one - other), max(abs(one), abs(other))
     if is_rounded and size < 1e300:
-        return _is_near(float(gap), float(abs(one)), float(abs(other)))
-    return bool(gap <= size * 10 ** (5 - DIGITS)) if size else True
+        return _is_near(*(Fraction(float(value)) for value in (gap, abs(one), abs(other))))
+    return bool(gap * 10 ** (digits - 5) <= size) if size else True
+
+
+def _limits(value: Any) -> list[Any]:
+    """Return the limits of all sums and products in a value, those of inner ones at 1 for the outer ones' names."""
+    from sympy import Product, Sum
+
+    limits = [limit for part in value.atoms(Sum, Product) for limit in part.limits]
+    names = {name: 1 for name, *_ in limits}
+    return [end.subs(names) for _, *ends in limits for end in ends]
+
+
+def _ends(value: Any) -> bool:
+    """Whether all sums and products run between integers: evalf goes on without end where one has another limit."""
+    return all(end.is_Integer or end.is_infinite for end in _limits(value))
+
+
+def _written_out(value: Any) -> Any:
+    """Return a value with the terms of each short sum or product, which evalf doesn't compute within each other."""
+    from sympy import Product, Sum
+
+    def is_short(part: Any) -> bool:
+        ends = _limits(part) if isinstance(part, (Sum, Product)) else []
+        return bool(ends) and all(
+            first.is_Integer and last.is_Integer and last - first < MOST_TERMS
+            for first, last in zip(ends[::2], ends[1::2], strict=True)
+        )
+
+    return value.replace(is_short, lambda part: part.doit())
 
 
 def _is_computed(value: Any) -> bool:
@@ -177,11 +262,13 @@ def _agree_everywhere(left: Any, right: Any, is_rounded: bool) -> bool | None:
     symbols = sorted(left.free_symbols | right.free_symbols, key=lambda symbol: symbol.name)
     if left.free_symbols != right.free_symbols and len(symbols) > len(POINTS[0]):
         return None
-    from sympy import Rational
+    from sympy import Integer, Rational
 
+    whole = {name for value in (left, right) for limit in _limits(value) for name in limit.free_symbols}
     tried = []
-    for point in POINTS:
+    for number, point in enumerate(POINTS):
         at = {symbol: Rational(point[i % 3]) + Rational(i, 7) for i, symbol in enumerate(symbols)}
+        at |= {symbol: Integer(3 + number + i) for i, symbol in enumerate(symbols) if symbol in whole}
         tried.append(_at(left, right, at, is_rounded))
         if tried[-1] is False:
             return False
@@ -197,13 +284,15 @@ def _at(left: Any, right: Any, at: dict[Any, Any], is_rounded: bool) -> bool | N
 
 def _bits(value: Any) -> float:
     """Return a bound of the base-2 logarithm of a value's size. Raises TooLarge where it would take too much to compute."""
-    from sympy import Number, Pow, Product, Sum, exp, factorial
+    from sympy import MatPow, MatrixBase, Number, NumberSymbol, Pow, Product, Sum, exp, factorial
 
-    args = [_bits(arg) for arg in getattr(value, "args", ())]
+    args = [_bits(arg) for arg in (value.flat() if isinstance(value, MatrixBase) else getattr(value, "args", ()))]
     if isinstance(value, Number):
         found = _length(value)
-    elif isinstance(value, (Pow, exp)):
-        base = args[0] if isinstance(value, Pow) else 1.5
+    elif isinstance(value, NumberSymbol):
+        found = 2.0
+    elif isinstance(value, (Pow, MatPow, exp)):
+        base = 1.5 if isinstance(value, exp) else args[0]
         found = max(base, 1.0) * 2.0 ** min(args[-1], 60)
     elif isinstance(value, factorial):
         found = 2.0 ** min(args[0], 60) * max(args[0], 1.0)
