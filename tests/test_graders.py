@@ -3,6 +3,9 @@
 import itertools
 import math
 import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from datasets import Dataset
@@ -17,6 +20,7 @@ from bl_trainer.evaluation.grading import (
     letter,
     letter_docs,
     math_docs,
+    values,
     word_docs,
 )
 
@@ -318,3 +322,113 @@ def test_gold_answers_of_each_data_set():
     assert gold(math_docs, prompt=[{"role": "user", "content": "?"}], completion=[message]) == ["\\frac{1}{2}"]
     assert gold(word_docs, question="art", answer="WORD") == ["WORD"]
     assert gold(word_docs, prompt="art", completion="WORD") == ["WORD"]
+
+
+MATRIX = "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"
+MENDED = [
+    # sums to a name are compared at integers, and those to anything else are not computed
+    ("2^n", "\\sum_{k=0}^{n} \\binom{n}{k}", 1),
+    ("2^n-1", "\\sum_{k=0}^{n} \\binom{n}{k}", 0),
+    ("H_n", "\\sum_{k=1}^{n}\\frac{1}{k}", 0),
+    ("\\ln n", "\\sum_{k=1}^{n}\\frac{1}{k}", 0),
+    ("n!", "\\prod_{k=1}^{n} k", 1),
+    ("\\frac{n(n+1)(n+2)}{6}", "\\sum_{i=1}^{n}\\sum_{j=1}^{i} j", 1),
+    ("\\frac{\\pi^2}{6}", "\\sum_{k=1}^{\\infty}\\frac{1}{k^2}", 1),
+    ("3", "\\sum_{k=1}^{\\frac{n}{2}}\\frac{1}{k}", 0),
+    # what has no value
+    ("1", "\\sum_{k=1}^{\\infty}\\frac{1}{k}", 0),
+    ("2", "\\cot 0", 0),
+    ("x", "\\csc 0", 0),
+    ("2", "(-3)!", 0),
+    # very different sizes, and what a large number would hide
+    ("0.5", "10^{400}", 0),
+    ("7^{500}", "2.5", 0),
+    ("e^{100}", "e^{100}+1", 0),
+    ("\\pi^{200}", "\\pi^{200}+1", 0),
+    ("1", "1+e^{-100}", 0),
+    ("e^{200}-e^{100}", "e^{100}(e^{100}-1)", 1),
+    # matrices are computed
+    ("5", f"2{MATRIX}", 0),
+    (f"2{MATRIX}", f"3{MATRIX}", 0),
+    ("\\begin{pmatrix}2&4\\\\6&8\\end{pmatrix}", f"2{MATRIX}", 1),
+    ("\\begin{pmatrix}x&2x\\\\3x&4x\\end{pmatrix}", f"x{MATRIX}", 1),
+    ("\\begin{pmatrix}7&10\\\\15&22\\end{pmatrix}", f"{MATRIX}^2", 1),
+    (MATRIX, f"{MATRIX}^{{10000000}}", 0),
+    # bounds: "or" is a union, "and" what they have in common, and so is a comma unless that is nothing
+    ("(-\\infty,3)\\cup(1,\\infty)", "x>1 \\text{ and } x<3", 0),
+    ("x>1 \\text{ and } x<3", "x>1 \\text{ or } x<3", 0),
+    ("(2,5)", "x>2 \\text{ and } x<5", 1),
+    ("(2,5)", "x>2 \\land x<5", 1),
+    ("(2,5)", "x>2, x<5", 1),
+    ("[2,5)", "x>2, x<5", 0),
+    ("2<x<5", "x>2 \\text{ and } x<5", 1),
+    ("(a,b)", "x>a \\text{ and } x<b", 1),
+    ("(3,5)", "x>1\\text{ and }x>3\\text{ and }x<5", 1),
+    ("(-\\infty,1)\\cup(3,\\infty)", "x<1, x>3", 1),
+    ("x<1 \\text{ or } x>3", "x>3, x<1", 1),
+    ("(-\\infty,0)\\cup(1,2)", "x<0 \\text{ or } x>1 \\text{ and } x<2", 1),
+    ("x>3", "y>3", 0),
+    # currencies are units
+    ("\\$5", "5\\text{ cents}", 0),
+    ("5\\text{ cents}", "\\$5", 0),
+    ("\\$5", "€5", 0),
+    ("5\\text{ euros}", "\\$5", 0),
+    ("\\$5", "5\\%", 0),
+    ("5\\%", "\\$5", 0),
+    ("\\$5", "5", 1),
+    ("5", "\\$5", 1),
+    ("5\\text{ dollars}", "\\$5", 1),
+    ("\\$5", "\\$5\\text{ per hour}", 1),
+    ("\\$5\\text{ per hour}", "\\$5\\text{ per day}", 0),
+    ("\\$2.50", "\\$2\\frac12", 1),
+    ("-\\$5", "-5", 1),
+    ("5\\text{ pounds}", "£5", 1),
+    ("18\\text{ cents}", "18 €", 0),
+    # units in other scripts
+    *(("18", f"18{unit}", 1) for unit in ("元", "个", "\\text{元}", " €", " 人", "\\text{ чел.}")),
+    ("18元", "18个", 0),
+    ("18", "18万", 0),
+    ("180000", "18万元", 1),
+    ("18", "18个半", 0),
+    # a set as an element
+    ("\\{1,\\{2\\}\\}", "\\{1,2\\}", 0),
+    ("\\{\\{1\\},2\\}", "\\{1,\\{2\\}\\}", 0),
+    ("\\{1,\\{2\\}\\}", "\\{\\{2\\},1\\}", 1),
+    # what is only seen, and words for signs
+    *(("18", said, 1) for said in ("18\\checkmark", "\\color{red}{18}", "\\textcolor{red}{18}", "\\Large 18", "18 ✓")),
+    ("0.5", "\\large .5", 1),
+    ("-\\infty", "\\text{negative infinity}", 1),
+    ("-3", "\\text{negative }3", 1),
+    ("3", "\\text{negative }3", 0),
+    ("\\emptyset", "\\text{empty set}", 1),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "right"), MENDED)
+def test_values_bounds_currencies_and_scripts(gold, answer, right):
+    begin = time.monotonic()
+    assert grade_math({"gold": gold}, [f"\\boxed{{{answer}}}"]) == {"accuracy": right}
+    assert time.monotonic() - begin < 4 * values.SECONDS
+
+
+def test_values_are_compared_off_the_main_thread():
+    pairs = [("2^n", "\\sum_{k=0}^{n} \\binom{n}{k}"), ("H_n", "\\sum_{k=1}^{n}\\frac{1}{k}"), ("x^2-1", "(x-1)(x+1)")]
+    values.parsed.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        assert [*pool.map(lambda pair: is_same_math(*pair), pairs)] == [True, False, True]
+
+
+@pytest.mark.parametrize("error", [RecursionError, OverflowError, ZeroDivisionError, NotImplementedError, AttributeError])
+def test_what_sympy_raises_is_no_equality(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(values, "_compare", fail)
+    assert grade_math({"gold": "\\sqrt{12}"}, ["\\boxed{2\\sqrt{3}}"]) == {"accuracy": 0}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs alarms")
+def test_a_comparison_ends(monkeypatch):
+    monkeypatch.setattr(values, "SECONDS", 1)
+    monkeypatch.setattr(values, "_compare", lambda *_: time.sleep(60))
+    assert grade_math({"gold": "\\sqrt{12}"}, ["\\boxed{2\\sqrt{3}}"]) == {"accuracy": 0}

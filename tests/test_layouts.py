@@ -502,7 +502,7 @@ def test_tools_that_the_template_leaves_out_are_an_error(template, tokenizer):
 def test_arguments_of_the_template_that_it_does_not_read_are_named(tokenizer):
     check = RenderedRow(tokenizer, GENERIC + "{{ 'x' if thinks }}", "the train set")
     row = {"messages": CHAT[0], "chat_template_kwargs": {"thinks": False, "enable_thinking": False}}
-    assert check.unread_keys(row) == ["enable_thinking"]
+    assert check.unread_keys(row) == ["chat_template_kwargs.enable_thinking"]
     with pytest.raises(RowError, match="it has no `chat_template_kwargs`, which other rows have"):
         check({**row, "chat_template_kwargs": None}, 3)
 

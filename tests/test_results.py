@@ -8,7 +8,7 @@ import pytest
 
 from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
-from bl_trainer.evaluation.results import Answered, Results
+from bl_trainer.evaluation.results import Answered, Results, check_items
 from bl_trainer.evaluation.table import table
 
 ITEMS = 12
@@ -155,3 +155,84 @@ def test_task_file_that_cannot_be_read(content, message, tmp_path):
     (tmp_path / "task.yaml").write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         EvaluateArguments().deciding(str(tmp_path / "task.yaml"))
+
+
+# --- Files of items belong to one task's results ---
+
+
+def grouped(value, items):
+    """What the harness finds of a group `grp` of one task."""
+    one = found("grp_a", value)
+    one["samples"]["grp_a"] = one["samples"]["grp_a"][:items]
+    one["results"] = {"grp_a": {"acc,none": value / items}, "grp": {"acc,none": value / items}}
+    return {**one, "groups": {"grp": {}}}
+
+
+def add_group(results, values, items=6):
+    for model, value in zip(results.prints, values, strict=True):
+        answered = [Answered(None, results.options, grouped(value, items))]
+        results.add(Checkpoint(model, model, None), "grp", answered, chat=False)
+
+
+def test_a_member_with_other_options_does_not_replace_the_items_of_its_group(tmp_path):
+    add_group(open_results(tmp_path, ["a", "b"], ["grp"], limit=6), [6, 0])
+    message = r"holds results of grp on the items of grp_a, as grp_a has them, with other options \(`limit`: 6, now 12\)"
+    with pytest.raises(RecipeError, match=message):
+        open_results(tmp_path, ["a", "b"], ["grp_a"], limit=12)
+    (difference,) = open_results(tmp_path, ["a", "b"], ["grp"], limit=6).differences()
+    assert (difference["difference"], difference["items"]) == (-1.0, 6)
+    over = open_results(tmp_path, ["a", "b"], ["grp_a"], limit=12, overwrite=True)
+    for model, value in (("a", 0), ("b", 12)):
+        add(over, model, "grp_a", value)
+    assert keys(tmp_path) == [("a", "grp_a"), ("b", "grp_a")]  # nothing is left whose items are gone
+    open_results(tmp_path, ["c"], ["grp"], limit=6)  # of which nothing is there
+
+
+def test_a_group_with_other_options_does_not_replace_the_items_of_a_member(tmp_path):
+    first = open_results(tmp_path, ["a"], ["grp_a"], limit=12)
+    add(first, "a", "grp_a", 12)
+    before = {path: path.read_text() for path in (tmp_path / "out").rglob("*.json*")}
+    group = open_results(tmp_path, ["a"], ["grp"], limit=6)
+    (tmp_path / "a" / "config.json").write_text('{"name": "a"}')
+    options = EvaluateArguments(**{**vars(group.options), "model": [str(tmp_path / "a")]})
+    check_items(options, {"grp": ["grp_a"]})  # of another checkpoint
+    with pytest.raises(RecipeError, match=r"holds results of grp_a on the items of grp_a, as grp has them, with other options"):
+        add_group(group, [6])
+    assert {path: path.read_text() for path in (tmp_path / "out").rglob("*.json*")} == before
+    over = open_results(tmp_path, ["a"], ["grp"], limit=6, overwrite=True)
+    add_group(over, [6])
+    assert keys(tmp_path) == [("a", "grp")]
+
+
+def test_what_a_loaded_group_would_replace_is_told_before_it_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add(open_results(tmp_path, ["a"], ["grp_a"], limit=12), "a", "grp_a", 12)
+    options = {"model": ["a"], "output": "out", "limit": 6}
+    check_items(EvaluateArguments(tasks=["grp"], **options), {"grp": ["grp_b"]})
+    check_items(EvaluateArguments(tasks=["grp"], overwrite=True, **options), {"grp": ["grp_a"]})
+    check_items(EvaluateArguments(tasks=["grp"], **{**options, "limit": 12}), {"grp": ["grp_a"]})
+    with pytest.raises(RecipeError, match=r"results of grp_a on the items of grp_a, as grp has them"):
+        check_items(EvaluateArguments(tasks=["grp"], **options), {"grp": ["grp_a"]})
+    with pytest.raises(RecipeError, match=r"`--tasks grp_a,grp`: both would write the items of the task 'grp_a'"):
+        check_items(EvaluateArguments(tasks=["grp_a", "grp"], **{**options, "limit": 12}), {"grp": ["grp_a"]})
+
+
+def test_two_files_that_name_one_task_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tasks = [f"{name}/t.yaml" for name in "abc"]
+    for task, content in zip(tasks, ("task: t\n", "include: base.yaml\n", "task: u\n"), strict=True):
+        (tmp_path / task).parent.mkdir()
+        (tmp_path / task).write_text(content)
+    (tmp_path / "b" / "base.yaml").write_text("task: t\n")
+    message = r"`--tasks a/t.yaml,b/t.yaml`: both would write the items of the task 't'. Evaluate each by a command of its own"
+    with pytest.raises(RecipeError, match=message):
+        open_results(tmp_path, ["m"], tasks)
+    with pytest.raises(RecipeError, match=r"`--tasks t,a/t.yaml`: both would write"):
+        open_results(tmp_path, ["m"], ["t", "a/t.yaml"])
+    first = open_results(tmp_path, ["m"], ["a/t.yaml", "c/t.yaml"])
+    first.add(Checkpoint("m", "m", None), "a/t.yaml", [Answered(None, first.options, found("t", 5))], chat=False)
+    with pytest.raises(RecipeError, match=r"holds results of a/t.yaml on the items of t, as b/t.yaml has them, with other opt"):
+        open_results(tmp_path, ["m"], ["b/t.yaml"])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "t.yaml").write_text("task: t\n")
+    open_results(tmp_path, ["m"], ["d/t.yaml"])  # the same task at another path

@@ -14,6 +14,7 @@ from ..errors import RecipeError
 from ..recipe.datasets import find_fault, open_binary
 from ..recipe.local_files import is_empty
 from ..recipe.paths import format_of
+from .choices import unique_keys
 from .completion import COLUMNS, Completion
 from .generation import Generation
 
@@ -42,6 +43,8 @@ def _check(name: str, path: Path) -> None:
     fault = find_fault([path], COLUMNS[:2]) if is_completion else None
     if is_empty(path):
         raise RecipeError(f"`--data {name}={path}` is empty.")
+    if not fault and format_of(path) == "json":
+        _check_keys(name, path)
     try:
         rows = _load(path)
     except Exception as error:  # the libraries raise many kinds for a broken file
@@ -56,6 +59,16 @@ def _check(name: str, path: Path) -> None:
     for column in sorted({"prompt", "completion"} & columns) if is_completion else ():
         if getattr(rows.features[column], "dtype", None) not in TEXTS:
             raise RecipeError(f"`--data {name}={path}`: its column {column!r} holds numbers, not texts. Use a .jsonl file.")
+
+
+def _check_keys(name: str, path: Path) -> None:
+    """Raise RecipeError if a JSON object has a key twice, of which `datasets` may keep the last."""
+    try:
+        _json_values(path)
+    except RecipeError as error:
+        raise RecipeError(f"`--data {name}={path}`: {error}") from error
+    except ValueError:
+        return  # no JSON, of which `datasets` tells more
 
 
 def _load(path: Path) -> datasets.Dataset:
@@ -86,18 +99,37 @@ def _column(name: str, rows: list[dict[str, Any]]) -> pa.Array:
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    with open_binary(path) as file:
-        text = file.read().decode("utf-8-sig")
-    lines = [line for line in text.split("\n") if line.strip()]  # `splitlines` splits within texts, at U+2028 and U+0085
-    if ".jsonl" in path.suffixes[-2:] and not text.lstrip().startswith("["):
-        return [_object(json.loads(line)) for line in lines]
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError:
-        rows = [json.loads(line) for line in lines]
+    rows = _json_values(path)
     if isinstance(rows, dict) and not {"prompt", "messages"} & rows.keys() and all(isinstance(v, list) for v in rows.values()):
         return [{**_object(row), "source": source} for source, part in rows.items() for row in part]
     return [_object(row) for row in (rows if isinstance(rows, list) else [rows])]
+
+
+def _json_values(path: Path) -> Any:
+    """Return what a JSON file holds, or the list of what its lines hold."""
+    with open_binary(path) as file:
+        text = file.read().decode("utf-8-sig")
+    if ".jsonl" in path.suffixes[-2:] and not text.lstrip().startswith("["):
+        return _json_lines(text)
+    try:
+        return _parsed(text)
+    except json.JSONDecodeError:
+        return _json_lines(text)
+
+
+def _json_lines(text: str) -> list[Any]:
+    lines = enumerate(text.split("\n"), 1)  # `splitlines` splits within texts, at U+2028 and U+0085
+    return [_parsed(line, number) for number, line in lines if line.strip()]
+
+
+def _parsed(text: str, line: int | None = None) -> Any:
+    """Return what a JSON text holds. Raises RecipeError if an object has a key twice, of which JSON readers keep the last."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{'' if line is None else f'line {line}: '}{error}") from error
 
 
 def _object(row: Any) -> dict[str, Any]:

@@ -135,10 +135,22 @@ class Generation(ConfigurableTask):
         lead = self.format.tokenizer.decode(self._encode(self.lead(doc)), skip_special_tokens=True)
         unsaid = split_reasoning(lead, prompt)[0]
         said = [split_reasoning(answer.removeprefix(blank), prompt)[0].removeprefix(unsaid) for answer in results[0]]
-        graded = [self.config.process_results(doc, [answer]) for answer in said]
+        graded = [self._graded(doc, answer) for answer in said]
         if len(graded) == 1:
             return graded[0]
         return {metric: [each[metric] for each in graded] for metric in graded[0]}
+
+    def _graded(self, doc: dict[str, Any], answer: str) -> dict[str, Any]:
+        """Return each metric of an answer. Raises RecipeError if the task's code fails: all answers are lost then."""
+        try:
+            return self.config.process_results(doc, [answer])
+        except Exception as error:
+            row = next((f"row {i + 1}" for i, each in enumerate(self.eval_docs) if each == doc), "a row")
+            said = repr(answer[:80] + "..." * (len(answer) > 80))
+            why = f"{type(error).__name__}: {sentence(error).rstrip('.')}"
+            raise RecipeError(
+                f"Cannot grade {row} of {self.task_name!r}, with the answer {said}: {why}. Correct the row or the task."
+            ) from error
 
     def aggregation(self) -> dict[str, Callable[[list[Any]], float]]:
         """How an item's values become a score, for each metric."""

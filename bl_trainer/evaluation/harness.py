@@ -23,6 +23,7 @@ from ..prepare.format import Format
 from .data import with_data
 from .generation import Generation
 from .options import Checkpoint, EvaluateArguments
+from .results import check_items
 from .task_files import OWN
 
 # Where the paper's evaluation stops, too (Qwen's and Llama's tokens, and those of others): a checkpoint trained with another
@@ -45,6 +46,7 @@ class Tasks:
 
     def __init__(self, options: EvaluateArguments):
         self.options = options
+        self.names: dict[str, list[str]] = {}  # the harness's, in each task that is loaded
         self.manager = TaskManager(include_path=OWN, include_defaults=False)
         entries = [self.manager.task_index.get(name) for name in options.tasks if not _is_file(name)]
         if not all(entry and "group" not in (entry.cfg or {}) for entry in entries):  # a group's tasks are the harness's
@@ -75,6 +77,8 @@ class Tasks:
         groups = [group for key, group in loaded.get("groups", {}).items() if key == name]
         for task in loaded["tasks"].values():
             self._check(name, task, path)
+        self.names[name] = [*loaded["tasks"]]
+        check_items(self.options, self.names)
         return Loaded(groups or [*loaded["tasks"].values()], loaded["tasks"])
 
     def _source(self, name: str) -> tuple[Path | str | None, dict[str, Any]]:

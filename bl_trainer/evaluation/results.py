@@ -18,6 +18,7 @@ from .exploration import at_temperature, is_pass
 from .items import item_rows, read_items
 from .options import Checkpoint, EvaluateArguments
 from .scores import MACRO, largest_difference, macro, paired_difference, scores_of
+from .task_files import harness_name
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,11 @@ class Results:
         self.options, self.folder = options, Path(options.output or ".")
         self.prints = {checkpoint.name: checkpoint.fingerprint() for checkpoint in checkpoints}
         self.quantised = [note for note in map(_quantised, checkpoints) if note]
-        self.replaced = [entry for entry in self._read()[0] if self._is_to_go(entry)]
+        self.names: dict[str, set[str]] = {}  # of each task's files of items
+        found = self._read()[0]
+        self.names = _known_names(options, found)
+        _refuse_shared(self.names)
+        self.replaced = [entry for entry in found if self._is_to_go(entry)]
         self.own: list[dict[str, Any]] = []  # those of this evaluation
         self.earlier: list[tuple[str, ...]] = []  # differences that other evaluations have computed
         self._merge()
@@ -82,8 +87,10 @@ class Results:
         found, self.earlier = self._read()
         gone = {_json(entry) for entry in (*self.replaced, *self.own)}
         others = [entry for entry in found if _json(entry) not in gone]
+        if self.options.overwrite:  # a task's names may be known only since it was run
+            others = [entry for entry in others if self._shared(entry) is None]
         for fault in filter(None, map(self._fault, [] if self.options.overwrite else others)):
-            raise self._refusal(fault)
+            raise _refusal(self.folder, fault)
         keys = [_key(entry) for entry in self.own]
         self.entries = [entry for entry in others if _key(entry) not in keys] + self.own
 
@@ -103,26 +110,25 @@ class Results:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self.options.overwrite:
                 return [], []
-            raise self._refusal("a results.json of something else") from error
-
-    def _refusal(self, what: str) -> RecipeError:
-        return RecipeError(f"`--output {self.folder}` holds {what}. Write another folder, or add `--overwrite`.")
+            raise _refusal(self.folder, "a results.json of something else") from error
 
     def _fault(self, entry: dict[str, Any]) -> str | None:
         """Why results can't stand beside those that are asked for, None if they can."""
         task, checkpoint = entry["task"], entry["checkpoint"]
-        now = self.options.deciding(task) if task in self.options.tasks else {}
-        defaults = {key: each.default for key, each in EvaluateArguments.__dataclass_fields__.items()}
-        for key, value in now.items():
-            then = entry["options"].get(key, defaults.get(key))
-            is_same = sorted(then.values()) == sorted(value.values()) if key == "files" else then == value  # under any path
-            if not is_same:
-                return f"results of {task} with other options (`{key}`: {then}, now {value})"
+        other = _other_option(entry, self.options.deciding(task)) if task in self.options.tasks else None
+        if other:
+            return f"results of {task} with {other}"
         if self.prints.get(checkpoint, entry["fingerprint"]) != entry["fingerprint"]:
             return f"results of another model that was at {checkpoint}"
         items = [score["samples"] for score in entry["scores"] if score["samples"]]
         lost = next((path for path in items if not (self.folder / path).is_file()), None)
-        return f"results of {task} whose items, {lost}, are gone" if lost else None
+        return f"results of {task} whose items, {lost}, are gone" if lost else self._shared(entry)
+
+    def _shared(self, entry: dict[str, Any]) -> str | None:
+        """Why this evaluation would replace the items of another task's results, None if it would not, or by the same."""
+        if entry["checkpoint"] not in self.prints:
+            return None
+        return next(filter(None, (_shared_items(entry, task, names, self.options) for task, names in self.names.items())), None)
 
     def has(self, checkpoint: Checkpoint, task: str) -> bool:
         """Whether a task of a checkpoint is done."""
@@ -133,8 +139,10 @@ class Results:
         scores: list[dict[str, Any]] = []
         files: dict[str, str] = {}
         for way in answered:
+            self.names[task] |= {*map(_file_name, way.found["samples"])}
+            _refuse_shared(self.names)
             for name in way.found["samples"]:
-                path = f"samples/{checkpoint.label}/{at_temperature(name.replace('/', '__'), way.temperature)}.jsonl"
+                path = f"samples/{checkpoint.label}/{at_temperature(_file_name(name), way.temperature)}.jsonl"
                 rows, own = way.rows_and_scores(name, path)
                 if way.options.pass_at and not any(is_pass(metric) for row in rows for metric in row["metrics"]):
                     logger.warning(f"`--pass_at` has no effect on {name}: it has no metric that is 0 or 1 for each answer.")
@@ -230,6 +238,82 @@ class Results:
                 elif key.items() <= new.items() and old["metric"].endswith(MACRO):
                     found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", most[old["metric"]])})
         return found
+
+
+def _file_name(name: str) -> str:
+    """Return how the file of items of one of the harness's tasks is called."""
+    return name.replace("/", "__")
+
+
+def _names(entries: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the names of the files of items of entries, of which a group has several."""
+    return {_file_name(score["task"]) for entry in entries for score in entry["scores"] if score["samples"]}
+
+
+def _known_names(options: EvaluateArguments, found: list[dict[str, Any]]) -> dict[str, set[str]]:
+    """Return the names of the files of items of each task, as far as they are known before the harness has loaded it.
+
+    `found`: entries that the folder holds, which tell those of a group.
+    """
+    kept = [] if options.overwrite else found
+    return {
+        task: {_file_name(harness_name(task)), *_names(entry for entry in kept if entry["task"] == task)}
+        for task in options.tasks
+    }
+
+
+def check_items(options: EvaluateArguments, tasks: Mapping[str, Iterable[str]]) -> None:
+    """Raise RecipeError if tasks would write the items of each other, or of other results in the folder.
+
+    `tasks`: the harness's tasks in each of those that the options name, which are known once the harness has loaded them.
+    """
+    path = Path(options.output or ".") / RESULTS
+    found = [] if options.overwrite or not path.exists() else json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+    names = _known_names(options, found)
+    for task, own in tasks.items():
+        names[task] = {*names.get(task, ()), *map(_file_name, own)}
+    _refuse_shared(names)
+    checkpoints = [checkpoint.name for checkpoint in options.checkpoints()] if found else []
+    for entry in found:
+        for task, mine in names.items() if entry["checkpoint"] in checkpoints else ():
+            if fault := _shared_items(entry, task, mine, options):
+                raise _refusal(path.parent, fault)
+
+
+def _refusal(folder: Path, what: str) -> RecipeError:
+    return RecipeError(f"`--output {folder}` holds {what}. Write another folder, or add `--overwrite`.")
+
+
+def _shared_items(entry: dict[str, Any], task: str, names: Iterable[str], options: EvaluateArguments) -> str | None:
+    """Return what is wrong if `task` writes files of items, `names`, over those of another task with other options, or None."""
+    shared = sorted({*names} & _names([entry]))
+    if entry["task"] == task or not shared:
+        return None
+    other = _other_option(entry, options.deciding(task))
+    return f"results of {entry['task']} on the items of {shared[0]}, as {task} has them, with {other}" if other else None
+
+
+def _refuse_shared(names: Mapping[str, Iterable[str]]) -> None:
+    """Raise RecipeError if two of the tasks that are asked for would write the same items; `names`: of the files of each."""
+    owners: dict[str, str] = {}
+    for task, own in names.items():
+        for name in sorted(own):
+            if owners.setdefault(name, task) != task:
+                raise RecipeError(
+                    f"`--tasks {owners[name]},{task}`: both would write the items of the task {name!r}. Evaluate each by a "
+                    "command of its own, with another `--output`, or rename the task in its file."
+                )
+
+
+def _other_option(entry: dict[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return which option an entry has otherwise than `now`, None if it has none."""
+    defaults = {key: each.default for key, each in EvaluateArguments.__dataclass_fields__.items()}
+    for key, value in now.items():
+        then = entry["options"].get(key, defaults.get(key))
+        is_same = sorted(then.values()) == sorted(value.values()) if key == "files" else then == value  # under any path
+        if not is_same:
+            return f"other options (`{key}`: {then}, now {value})"
+    return None
 
 
 def _quantised(checkpoint: Checkpoint) -> str | None:

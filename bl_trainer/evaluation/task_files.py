@@ -28,6 +28,16 @@ def metrics_of(task: str) -> list[str]:
     return [f"{metric},{kind}" if kind != "none" else metric for metric in metrics for kind in kinds or ["none"]]
 
 
+def harness_name(task: str) -> str:
+    """Return what the harness calls a task: what its YAML file says, else its name. Two files may say the same.
+
+    Raises RecipeError on a file that is not YAML.
+    """
+    path = Path(task)
+    said = _field(path, "task") if path.suffix in (".yaml", ".yml") and path.is_file() else None
+    return said.value if isinstance(said, yaml.ScalarNode) else task
+
+
 def _values(node: Any, key: str) -> list[str]:
     """Return what the mappings of a list have under a key; nothing if one of them names code there."""
     found = [_entry(item, key) for item in node.value] if isinstance(node, yaml.SequenceNode) else []

@@ -27,7 +27,7 @@ class Draft:
     files: dict[Path, str] = field(default_factory=dict)
 
     def put(self, key: str, value: Any, note: str = "") -> None:
-        """Give a key its value, with a comment; a mapping joins what the key has. A value that is replaced is told."""
+        """Give a key its value, with a comment; a mapping joins what the key has. `changed` names a value that is replaced."""
         both = isinstance(value, dict) and isinstance(self.new.get(key), dict)
         if key in self.new and not both and self.new[key] != value:
             self.lose(key, f"two keys gave it values, {self.new[key]} and {value}; the latter is kept")

@@ -150,20 +150,22 @@ class RenderedRow:
             is_named = re.search(rf"\b{re.escape(key)}\b", template) is not None
             self.are_read[key] = is_named or self._render(without, example) != self._render(messages, example)
         kwargs = {key: value for key, value in (example.get(KWARGS) or {}).items() if key != "chat_template"}
-        for key in kwargs.keys() - self.are_read.keys() if messages else ():
-            new.append(key)
+        for key in kwargs if messages else ():
+            name = f"{KWARGS}.{key}"
+            if name in self.are_read:
+                continue
+            new.append(name)
             other = {**example, KWARGS: {name: value for name, value in example[KWARGS].items() if name != key}}
             is_named = re.search(rf"\b{re.escape(key)}\b", template) is not None
-            self.are_read[key] = is_named or self._render(messages, other) != self._render(messages, example)
+            self.are_read[name] = is_named or self._render(messages, other) != self._render(messages, example)
         return [key for key in new if not self.are_read[key]]
 
     def warn_of(self, keys: list[str]) -> None:
-        """Warn of keys of messages that have no effect."""
+        """Warn of keys that have no effect."""
         for key in keys:
-            warn_once(
-                f"The key `{key}` of messages or `{KWARGS}` in {self.where} has no effect: the chat template does not read it. "
-                f"Write `{MESSAGE_WEIGHT}: 0` for a message that does not train."
-            )
+            advice = f"Write `{MESSAGE_WEIGHT}: 0` for a message that does not train."
+            whose, advice = ("", "Remove it.") if key.startswith(f"{KWARGS}.") else (" of messages", advice)
+            warn_once(f"The key `{key}`{whose} in {self.where} has no effect: the chat template does not read it. {advice}")
 
     def _refuse_no_template(self, example: Any) -> None:
         own = (example.get(KWARGS) or {}).get("chat_template")

@@ -314,7 +314,7 @@ def resuming_with(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Ite
         return
     for before, group in zip(groups, getattr(optimizer, "param_groups", ()), strict=False):
         for name, key in OF_GROUPS.items():
-            if name in before and name in group and before[name] != group[name]:
+            if name in before and name in group and _numbers(before[name]) != _numbers(group[name]):
                 raise CheckpointError(
                     f"Cannot resume from {checkpoint}: its optimizer keeps {key} {group[name]}, and {before[name]} is "
                     "asked for. Restore it, or start a new run from that checkpoint as `model_name_or_path`."
@@ -326,6 +326,11 @@ def resuming_with(checkpoint: str | None, optimizer: Any, scheduler: Any) -> Ite
     if rates:
         state = schedule.state_dict() | {"_last_lr": [group["lr"] for group in optimizer.param_groups]}
         schedule.load_state_dict(state)  # which is logged
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return a setting's numbers; a sharded checkpoint gives lists for tuples."""
+    return [float(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _refuse_other_adapter(checkpoint: Path | None, model: Any) -> None:

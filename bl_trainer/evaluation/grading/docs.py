@@ -1,9 +1,12 @@
 """Rows of a task's data: the question, and the gold answer as a text."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from ...errors import RecipeError
+from ..choices import COLUMNS, PLACES, right_place
 
 QUESTIONS = ("question", "problem", "Problem", "Question")
 
@@ -22,17 +25,50 @@ def read_docs(docs: Any, columns: tuple[str, ...], row: Callable[[dict[str, Any]
         if not question:
             raise RecipeError(f"row {i + 1} has no question.")
         try:
-            return {"question": question, **row({**doc, "question": question}, gold_text(doc[column]))}
+            return {"question": question, **row({**doc, "question": question}, _right(doc, column))}
         except ValueError as error:
             raise RecipeError(f"row {i + 1}: {error}") from error
 
     return docs.map(read, with_indices=True)
 
 
+def _right(doc: dict[str, Any], column: str) -> str | int:
+    """Return the gold answer: a text, or the place of the right option where a column says it by its letter or number."""
+    right = gold_text(doc[column])
+    if column not in PLACES or not right:
+        return right
+    others = {name: doc[name] for name in (*PLACES, "answer") if name != column and name in doc}
+    said = {name: gold_text(value) for name, value in others.items() if type(value) in (str, int)}  # others settle nothing
+    place = right_place(column, right, {name: text for name, text in said.items() if text}, _options(doc))
+    return right if place is None else place
+
+
+def _options(doc: dict[str, Any]) -> Any:
+    return next((doc[name] for name in COLUMNS if doc.get(name) is not None), None)
+
+
 def gold_text(value: Any) -> str:
-    """Return a gold answer as a text, of messages the last one's."""
-    if isinstance(value, list):
-        parts = [each["content"] if isinstance(each, dict) else str(each) for each in value]
-        return parts[-1] if value and isinstance(value[0], dict) else ", ".join(parts)
-    whole = isinstance(value, float) and value.is_integer()
-    return "" if value is None else str(int(value) if whole else value).strip()
+    """Return a gold answer as a text, of messages the last one's; empty if there is none.
+
+    Raises ValueError if it is neither a text, a finite number, a list of these, nor messages.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        text = value[-1].get("content")
+        if not isinstance(text, str):
+            raise ValueError(f"the last message of the gold answer has the content {text!r}. Write a text there.")
+        return text
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else _plain(value).strip()
+
+
+def _plain(value: Any) -> str:
+    """Return a text, or a number without a fraction of zero, as a text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)) or not math.isfinite(value):
+        raise ValueError(
+            f"the gold answer is or holds {str(value)[:40]}, of type {type(value).__name__}. Write a text, a finite number, or "
+            "a list of these."
+        )
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

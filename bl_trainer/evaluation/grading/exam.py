@@ -15,6 +15,11 @@ GOES_ON = r"(?:because|since|as|due|for|given|which|but|not|or|and|is|was|would|
 ANNOUNCED = (
     r"\b(?:final_)?(?:answer|option|choice)(?:_\w{1,9})?\b[^.\n]{0,40}?(?:\b(?:is|be)\b|:)|\banswer\s?(?:>|-|=|\u2013|\u2014)"
     r"|\bthe (?:best|right|correct)(?: one)? is\b|\b(?:choose|pick|select|say|guess|(?:go|going|opt|vote) (?:with|for))\b"
+    r"|\blean(?:ing|s)? towards?\b|\banswer\s?[\u2192\u21d2]"
+    r"|\b(?:respuesta|resposta|risposta|r[e\u00e9]ponse|antwort)\b(?:(?!\b(?:no|non|n\u00e3o)\b)[^.\n]){0,40}?"
+    r"(?:\b(?:es|est|\u00e9|\u00e8|ist|lautet)\b|:)"
+    r"|\b\u043e\u0442\u0432\u0435\u0442\b\s?[:\u2013\u2014]"
+    r"|(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)\s?(?:\u662f|\u4e3a|\u70ba|\u306f|:)|(?:\uc815\ub2f5|\ub2f5)(?:\uc740|\s?:)"
 )
 # Words that single an option out, which count where nothing announces an answer
 LIKELY = r"(?:likely|probable|plausible|appropriate|suitable|accurate|consistent)(?! (?:not|wrong|incorrect|false)\b)"
@@ -30,7 +35,16 @@ SETTLED = (
     r"|so(?! is| are)|thus|hence|therefore|i['\u2019]d say|by (?:process of )?elimination|leav(?:es|ing)(?: us with| only)?)\b"
     r"|\b(?:wait|actually|sorry|correction|rather|reflection|second thoughts?|i meant?|scratch that|no|instead)\b"
     r"|\b(?:final|conclusion|verdict|decision|solution|result|response|ans|pick|vote|selection|correct)\b\s?(?=[:=\u2013\u2014-])"
-    r"|(?:^|[.;:!?\n])[\s*]{0,3}(?:(?:must|has to|got to) be|definitely|certainly|clearly)\b"
+    r"|\bans(?=[.\s])|\bi (?:think|believe|guess)\b"
+    r"|(?:^|[.;:!?\n])[\s*]{0,3}(?:(?:(?:must|has to|got to) be|definitely|certainly|clearly|(?:most )?(?:probably|likely))\b"
+    r"|[=-]>|[\u2192\u21d2])"
+)
+# A turn that a sentence takes, with the letter that ends its line: "A is best for pain, but this is diabetes: C."
+TURNED = r"\b(?:but|however)\b[^.:;\n]{0,60}:"
+# The other side of a comparison, below which an option is no answer
+BELOW = (
+    r"(?![^.;\n]{0,80}\b(?:but|yet|though|although) (?:(?:it['\u2019]s|it|is|also|still|much|far|slightly|somewhat) ){0,3}"
+    rf"(?:(?:less|worse|inferior)(?: (?:so|good|effective|than|{LIKELY}))?\s*(?:[.,;\n]|$|to\b|than\b)|not (?:as|so) good\b))"
 )
 # Words behind a letter that settle on it: "D it is."
 SETTLES = r"(?: it is|,? final answer)(?:,? then)?"
@@ -62,7 +76,7 @@ WRONG_WORDS: tuple[str, ...] = (
     "ruled out",
 )
 WRONG_WORDS += ("weak", "unlikely", "tempting", "doubtful", "impossible", "irrelevant", "contraindicated", "to be avoided")
-RIGHT = rf"{IS}{BEST}(?:correct|right|best|better|appropriate|answer)\b"
+RIGHT = rf"{IS}{BEST}(?:correct|right|best|better{BELOW}|appropriate|answer)\b"
 WRONG = (
     rf"(?:{IS}(?:(?:all|both|also|too|\w{{1,20}}ly) )?(?:not|wrong|incorrect|false|excluded|ruled out|eliminated|out|avoided"
     rf"|unlikely|contraindicated|tempting|weak|le(?:ss|ast) {LIKELY})"
@@ -91,16 +105,35 @@ DOUBT = re.compile(
 )
 BEGIN = (
     rf"(?:^|[.,;:!?\n|-]|{WRONG_MARKS}"
-    r"|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but|think|believe|feel|conclude)\b)"
+    r"|\b(?i:option|choice|answer|letter|so|thus|hence|therefore|however|that|and|but|here|think|believe|feel|conclude)\b)"
 )
 APART = r"[\s)*\].:=|(\u2013\u2014-]{1,6}"  # between a letter and a verdict on it
 BOTH = r"\W{0,6}(?:\b(?i:and|or|nor)\b|&|/)\W{0,6}$"  # between two letters that share a verdict
 ENDS = r"(?=[\s*_)\]}]{0,4}(?:[.,;:!\n]|$|[-(\u2013\u2014] |(?:because|since|as)\b))(?!\W{0,4}\?)"
-NAMED = r"(?:^|[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))[\s*]{0,3}\b(?i:option|choice|answer)\b"
+NAMED = (
+    r"(?:^|(?<!\b[Ff]irst)(?<!\b[Nn]ext)(?<!\b[Ff]irstly)[.,;:!\n(*]|\b(?i:so|thus|hence|therefore|is|be|with|choose|pick))"
+    r"[\s*]{0,3}\b(?i:option|choice|answer)\b"
+)
 END = r"(?=[\s*]{0,3}(?:[.,;!)\n|]|:(?!\s?\(?[A-J]\b)|$|(?:because|since|as)\b))"
 MARK = re.compile(
     r"(?<![\w'\u2019\\])(?<!\bout )(?<!\bis )(?<!\bbe )(?<!\bnot )(?<!\bso )(?<!\bSo )(?:\(([A-J])\)|([A-J])[.):](?!\w))"
 )  # as options are listed
+UNSPACED = r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3]"  # scripts that write a letter without spaces around it
+# What goes through the options one by one: behind it, or as headings of a description, letters in their order are no answer
+VERBS = r"(?:analy[sz]e|consider|evaluate|examine|review|assess|discuss|compare|check|go (?:through|over)|look at|break down)"
+ANALYSIS = (
+    r"(?i:(?:\b(?:let['\u2019]?s|let us|let me|(?:i|we)(?:['\u2019]ll| will))\b[^.:\n]{0,20}?"
+    rf"\b{VERBS}\b|(?<!after )(?:analy[sz]|consider|evaluat|examin|review|assess|discuss|compar|check)ing (?:each|every|all)\b)"
+    r"[^.:\n]{0,80}[.:]?[\s*]{1,9})"
+)
+LABEL = r"[ *_(#\u2022-]{0,6}(?:(?i:option|choice) )?([A-J])\)?(?:\*\*)?[.):]"
+LABELLED = re.compile(rf"{ANALYSIS}[(]?A\)?(?:\*\*)?[.):] ?\w?$")
+FIRST = LABEL.replace("([A-J])", "A")
+PRAISE = r"\b(?:best|correct|right|answer|choice|first-line|most)\b"  # what no heading of a description is followed by
+HEADING = (
+    r"(?:^|(?<=\n))[ *_#\u2022-]{0,6}(?i:option|choice) (A)\)?(?:\*\*)?[:)]\*{0,2} ?"
+    rf"(?![^\n]{{0,200}}{PRAISE})"
+)
 SIGNS = r"\^/<>=+#\u00b1\u00d7\u00f7\u221a\u2264\u2265"  # that make another expression of what they stand by
 MOST_APART = 300  # characters between two options of a list
 
@@ -153,6 +186,23 @@ class Exam:
         own = rf"(?: ?\((?i:(?:option|choice) )?{either}\))?"  # the letter behind a text
         return re.sub(rf"(?i:\b{NOT}\b){DENIED}\b{either}{own}{more}", " ", said)
 
+    def without_analysis(self, said: str) -> str:
+        """Take away lines that go through the options in their order, as a truncated answer leaves them."""
+        begins = re.finditer(rf"{ANALYSIS}(?={FIRST})|{HEADING}(?!{self.text}?[\s*.]{{0,4}}(?:\n|$))", said)
+        begin = next((found.start() if found[1] else found.end() for found in begins), None)
+        if begin is None:
+            return said
+        lines, left = said[begin:].split("\n"), []
+        expected = iter(self.letters)
+        name = next(expected)
+        for line in lines:
+            label = re.match(LABEL, line)
+            if label and label[1] == name:
+                name = next(expected, "")
+            else:
+                left.append(line)
+        return "\n".join([said[:begin], *left])
+
     def without_list(self, said: str) -> str:
         """Blank options that are listed: letters and texts next to each other, or marks of letters in their order."""
         text = re.compile(rf" ?\*{{0,2}} ?{self.text}")
@@ -196,17 +246,20 @@ class Exam:
         announced = [
             *re.finditer(rf"(?i:{ANNOUNCED}){LEAD}{name}(?!\W{{0,4}}\?)", listless),
             *re.finditer(rf"(?i:{SETTLED})[\s,:;.\u2014-]{{0,4}}(?i:no[\s,]{{1,2}})?{LEAD}\b{name}{ENDS}", listless),
+            *re.finditer(rf"(?i:{TURNED}) {LEAD}\b{name}[\s*_)]{{0,4}}[.!]?(?=\n|$)", listless),
             *re.finditer(rf"{begun}(?:{self.right})", said),
             *re.finditer(rf"(?i:{ANNOUNCED}|{SETTLED}){words}", listless),
         ]
         singled = [
             *re.finditer(rf"(?i:{SINGLED}){LEAD}{name}(?!\W{{0,4}}\?)", listless),
-            *re.finditer(rf"{begun}[\s)*]{{0,4}}(?i:{IS}(?:the |an? |far |much )?mo(?:re|st) {LIKELY})", said),
+            *re.finditer(
+                rf"{begun}[\s)*]{{0,4}}(?i:{IS}(?:the |an? |far |much )?(?:more {LIKELY}{BELOW}|most {LIKELY}))", said
+            ),
             *re.finditer(rf"(?i:{SINGLED}){words}", listless),
             *re.finditer(rf"(?P<name>{self.text})(?P<second>(?!))?[\s)*]{{0,4}}(?i:{IS}(?:the |an? )?most {LIKELY})", said),
         ]
         last = max(announced or singled, key=lambda match: match.start("name"), default=None)
-        if last is None:
+        if last is None or LABELLED.search(last.string[: last.end("name") + 3][-MOST_APART:]):
             return None
         pair = re.search(rf"(?P<other>{self.one}){BOTH}", last.string[: last.start("name")][-20:])
         is_open = last["second"] or re.search(WITHDRAWN, said[last.end() :]) or pair
@@ -291,8 +344,13 @@ def _pattern(words: str) -> str:
     return f"{before}{said}{after}"
 
 
+def spaced(text: str) -> str:
+    """Set Latin letters apart from scripts that have no spaces between words."""
+    return text if text.isascii() else re.sub(rf"(?<=[A-Za-z])(?={UNSPACED})|(?<={UNSPACED})(?=[A-Za-z])", " ", text)
+
+
 def words_of(text: str) -> str:
     """Return the words, numbers and signs of mathematics in a text, in lower case."""
-    text = re.sub(r"(?<![\w)\]])\+(?=\d)", "", text.casefold().replace("\u2212", "-").replace("\\%", "%"))
+    text = re.sub(r"(?<![\w)\]])\+(?=\d)", "", spaced(text).casefold().replace("\u2212", "-").replace("\\%", "%"))
     found = re.findall(rf"(?<![\w)\]])-?\d{{1,40}}(?:[.,/:]\d{{1,40}}){{0,9}}(?:\s?%|(?!\w))|\w{{1,200}}|[{SIGNS}]", text)
     return " ".join(re.sub(r"\s", "", word) for word in found)

@@ -10,6 +10,7 @@ MOST_NESTED = 40  # arguments and braces within each other, of an expression tha
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()")
 SIGNS = {
+    **dict.fromkeys("✓✔✅", " "),
     **dict.fromkeys("−–‒﹣－", "-"),
     **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∓": r"\mp "},
     **{"∞": r"\infty ", "°": r"^\circ ", "º": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx "},
@@ -49,7 +50,8 @@ STYLES = (
 )
 UNSEEN = {"left", "right", "displaystyle", "textstyle", "limits", "nolimits", "rm", "bf", "it", "strut", "mathstrut", "bold"}
 UNSEEN |= {f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
-SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "nobreakspace")
+SIZES = ("tiny", "scriptsize", "footnotesize", "small", "normalsize", "large", "Large", "LARGE", "huge", "Huge")
+SPACES = (*SIZES, "checkmark", "quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "nobreakspace")
 
 
 class Unreadable(ValueError):
@@ -112,6 +114,9 @@ class _Reader:
             return ""
         if name in SPACES:
             return " "
+        if name in ("color", "textcolor"):
+            self._argument()  # which one
+            return "" if name == "color" else self._argument()
         if name in TEXTS:
             return self._text()
         if name in STYLES:
@@ -172,7 +177,7 @@ class _Reader:
         words = re.sub("[{}]", "", " ".join(inner.split()))
         if words in ("i", "e", "d") or not re.search(r"[A-Za-z]", words) or "\\" in words:
             return inner
-        measure = re.fullmatch(r"(-?\d[\d.,/: ]*) ([A-Za-z][^\d]*)", words)
+        measure = re.fullmatch(r"(\$? ?-?\d[\d.,/: ]*) ([A-Za-z][^\d]*)", words)
         if measure:
             return rf"{measure[1]}\text{{{measure[2]}}}"
         return rf"{' ' if inner[:1].isspace() else ''}\text{{{words}}}{' ' if inner[-1:].isspace() else ''}"
@@ -190,9 +195,14 @@ def spelled(text: str) -> str | None:
     if len(text) > MOST_CHARACTERS:
         return None
     try:
-        return _numbers(re.sub(r"\s+", " ", _Reader(_ascii(text)).read()).strip())
+        return _numbers(re.sub(r"\s+", " ", _priced(_Reader(_ascii(text)).read())).strip())
     except Unreadable:
         return None
+
+
+def _priced(text: str) -> str:
+    """Keep the dollar sign of a price, and no other one: no number within an expression has a unit of its own."""
+    return text if re.fullmatch(r"[-\s]*\$[^$]*", text) else text.replace("$", " ")
 
 
 def _ascii(text: str) -> str:
@@ -214,7 +224,8 @@ def _ascii(text: str) -> str:
     text = re.sub(r"\\phantom\s*\{[^{}]*\}", " ", text)
     text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"(?<=\d)\{[.,]\}(?=\d)", ".", text)
-    text = re.sub(r"\\\$|(?<!\\)\$|\\[()]|\\\[|\\\](?!\w)", " ", text)
+    text = re.sub(r"^([^\w\\$]*)\$(?=[^$]*$)", r"\1\\$", text)  # the only one is a currency, not the begin of mathematics
+    text = re.sub(r"\\\$(?! ?-?\d)|(?<!\\)\$|\\[()]|\\\[|\\\](?!\w)", " ", text)
     text = text.replace("**", "^")
     text = re.sub(r"(?<![\\A-Za-z])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty ", text)
     return re.sub(r"(?<![\\A-Za-z])(pi|theta)(?![A-Za-z])", r"\\\1 ", text)

@@ -7,9 +7,11 @@ from typing import Any
 from ..choices import COLUMNS as CHOICES
 from ..choices import read_choices, right_index
 from .docs import read_docs
-from .exam import MOST_APART, Exam
+from .exam import MOST_APART, Exam, spaced
 from .math import boxes
 from .reasoning import own_turn, without_reasoning
+
+WIDE = dict(zip(map(ord, "\uff1a\u3002\uff0c\uff0e\uff08\uff09\uff1b\u3001"), ":.,.();,", strict=True))  # punctuation
 
 LETTER_GOLD = ("answer_idx", "answer_letter", "answer", "completion")
 
@@ -19,10 +21,10 @@ def letter_docs(docs: Any) -> Any:
     return read_docs(docs, LETTER_GOLD, _letter_row)
 
 
-def _letter_row(doc: dict[str, Any], right: str) -> dict[str, Any]:
+def _letter_row(doc: dict[str, Any], right: str | int) -> dict[str, Any]:
     choices, labels = read_choices(next((doc[name] for name in CHOICES if doc.get(name) is not None), None))
     listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
-    letters, gold = ascii_uppercase[: len(choices) or 10], right
+    letters, gold = ascii_uppercase[: len(choices) or 10], str(right)
     is_number = not isinstance(next(doc[name] for name in LETTER_GOLD if name in doc), str)
     index = right_index(right, is_number, choices, labels)
     if index is not None:
@@ -65,8 +67,9 @@ def letter(text: str, choices: list[str]) -> str | None:
     6. the only option whose words are in the text, outside reasons, unless the text denies or doubts anything.
 
     An option after "not", or one said to be wrong, counts nowhere. Nor do options that are listed in their order, that others
-    may hold, or that are only supposed. "B or C" is no answer. Nothing is guessed: neither a letter in prose nor the nearest
-    option. All patterns are bounded, so that the work grows with the length of an answer and no faster.
+    may hold, that are only supposed, or in a truncated analysis. "B or C" is no answer. Nothing is
+    guessed: neither a letter in prose nor the nearest option. All patterns are bounded, so that the work grows with the length
+    of an answer and no faster.
     """
     exam, said = Exam(choices), _tidy(own_turn(without_reasoning(text)))
     spans = boxes(said)
@@ -81,7 +84,10 @@ def letter(text: str, choices: list[str]) -> str | None:
     found = exam.stated(said)
     if found is not None:
         return found or None
-    return exam.alone(said) or (exam.left_over(said) if said != plain else None) or exam.meant(plain)
+    is_plain, said = said == plain, exam.without_analysis(said)
+    if is_plain:
+        return exam.alone(said) or exam.meant(said)
+    return exam.alone(said) or exam.left_over(said) or exam.meant(exam.without_analysis(plain))
 
 
 def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
@@ -95,9 +101,9 @@ def _without(text: str, spans: list[tuple[int, int, int]]) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Return an answer without commands of style, with Latin punctuation, and with runs of spaces and signs cut short."""
+    """Return an answer without commands of style, with Latin punctuation, and with runs of spaces and signs shortened."""
     text = re.sub(r"\\(?:text|math)[a-z]{0,12}(?![a-z])|\\boldsymbol", "", text.translate(WIDE))
-    text = re.sub(r"\\[()\[\]]|[^\S\n]", " ", text.replace("\u2212", "-"))
+    text = re.sub(r"\\[()\[\]]|[^\S\n]", " ", spaced(text).replace("\u2212", "-"))
     text = re.sub(r" +", " ", text)
     text = re.sub(r"\n+", "\n", re.sub(r" ?\n ?", "\n", text))
     return re.sub(r"([^\w\s{}\\])\1{2,}", r"\1\1", text)

@@ -6,8 +6,8 @@ from typing import Any
 from .docs import read_docs
 from .latex import compact, spelled
 from .prose import STATED, stated
-from .reasoning import without_reasoning
-from .structure import NAME, ORDER, as_intervals, split, structure
+from .reasoning import own_turn, without_reasoning
+from .structure import NAME, ORDER, as_intervals, bounded, split, structure
 from .units import are_same_units, measured, number_of, unit_of
 from .values import is_same_value, math_verify, parsed, verified
 
@@ -36,6 +36,8 @@ CONDITION = re.compile(
 )
 BUILT = re.compile(r"\\\{ *[A-Za-z] *(?:\\in *\\mathbb\{R\} *)?(?:\\mid(?![a-z])|[|:]) *(.*?) *\\\}")  # {x | x > 2}
 REALS = re.compile(r"(?:[A-Za-z] *\\in *)?\\mathbb\{R\}|(?:\\text\{)? ?all real numbers ?\}?", re.IGNORECASE)
+EMPTY = re.compile(r"(?:\\text\{)? ?(?:the )?(?:empty|null) set ?\}?", re.IGNORECASE)
+MINUS = re.compile(r"^(?:\\text\{ ?(?:negative|minus) ?\}|negative|minus) *(?=[\d.(\\])", re.IGNORECASE)
 ORDINAL = re.compile(r"(\d+) ?(?:\^\{)?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}")
 LEADING = re.compile(
     r"^\\text\{(?![^{}]*\b(?:not|no|least|most|than)\b)[^{}]*(?:\b(?:is|equals|about|approximately|roughly)|:) *\} *(?=\S)"
@@ -98,7 +100,7 @@ def final_answer(text: str) -> str | None:
 
 def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     r"""Tell whether the final answer equals `gold`: the last \boxed{}, else what follows ####, else what is stated last."""
-    said = without_reasoning(results[0])
+    said = own_turn(without_reasoning(results[0]))
     found = final_answer(said)
     is_right = is_same_math(doc["gold"], said if found is None else found, found is not None)
     return {"accuracy": float(is_right or _is_same_list(doc["gold"], said))}
@@ -183,11 +185,17 @@ def _residue(text: str) -> str:
 def _is_same_structure(one: str, other: str) -> bool:
     if bool(ORDER.search(one)) != bool(ORDER.search(other)):
         one, other = as_intervals(one), as_intervals(other)
+    elif ORDER.search(one):
+        bounds = bounded(one), bounded(other)
+        if bounds[0] and bounds[1] and compact(bounds[0][0]) == compact(bounds[1][0]):
+            one, other = bounds[0][1], bounds[1][1]
     (kind, parts), (other_kind, others) = structure(one), structure(other)
     if kind == other_kind == "":
         return _is_same_scalar(one, other)
+    if kind == other_kind == r"\{\}":
+        return _are_same_sets(parts, others)
     if kind == other_kind:
-        return _are_same(parts, others, kind in ("list", r"\{\}", r"\cup"))
+        return _are_same(parts, others, kind in ("list", r"\cup"))
     sides = [split(text, EQUALS) if each == "" else [text] for text, each in ((one, kind), (other, other_kind))]
     if max(map(len, sides)) > 1 and (len(sides[0]) == 1 or re.fullmatch(NAMES, sides[0][0])):
         return _is_same(sides[0][-1], sides[1][-1])
@@ -201,17 +209,25 @@ def _is_same_structure(one: str, other: str) -> bool:
 def _bare(text: str) -> str:
     r"""Return an expression without a full stop, stars around it, and parentheses around a single number, letter or word.
 
-    The empty braces are \emptyset, all real numbers an interval, {x | x > 2} its condition, 5th and a number in words a number,
-    and what introduces a value, such as \text{The area is }, is no part of it.
+    The empty braces are \emptyset, "negative" is a sign, all real numbers an interval, {x | x > 2} its condition, 5th and a
+    number in words a number, and what introduces a value, such as \text{The area is }, is no part of it.
     """
     text = re.sub(r"^[\s*]+|[\s*]+$|[\s*]*[.,;:][\s*]*$", "", text)
     text = re.sub(r"^(?:\\text\{)?\((\w+)\)\}?$", r"\1", text)
     text = re.sub(r"^\\\{ *\\\}$", r"\\emptyset ", LEADING.sub("", text))
     text = r"(-\infty ,\infty )" if REALS.fullmatch(text) else text
+    text = r"\emptyset " if EMPTY.fullmatch(text) else MINUS.sub("-", text)
     marked = BUILT.fullmatch(text) or ORDINAL.fullmatch(text)
     text = marked[1] if marked else text
     number = number_of(re.sub(r"^\\text\{([^{}]*)\}$", r"\1", text))
     return text if number is None else str(number)
+
+
+def _are_same_sets(one: list[str], other: list[str]) -> bool:
+    r"""Whether the elements of two sets are the same: \{2\} alone is 2, but as an element it isn't."""
+    inner, others = ([part for part in parts if structure(_bare(part))[0] == r"\{\}"] for parts in (one, other))
+    plain, rest = ([part for part in parts if part not in sets] for parts, sets in ((one, inner), (other, others)))
+    return _are_same(plain, rest, True) and _are_same(inner, others, True)
 
 
 def _are_same(one: list[str], other: list[str], is_unordered: bool) -> bool:

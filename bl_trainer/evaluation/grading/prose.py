@@ -3,12 +3,46 @@
 import re
 from itertools import pairwise
 
+from .reasoning import own_turn
 from .units import changes, is_unit
 
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
-STATED = re.compile(r"\banswers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=])[\s:*_]{0,8}", re.IGNORECASE)
-DENIES = re.compile(r"\b(?:cannot|not|never)\b|n['\u2019]t\b", re.IGNORECASE)
+STATED = re.compile(
+    r"(?:\b(?:final_)?answers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=\uff1a])"
+    r"|\b(?:respuesta|resposta|risposta|r[e\u00e9]ponse|antwort)\b[^.\n]{0,60}?(?:\b(?:es|est|\u00e9|\u00e8|ist|lautet)\b|[:=])"
+    r"|\b\u043e\u0442\u0432\u0435\u0442\b\s?[:=\u2013\u2014]"
+    r"|(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)\s?(?:\u662f|\u4e3a|\u70ba|\u306f|[:=\uff1a])"
+    r"|(?:\uc815\ub2f5|\ub2f5)(?:\uc740|\s?[:=]))[\s:*_\uff1a]{0,8}",
+    re.IGNORECASE,
+)
+# A field of JSON, the element of a prompt's format, and a line in a fence of its own
+FIELD = re.compile(r"answers?[\"'*]{1,3}\s?:\s*\Z", re.IGNORECASE)
+JSON = re.compile(r"\"((?:[^\"\\\n]|\\.){1,300})\"|\[([^]\n]{1,300})\]|([^\",}\n]{1,300})(?=[,}\n])")
+TAGGED = re.compile(r"<answer>(.{1,300}?)</answer>", re.IGNORECASE | re.DOTALL)
+FENCED = re.compile(r"```(?:text|txt|plaintext|math|latex|output)?[ \t]{0,9}\n([^\n`]{1,300})\n[ \t]{0,9}```")
+# Chinese, Japanese and Korean words behind a value, unless they change it, as in 18\u4e07
+BEHIND_CJK = re.compile(
+    r"(?<=[\d)}%$])\s?(?![\u767e\u5343\u4e07\u842c\u4ebf\u5104\u5206\ubc31\ucc9c\ub9cc\uc5b5])"
+    r"[\u3002\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3].*",
+    re.DOTALL,
+)
+# How a truncated line ends
+UNFINISHED = re.compile(
+    r"(?::[\s*_]{0,4}|[+=\u00d7\u00b7\u00f7/]|\s[-*\u2212]|\\(?:times|cdot|div|pm)"
+    r"|(?<![\w\\])(?:and|or|of|plus|minus|times|divided|by|the|an|with|to|from|for|than|because|since|is|are|equals))\s*\Z",
+    re.IGNORECASE,
+)
+HANGING = re.compile(r"(?<![*\s])\*\Z")  # a truncated product, unless emphasis began before
+EMPHASIS = re.compile(r"(?<!\w)\*(?=[^\s*])")
+ENUMERATOR = re.compile(r"[\s#*>(]{0,9}(\d{1,3})[.):]")
+LABEL = re.compile(
+    r"(?:(?<!\beach )(?<!\bevery )(?<!\bper )\b[Ss]tep|\b(?:Case|Part|Problem|Question|Option|Equation|Example|Exercise))"
+    r" (?:#|No\. ?)?\d{1,3}\b(?![.,]\d| ?[-+*/^=%])[.):]?"
+)
+DENIES = re.compile(
+    r"\b(?:cannot|not|never)\b|n['\u2019]t\b|\b(?:respuesta|resposta|risposta)\b.{0,60}?\b(?:no|non|n\u00e3o)\b", re.IGNORECASE
+)
 DENIED = re.compile(
     r"(?:n['\u2019]t|\bnot)(?: \w{1,12}){1,3}? (?:that )?(?:the )?(?:\w{1,12} )?$", re.IGNORECASE
 )  # "I don't think the"
@@ -66,23 +100,55 @@ BOUND_BEHIND = re.compile(
     re.IGNORECASE,
 )
 BETWEEN = re.compile(r" ?([A-Za-z]+)(?:,| and|, and)? ")
+LISTS = re.compile(
+    r"(?<!\bthere )\bare(?: (?:all|both|either|exactly|just|simply))?:? "
+    r"|\b(?:roots|solutions|zeros|zeroes|values|numbers|factors): ",
+    re.IGNORECASE,
+)
+ASSIGNED = re.compile(r"(?<![\w\\^_])([A-Za-z]) ?= ?(?=[-+\d.\\(])")
+JOINT = re.compile(r",? (?:and|or) |, |,(?!\d{3}(?!\d))")
+TO = re.compile(r"(?: [A-Za-z]+| ?%)? to ")
+TURNS = re.compile(r"\b(?:simplif|round|reduc|convert|approximat)[a-z]*\b", re.IGNORECASE)
 
 
 def stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
-    ends = [
-        match.end()
+    text = FENCED.sub(r"\1", own_turn(text))
+    tagged = TAGGED.findall(text)
+    text = tagged[-1] if tagged else text
+    found = [
+        match
         for match in STATED.finditer(text)
         if not DENIES.search(match[0]) and not DENIED.search(text[max(0, match.start() - 60) : match.start()])
     ]
-    if ends:
-        said = text[ends[-1] : ends[-1] + MOST_STATED]
+    if found:
+        end = found[-1].end()
+        field = FIELD.search(found[-1][0]) and JSON.match(text, end)
+        if field:
+            return _expression(_inside(field).replace("\\\\", "\\"), 0)
+        said = text[end : end + MOST_STATED]
         adverbs = ADVERBS.match(said)
         return _expression(_sentence(said[adverbs.end() :] if adverbs else said), 0)
     lines = DISPLAYED.sub(r"\1\2\3", text[-4 * MOST_STATED :]).strip().split("\n")
-    line = re.sub(r"^[-*\u2022] ", "", lines[-1].strip())[-MOST_STATED:].strip()
-    last = re.split(r"(?<=[.!?])\s+", line)[-1]
+    line = re.sub(r"^(?:[-*\u2022]|[-=]>|[\u2192\u21d2]) ", "", lines[-1].strip())[-MOST_STATED:].strip()
+    if _is_cut(line) or _is_enumerator(lines):
+        return []
+    last = re.split(r"(?<=[.!?])\s+", LABEL.sub(" ", line).strip())[-1]
     return [] if STATED.search(last) else _expression(last, -1)  # else the answer that it denies
+
+
+def _is_cut(line: str) -> bool:
+    """Whether a line ends where it cannot: in an operator, unless that is of a price (18/-), a colon, or a word that joins."""
+    if line.endswith("/-"):
+        return False
+    return bool(UNFINISHED.search(line) or (HANGING.search(line) and not EMPHASIS.search(line)))
+
+
+def _is_enumerator(lines: list[str]) -> bool:
+    """Whether the last line is but the number of a step, behind one with the number before."""
+    last = ENUMERATOR.fullmatch(lines[-1].strip().rstrip("*"))
+    before = [ENUMERATOR.match(line) for line in lines[:-1]]
+    return bool(last) and any(each and int(each[1]) + 1 == int(last[1]) for each in before)  # type: ignore[index]
 
 
 def _sentence(text: str) -> str:
@@ -99,9 +165,14 @@ def _expression(text: str, which: int) -> list[str]:
         return [text]
     if found:
         between = [text[one.end() : other.start()] for one, other in pairwise(found)]
+        if between and between[-1].strip() == "to" and not TURNS.search(text):
+            return [_range(text, _inside(found[-2]), _inside(found[-1]))]
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return [MATH.sub(_inside, text[found[0].start() :])] if is_one and between else [_inside(found[which])]
-    text = OUT_OF.sub(r"\1/\2", re.sub(r"\u2212 (?=\d)", "-", text).translate(MINUS))
+    text = OUT_OF.sub(r"\1/\2", re.sub(r"\u2212 (?=\d)", "-", BEHIND_CJK.sub("", text)).translate(MINUS))
+    listed = _listed(re.sub(r"\*\*", "", text).strip(" .")) if which < 0 else []
+    if listed:
+        return [", ".join(listed)]
     if which < 0:
         text = LED.sub("", text.rpartition("=")[2].strip(), count=1)
     said = PROSE.split(re.sub(r"\*\*|(?<!\w)\*|\*(?!\w)", "", text).strip(), maxsplit=1)[0].strip(" .:")
@@ -110,6 +181,38 @@ def _expression(text: str, which: int) -> list[str]:
     if runs and is_prose and (which < 0 or (len(runs) == 1 and re.match(r"[A-Za-z]{2,} [A-Za-z]", said))):
         return [_measure(said, runs)]
     return [said]
+
+
+def _listed(said: str) -> list[str]:
+    """Return the expressions of a list that ends a sentence and is announced by a plural, or assigned to one name."""
+    begins = [found.end() for found in LISTS.finditer(said)] + [found.start() for found in ASSIGNED.finditer(said)]
+    for begin in begins:
+        parts = JOINT.split(said[begin:])
+        names = {found[1] for found in map(ASSIGNED.match, parts) if found}
+        if len(parts) > 1 and len(names) <= 1 and all(map(_is_item, parts)) and not (names and _is_respelled(parts)):
+            return parts
+    return []
+
+
+def _is_respelled(parts: list[str]) -> bool:
+    """Whether the parts behind a name may be one value in several spellings, as in x = 1/2 or 0.5."""
+    return not all(map(ASSIGNED.match, parts)) and len({re.sub(r"[^./%]", "", part) for part in parts}) > 1
+
+
+def _is_item(part: str) -> bool:
+    """Whether a part of a list is one expression, with its name and unit."""
+    name = ASSIGNED.match(part)
+    said = part[name.end() :] if name else part
+    run = RUN.match(said)
+    if not run or not VALUE.search(run[0]):
+        return False
+    behind = said[run.end() :].strip()
+    return not behind or is_unit(behind)
+
+
+def _range(said: str, one: str, other: str) -> str:
+    """Return "2 to 3" as the ratio that it is called, or else as the words that it stands in, which are no value."""
+    return f"{one}:{other}" if re.search(r"\bratio\b", said, re.IGNORECASE) else said
 
 
 def _inside(match: re.Match[str]) -> str:
@@ -122,6 +225,8 @@ def _measure(said: str, runs: list[re.Match[str]]) -> str:
     A bound, such as "at most 5", is returned with the words around it, which are no value.
     """
     begin, end = runs[-1].span()
+    if len(runs) > 1 and TO.fullmatch(said[runs[-2].end() : begin]) and not TURNS.search(said):
+        return _range(said, runs[-2][0], runs[-1][0])
     word = BEHIND.match(said, end)
     while word and changes(word[1]):
         end = word.end()

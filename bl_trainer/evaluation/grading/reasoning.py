@@ -24,8 +24,12 @@ ENDED = re.compile(
     r"</s>|<\|(?:im_end|endoftext|eot_id|end_of_text|end|eom_id)\|>|<end_of_turn>"
     r"|<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user"
 )
-# "Question" begins a paragraph there, since an answer may restate the question within its own
-TURN = re.compile(r"(?<=\S)\s*?(?:\n[ \t]*(?:#{1,6} ?)?(?:User|USER|Human|HUMAN|Instruction)|\n[ \t]*\n\s*(?:#{1,6} ?)?Question) ?:")
+# "Question" begins a paragraph there, behind a number or letter, since an answer may restate the question before it says one
+TURN = re.compile(
+    r"\n[ \t]{0,9}(?:#{1,6} ?|\*\*)?(?:User|USER|Human|HUMAN|Instruction|INSTRUCTION) ?:"
+    r"|\n[ \t]{0,9}\n[ \t]{0,9}(?:#{1,6} ?)?(?P<asks>Question|QUESTION) ?:"
+)
+SAYS = re.compile(r"\d|\b[A-HJ]\b(?! [a-z])")
 
 
 def split_reasoning(answer: str, prompt: str = "") -> tuple[str, bool]:
@@ -67,4 +71,9 @@ def without_reasoning(answer: str) -> str:
 
 def own_turn(said: str) -> str:
     """Return what an answer says before a next turn of its own making, which begins with who speaks, as in `User:`."""
-    return TURN.split(said, maxsplit=1)[0]
+    begun, says = re.search(r"\S", said), SAYS.search(said)
+    for turn in TURN.finditer(said):
+        before = says if turn["asks"] else begun
+        if before and before.start() < turn.start():
+            return said[: turn.start()]
+    return said

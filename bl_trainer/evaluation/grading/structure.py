@@ -2,21 +2,75 @@ r"""The structure of an expression: lists, sets, tuples, intervals, unions and m
 
 import re
 from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .values import number
 
 NAME = r"(?:\\?[A-Za-z]+'*(?:_\{[^{}]*\})?'*(?: *\([^()]*\))?)"
 CONNECTIVE = r"(?: +| *\\text\{ *)(?:and|or)(?: *\} *| +)"
+OR = rf",? *(?:{CONNECTIVE.replace('and|', '')}|\\(?:lor|vee)(?![a-z]))"
+AND = rf"{CONNECTIVE.replace('|or', '')}|\\wedge(?![a-z])"
 ORDER = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
 TURNED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
+class Interval(NamedTuple):
+    opening: str
+    low: str
+    high: str
+    closing: str
+
+    def __str__(self) -> str:
+        return f"{self.opening}{self.low},{self.high}{self.closing}"
+
+
 def as_intervals(text: str) -> str:
-    r"""Write x \le 3 as (-\infty,3], and "or" between such as a union; other expressions stay as they are."""
-    parts = [_as_interval(part) for part in split(text, rf",|;|{CONNECTIVE}")]
-    return r"\cup ".join(part for part in parts if part) if all(parts) else text
+    r"""Write bounds of one name, such as x \le 3, as intervals; other expressions stay as they are."""
+    found = bounded(text)
+    return found[1] if found else text
 
 
-def _as_interval(text: str) -> str | None:
-    """Return the interval that an expression such as `1 < x < 2` describes; None for any other expression."""
+def bounded(text: str) -> tuple[str, str] | None:
+    r"""Return the name that an expression bounds, and its values as intervals; None of any other expression.
+
+    "or" joins the intervals; "and" and a comma keep what they have in common. By a comma between bounds that have nothing in
+    common, "or" is meant.
+    """
+    names, joined = set(), []
+    for either in split(text, OR):
+        parts = [_as_interval(part) for part in split(either, rf",|;|{AND}")]
+        found = [part for part in parts if part]
+        common = _in_common([interval for _, interval in found]) if found and len(found) == len(parts) else None
+        if common is None:
+            return None
+        names |= {name for name, _ in found}
+        is_either = common == r"\emptyset " and len(split(either, AND)) == 1
+        joined += [str(interval) for _, interval in found] if is_either else [common]
+    return (names.pop(), r"\cup ".join(joined)) if len(names) == 1 else None
+
+
+def _in_common(intervals: list[Interval]) -> str | None:
+    """Return what intervals have in common; None where that isn't known, since their ends aren't numbers."""
+    lows = [(end, each.opening == "(") for each in intervals if (end := each.low.strip()) != r"-\infty"]
+    highs = [(end, each.closing == "]") for each in intervals if (end := each.high.strip()) != r"\infty"]
+    if len(intervals) == 1 or (len(lows) <= 1 and not highs) or (len(highs) <= 1 and not lows):
+        return str(intervals[0])
+    ends = {end: number(end) for end, _ in (*lows, *highs)}
+    if None in ends.values():
+        is_known = len(lows) == len(highs) == 1
+        return f"{'[('[lows[0][1]]}{lows[0][0]},{highs[0][0]}{')]'[highs[0][1]]}" if is_known else None
+
+    def size(end: tuple[str, bool]) -> tuple[Any, bool]:
+        return ends[end[0]], end[1]
+
+    low, high = max(lows, key=size, default=("-\\infty ", True)), min(highs, key=size, default=("\\infty ", False))
+    if lows and highs and (ends[low[0]] > ends[high[0]] or (ends[low[0]] == ends[high[0]] and (low[1] or not high[1]))):
+        return r"\emptyset "
+    return f"{'[('[low[1]]}{low[0]},{high[0]}{')]'[high[1]]}"
+
+
+def _as_interval(text: str) -> tuple[str, Interval] | None:
+    """Return the name and the interval that an expression such as `1 < x < 2` describes; None for any other expression."""
     terms = [term.strip() for term in ORDER.split(text)]
     if len(terms) == 3 and not re.fullmatch(NAME, terms[0]):
         terms = terms[::-1]
@@ -25,10 +79,11 @@ def _as_interval(text: str) -> str | None:
         terms = [TURNED.get(term, term) for term in terms[::-1]]
     signs = terms[1::2]
     if len(terms) == 3 and re.fullmatch(NAME, terms[0]):
-        is_upper, closed = signs[0] in ("<", r"\le"), signs[0].startswith("\\")
-        return f"(-\\infty ,{terms[2]}{'])'[not closed]}" if is_upper else f"{'[('[not closed]}{terms[2]},\\infty )"
+        is_upper, is_open = signs[0] in ("<", r"\le"), signs[0] in "<>"
+        upper = Interval("(", "-\\infty ", terms[2], "])"[is_open])
+        return terms[0], upper if is_upper else Interval("[("[is_open], terms[2], "\\infty ", ")")
     if len(terms) == 5 and re.fullmatch(NAME, terms[2]) and {*signs} <= {"<", r"\le"}:
-        return f"{'[('[signs[0] == '<']}{terms[0]},{terms[4]}{'])'[signs[1] == '<']}"
+        return terms[2], Interval("[("[signs[0] == "<"], terms[0], terms[4], "])"[signs[1] == "<"])
     return None
 
 

@@ -21,7 +21,7 @@ SAME = (
     ("mg", "milligram"),
     ("g", "gram"),
     ("kg", "kilogram"),
-    ("lb", "pound"),
+    ("lb", "pound", "£"),
     ("ounce", "oz"),
     ("ml", "mL", "milliliter", "millilitre"),
     ("l", "L", "liter", "litre"),
@@ -34,7 +34,10 @@ SAME = (
     ("month",),
     ("year", "yr"),
     ("cent",),
-    ("dollar", "usd"),
+    ("dollar", "usd", "$"),
+    ("euro", "eur", "€"),
+    ("yen", "yuan", "rmb", "¥", "元"),  # one sign may be either
+    ("rupee", "rs", "inr", "₹"),
     ("radian", "rad"),
     ("J", "joule"),
     ("kJ", "kilojoule"),
@@ -63,6 +66,8 @@ KNOWN = {name: row[0] for row in SAME for name in row}
 SPEEDS = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "kmph": "km/hour"}
 TIMES = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 TIMES["dozens"] = 12
+TIMES |= {"百": 100, "千": 10**3, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+MONEY = ("cent", "dollar", "euro", "yen", "rupee", "lb")
 PARTS = ("halves", "thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths")
 PART = dict(zip(PARTS, (2, 3, 4, 4, 5, 6, 7, 8, 9, 10), strict=True)) | {"hundredths": 100, "thousandths": 1000}
 PART |= {"half": 2} | {name.removesuffix("s"): bottom for name, bottom in PART.items() if name != "halves"}
@@ -94,10 +99,15 @@ BEHIND = re.compile(
 )
 DEGREES = re.compile(r"((?:(?!\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])).)+?) *\^\{\\circ *\} *(?:([CF])|\\text\{ ?([CF]) ?\})?")
 PERCENT = re.compile(r"(.+?) *%")
-BEFORE = re.compile(r"(?:[€£¥₹]|Rs\.?|USD) *(?=\d)")
+CURRENCY = r"(?:[$€£¥₹]|(?<![A-Za-z])(?:Rs|USD|EUR|INR|CNY)(?![a-z])\.?)"
+BEFORE = re.compile(rf"({CURRENCY}) *(?=-? *[\d(])")
+SIGNED = re.compile(rf"-? *({CURRENCY}) *-? *[\d(].*")
+BEHIND_SIGN = re.compile(r"(.*?[\d)}!]) *([€£¥₹])")
+# Words in scripts other than Latin and Greek, but for those that say more than a unit: half, or, not, more than
+FOREIGN = re.compile(r"(.*?[\d)}!]) *((?:(?![\x00-\u024f\u0370-\u03ff半多余餘以至到或不无無])[^\W\d_])+)")
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 SCALE = re.compile(r"\b(?:degrees? )?(celsius|fahrenheit)\b", re.IGNORECASE)
-PIECE = re.compile(r"(/|\bper\b)|(%|[^\W\d_]+)(?:\^?(-?\d))?")
+PIECE = re.compile(r"(/|\bper\b)|([%$€£¥₹]|[^\W\d_]+)(?:\^?(-?\d))?")
 
 Unit = frozenset[tuple[str, int]]  # each name with its power
 
@@ -108,7 +118,20 @@ def measured(text: str) -> tuple[str, Unit]:
     Words that change a value do so: 7 million is 7000000, 7 tenths 7/10, 7 squared 7^2. Words such as "if" or "at most" are no
     unit: they stay with the value.
     """
-    text = BEFORE.sub("", text.strip())
+    text = text.strip()
+    sign = SIGNED.fullmatch(text)
+    if sign:
+        value, unit = measured(BEFORE.sub("", text))
+        money = unit_of(sign[1].rstrip("."))
+        return value, unit if money <= unit else money | unit
+    text = BEFORE.sub("", text)
+    found = BEHIND_SIGN.fullmatch(text)
+    if found:
+        return found[1], unit_of(found[2])
+    found = FOREIGN.fullmatch(text)
+    if found:
+        value, words = _changed(found[1], re.sub(r"([百千万萬亿億])", r"\1 ", found[2]).strip())
+        return value, unit_of(words)
     found = DEGREES.fullmatch(text)
     if found:
         return found[1], unit_of(f"degree {found[2] or found[3] or ''}")
@@ -182,9 +205,13 @@ def _name(word: str) -> str:
 
 
 def are_same_units(one: Unit, other: Unit) -> bool:
-    """Whether two units are the same; one that isn't given may be any, and so may the scale of a degree."""
-    plain = unit_of("degree")
-    return not one or not other or one == other or (plain in (one, other) and plain <= one & other)
+    """Whether two units are the same; one that isn't given may be any, and so may the scale of a degree.
+
+    Money needn't say what it is paid for: $5 per hour is $5.
+    """
+    common = one & other
+    is_part = common in (one, other) and (common == unit_of("degree") or common in (unit_of(name) for name in MONEY))
+    return not one or not other or one == other or is_part
 
 
 def is_unit(word: str) -> bool:

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import threading
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache, reduce
 from typing import Any
@@ -115,7 +116,7 @@ def _with_imaginary_unit(value: Any) -> Any:
         symbols = getattr(value, "free_symbols", ())
         renamed = {symbol: I if symbol.name == "i" else Symbol(symbol.name, real=True) for symbol in symbols}
         return value if all(symbol == other for symbol, other in renamed.items()) else value.xreplace(renamed)
-    except Exception:  # as in is_same_value; also of a matrix, or of a relation between complex numbers
+    except Exception:  # as in _tried; also of a matrix, or of a relation between complex numbers
         return value
 
 
@@ -124,19 +125,36 @@ def is_same_value(one: str, other: str) -> bool:
     left, right = parsed(one), parsed(other)
     if left is None or right is None:
         return False
+    is_same = _tried(_compare_or_match, left, right, otherwise=False)
+    return verified(left, right) if is_same is None else bool(is_same)
+
+
+def number(text: str) -> Any:
+    """Return the real number that an expression in the one spelling is, to many digits; None if it isn't one."""
+    value = parsed(text)
+    return None if value is None else _tried(_real, value, otherwise=None)
+
+
+def _real(value: Any) -> Any:
+    _bits(value)
+    found = value.evalf(DIGITS) if not value.free_symbols and _ends(value) else None
+    return found if getattr(found, "is_Float", False) or getattr(found, "is_Rational", False) else None
+
+
+def _tried(compute: Callable[..., Any], *values: Any, otherwise: bool | None) -> Any:
+    """Return what is computed of sympy's values, and `otherwise` where that fails or takes too long.
+
+    What a model writes may be any expression, and sympy raises nearly any error on one that has no value or that it can't
+    work with, RecursionError included. This must not end the evaluation of all other answers.
+    """
     math_verify()
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
 
     try:
-        is_same = timeout(_seconds())(_compare_or_match)(left, right)
-    except TimeoutException:
-        return False
-    # What a model writes may be any expression, and sympy raises nearly any error on one that has no value or that it can't
-    # work with, RecursionError included. It isn't the gold value then, and must not end the evaluation of all other answers.
-    except Exception:
-        return False
-    return verified(left, right) if is_same is None else is_same
+        return timeout(_seconds())(compute)(*values)
+    except (Exception, TimeoutException):
+        return otherwise
 
 
 def verified(left: Any, right: Any) -> bool:
