@@ -57,7 +57,7 @@ def gold_text(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
         text = value[-1].get("content")
         if not isinstance(text, str):
-            raise ValueError(f"the last message of the gold answer has the content {text!r}. Write a text there.")
+            raise ValueError(f"the gold answer is messages, the last with the content {text!r}. Write a text there.")
         return text
     return ", ".join(map(_plain, value)) if isinstance(value, list) else _plain(value).strip()
 
