@@ -266,7 +266,7 @@ BAD_RECIPES = [
         {"lr_scheduler_type": "constant", "warmup_steps": 2},
         "`warmup_steps: 2` does nothing under `lr_scheduler_type: constant`. Remove it, or write `constant_with_warmup`",
     ),
-    ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 0.1, "eval_strategy": "epoch"}, "`warmup_steps: 0.1` does"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 3, "eval_strategy": "epoch"}, "`warmup_steps: 3` does"),
     ({"optim": "adafactor", "adam_beta1": 0.9}, "`optim: adafactor` does not read `adam_beta1`. Remove what it does not read."),
     ({"optim": "adamw_torch", "optim_args": "foo=1"}, "`optim: adamw_torch` does not read `optim_args: foo=1`."),
     ({"optim": "sgd", "optim_target_modules": ["q_proj"]}, "`optim: sgd` does not read `optim_target_modules`."),
