@@ -185,7 +185,7 @@ def test_a_member_with_other_options_does_not_replace_the_items_of_its_group(tmp
     for model, value in (("a", 0), ("b", 12)):
         add(over, model, "grp_a", value)
     assert keys(tmp_path) == [("a", "grp_a"), ("b", "grp_a")]  # nothing is left whose items are gone
-    open_results(tmp_path, ["c"], ["grp"], limit=6)  # of which nothing is there
+    open_results(tmp_path, ["c"], ["grp"], limit=6)  # none of it is there
 
 
 def test_a_group_with_other_options_does_not_replace_the_items_of_a_member(tmp_path):

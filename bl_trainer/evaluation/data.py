@@ -62,13 +62,13 @@ def _check(name: str, path: Path) -> None:
 
 
 def _check_keys(name: str, path: Path) -> None:
-    """Raise RecipeError if a JSON object has a key twice, of which `datasets` may keep the last."""
+    """Raise RecipeError if a JSON object has a key twice: `datasets` may keep the last alone."""
     try:
         _json_values(path)
     except RecipeError as error:
         raise RecipeError(f"`--data {name}={path}`: {error}") from error
     except ValueError:
-        return  # no JSON, of which `datasets` tells more
+        return  # no JSON: `datasets` raises its own error
 
 
 def _load(path: Path) -> datasets.Dataset:
@@ -123,7 +123,7 @@ def _json_lines(text: str) -> list[Any]:
 
 
 def _parsed(text: str, line: int | None = None) -> Any:
-    """Return what a JSON text holds. Raises RecipeError if an object has a key twice, of which JSON readers keep the last."""
+    """Return what a JSON text holds. Raises RecipeError if an object has a key twice: JSON readers keep the last."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError:

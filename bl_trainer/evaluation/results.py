@@ -246,7 +246,7 @@ def _file_name(name: str) -> str:
 
 
 def _names(entries: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the names of the files of items of entries, of which a group has several."""
+    """Return the names of the files of items of entries. A group has several."""
     return {_file_name(score["task"]) for entry in entries for score in entry["scores"] if score["samples"]}
 
 

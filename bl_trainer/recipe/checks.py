@@ -66,7 +66,7 @@ def optimizer_reads_its_keys(recipe: "Recipe") -> str | None:
     def is_read(key: str, other: Any) -> bool:
         changed = copy.copy(training)
         setattr(changed, key, other)
-        with suppress(Exception):  # of a wrong value, which is said elsewhere, or for want of the model
+        with suppress(Exception):  # `optimizer_is_installed` reports a wrong value; some need the model
             return bool(Trainer.get_optimizer_cls_and_kwargs(changed) != Trainer.get_optimizer_cls_and_kwargs(training))
         return True
 
@@ -98,7 +98,7 @@ def warmup_is_part_of_the_schedule(recipe: "Recipe") -> str | None:
         own = training.lr_scheduler_kwargs or {}
         try:
             schedule: Any = get_scheduler(training.lr_scheduler_type, optimizer, warmup, max(100, steps), own)
-        except Exception:  # which is said elsewhere
+        except Exception:  # `schedule_takes_its_arguments` reports it
             return None
         rates.append([rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in range(steps + 1)])
     if rates[0] != rates[1]:

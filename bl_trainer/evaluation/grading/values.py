@@ -251,7 +251,7 @@ def _limits(value: Any) -> list[Any]:
 
 
 def _ends(value: Any) -> bool:
-    """Whether all sums and products run between integers: evalf goes on without end where one has another limit."""
+    """Whether all sums and products run between integers: with another limit evalf never ends."""
     return all(end.is_Integer or end.is_infinite for end in _limits(value))
 
 
