@@ -76,10 +76,11 @@ quickstart-presets: $(VENV)/weights
 anneal-study: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python studies/anneal_study.py --jobs $(CORES) $(FULL)
 
-# The same on SmolLM2-135M, in pretrained/; GSM8K=FOLDER, of train.jsonl and test.jsonl, in place of a download
+# The same on SmolLM2-135M, in docs/results; GSM8K=FOLDER, of train.jsonl and test.jsonl, in place of a download
 pretrained-study: $(VENV)/weights $(VENV)/tests
 	$(BIN)/python scripts/quickstart.py prepare
 	OMP_NUM_THREADS=1 $(BIN)/python studies/pretrained_study.py --jobs $(CORES) $(if $(GSM8K),--gsm8k $(GSM8K))
+	$(BIN)/python tools/pretrained_page.py
 
 # Facts about countries on SmolLM2-135M, in docs/results
 facts-study: $(VENV)/weights $(VENV)/tests
@@ -173,6 +174,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/claims_page.py
 	$(BIN)/python tools/ready_page.py
 	$(BIN)/python tools/facts_page.py
+	$(BIN)/python tools/pretrained_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

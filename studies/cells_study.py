@@ -2,7 +2,8 @@
 
     python studies/cells_study.py --store               # twelve cells and models 0 to 7: they choose
     python studies/cells_study.py --store --judge       # nine other cells and models 100 to 107: they judge what was chosen
-    python studies/cells_study.py --store --references  # what is no candidate, on five cells of formats and of valid answers
+    python studies/cells_study.py --store --references  # what is no candidate: `neg_p` and label smoothing on all these cells
+                                                        # and models, others on five cells of formats and of valid answers
 
 takes about two minutes of a core for each objective. The same command resumes; objectives that it has run before are kept, and
 those that `--objectives` does not name stay stored.
@@ -27,6 +28,7 @@ from bl_trainer.cells.results import Results
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 JUDGED, REFERENCES = DOCS / "judged.json.gz", DOCS / "references.json.gz"
 JUDGE_SEED = 100  # models from it on have chosen nothing
+WHOLE = ("neg_p", "label smoothing 0.1")  # references that run on all cells
 TELLING = ("prefix", "suffix", "two-even", "wrapped", "three-even")  # cells that tell of formats and of several valid answers
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=list(FIELD), help="by default all; with --references no candidates")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--judge", action="store_true", help="run the cells and models that have chosen nothing")
-    which.add_argument("--references", action="store_true", help="run what is no candidate on five cells of both kinds")
+    which.add_argument("--references", action="store_true", help="run what is no candidate, on cells of both kinds")
     parser.add_argument("--store", action="store_true", help="put the results among those that the docs are made of")
     options = parser.parse_args()
     torch.set_num_threads(1)  # more would gain nothing
@@ -47,9 +49,8 @@ def main() -> None:
     results = Results(())
     for name in names:
         if options.references:
-            results += Results(
-                (*one(name, options.folder, False, TELLING).rows, *one(name, options.folder, True, TELLING).rows)
-            )
+            cells = None if name in WHOLE else TELLING
+            results += Results((*one(name, options.folder, False, cells).rows, *one(name, options.folder, True, cells).rows))
         else:
             results += one(name, options.folder, options.judge)
         print(name, flush=True)

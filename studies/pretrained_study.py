@@ -1,4 +1,4 @@
-"""`anneal` and the fixed objectives on a pretrained model: `python studies/pretrained_study.py [--folder pretrained]`.
+"""Objectives on a pretrained model: `python studies/pretrained_study.py [--tasks records codes]`.
 
 Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
 
@@ -8,12 +8,13 @@ Fine-tunes SmolLM2-135M-Instruct (`--model`), bfloat16 with a LoRA adapter, on
 - figfont: words as ASCII art, the paper's model-weak task
 - gsm8k: grade-school mathematics, from the Hub, or from `--gsm8k`, a folder of train.jsonl and test.jsonl
 
-and leaves pretrained.md in `folder`; what is done is kept there, and the same command goes on. An arm's seed chooses the
-examples that it trains on, their order and the adapter's random weights. A pilot seed chooses each objective's learning
-rate, and is not reported.
+Finished runs are kept in `--folder`, and the same command does the rest. A task whose runs are all finished is written to
+`--output`, beside other tasks; `make figures` makes the page. An arm's seed chooses the examples that it trains on, their
+order and the adapter's random weights. A pilot seed chooses each objective's learning rate, and is not reported.
 """
 
 import argparse
+import gzip
 import io
 import json
 import multiprocessing
@@ -44,7 +45,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import gsm8k
 import quickstart
-from anneal_study import ANNEAL, FIRST_SEED, FIXED, TEMPERED, Cell, by_cell, name_of
+from anneal_study import ANNEAL, FIRST_SEED, FIXED, TEMPERED
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer.cli import main as verb
 from bl_trainer.evaluation.grading import final_answer, is_same_math
@@ -57,7 +58,6 @@ ARMS: list[dict[str, Any]] = [
     ANNEAL,
     *TEMPERED,
 ]  # `power` 10 answers few records right, and an arm takes two minutes of a core
-RATES = [3e-4, 1e-3, 3e-3]
 PILOT_SEED = 99
 POOL = 1024  # training examples of a set
 SYSTEM = "Extract the name, age and city as JSON."
@@ -81,12 +81,12 @@ TRAINING: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """How arms train on a data set, and are judged.
 
     `noise`: share of wrong training examples. `examples`: held out. `new_tokens`: of an answer at most. `pilot`: the ruler by
-    which the pilot chooses the learning rate.
+    which the pilot chooses the learning rate among `rates`. `arms`: the objectives.
     """
 
     name: str
@@ -95,6 +95,8 @@ class Task:
     noise: float = 0.0
     examples: int = 128
     pilot: str = "greedy"
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    arms: tuple[Any, ...] = tuple(ARMS)
 
     @property
     def has_cities(self) -> bool:
@@ -113,21 +115,13 @@ class Task:
 
 
 TASKS = (
-    Task("records", 32, 48, noise=0.3),
-    Task("codes", 40, 48, noise=0.3),
+    Task("records", 32, 48, noise=0.3, rates=(1e-3, 3e-3)),
+    Task("codes", 40, 48, noise=0.3, rates=(1e-3, 3e-3), arms=(ARMS[0], ANNEAL, *TEMPERED)),
     Task("records", 32, 48),
     Task("figfont", 24, 12, pilot="accuracy"),
     Task("gsm8k", 16, 256, examples=64, pilot="accuracy"),
 )
 OPTIONS = [task.option for task in TASKS]
-RULERS = {
-    "greedy": "Right answers, greedy",
-    "sampled": "Right answers, sampled at temperature 1",
-    "cooler": "Right answers, sampled at temperature 0.5",
-    "accuracy": "Target tokens that are the most probable one",
-    "target_prob": "Mean p of the target tokens",
-}
-FIGURES = ("greedy", "sampled", "cooler", "accuracy", "target_prob", "nll", "calibration_error", "drift")
 
 
 def records(seed: int, count: int, wrong: float, name: str) -> list[dict[str, Any]]:
@@ -328,63 +322,41 @@ def task_of(name: str, noise: float) -> Task:
     return next(task for task in TASKS if (task.name, task.noise) == (name, noise))
 
 
-def figures(cell: Cell) -> list[str]:
-    """Return lines of the table of all rulers: the pretrained model, then each objective."""
-    board = next(iter(cell.boards.values()))
-    parts = [f"{cell.base[name]:.3f}" if name in cell.base else "" for name in FIGURES]
-    lines = [f"| {cell.label} | untrained | {' | '.join(parts)} |"]
-    for arm in ARMS:
-        row, parts = row_of(board, arm), []
-        for name in FIGURES:
-            mean, interval = row.values.get(name, (None, None))
-            half = f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else ""
-            parts.append("" if mean is None else f"{mean:.3f}{half}")
-        lines.append(f"| {cell.label} | {name_of(arm)} @ {row.best['learning_rate']:g} | {' | '.join(parts)} |")
-    return lines
+def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]]) -> list[Scored]:
+    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool, and return those that judge.
 
-
-def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]], base: dict[str, float]) -> Cell:
-    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool: the pilot's, then those at the
-    learning rates that it has chosen."""
+    The pilot's run first, then those at the learning rates that it has chosen.
+    """
     home, place = cell_folder(folder, task.name, task.noise), folder / "sweeps"
-    pilot = read_plan(home, "pilot", {"arms": ARMS, "learning_rate": RATES, "seed": [PILOT_SEED]})
+    pilot = read_plan(home, "pilot", {"arms": list(task.arms), "learning_rate": list(task.rates), "seed": [PILOT_SEED]})
     pilot = replace(pilot, rank_by=task.pilot)
     board = board_by(task.pilot, pilot, run(pilot, place / home.name / "pilot", task.name, task.noise))
-    chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in ARMS]
+    chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in task.arms]
     plan = read_plan(home, "main", {"arms": chosen, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))})
     arms = run(plan, place / home.name / "main", task.name, task.noise)
-    return Cell(task.name, task.noise, {ruler: board_by(ruler, plan, arms) for ruler in task.rulers}, base, RATES)
+    return [arms[i] for i in sorted(arms)]
 
 
-def report(cells: list[Cell], seeds: int, model: str = "") -> str:
-    """Return pretrained.md; `model`: what the command line says of it."""
-    count = sum(len(next(iter(cell.boards.values())).arms) for cell in cells)
-    rates = ", ".join(f"{rate:g}" for rate in RATES)
-    tried = [task_of(cell.name, cell.corruption) for cell in cells]
-    chosen: dict[str, list[str]] = {}
-    for task in tried:
-        chosen.setdefault(task.pilot, []).append(task.option)
-    judged = " and ".join(f"{ruler} ({', '.join(sets)})" for ruler, sets in chosen.items())
-    names = [task.option for task in tried]
-    tasks = "" if names == OPTIONS else f" --tasks {' '.join(names)}"
-    parts = [
-        f"`python studies/pretrained_study.py --seeds {seeds}{tasks}{model}`, {count} arms, seeds {FIRST_SEED} to "
-        f"{FIRST_SEED + seeds - 1}, each objective at the learning rate (@) of {rates} that was best at another seed, on the "
-        f"same held-out examples, by {judged}. By how much "
-        "the best fixed objective of a set exceeds each one on held-out examples, which are right; below 0 is better "
-        "than any of them. In brackets 95 % intervals, paired, over seeds and over examples, "
-        "or over cities where the answers name one."
-    ]
-    for ruler, name in RULERS.items():
-        have = [cell for cell in cells if ruler in cell.boards]
-        parts += [f"**{name}**", by_cell(have, ruler)] if have else []
-    head = ["set", "objective", *FIGURES]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for cell in cells:
-        lines += figures(cell)
-    note = "mean ± half the 95 % interval over seeds; tokens without the end of turn; drift is KL(base, tuned) per target token"
-    parts += [f"**All rulers**: {note}", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
+def read_results(path: Path) -> dict[str, Any]:
+    """Return a task's `base`, the pretrained model's metrics, and `arms`, by the task's option; {} without a file."""
+    return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
+
+
+def write_results(path: Path, task: Task, base: dict[str, float], arms: list[Scored]) -> None:
+    """Write a task's results beside those of other tasks; numbers of six digits."""
+    kept = [{"setting": each.setting, "items": each.items} for each in arms]
+    results = read_results(path) | {task.option: rounded({"base": base, "arms": kept})}
+    text = json.dumps(dict(sorted(results.items())), separators=(",", ":"))
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def rounded(value: Any) -> Any:
+    """Return the same with numbers of six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -396,20 +368,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", choices=OPTIONS, default=OPTIONS)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/pretrained.json.gz"))
     options = parser.parse_args()
     quiet()
     tasks = [task for task in TASKS if task.option in options.tasks]
     prepare(options.folder, options.model, options.gsm8k, tasks)
-    cells = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, begin, (Pretrained, options.folder, options.model)) as pool:
         run = partial(sweep, pool=pool, jobs=options.jobs)
         for task in tasks:
             base = means(pool.submit(call, "evaluate", task.name, task.noise).result())
-            cells.append(run_task(options.folder, task, options.seeds, run, base))
-    text = report(cells, options.seeds, "" if options.model == str(quickstart.MODEL) else f" --model {options.model}")
-    (options.folder / "pretrained.md").write_text(text, encoding="utf-8")
-    print(text)
+            write_results(options.output, task, base, run_task(options.folder, task, options.seeds, run))
 
 
 if __name__ == "__main__":

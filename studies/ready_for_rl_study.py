@@ -4,14 +4,15 @@
 
 Models 100 to 107 learn the cell `two-even` under each objective, at the learning rate that models 0 to 7 chose on it. Then
 REINFORCE rewards one of the two forms: groups of eight answers at temperature 1, 200 steps, once for either form. The advantage
-is the reward less the group's mean. Writes docs/results/ready-for-rl.json. `folder` keeps each objective: the same command
-resumes. About a minute of one core per objective.
+is the reward less the group's mean. Models are measured before, after 200 steps and between. Writes
+docs/results/ready-for-rl.json. `folder` keeps each objective: the same command resumes. About a minute of one core per
+objective.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from bl_trainer.cells.transformer import Shape, logits, unpack
 from bl_trainer.cells.vocabulary import END
 from bl_trainer.cells.world import LENGTH, Tokens, World
 
-RESULT = Path(__file__).parents[1] / "docs" / "results" / "ready-for-rl.json"
-OBJECTIVES = ("nll", "anneal")
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+RESULT, REFERENCES = DOCS / "ready-for-rl.json", DOCS / "references.json.gz"
+OBJECTIVES = ("nll", "alpha 0.5 e^-H", "alpha e^-H", "anneal", "power 0.5", "neg_p", "label smoothing 0.1")
 SEEDS = range(100, 108)
 CELL, FORMS, GROUP = "two-even", 2, 8
 RL = Course(steps=200, batch=4, warmup=5)  # a batch is questions, each with a group of answers
 RATE = 1e-3
+MOMENTS = (0, 10, 25, 50, 100, 200)  # steps of REINFORCE after which models are measured
 ANSWER = LENGTH + 1  # tokens that are sampled, with the end
 
 
@@ -92,8 +95,14 @@ def sample(shape: Shape, stack: Tensor, prompts: Tensor, chances: Tensor) -> Ten
     return tokens
 
 
-def reinforce(shape: Shape, start: Tensor, given: Rollouts, course: Course, rate: float) -> Tensor:
-    """Return the weights, (arms, count), that REINFORCE with a group's mean as the baseline makes of `start`."""
+def reinforce(
+    shape: Shape, start: Tensor, given: Rollouts, course: Course, rate: float, moments: Collection[int]
+) -> dict[int, Tensor]:
+    """Return the weights, (arms, count), that REINFORCE with a group's mean as the baseline makes of `start`.
+
+    `moments`: the numbers of steps after which they are returned, 0 for `start` itself.
+    """
+    found = {0: start} if 0 in moments else {}
     stack = start.detach().clone()
     weights = {name: view.requires_grad_() for name, view in unpack(shape, stack).items()}
     models = [torch.nn.Parameter(row) for row in stack]
@@ -103,15 +112,17 @@ def reinforce(shape: Shape, start: Tensor, given: Rollouts, course: Course, rate
         tokens = sample(shape, stack, prompts, given.chances[:, step])
         first = prompts.shape[-1]
         gain = advantages((tokens[..., first:] == right).all(-1))
-        found = logits(shape, weights, tokens[..., :-1], first - 1)
-        gradients = torch.autograd.grad(found, list(weights.values()), slopes(found.detach(), tokens[..., first:], gain))
+        said = logits(shape, weights, tokens[..., :-1], first - 1)
+        gradients = torch.autograd.grad(said, list(weights.values()), slopes(said.detach(), tokens[..., first:], gain))
         gradient = torch.cat([each.flatten(1) for each in gradients], dim=1)
         gradient *= (course.clip / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         for model, own in zip(models, gradient, strict=True):
             model.grad = own
         optimizer.param_groups[0]["lr"] = rate * course.factor(step)
         optimizer.step()
-    return stack.detach()
+        if step + 1 in moments:
+            found[step + 1] = stack.detach().clone()
+    return found
 
 
 def advantages(is_right: Tensor) -> Tensor:
@@ -133,14 +144,19 @@ def study(objective: str, size: str, folder: Path, rate: float, models: list[Mod
     shape, made = SIZES[size], [CELLS[CELL](World(model.seed)) for model in models]
     (entry,) = entries([objective])
     sets = [rows_of(cell, model, fine.steps * fine.batch) for cell, model in zip(made, models, strict=True)]
-    own = [Arm(entry.objective, entry.threshold, rate, i) for i in range(len(models))]
+    own = [Arm(entry.objective, entry.threshold, rate, i, entry.smoothing) for i in range(len(models))]
     tuned = train(shape, pretrained(models, folder / "models"), stacked(sets), own, fine)
     arms = [(which, form) for which in range(len(models)) for form in range(FORMS)]
     start = tuned[[which for which, _ in arms]]
-    trained = reinforce(shape, start, rollouts(made, arms, course), course, RATE)
-    before, after = (measured(shape, stack, made, arms) for stack in (start, trained))
+    stacks = reinforce(shape, start, rollouts(made, arms, course), course, RATE, MOMENTS)
+    steps = {moment: measured(shape, stack, made, arms) for moment, stack in stacks.items()}
     return [
-        {"objective": objective, "model": models[which].name, "form": form, "before": before[i], "after": after[i]}
+        {
+            "objective": objective,
+            "model": models[which].name,
+            "form": form,
+            "steps": {str(moment): found[i] for moment, found in steps.items()},
+        }
         for i, (which, form) in enumerate(arms)
     ]
 
@@ -169,8 +185,8 @@ def measured(shape: Shape, stack: Tensor, cells: Sequence[Cell], arms: Sequence[
 def kept(objective: str, size: str, folder: Path) -> list[Any]:
     """Return the rows of an objective, from `folder` if it has them."""
     models = [model for model in models_of(SEEDS) if model.size == size]
-    rate = stored().choice(objective, CELL, "greedy").rate
-    key = digest(repr((objective, size, rate, RATE, RL, COURSE, models, design())))
+    rate = (stored() + stored(REFERENCES)).choice(objective, CELL, "greedy").rate
+    key = digest(repr((objective, size, rate, RATE, RL, MOMENTS, COURSE, models, design())))
     path = folder / "results" / f"rl-{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,13 +67,17 @@ def test_draws_follow_the_models_probabilities_and_stop_at_the_end() -> None:
 def test_reinforce_raises_what_is_rewarded_and_each_arm_is_what_it_is_alone() -> None:
     course, start = Course(steps=25, batch=2, warmup=1), starts(2)
     all_of, prompt = given(2, course), torch.tensor([[[1, 2]]])
-    trained = STUDY["reinforce"](SHAPE, start, all_of, course, 0.03)
+    stacks = STUDY["reinforce"](SHAPE, start, all_of, course, 0.03, (0, 5, 25))
+    assert list(stacks) == [0, 5, 25]
+    assert torch.equal(stacks[0], start)
+    trained = stacks[25]
+    assert not torch.equal(stacks[5], trained)
     for i in range(2):
         p = [float(logits(SHAPE, unpack(SHAPE, s[i : i + 1]), prompt)[0, 0, -1].softmax(-1)[END]) for s in (start, trained)]
         assert p[0] == pytest.approx(0.25)
         assert p[1] > 0.8
     one = STUDY["Rollouts"](all_of.prompts[1:], all_of.rewarded[1:], all_of.chances[1:])
-    assert torch.allclose(STUDY["reinforce"](SHAPE, start[1:], one, course, 0.03)[0], trained[1], atol=1e-9)
+    assert torch.allclose(STUDY["reinforce"](SHAPE, start[1:], one, course, 0.03, [25])[25][0], trained[1], atol=1e-9)
 
 
 def test_forms_and_questions_are_those_of_the_cell() -> None:
@@ -94,11 +98,13 @@ def test_a_row_for_each_model_and_form(tmp_path) -> None:
     small["study"].__globals__["pretrained"] = lambda models, folder: torch.stack(
         [initial(shapes["small"], model.seed) for model in models]
     )
+    small["study"].__globals__["MOMENTS"] = (0, 2)
     models = [model for model in models_of((3, 4, 5)) if model.size == "small"]
     rows = small["study"]("nll", "small", tmp_path, 1e-3, models, Course(steps=2, batch=2), Course(steps=2, batch=4))
     assert [(row["model"], row["form"]) for row in rows] == [("small-3", 0), ("small-3", 1), ("small-5", 0), ("small-5", 1)]
     for row in rows:
-        for moment in ("before", "after"):
-            assert 0 <= row[moment]["rewarded"] + row[moment]["other"] <= 1
-    assert rows[0]["before"]["rewarded"] == rows[1]["before"]["other"]
+        assert list(row["steps"]) == ["0", "2"]
+        for found in row["steps"].values():
+            assert 0 <= found["rewarded"] + found["other"] <= 1
+    assert rows[0]["steps"]["0"]["rewarded"] == rows[1]["steps"]["0"]["other"]
     assert json.loads(json.dumps(rows)) == rows

@@ -8,12 +8,13 @@ from typing import Any
 
 from bl_trainer.cells.field import CANDIDATES, stored
 from bl_trainer.cells.page import markdown, shown
-from bl_trainer.cells.results import Results
+from bl_trainer.cells.results import Results, over_models
 
 ROOT = Path(__file__).parents[1]
 DEFAULT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
 FACTS: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "facts_page.py"))
-CELLS_COMMAND = "`python studies/cells_study.py`"
+PRETRAINED: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "pretrained_page.py"))
+CELLS_COMMAND = "`python studies/cells_study.py --store`"
 JUDGE_COMMAND, REFERENCES_COMMAND = f"{CELLS_COMMAND[:-1]} --judge`", f"{CELLS_COMMAND[:-1]} --references`"
 STEADY = "alpha 0.5 e^-H"
 PAGE = """# What we claim
@@ -21,16 +22,18 @@ PAGE = """# What we claim
 <!-- Written by tools/claims_page.py (`make figures`) from the results of the studies. -->
 
 Each claim has its figure, a 95 % interval, the number of pretrained models behind it, and the command that makes it. With
-several models, they are the units of the interval. With one, the interval is over seeds and examples, and says nothing of other
-models. Intervals are not corrected for the number of claims.
+several models, they are the units of the interval, and the cells are fixed. With one, the interval is over seeds and examples,
+and says nothing of other models. Intervals are not corrected for the number of claims, nor for the choice of rates and
+temperatures, which other questions of the same models made.
 
-All cells are synthetic tasks on models of 0.06M to 0.1M parameters. [Facts](facts.md) are real, on SmolLM2-135M. We claim
-nothing of large models.
+All cells are synthetic tasks on models of 0.06M to 0.1M parameters. [Facts](facts.md) are real, and
+[noisy records](pretrained.md) too, on SmolLM2-135M. We claim nothing of large models. Figures of `make continuum` and
+[anneal](anneal.md) are copied from those pages: their raw results are not in the repository.
 
 {claims}
 
 Differences of shares are paired by model. Positive is better, for total variation too. For facts lower variation is better,
-and intervals count seeds and countries.
+and intervals count seeds and countries. T is the temperature.
 
 ## Claims that fell
 
@@ -53,6 +56,27 @@ command here.
 def signed(results: Results, one: str, other: str, metric: str, cells: list[str] | None = None) -> str:
     """Return how much better an objective is than another, with its interval."""
     text: str = DEFAULT["signed"](results.difference(one, other, metric, cells))
+    return text
+
+
+def over_cells(results: Results, metric: str) -> str:
+    """Return how much better `anneal` is than `nll`, with cells as the units of the interval."""
+    found = {cell: results.difference("anneal", "nll", metric, [cell]).mean for cell in results.cells}
+    text: str = DEFAULT["signed"](over_models(found, (-1.0, 1.0)))
+    return text
+
+
+def as_predicted(results: Results) -> str:
+    """Return how many more answers `power 0.5` has right at temperature 1 than `nll` at 0.5, which its optimum equals."""
+    ours, theirs = results.mean("power 0.5", "sampled_1"), results.mean("nll", "sampled_0.5")
+    text: str = DEFAULT["signed"](DEFAULT["paired"](ours, theirs))
+    return text
+
+
+def above(results: Results, objective: str, cell: str = "two-uneven") -> str:
+    """Return how much more probability above their shares valid answers have than under `nll`, at temperature 1."""
+    ours, theirs = (DEFAULT["beyond"](results, name, cell) for name in (objective, "nll"))
+    text: str = DEFAULT["signed"](DEFAULT["paired"](ours, theirs))
     return text
 
 
@@ -79,6 +103,7 @@ def claims(results: Results) -> list[list[str]]:
     models, judged = str(len(results.models)), stored(DEFAULT["JUDGED"])
     field = [kept(results, name) for name in results.objectives]
     apart = max(max(each) - min(each) for each in zip(*field, strict=True))
+    own = [results.mean(name, "kept").mean for name in results.objectives]
     strong, weak = (row_of("continuum.md", f"| {cell} | 30% |")[-1] for cell in ("strong", "weak"))
 
     def cells(text: str, *given: Any) -> list[str]:
@@ -96,27 +121,41 @@ def claims(results: Results) -> list[list[str]]:
             "1 for each objective, none pretrained",
             "`python studies/temperature_study.py`",
         ],
+        [
+            "Runs that end before their optimum are not equal. `power 0.5` at T = 1 less `nll` at T = 0.5, right answers after "
+            "80 steps:",
+            f"{as_predicted(results)}; nine other cells, other models: {as_predicted(judged)}",
+            f"{models}, {len(judged.models)}",
+            f"{CELLS_COMMAND}, `--judge`",
+        ],
         both("Sampled at temperature 1, `anneal` answers more questions right than `nll`.", "anneal", "nll", "sampled_1"),
         both("Most of that is a choice of temperature. With each at its best:", "anneal", "nll", "sampled"),
         both("By greedy answers `anneal` and `nll` do not differ beyond chance.", "anneal", "nll", "greedy"),
-        cells("The schedule of `anneal` adds nothing to a = 0.5 e^-H by greedy answers.", "anneal", STEADY, "greedy"),
-        cells(
-            "Sharpening costs diversity. Total variation, two answers valid as often: `anneal` against `nll`.",
-            *("anneal", "nll", "variation", ["two-even"]),
+        [
+            "Single cells decide much of that. The same with cells as the units of the intervals, and without `three-even`:",
+            f"T = 1: {over_cells(results, 'sampled_1')}; nine other cells: {over_cells(judged, 'sampled_1')}; best T: "
+            f"{over_cells(results, 'sampled')}; {over_cells(judged, 'sampled')}; best T without `three-even`, over models: "
+            f"{signed(judged, 'anneal', 'nll', 'sampled', [cell for cell in judged.cells if cell != 'three-even'])}",
+            f"{models}, {len(judged.models)}",
+            f"{CELLS_COMMAND}, `--judge`",
+        ],
+        both(
+            "By greedy answers the schedule of `anneal` adds nothing beyond chance to a = 0.5 e^-H.", "anneal", STEADY, "greedy"
         ),
-        cells(
-            "a = 0.5 e^-H costs less of it, but some: against `nll`.",
-            *(STEADY, "nll", "variation", ["two-even"]),
-        ),
-        cells(
-            "Where 30 % of known facts train with consistent errors, `anneal` keeps more of the truth, greedy. "
-            "This is one cell of twelve.",
-            *("anneal", "nll", "greedy", ["confusions"]),
-        ),
+        both("At temperature 1 it does, as it sharpens more:", "anneal", STEADY, "sampled_1"),
+        both("With each at its best temperature:", "anneal", STEADY, "sampled"),
+        [
+            "Sharpening costs diversity. How much more than its share the more frequent of two valid answers gets, of 70 to "
+            "30, at T = 1, less that of `nll`. a = 0.5 e^-H costs less of it.",
+            f"`anneal`: {above(results, 'anneal')}; `{STEADY}`: {above(results, STEADY)}",
+            models,
+            CELLS_COMMAND,
+        ],
         [
             "The learning rate decides what is forgotten. The objective matters less.",
             f"old tasks kept by `nll`: {', '.join(f'{share:.2f}' for share in field[0])} over three rates; at one rate "
-            f"{len(field)} objectives differ by at most {apart:.2f}",
+            f"{len(field)} objectives differ by at most {apart:.2f}; each at its best rates for the tasks: {min(own):.2f} to "
+            f"{max(own):.2f}",
             models,
             CELLS_COMMAND,
         ],
@@ -129,6 +168,7 @@ def claims(results: Results) -> list[list[str]]:
         *reference_claims(),
         *judged_claims(results),
         *fact_claims(),
+        *noisy_claims(),
     ]
 
 
@@ -137,25 +177,31 @@ def reference_claims() -> list[list[str]]:
     cells = DEFAULT["telling"]()
 
     def row(text: str, read: Any, names: tuple[str, ...], where: tuple[str, ...]) -> list[str]:
-        figures = [
-            f"{cell}: {', '.join(f'`{name}` {shown(read(cells[cell], name, cell))}' for name in names)}" for cell in where
-        ]
+        figures = [f"{cell}: {', '.join(f'`{name}` {read(cells[cell], name, cell)}' for name in names)}" for cell in where]
         models = ", ".join(str(len(cells[cell].models)) for cell in where)
         return [text, "; ".join(figures), models, REFERENCES_COMMAND]
+
+    def in_format(*given: Any) -> str:
+        return shown(DEFAULT["in_format"](*given))
+
+    def split(results: Results, name: str, cell: str) -> str:
+        objective, _, temperature = name.partition(" at T = ")
+        parts = (DEFAULT[read](results, objective, cell, float(temperature or 1)) for read in ("valid", "beyond"))
+        return " and ".join(map(shown, parts))
 
     return [
         row(
             "`power 10` and a threshold p >= 0.2 never learn a format that the model never wrote. Share of questions with "
             "its tokens, at the best of three rates:",
-            DEFAULT["in_format"],
+            in_format,
             ("nll", "power 10", "nll p >= 0.2"),
             DEFAULT["FORMATS"],
         ),
         row(
-            "Sharpening loses valid answers. Probability at temperature 1 that valid answers have above their shares, "
-            "0.5 (of two) or 0.67 (of three) where one alone is left:",
-            DEFAULT["beyond"],
-            ("nll", "anneal", "neg_p"),
+            "Sharpening loses valid answers, and so does a lower temperature. Probability of valid answers, and what they have "
+            "above their shares, 0.5 (of two) or 0.67 (of three) where one alone is left; at T = 1 where no T is named:",
+            split,
+            ("nll", "nll at T = 0.5", "nll at T = 0.25", "anneal", "neg_p"),
             DEFAULT["SEVERAL"],
         ),
     ]
@@ -206,13 +252,43 @@ def fact_claims() -> list[list[str]]:
         f"On [real facts](facts.md) {len(found)} of {len(FACTS['PREDICTIONS'])} predictions are tested: "
         f"{outcomes.count('holds')} hold, {outcomes.count('fails')} fail, {outcomes.count('undecided')} are undecided."
     )
-    return [[f"{text} The figure is the objective less `nll`.", "; ".join(told), "1", "`make facts-study`"]] if found else []
+    cell = FACTS["complete"](FACTS["STUDY"]["read_results"](ROOT / FACTS["STUDY"]["OUTPUT"]))["two-forms"]
+    greedy, best = (FACTS["signed"](cell.apart("anneal", metric, "all")) for metric in ("greedy", "right best"))
+    return [
+        [f"{text} The figure is the objective less `nll`.", "; ".join(told), "1", "`make facts-study`"],
+        [
+            "Not predicted: where a fact is written in two ways, `anneal` answers fewer test facts right than `nll`.",
+            f"greedy {greedy}; best T {best}",
+            "1",
+            "`make facts-study`",
+        ],
+    ]
+
+
+def noisy_claims() -> list[list[str]]:
+    """Return how `anneal` compares with `nll` on noisy records."""
+    study = PRETRAINED["study"]
+    tasks = {option: PRETRAINED["Task"](option, found) for option, found in PRETRAINED["results"]().items()}
+    words = {"sampled": "T = 1", "cooler": "T = 0.5", "greedy": "greedy"}
+    figures = []
+    for option, task in tasks.items():
+        apart = [f"{word} {PRETRAINED['signed'](task.apart(study.ANNEAL, key))}" for key, word in words.items()]
+        figures.append(f"{option}: {', '.join(apart)}")
+    return [
+        [
+            "On [noisy records](pretrained.md) most of what `anneal` gains over `nll` is temperature too. Right answers:",
+            "; ".join(figures),
+            "1",
+            f"`{PRETRAINED['COMMAND']}`",
+        ]
+    ]
 
 
 def fallen(results: Results) -> list[list[str]]:
     """Return the rows of the table of claims that fell."""
     first, best = (signed(results, "anneal", "nll", metric) for metric in ("sampled_1", "sampled"))
-    new = signed(stored(DEFAULT["JUDGED"]), "anneal", "nll", "sampled")
+    judged = stored(DEFAULT["JUDGED"])
+    new = signed(judged, "anneal", "nll", "sampled")
     cells = DEFAULT["telling"]()
     suffix, prefix = (shown(DEFAULT["in_format"](cells[cell], "neg_p", cell)) for cell in ("suffix", "prefix"))
     neither = shown(DEFAULT["valid"](cells["two-even"], "power 10", "two-even"))
@@ -230,8 +306,20 @@ def fallen(results: Results) -> list[list[str]]:
         ],
         [
             "The schedule makes `anneal`.",
-            f"a = 0.5 e^-H without one is as good by greedy answers: {signed(results, STEADY, 'anneal', 'greedy')}.",
+            f"a = 0.5 e^-H without one is as good by greedy answers: {signed(results, STEADY, 'anneal', 'greedy')}, and on "
+            f"nine other cells {signed(judged, STEADY, 'anneal', 'greedy')}.",
             "The entropy matters. [Effective temperatures](temperature.md) say how.",
+        ],
+        [
+            "Where 30 % of known facts train with consistent errors, `anneal` keeps more of the truth, greedy.",
+            f"On `confusions`, one cell of twelve: {signed(results, 'anneal', 'nll', 'greedy', ['confusions'])}. On the "
+            f"judge's `confusions-half`: {signed(judged, 'anneal', 'nll', 'greedy', ['confusions-half'])}.",
+            "Nothing.",
+        ],
+        [
+            "Sharpening costs diversity: `anneal` has more total variation than `nll` on two answers valid as often.",
+            "Total variation counts wrong answers too, and `anneal` has more of these there.",
+            "What valid answers have above their shares, above.",
         ],
         [
             "`power 0.5` does well in all four cells of the miniature, by both metrics.",

@@ -88,6 +88,8 @@ question makes the true value more probable, against a question without the coun
 {note}
 {tables}
 
+{parts}
+
 ## Predictions
 
 Differences to `{control}` are paired by seed and fact. Their 95 % intervals count seeds and countries. "Above" and "below"
@@ -106,6 +108,11 @@ not corrected.
 - **Countries share values** such as "Euro", and ISO codes resemble names. Intervals count countries, not values.
 - **One model** of 135M parameters, one adapter rank, one length of training. {missing}
 """
+PARTS = """Total variation has two parts: the probability of answers that are not valid, and what valid answers have above their
+shares. Only the second is lost diversity. Differences to `{control}` on `two-forms`, at each one's best T for total variation, all
+test facts:"""
+CORRECTED = """That label was corrected after the predictions were committed, when most of these runs had ended. Three of
+  the tested predictions use its groups."""
 ANSWER = "> **Answer.** Of {all} predictions {count} are tested: {held} hold, {fell} fail, {open} are undecided."
 
 
@@ -144,14 +151,26 @@ class Cell:
 
     def values(self, arm: str, metric: str, group: str) -> list[dict[str, tuple[float, float]]]:
         """Return for each seed the number of facts and their sum, by country."""
-        column, found = self.column(arm, metric), []
-        for run in self.runs[arm]:
+        return self.sums([run[self.column(arm, metric)] for run in self.runs[arm]], group)
+
+    def sums(self, runs: list[list[float]], group: str) -> list[dict[str, tuple[float, float]]]:
+        """Return for each run the number of facts and the sum of their numbers, by country."""
+        found = []
+        for run in runs:
             sums: dict[str, tuple[float, float]] = {}
             for i in self.chosen(group):
                 count, total = sums.get(self.facts[i]["country"], (0.0, 0.0))
-                sums[self.facts[i]["country"]] = (count + 1, total + run[column][i])
+                sums[self.facts[i]["country"]] = (count + 1, total + run[i])
             found.append(sums)
         return found
+
+    def parts(self, arm: str, group: str) -> tuple[list[list[float]], list[list[float]]]:
+        """Return for each run what answers that are not valid have, and what valid ones have above their shares, by fact."""
+        at = self.temperature(arm, "variation")
+        wrong = [[1 - right for right in run[f"right {at}"]] for run in self.runs[arm]]
+        variation = [run[f"variation {at}"] for run in self.runs[arm]]
+        above = [[a - b for a, b in zip(*each, strict=True)] for each in zip(variation, wrong, strict=True)]
+        return wrong, above
 
     def mean(self, arm: str, metric: str, group: str) -> Difference:
         """Return an objective's mean."""
@@ -203,6 +222,17 @@ def table(cell: Cell) -> str:
         lines.append([f"`{arm}`", f"{rate:g}{edge}", ", ".join(best), *(_plain(cell.mean(arm, *each)) for each in columns)])
     header = ["objective", "learning rate", "best T: right, variation"]
     return markdown([*header, *(f"{METRICS[metric]}: {GROUPS[group]}" for metric, group in columns)], lines)
+
+
+def split(cell: Cell) -> str:
+    """Return the two parts of the difference in total variation to the control, a row for each objective."""
+    lines = []
+    for arm in cell.rates:
+        if arm != CONTROL:
+            pairs = zip(cell.parts(arm, "all"), cell.parts(CONTROL, "all"), strict=True)
+            found = [_difference(cell.sums(ours, "all"), cell.sums(theirs, "all")) for ours, theirs in pairs]
+            lines.append([f"`{arm}`", signed(cell.apart(arm, f"variation {BEST}", "all")), *map(signed, found)])
+    return markdown(["objective", "total variation", "not valid", "above share"], lines)
 
 
 def relations(facts: list[dict[str, Any]]) -> str:
@@ -272,7 +302,7 @@ def text(results: dict[str, Any]) -> str:
         among=STUDY["CHOICES"] + 1,
         steps=rows // STUDY["BATCH"],
         validation=2 * STUDY["PARTS"]["validation"],
-        note=f"- **Groups**: {results['note']}\n" if "note" in results else "",
+        note=f"- **Groups**: {results['note']} {CORRECTED}\n" if "note" in results else "",
         predicted=SIGNED,
         copies=STUDY["COPIES"],
         rank=STUDY["RANK"],
@@ -283,6 +313,7 @@ def text(results: dict[str, Any]) -> str:
         test=2 * STUDY["PARTS"]["test"],
         held_out=STUDY["HELD_OUT"],
         tables="\n\n".join([relations(facts), *(f"**`{name}`**\n\n{table(cell)}" for name, cell in cells.items())]),
+        parts=f"{PARTS.format(control=CONTROL)}\n\n{split(cells['two-forms'])}" if "two-forms" in cells else "",
         control=CONTROL,
         level=LEVEL,
         margin=MARGIN,

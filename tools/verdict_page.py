@@ -25,11 +25,13 @@ of {models} small pretrained models. Their noise and knowledge are known. {clean
 answers have random letters. Some of the cells are those of [`bl-trainer score`](../guide/score.md).
 
 All weights of a model train, at one learning rate, in place of the LoRA adapter of `diagnose`. The measurement and the verdict
-are the probe's own functions. The cuts were chosen on small-0 and large-1. They were not changed after the others ran.
+are the probe's own functions. The cuts were chosen on these cells of small-0 and large-1. They were not changed after the other
+models ran. No cell is new to the cuts.
 
 {table}
 
-Each figure is the mean over models, as a share of the content's tokens. *Improbable and right* is the knowledge that there is.
+Each figure is the mean over models, as a share of the content's tokens. *Improbable, not random* counts as knowledge: values of
+`confusions` too, which are wrong in the same way in all rows.
 *Random letters* is the noise. *Predictable*, *at most noise* and *contradicted* are what the probe says.
 
 - **{right} right, {undecided} undecided, {wrong} wrong** of {count} verdicts.{mistakes}
@@ -43,8 +45,10 @@ A verdict is wrong in these cases:
 
 - `noise` or `both` where there is less than {some_noise:g} noise.
 - `knowledge` or `little` where there is {noise:g} noise or more.
-- `knowledge` or `both` where less than {some:g} is improbable and right.
-- `noise` where {learnable:g} or more is improbable and right, `little` where {some:g} or more is.
+- `knowledge` or `both` where less than {some:g} is improbable and not random.
+- `noise` where {learnable:g} or more is improbable and not random, `little` where {some:g} or more is.
+
+`undecided` is never wrong.
 
 ## What the probe can't see
 
@@ -68,7 +72,7 @@ def is_wrong(row: dict[str, Any]) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a line for each cell."""
-    lines = ["| cell | random letters | improbable and right | predictable | at most noise | contradicted | verdicts |"]
+    lines = ["| cell | random letters | improbable, not random | predictable | at most noise | contradicted | verdicts |"]
     lines.append("|---|" + "---|" * 6)
     for cell in dict.fromkeys(row["cell"] for row in rows):
         own = [row for row in rows if row["cell"] == cell]

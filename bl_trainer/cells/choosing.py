@@ -10,7 +10,7 @@ from functools import cached_property
 from .results import METRICS, Mean, Results, over_models
 
 STEPS = ("greedy", "variation", "sampled")  # in this order; the latter two each at the objective's best temperature
-TIED = 0.03  # regret in the worst cell that counts as none: about one and a half standard errors of a cell's mean
+TIED = 0.03  # regret in the worst cell that counts as none
 SCHEDULED = ("anneal",)  # whose cost depends on the step of training; a stateless objective is preferred to them
 
 
@@ -42,10 +42,11 @@ class Regret:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What the rule says of `candidates`, by their `results`."""
+    """What the rule says of `candidates`, by their `results`. `tied`: the regret in the worst cell that counts as none."""
 
     results: Results
     candidates: tuple[str, ...]
+    tied: float = TIED
 
     @cached_property
     def regrets(self) -> dict[str, dict[str, Regret]]:
@@ -58,7 +59,7 @@ class Ruling:
         left, found = list(self.candidates), []
         for metric in STEPS:
             least = min(self.regrets[metric][name].most for name in left)
-            left = [name for name in left if self.regrets[metric][name].most <= least + TIED]
+            left = [name for name in left if self.regrets[metric][name].most <= least + self.tied]
             found.append(left)
         return found
 
@@ -71,7 +72,7 @@ class Ruling:
     def winners_without_one(self) -> list[str]:
         """The winner without each model in turn: how much the choice hangs on single models."""
         others = ([model for model in self.results.models if model != one] for one in self.results.models)
-        return [Ruling(self.results.of(models), self.candidates).winner for models in others]
+        return [Ruling(self.results.of(models), self.candidates, self.tied).winner for models in others]
 
 
 def regrets(results: Results, candidates: Sequence[str], metric: str) -> dict[str, Regret]:

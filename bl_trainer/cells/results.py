@@ -80,6 +80,14 @@ class Results:
         """Return the rows of these models."""
         return Results(tuple(row for row in self.rows if row["model"] in models))
 
+    def on(self, cells: Sequence[str]) -> "Results":
+        """Return the rows of these cells."""
+        return Results(tuple(row for row in self.rows if row["cell"] in cells))
+
+    def cells_with(self, objective: str) -> list[str]:
+        """Return the cells that have rows of an objective."""
+        return [cell for cell in self.cells if (objective, cell) in self._by_place]
+
     def choice(self, objective: str, cell: str, metric: str, least_kept: float = 0.0) -> Choice:
         """Return the rate, and of `sampled` and `variation` the temperature, whose mean over models on validation is best.
 

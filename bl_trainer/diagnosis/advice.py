@@ -42,8 +42,8 @@ SWEPT_PERCENTILE = 10  # of the threshold that is swept with NLL; dropping the b
 
 VERDICTS = {
     "knowledge": "knowledge that the model lacks. Keep an objective that learns improbable tokens",
-    "both": "knowledge that the model lacks, and noise. nll learns both; on small synthetic tasks anneal learnt the one and "
-    "discarded most of the other (docs/results/claims.md)",
+    "both": "knowledge that the model lacks, and noise. nll learns both. Objectives that sharpen discard some of the "
+    "noise, as a lower temperature does (docs/results/claims.md)",
     "noise": "mostly noise to this model. Prior-leaning objectives discard that, and forgo little that they could not learn",
     "little": "too little of either for objectives to differ much",
 }
@@ -161,7 +161,7 @@ def _reasons(report: Report, regions: list[str]) -> list[str]:
     if _is_open(report, regions):
         reasons.append(
             "anneal is among them: on small synthetic tasks its samples at temperature 1 were right more often than nll's, "
-            "and equally often with each at its best temperature (docs/results/claims.md)."
+            "and hardly more often with each at its best temperature (docs/results/claims.md)."
         )
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "

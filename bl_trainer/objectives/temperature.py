@@ -37,7 +37,7 @@ class Rest:
 
     `truth`: T of the first token; `others`: how many others share the rest of T evenly. `p`: of the first token, at rest.
     `temperature`: log-odds of T over log-odds of p, so p_v ~ T_v^(1/temperature): 1 is T itself, 0 the first token alone,
-    infinity all tokens alike. Where T is even it is the limit from above; 0 says that one of the two is lost.
+    infinity all tokens alike. Where T is even it is the limit from above; 0 says that one of the two takes over, to `p`.
     """
 
     truth: float

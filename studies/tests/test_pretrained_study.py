@@ -5,7 +5,9 @@ import json
 import math
 import random
 import re
+import runpy
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tokenizers import decoders
 import continuum
 import gsm8k
 import pretrained_study
-from anneal_study import ANNEAL
+from anneal_study import ANNEAL, NLL, TEMPERED
 from miniature import cell_folder, read_rows, write_rows
 from pretrained_study import Pretrained, Task
 
@@ -183,11 +185,11 @@ def test_what_is_prepared_is_a_recipe_and_stays(checkpoint, tmp_path, monkeypatc
         pretrained_study.prepare(tmp_path, "another-model", str(source), pretrained_study.TASKS)
 
 
-def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
-    tasks = tuple(task for task in pretrained_study.TASKS if task.name == "records")
+def test_the_page_holds_the_arms(checkpoint, tmp_path, monkeypatch):
+    tasks = tuple(task for task in pretrained_study.TASKS if task.option in ("records", "codes"))
     monkeypatch.setattr(pretrained_study, "TASKS", tasks)
-    pretrained_study.prepare(tmp_path, str(checkpoint), None, pretrained_study.TASKS)
-    ran = []
+    pretrained_study.prepare(tmp_path, str(checkpoint), None, tasks)
+    ran, output = [], tmp_path / "pretrained.json.gz"
 
     def run(plan, folder, name, noise):
         found = {}
@@ -196,39 +198,60 @@ def test_the_report_holds_the_arms(checkpoint, tmp_path, monkeypatch):
             items = {
                 key: [rng.random() for _ in range(50)] for key in ("greedy", "sampled", "cooler", "nll", "prob", "top1", "kl")
             }
-            items |= {"targets": [rng.randint(1, 9) for _ in range(50)], "calibration_error": [0.1]}
-            ran.append((folder.name, noise, setting, items))
+            items |= {"targets": [4] * 50, "calibration_error": [0.1], "cluster": [f"city {i % 5}" for i in range(50)]}
+            ran.append((folder.name, name, setting, items))
             found[i] = continuum.Scored(i, setting, continuum.means(items), items=items)
         return found
 
-    base = {"greedy": 0.0, "sampled": 0.25, "cooler": 0.25, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
-    cells = [pretrained_study.run_task(tmp_path, task, 3, run, base) for task in tasks]
-    text = pretrained_study.report(cells, 3)
-    main = [(noise, setting, items) for name, noise, setting, items in ran if name == "main"]
-    pilot = [(noise, setting, items) for name, noise, setting, items in ran if name == "pilot"]
+    base = {"greedy": 0.0, "sampled": 0.25, "cooler": 0.375, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
+    base |= {"calibration_error": 0.125, "drift": 0.0}
+    for task in tasks:
+        pretrained_study.write_results(output, task, base, pretrained_study.run_task(tmp_path, task, 3, run))
+    main, pilot = ([each[1:] for each in ran if each[0] == name] for name in ("main", "pilot"))
     assert len(main) == len(pilot) == 2 * 18
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
-    assert text.startswith(
-        "`python studies/pretrained_study.py --seeds 3 --tasks records clean-records`, 36 arms, seeds 100 to 102"
-    )
-    assert "at another seed, on the same held-out examples, by greedy (records, clean-records). By how much" in text
+    assert {setting["seed"] for _, setting, _ in main} == {100, 101, 102}
     own = {
         setting["learning_rate"]: statistics.mean(items["greedy"])
-        for noise, setting, items in pilot
-        if noise == 0.3 and setting == setting | ANNEAL
+        for name, setting, items in pilot
+        if name == "codes" and setting == setting | ANNEAL
     }
     assert len(own) == 3
     rate = max(own, key=own.get)
-    arms = [items for noise, setting, items in main if noise == 0.3 and setting == setting | ANNEAL | {"learning_rate": rate}]
-    assert len(arms) == 3
-    (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | anneal @ "))
-    values = line.split(" | ")
-    assert values[1] == f"anneal @ {rate:g}"
+
+    def arms(name, arm):
+        return [items for where, setting, items in main if where == name and setting == setting | arm]
+
+    page = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "pretrained_page.py"))
+    text = page["text"](pretrained_study.read_results(output))
+    levels = text.partition("**`codes`**: mean")[2]
+    (line,) = (line for line in levels.splitlines() if line.startswith("| `anneal` | " + f"{rate:g}"))
     for place, found in (
-        (2, [statistics.mean(each["greedy"]) for each in arms]),
-        (7, [sum(each["nll"]) / sum(each["targets"]) for each in arms]),
+        (4, [statistics.mean(each["sampled"]) for each in arms("codes", ANNEAL)]),
+        (8, [sum(each["nll"]) / 200 for each in arms("codes", ANNEAL)]),
     ):
-        half = 4.302653 * statistics.stdev(found) / 3**0.5
-        assert values[place] == f"{statistics.mean(found):.3f} ± {half:.3f}"
-    (line,) = (line for line in text.splitlines() if line.startswith("| records, 30% noise | untrained |"))
-    assert line.split(" | ")[3] == "0.250"
+        assert line.split(" | ")[place - 1] == f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+    (line,) = (line for line in levels.splitlines() if line.startswith("| *untrained* |"))
+    assert "| 0.000 | 0.250 | 0.375 | 0.500 | 0.500 | 0.750 | 0.125 | 0.000 |" in line
+    apart = text.partition("**`codes`**: share of right answers")[2]
+    (line,) = (line for line in apart.splitlines() if line.startswith("| `alpha 0.5 e^-H` | "))
+    for cell, ours, theirs in zip(
+        line.split(" | ")[1:],
+        ("greedy", "sampled", "cooler", "sampled"),
+        ("greedy", "sampled", "cooler", "cooler"),
+        strict=True,
+    ):
+        mean = statistics.mean(statistics.mean(each[ours]) for each in arms("codes", TEMPERED[0]))
+        mean -= statistics.mean(statistics.mean(each[theirs]) for each in arms("codes", NLL))
+        assert cell.startswith(f"{mean:+.3f} (")
+    assert "`python studies/pretrained_study.py --tasks records codes` fine-tunes" in text
+
+
+def test_a_task_is_stored_beside_the_others(tmp_path):
+    first, second = pretrained_study.TASKS[:2]
+    run = continuum.Scored(0, {"objective": "nll"}, {}, items={"nll": [1 / 3]})
+    for task, base in ((first, {"nll": 1.0}), (second, {"nll": 2.0}), (first, {"nll": 3.0})):
+        pretrained_study.write_results(tmp_path / "found", task, base, [run])
+    arms = [{"setting": {"objective": "nll"}, "items": {"nll": [0.333333]}}]
+    stored = {"codes": {"base": {"nll": 2.0}, "arms": arms}, "records": {"base": {"nll": 3.0}, "arms": arms}}
+    assert pretrained_study.read_results(tmp_path / "found") == stored
