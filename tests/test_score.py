@@ -1,5 +1,6 @@
 """The score verb: its mistakes, its output, and its page of the documentation."""
 
+import gzip
 import json
 import re
 import runpy
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bl_trainer
 from bl_trainer.cells import engine, pretraining, verb
 from bl_trainer.cells.cells import CELLS
 from bl_trainer.cells.field import FIELD, entries, store, stored
@@ -18,8 +20,10 @@ from bl_trainer.cells.training import Course
 from bl_trainer.cells.transformer import Shape
 from bl_trainer.cells.verb import ScoreArguments
 from bl_trainer.cli import main
+from bl_trainer.objectives import Threshold
 
 ROOT = Path(__file__).parents[1]
+DESIGN = engine.study_design()
 
 
 def mine(logp):
@@ -33,6 +37,10 @@ def mine(logp):
         ([], "Cannot score: no objective is named. Write `score my_losses:my_objective --output DIR`."),
         (["nll"], "Cannot score: `--output` is missing. Write e.g. `--output out/score`."),
         (["nll", "--output", "o", "--models", "1"], "Cannot score with `--models 1`: intervals need several. Give at least 2."),
+        (
+            ["nll", "--output", "o", "--models", "10"],
+            "Cannot score with `--models 10`: the stored results have 8. Give at most 8, or a `--secret_seed`.",
+        ),
         (["nll", "--output", "o", "--secret_seed", "3"], "Cannot use `--secret_seed 3`: seeds below 1000 are public."),
         (["nll", "--output", "o", "--against", "nl"], "Cannot compare with 'nl': no such name. Did you mean 'nll'?"),
         (["nll", "--outptu", "o"], "Unknown option 'outptu'. Did you mean"),
@@ -84,7 +92,11 @@ def test_it_ranks_a_function_among_stored_results(small, tmp_path, monkeypatch, 
 def test_a_secret_seed_runs_the_others_too(small, tmp_path, capsys) -> None:
     where = ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     main(["score", "neg_p", *where, "--models", "2", "--secret_seed", "4711", "--against", "nll,deft"])
-    results = Results.from_json(json.loads((tmp_path / "out/results.json").read_text()))
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["scored"] == {"name": "neg_p", "objective": {"name": "neg_p"}, "threshold": Threshold.parse(None).to_dict()}
+    assert (found["secret_seed"], found["package"]) == (4711, bl_trainer.__version__)
+    assert found["design"] != DESIGN  # models of this test are others
+    results = Results.from_json(found)
     assert results.objectives == ["neg_p", "nll", "deft"]
     assert results.models == ["small-4711", "large-4712"]
     assert "than nll" in capsys.readouterr().out
@@ -104,6 +116,12 @@ def test_stored_results_are_of_the_cells_and_models_of_today() -> None:
     assert len(rows) == len(results.objectives)
     assert all(len(row) == len(header) for row in rows)
     assert "**greedy**" in report(results, temperatures(entries()))
+
+
+@pytest.mark.parametrize("name", ["bl_trainer/cells/stored", "docs/results/judged", "docs/results/references"])
+def test_stored_results_are_of_the_design_of_today(name) -> None:
+    with gzip.open(ROOT / f"{name}.json.gz") as file:
+        assert json.load(file)["design"] == DESIGN, "cells, models or training have changed: run studies/cells_study.py"
 
 
 def test_the_page_of_results_is_the_tools(tmp_path) -> None:

@@ -109,8 +109,8 @@ not corrected.
 - **One model** of 135M parameters, one adapter rank, one length of training. {missing}
 """
 PARTS = """Total variation has two parts: the probability of answers that are not valid, and what valid answers have above their
-shares. Only the second is lost diversity. Differences to `{control}` on `two-forms`, at each one's best T for total variation, all
-test facts:"""
+shares. Only the second is lost diversity. Differences to `{control}` on `two-forms`, at each one's best T for total variation,
+all test facts:"""
 CORRECTED = """That label was corrected after the predictions were committed, when most of these runs had ended. Three of
   the tested predictions use its groups."""
 ANSWER = "> **Answer.** Of {all} predictions {count} are tested: {held} hold, {fell} fail, {open} are undecided."

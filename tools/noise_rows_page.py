@@ -101,7 +101,7 @@ What is not said of `SmolLM2-135M-Instruct` is of the tiny models.
   `tiny-half`.
 - **Consistent mistakes** are found here because these models know the right rule, and 80 steps teach too little of the
   wrong one. A model that does not know the right rule has nothing to compare with. This study has no such case.
-{gsm8k}
+{larger_reads}{gsm8k}
 ## What did not work
 
 - **Loss gained over the base model**, in sample or cross-fitted, as Rho-1's excess loss with the adapter as its reference.
@@ -110,10 +110,11 @@ What is not said of `SmolLM2-135M-Instruct` is of the tiny models.
 - **The probe's control, averaged per row.** It is near chance. Its sign per token is meant for thousands of tokens, not for
   a row's few.
 - **Improbable tokens that stay improbable.** A row's count takes few values.
-- **Area under the margin.** It needs every row to train, which a probe of 80 steps does not do on larger sets. Here it is
-  best among hard rows, and no better elsewhere.
-- **IFD.** On the tiny models it is no better than the base model's loss, and it costs another pass.
+- **Area under the margin.** It needs every row to train, which a probe of 80 steps does not do on larger sets. With the tiny
+  models it is best among hard rows, and no better elsewhere.
+- **IFD.** It costs another pass, and is near the base model's loss on most sets. On the swapped answers of GSM8K it is best.
 """
+BASE, RIVALS = "base loss", ("lesser loss", "cross-fitted loss", "base loss", "IFD")
 
 
 def main(folder: str) -> None:
@@ -148,8 +149,23 @@ def page(cells: dict[str, Any], helps: str) -> str:
         precision=tables(found, scores, "precision"),
         hard=hard(found, scores),
         helps=helps,
+        larger_reads=of_larger({name: each[0]["scores"] for (model, name), each in found.items() if model == OTHER}),
         gsm8k=of_gsm8k({what: found[OTHER, name] for name, what in GSM8K.items() if (OTHER, name) in found}),
         sums=f"{math.ceil(100 * max(sums)) / 100:.2f}",
+    )
+
+
+def of_larger(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return the lines on OTHER. `found`: set -> score -> what it comes to."""
+    if not found:
+        return ""
+    means = {name: statistics.mean(scores[name]["auroc"] for scores in found.values()) for name in (CHOSEN, *RIVALS)}
+    rivals = ", ".join(f"{name} {means[name]:.2f}" for name in RIVALS)
+    behind = [SETS[name] for name, scores in found.items() if scores[CHOSEN]["auroc"] < scores[BASE]["auroc"]]
+    return (
+        f"- **`{OTHER}`**, one seed: over {len(found)} sets the score's AUROC averages {means[CHOSEN]:.2f}; {rivals}. One seed "
+        "does not\n  rank these. "
+        f"{BASE.capitalize()} alone, without any training, is better on: {', '.join(behind)}.\n"
     )
 
 

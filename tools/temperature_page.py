@@ -90,8 +90,8 @@ measured p is {worst}. Each cell has the predicted, then the measured p of the f
 {measured}
 
 That tests the derivation. It does not test runs that end early, learn little, or share weights among many contexts. On the
-[cells](cells.md), after 80 steps, `power 0.5` at T = 1 is not what `nll` is at T = 0.5: it has {cells} more right answers, and on
-the [judge's cells](default.md) {judged} (95 %, eight models each).
+[cells](cells.md), after 80 steps, `power 0.5` at temperature 1 is not what `nll` is at 0.5. The share of right answers differs
+by {cells}, and on the [judge's cells](default.md) by {judged} (95 %, eight models each).
 """
 
 

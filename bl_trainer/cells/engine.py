@@ -186,6 +186,11 @@ def _rows(cell: str, world: int, seed: int, course: Course) -> list[tuple[tuple[
     return [_cell(cell, world).row(rng) for _ in range(course.steps * course.batch)]
 
 
+def study_design() -> str:
+    """Return a hash of all that results at the usual rates and steps depend on, but for the objective and the models."""
+    return digest(repr((VERSION, design(), COURSE, RATES)))
+
+
 def digest(text: str) -> str:
     """Return a short hash."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import write_bytes
-from .engine import Entry
+from .engine import Entry, study_design
 from .results import Results
 
 STORED = Path(__file__).with_name("stored.json.gz")  # written by studies/cells_study.py
@@ -57,5 +57,5 @@ def stored(path: Path = STORED) -> Results:
 
 def store(results: Results, path: Path = STORED) -> None:
     """Write results as `stored` reads them; the same bytes for the same results."""
-    text = json.dumps(results.to_json(), separators=(",", ":"))
+    text = json.dumps({"design": study_design(), **results.to_json()}, separators=(",", ":"))
     write_bytes(path, gzip.compress(text.encode(), mtime=0))

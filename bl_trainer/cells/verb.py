@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from .._util.files import write_text
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..objectives import Objective, Threshold, spell
 from ..pages.html import to_json
-from .engine import MODELS, Entry, run
+from .engine import MODELS, Entry, run, study_design
 from .field import FIELD, entries, stored
 from .page import comparison, page, temperatures, verdict
 from .pretraining import is_pretrained, models_of
@@ -33,7 +34,9 @@ class ScoreArguments:
         metadata={"help": "Pretrain models on facts that nobody has tuned to, and run `against` too; at least 1000."},
     )
     against: str = field(default="nll", metadata={"help": "With `secret_seed`: objectives to compare with, by comma."})
-    models: int = field(default=MODELS, metadata={"help": "Pretrained models, half of each size; at least 2."})
+    models: int = field(
+        default=MODELS, metadata={"help": "Pretrained models, half of each size; 2 to 8, or more with `secret_seed`."}
+    )
     cache: str | None = field(default=None, metadata={"help": "Folder of pretrained models; in the user's cache by default."})
 
     @classmethod
@@ -54,6 +57,11 @@ class ScoreArguments:
             raise RecipeError("Cannot score: `--output` is missing. Write e.g. `--output out/score`.")
         if self.models < 2:
             raise RecipeError(f"Cannot score with `--models {self.models}`: intervals need several. Give at least 2.")
+        if self.models > MODELS and self.secret_seed is None:
+            raise RecipeError(
+                f"Cannot score with `--models {self.models}`: the stored results have {MODELS}. Give at most {MODELS}, or a "
+                "`--secret_seed`."
+            )
         if self.secret_seed is not None and self.secret_seed < PUBLIC_SEEDS:
             raise RecipeError(
                 f"Cannot use `--secret_seed {self.secret_seed}`: seeds below {PUBLIC_SEEDS} are public. Choose a greater one."
@@ -92,7 +100,9 @@ def score(options: ScoreArguments) -> Results:
     optima = temperatures([entry, *(other for other in entries() if other.name != entry.name)])
     folder = Path(str(options.output))
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", to_json(results.to_json()))
+    made = {"package": __version__, "design": study_design(), "secret_seed": options.secret_seed}
+    scored = {"name": entry.name, "objective": objective.to_dict(), "threshold": threshold.to_dict()}
+    write_text(folder / "results.json", to_json({**made, "scored": scored, **results.to_json()}))
     write_text(folder / "index.html", page(results, entry.name, control, optima))
     header, rows = comparison(results, optima)
     own = next(row for row in rows if row[0] == entry.name)
