@@ -7,6 +7,7 @@ from typing import Any
 from bl_trainer._util.intervals import t_quantile
 
 VALIDATION = 1  # the seed that chooses learning rates
+EDGES = (1e-3, 3e-2)  # the lowest and the highest rate tried: the best one may lie beyond
 SEEDS = 5  # others, of a complete set
 CONTROL, RANDOM, BOUND = "all rows, nll", "random rows dropped", "wrong rows dropped"
 ARMS = {
@@ -33,7 +34,8 @@ SECTION = """## Does it help?
   5 steps and then falls to 0. Arms with fewer rows train as many steps.
 - **Pairs**: within a seed all arms start from the same weights and see the same rows in the same order, without those dropped.
 - **Metric**: the share of 200 right rows with other prompts whose answer greedy decoding gives to the end.
-- **Learning rate**: each arm has the best of 1e-3, 3e-3, 1e-2 and 3e-2 at seed 1. Seeds 2 to 6 judge it.
+- **Learning rate**: each arm has the best of 1e-3, 3e-3, 1e-2 and 3e-2 at seed 1. Seeds 2 to 6 judge it. At an
+  edge the best one may lie beyond.
 
 The rule was written down before the first run. An arm **helps** on a set if the 95 % interval of its difference to
 `{control}` lies above 0, paired over five seeds. It **harms** if that interval lies below 0. **The score helps** on a set if
@@ -86,7 +88,8 @@ def _accuracies(cells: dict[str, Any], runs: dict[Any, Any], names: list[str]) -
 
 def _rates(rates: dict[tuple[str, str], str], names: list[str]) -> str:
     lines = [_row("learning rate", [SETS[name] for name in names]), "|---" * (len(names) + 1) + "|"]
-    return "\n".join([*lines, *(_row(arm, [rates[name, arm] for name in names]) for arm in ARMS)])
+    shown = {key: rate + (" (edge)" if float(rate) in EDGES else "") for key, rate in rates.items()}
+    return "\n".join([*lines, *(_row(arm, [shown[name, arm] for name in names]) for arm in ARMS)])
 
 
 def _verdicts(runs: dict[Any, Any], names: list[str]) -> str:

@@ -27,7 +27,7 @@ half of the rows each. Then REINFORCE rewards one form alone, once for either fo
 answers each at temperature 1, learning rate {rate:g}. The models are those that [judge](default.md). Other models chose the
 learning rate of fine-tuning. All figures are exact probabilities on test questions.
 
-Probability of the rewarded form, after so many steps of REINFORCE:
+Probability of the rewarded form, by the number of REINFORCE steps:
 
 {course}
 
