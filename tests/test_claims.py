@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bl_trainer.cells.choosing import STEPS
+from bl_trainer.cells.cells import CELLS
+from bl_trainer.cells.choosing import STEPS, Ruling
 from bl_trainer.cells.field import CANDIDATES, FIELD, store, stored
 from bl_trainer.cells.judging import JUDGING
-from bl_trainer.cells.results import Results
+from bl_trainer.cells.results import SAMPLED, VARIATION, Mean, Results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -37,12 +38,28 @@ def test_the_rule_names_its_candidates_and_the_cells_that_judge() -> None:
     assert STEPS == ("greedy", "variation", "sampled")
 
 
-def test_what_is_no_candidate_ran_on_all_cells_of_formats_and_of_several_answers() -> None:
+def test_what_is_no_candidate_ran_on_cells_of_formats_and_of_several_answers_or_on_all() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
+    study = runpy.run_path(str(ROOT / "studies" / "cells_study.py"))
     references = stored(tool["REFERENCES"])
     assert set(references.objectives) == FIELD.keys() - {*CANDIDATES}
-    assert {*references.cells} == {*tool["FORMATS"], *tool["SEVERAL"]}
+    for name in references.objectives:
+        cells = {*CELLS, *JUDGING} if name in study["WHOLE"] else {*tool["FORMATS"], *tool["SEVERAL"]}
+        assert {*references.cells_with(name)} == cells
     assert len(references.models) == 16
+
+
+@pytest.mark.parametrize(("limit", "winner"), [(0.01, "b"), (0.3, "a")])
+def test_another_limit_may_pick_another_candidate(limit: float, winner: str) -> None:
+    """`a` is the better one on average, and behind by 0.2 in its worst cell; `b` by 0.1 in all others."""
+    right = {"a": [0.8, 1.0, 1.0, 1.0], "b": [1.0, 0.9, 0.9, 0.9]}
+    rows = []
+    for name, values in right.items():
+        for cell, value in zip(list(CELLS)[:4], values, strict=True):
+            metrics = dict.fromkeys([*SAMPLED, "greedy", "format"], value) | dict.fromkeys(VARIATION, 1 - value)
+            where = {"objective": name, "cell": cell, "rate": 1.0, "seed": 0, "kept": 1.0}
+            rows += [{**where, "model": f"m{i}", "validation": metrics, "test": metrics} for i in (0, 1)]
+    assert Ruling(Results(tuple(rows)), ("a", "b"), limit).winner == winner
 
 
 def test_what_is_beyond_its_share_is_variation_less_what_is_wrong() -> None:
@@ -57,6 +74,9 @@ def test_what_is_beyond_its_share_is_variation_less_what_is_wrong() -> None:
     tool = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
     assert tool["beyond"](Results(tuple(rows)), "a", "two-even").mean == pytest.approx(0.1)
     assert tool["in_format"](Results(tuple(rows)), "a", "two-even").mean == 1  # at a rate of its own
+    assert tool["paired"](
+        tool["beyond"](Results(tuple(rows)), "a", "two-even"), Mean(0.0, None, {"m0": 0.0, "m1": 0.1})
+    ).mean == (pytest.approx(0.05))
 
 
 def test_storing_some_objectives_keeps_the_others(tmp_path: Path) -> None:
