@@ -534,6 +534,7 @@ def test_the_best_checkpoint_is_not_chosen_by_a_moving_loss(objective, tmp_path)
         (-1.0, "is -1.0: it must be a number, 0 or above"),
         (math.nan, "is nan: it"),
         (math.inf, "is inf: it"),
+        (1e40, r"is 1e\+40: it must be at most 3.4e\+38"),
         (None, "is missing"),
     ],
     ids=str,

@@ -165,6 +165,10 @@ REFUSED = {
     "twice": ("twice.parquet mean_p > 0.5", "row 19 is scored twice. Remove a file."),
     "more": ("longer.parquet mean_p > 0.5", "they score row 20, and the training set has 20 rows. Score this data set."),
     "other": ("other.parquet mean_p > 0.5", "row 3 of the training set is another one in the scores. Score this data set."),
+    "targetless": ("blank.parquet mean_p > -1", "none of the rows that it keeps has a target. Move the number."),
+    "words": ("words.parquet mean_p > 0.5", "the column 'row' of words.parquet must hold integers without nulls. Number every"),
+    "hole": ("hole.parquet mean_p > 0.5", "the column 'row' of hole.parquet must hold integers without nulls."),
+    "csv": ("scores.csv mean_p > 0.5", "scores.csv is no Parquet file. Name one, or a folder of scores."),
     "no number": ("plain.parquet mean_p > 0.5", "has no column 'row'."),
 }  # fmt: skip
 
@@ -180,11 +184,16 @@ def files(home, tmp_path_factory):
     gaps = table.astype({"end_p": float}).copy()
     gaps.loc[2, "end_p"] = None
     gaps.loc[5, "mean_p"] = float("nan")
+    blank = table.copy()
+    blank.loc[4, ["targets", "mean_p"]] = [0, None]
+    hole = table.assign(row=table["row"].astype("Int64").where(table["row"] != 5))
+    table.to_csv(folder / "scores.csv")
     other = table.copy()
     other.loc[3, "row_hash"] = "0" * 16
     longer = pandas.concat([table, table[-1:].assign(row=20)])
     made = {
         "gaps": gaps, "part": table.drop(7), "begin": table[:12], "twice": pandas.concat([table, table[-1:]]), "longer": longer,
+        "blank": blank, "hole": hole, "words": table.assign(row=table["row"].astype(str)),
         "other": other, "plain": table.drop(columns="row"),
     }  # fmt: skip
     for name, each in made.items():
@@ -212,10 +221,11 @@ def test_a_stream_has_no_row_numbers(home, double_checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("sign", ["<", "<=", ">", ">="])
 def test_a_row_without_a_target_is_kept(sign, tmp_path):
-    rows = Dataset.from_list([{"text": text} for text in "abc"])
-    table = {"row": [0, 1, 2], "row_hash": [row_hash(row) for row in rows], "targets": [1, 0, 1], "x": [1.0, None, 2.0]}
+    rows = Dataset.from_list([{"text": text} for text in "abcde"])
+    hashes = [row_hash(row) for row in rows]
+    table = {"row": [*range(5)], "row_hash": hashes, "targets": [1, 0, 1, 1, 1], "x": [1.0, None, 1.0, 0.0, 2.0]}
     pq.write_table(pa.table(table), tmp_path / "scores.parquet")
-    wanted = {"<": [0, 1, 2], "<=": [1, 2], ">": [0, 1], ">=": [1]}[sign]
+    wanted = {"<": [0, 1, 2, 4], "<=": [1, 4], ">": [0, 1, 2, 3], ">=": [1, 3]}[sign]
     assert KeptRows.of(f"{tmp_path / 'scores.parquet'} x {sign} 1", rows, "text").numbers == wanted
 
 

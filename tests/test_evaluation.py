@@ -317,7 +317,7 @@ def test_interval_of_a_difference_stays_within_its_bounds():
     assert scaled["interval"][1] > 100  # of which no bound is known
     parts = [{**found, "stderr": 0.5}] * 2
     assert macro(parts, "difference")["interval"][1] > 1
-    assert macro(parts, "difference", 1.0)["interval"] == [macro(parts, "difference")["interval"][0], 1]
+    assert macro(parts, "difference", (-1.0, 1.0))["interval"] == [macro(parts, "difference")["interval"][0], 1]
 
 
 def test_interval_over_groups_is_welchs():
@@ -342,7 +342,7 @@ def test_items_that_all_differ_alike_have_an_interval_with_width(new, old):
     scaled = paired_difference(*({str(i): 100 * value for i in range(10)} for value in (new, old)))
     assert (scaled["interval"] is None) == (new + old > 0)  # of which no bound is known
     part = {**found, "stderr": 0.0}
-    whole = macro([part, {**part, "items": 40}], "difference", 1.0)["interval"]
+    whole = macro([part, {**part, "items": 40}], "difference", (-1.0, 1.0))["interval"]
     share = 1 - 0.05 ** (1 / 20)
     assert whole == pytest.approx([mean - share * (1 + mean), mean + share * (1 - mean)])
 

@@ -7,10 +7,11 @@ import math
 import pytest
 
 from bl_trainer.errors import RecipeError
-from bl_trainer.evaluation.exploration import diversity, is_of_all, names_of, pass_at
+from bl_trainer.evaluation.exploration import bounds_of, diversity, is_of_all, names_of, pass_at
 from bl_trainer.evaluation.items import item_rows, read_items
 from bl_trainer.evaluation.options import Checkpoint, EvaluateArguments
 from bl_trainer.evaluation.results import Answered, Results
+from bl_trainer.evaluation.scores import paired_difference
 from bl_trainer.evaluation.table import table
 from bl_trainer.sweep.checks import rank_is_measured
 from bl_trainer.sweep.outcome import task_scores
@@ -90,6 +91,10 @@ def test_results_have_them_with_their_errors_and_differences(tmp_path):
     assert two["value"] == pytest.approx(sum(by_item) / 12)
     mean = sum(by_item) / 12
     assert two["stderr"] == pytest.approx((sum((each - mean) ** 2 for each in by_item) / 11 / 12) ** 0.5)
+    half = 2.200985 * two["stderr"]  # of Student's t with 11 degrees of freedom
+    assert two["interval"] == pytest.approx([mean - half, mean + half], abs=1e-6)
+    assert scores["near"]["interval"] == pytest.approx([0.5 - 0.5 * (1 - 0.05 ** (1 / 12)), 0.5 + 0.5 * (1 - 0.05 ** (1 / 12))])
+    assert scores["answer_entropy"]["interval"][1] > 1
     assert (two["items"], two["answers"], two["is_mean"], two["higher_is_better"]) == (12, 4, True, True)
     assert scores["acc,pass@4"]["value"] == pytest.approx(3 / 4)
     assert scores["distinct_answers"]["value"] == pytest.approx((3 / 4 + 1 + 1 / 4 + 1) / 4)
@@ -118,10 +123,27 @@ def test_one_answer_has_none_but_what_is_asked_for(tmp_path):
     assert one["metrics"] == {"acc": 1.0, "acc,pass@1": 1.0, "near": 0.5}
 
 
+def test_a_metric_that_is_better_lower_has_no_pass_at_k():
+    """Of its 1 and 0 the one is no success."""
+    sample = samples_of(GRADED)[0]
+    (row,) = item_rows([{**sample, "near": [1.0, 0.0, 0.0, 0.0]}], ks=[2], higher={"acc": True, "near": False})
+    assert [name for name in row["metrics"] if "pass@" in name] == ["acc,pass@2"]
+
+
+def test_an_entropy_is_no_share():
+    assert bounds_of("acc", [0.0, 1.0]) == (0, 1)
+    assert bounds_of("acc", [0.0, 7.0]) is None
+    names = ["answer_entropy", "answer_entropy@T0.5:macro", "a/t.yaml/answer_entropy:x", "t/answer_entropy@T1"]
+    assert [bounds_of(name, [0.5]) for name in names] == [(0, math.inf)] * 4
+    alike = {str(i): 0.5 for i in range(12)}
+    assert paired_difference(alike, alike, metric="answer_entropy")["interval"] is None
+    assert paired_difference(alike, alike, metric="acc")["interval"] is not None
+
+
 def test_a_task_without_right_or_wrong_has_no_pass_at_k(tmp_path, caplog):
     results = results_of(tmp_path, samples=4, pass_at=[2])
     add(results, "a", [[0.5] * 4] * 12, close=0.25)
-    assert "`--pass_at` has no effect on t: it has no metric that is 0 or 1 for each answer." in caplog.text
+    assert "`--pass_at` has no effect on t: it has no metric that is 1 for right answers, else 0." in caplog.text
     assert not any("pass@" in score["metric"] for score in results.own[0]["scores"])
 
 

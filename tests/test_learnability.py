@@ -226,6 +226,22 @@ def test_halves_by_their_beginning():
         assert len(asked[0] | asked[1]) == 100
 
 
+TARGETS = {"labels": [-100, -100, 7, 7], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 0, 1, 1],
+           "token_weight": [0, 0, 0.5, 1]}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", TARGETS)
+def test_halves_of_tokens_by_their_prompt(column):
+    """Those before the first target; of rows of which all tokens train, or all but a start token, all."""
+    rows = [{"input_ids": [1, i % 100, i, 7], column: TARGETS[column]} for i in range(300)]
+    asked = [{row["input_ids"][1] for row in part} for part in halves(Dataset.from_list(rows), 0, 10_000)]
+    assert not asked[0] & asked[1]
+    assert len(asked[0] | asked[1]) == 100
+    for trains in ([TARGETS[column][0]] + [TARGETS[column][-1]] * 3, [TARGETS[column][-1]] * 4):
+        parts = halves(Dataset.from_list([{**row, column: trains} for row in rows]), 0, 10_000)
+        assert min(map(len, parts)) > 100
+
+
 def figures(learnable, half_way=None, noise=0.0, contradicted=0.0, reach=0.01, gain=1.0, low=0.5):
     interval = lambda mean: None if reach is None else (mean - reach, mean + reach)  # noqa: E731
     intervals = map(interval, (learnable, noise, contradicted))

@@ -119,21 +119,97 @@ def test_a_kill_resumes_without_training_again(double_checkpoint, tmp_path, monk
     assert sorted(path.name for path in home.iterdir()) == [".adapters", min(wanted)]
     assert loaded(tmp_path).num_rows == 16
     monkeypatch.setattr(cross_fit.CrossFit, "_train", lambda *args: pytest.fail("it trains again"))
-    with pytest.raises(RecipeError, match=r"was written with another `noise` \(\{.*'steps': 3.*\}, now \{.*'steps': 4"):
+    with pytest.raises(RecipeError, match=r"was written with another `noise\.steps` \(3, now 4\)"):
         scorer(tmp_path, double_checkpoint, data, "--tokens", "--noise_steps", "4", **QUICK)
-    with pytest.raises(RecipeError, match=r"was written with another `noise` \(\{.*\}, now None\)"):
+    with pytest.raises(RecipeError, match=r"was written with another `noise` \(\{.*, now None\)"):
         scorer(tmp_path, double_checkpoint, data, "--tokens", **QUICK)
     scorer(tmp_path, double_checkpoint, data, *flags, **QUICK).score()
     assert contents(home) == wanted
     scorer(tmp_path, double_checkpoint, data, *flags, **QUICK).score()  # nothing is left to do
 
 
-def test_other_adapters_are_refused(double_checkpoint, tmp_path):
+def test_other_adapters_are_refused(double_checkpoint, tmp_path, monkeypatch):
     data = save(rows_of("pairs"), tmp_path / "data")
     scorer(tmp_path, double_checkpoint, data, "--noise_steps", "3", **QUICK).score()
     next((tmp_path / "scores").iterdir()).unlink()
+    monkeypatch.setattr(cross_fit, "probe_learning_rate", lambda _: 0.5)
     with pytest.raises(RecipeError, match=r"was written with another `adapters`\. Write another folder"):
-        scorer(tmp_path, double_checkpoint, data, "--noise_steps", "3", **{**QUICK, "per_device_train_batch_size": 5}).score()
+        scorer(tmp_path, double_checkpoint, data, "--noise_steps", "3", **QUICK).score()
+
+
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
+OTHERS = {
+    "batch_size": ({"per_device_train_batch_size": 5}, r"`noise.batch_size` \(4, now 5\)"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, r"`noise.batch_size` \(4, now 8\)"),
+    "optim": ({"optim": "sgd"}, r"`noise.optim` \(adamw_torch\w*, now sgd\)"),
+    "weight_decay": ({"weight_decay": 0.5}, r"`noise.weight_decay` \(0.0, now 0.5\)"),
+    "alpha": ({"lora_alpha": 16}, r"`noise.adapter.lora_alpha` \(8, now 16\)"),
+    "modules": ({"lora_target_modules": ["q_proj"]}, r"`noise.adapter.target_modules` \(all-linear, now \['q_proj'\]\)"),
+    "dropout": ({"lora_dropout": 0.25}, r"`noise.adapter.lora_dropout` \(0.05, now 0.25\)"),
+    "scaling": ({"use_rslora": True}, r"`noise.adapter.use_rslora` \(None, now True\)"),
+}
+
+
+def test_what_the_adapters_train_by_is_compared_by_name(double_checkpoint, tmp_path, request):
+    """Also where all rows are scored, and before a model loads."""
+    data, keys = save(rows_of("pairs"), tmp_path / "data"), {**QUICK, **LORA, "lora_target_modules": "all-linear"}
+    scorer(tmp_path, double_checkpoint, data, "--noise_steps", "3", **keys).score()
+    request.getfixturevalue("loads_no_model")
+    for changes, message in OTHERS.values():
+        with pytest.raises(RecipeError, match=f"was written with another {message}. Write another folder"):
+            scorer(tmp_path, double_checkpoint, data, "--noise_steps", "3", **{**keys, **changes})
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(*args):
+    raise Stopped
+
+
+def test_adapters_that_a_kill_left_serve_the_same_run_alone(double_checkpoint, tokenizer, tmp_path, monkeypatch):
+    """Whether it was killed before the first file says nothing of the rest."""
+    data, flags, trained = save(rows_of("pairs"), tmp_path / "data"), ("--noise_steps", "3"), []
+    monkeypatch.setattr(score_files.ScoreFolder, "write", stop)
+
+    def run(data=data, checkpoint=double_checkpoint, flags=flags, **changes):
+        trained.clear()
+        with pytest.raises(Stopped):
+            scorer(tmp_path, checkpoint, data, *flags, **{**QUICK, **changes}).score()
+        return [*trained]
+
+    train = cross_fit.CrossFit._train
+
+    def counted(self, half, *rest):
+        trained.append(half)
+        train(self, half, *rest)
+
+    monkeypatch.setattr(cross_fit.CrossFit, "_train", counted)
+    assert run() == [0, 1]
+    assert run() == []
+    assert run(flags=(*flags, "--tokens")) == []  # which no adapter depends on
+    (tmp_path / "scores" / ".adapters" / "half-1.safetensors").write_bytes(b"torn")
+    assert run() == [1]
+    monkeypatch.setattr(cross_fit.CrossFit, "_train", lambda self, half, *rest: (trained.append(half), stop()))
+    model = make_double(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-9
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run(data=save(rows_of("pairs", seed=5), tmp_path / "other")) == [0]
+    assert run(flags=("--noise_steps", "4")) == [0]
+    assert run(learning_rate=1e-4) == [0]
+    assert run(checkpoint=tmp_path / "model") == [0]
+
+
+def test_adapters_of_other_processes_do_not_mix():
+    now, one = {"steps": 3, "processes": 2}, {"steps": 3, "processes": 1}
+    assert cross_fit._usable([one, one], now) == [True, True]
+    assert cross_fit._usable([one, None], now) == [False, False]
+    assert cross_fit._usable([one, now], now) == [False, True]
+    assert cross_fit._usable([{**one, "steps": 4}] * 2, now) == [False, False]
+    assert cross_fit._usable([None, None], now) == [False, False]
 
 
 def test_two_processes(double_checkpoint, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from bl_trainer.diagnosis.options import DiagnoseArguments
 from bl_trainer.diagnosis.run import Diagnosis
 from bl_trainer.errors import MeasurementError, RecipeError
 from bl_trainer.recipe.recipe import Recipe
-from bl_trainer.tokens.row_hash import row_hash
+from bl_trainer.tokens.row_hash import hashed_columns, row_hash, sample_of
 from conftest import make_double, write_recipe
 from forking import ranks
 from test_diagnosis import by_hand, rows_of, save
@@ -235,6 +235,7 @@ OPTIONS = {
     "half": (["--scores", "s", "--tokens", "--tokens_dtype", "half"], "`--tokens_dtype half` must be float32 or float16."),
     "compare": (["--scores", "s", "--compare", "."], "those of the recipe's own model. Run it without `--compare`."),
     "same": (["--scores", "s", "--report", "./s"], "`--scores` and `--report` name the same folder."),
+    "within": (["--scores", "s", "--report", "./s/a/r"], "`--report ./s/a/r` is within `--scores s`, whose files load"),
     "other": (["--scores", "."], "`--scores .` holds notes.txt, which is no file of scores. Write another folder."),
     "file": (["--scores", "notes.txt"], "Can't write to `--scores notes.txt`: it is a file, not a folder."),
     "stream": (["--scores", "s", "--dataset_streaming", "true"], "a stream has no end. Write `dataset_streaming: false`."),
@@ -298,6 +299,12 @@ def test_scores_of_something_else_are_refused(recipe, double_checkpoint, tmp_pat
     assert contents(home) == before
     pq.write_table(pa.table({"row_hash": ["x"]}), first)
     refused(capsys, argv, f"{cannot} does not say what it is of.")
+    first.write_bytes(before[first.name])
+    table, again = pq.read_table(first), "Remove this file; the same command writes it again."
+    pq.write_table(table.slice(0, 10), first)
+    refused(capsys, argv, f"{cannot} holds 10 of 16 rows. {again}")
+    pq.write_table(table.drop_columns(["row_hash"]), first)
+    refused(capsys, argv, f"{cannot} has no column `row_hash`. {again}")
     first.write_bytes(before[first.name][:300])
     refused(capsys, argv, f"Cannot read {first}: ")
     first.unlink()
@@ -328,6 +335,22 @@ def test_a_hash_is_of_the_text_alone():
     turn = {"role": "user", "content": "ü"}
     assert row_hash({"messages": [turn]}) == row_hash({"messages": [{"content": "ü", "name": None, "role": "user"}]})
     assert row_hash({"messages": [turn]}) == "1b6ab078c8077785"
+
+
+def test_what_chooses_the_targets_is_hashed():
+    row = {"input_ids": [5, 6, 7]}
+    choices = {
+        "labels": [-100, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [0, 1, 1], "token_weight": [0, 1, 1],
+        "seq_lengths": [1, 2],
+    }  # fmt: skip
+    for column, value in choices.items():
+        data = Dataset.from_list([{**row, column: value, "objective_weight": 0.5, "source": "a"}])
+        assert hashed_columns(data, "text") == ["input_ids", column]
+        plain = sample_of(data.remove_columns(column))
+        assert sample_of(data) == {**plain, "targets": sample_of(data)["targets"]} != plain
+    weighted = [sample_of(Dataset.from_list([{**row, "objective_weight": weight}])) for weight in (0.5, 1.0)]
+    assert weighted[0]["hash"] == weighted[1]["hash"]
+    assert weighted[0]["targets"] != weighted[1]["targets"]
 
 
 def test_a_trainer_has_no_rows_to_score(tokenizer, pair_data, tmp_path):

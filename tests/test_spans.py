@@ -276,6 +276,8 @@ WRONG = [
     ({"input_ids": [5, 6], "token_weights": [1.0, 1.0]}, "The column 'token_weights' of the train set has no effect. Write"),
     ({"messages": [turn("user", "a", -1)]}, "row 1 of .* has a message with `weight: -1`, which must be a number, 0 or above"),
     ({"messages": [turn("user", "a", math.nan)]}, "has a message with `weight: NaN`, which must be a number, 0 or above"),
+    ({"messages": [turn("user", "a", 1e40)]}, r"row 1 .* a message with `weight: 1e\+40`, which must be at most 3.4e\+38"),
+    ({"input_ids": [5, 6], "token_weight": [1.0, 1e40]}, r"`token_weight` of row 1 .* is 1e\+40: it must be at most 3.4e\+38"),
     ({"messages": [turn("user", "a", "heavy")]}, "has a message with `weight: \"heavy\"`, which must be a number, 0 or above"),
 ]  # fmt: skip
 

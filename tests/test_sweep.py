@@ -1098,6 +1098,11 @@ def test_rulers_are_made_of_results_or_known():
     assert RULERS["perplexity"].of({"nll": 1e5}) == math.inf
     with pytest.raises(RecipeError, match="`rank_by: drift` is not among what was measured: nll"):
         RULERS["drift"].of({"nll": 2.0})
+    diverse = Result(0, {}, {"t/distinct_answers": 0.5, "t/answer_entropy:macro": 0.5})
+    assert [(ruler.better, ruler.bounds, ruler.sign) for ruler in rulers_in([diverse])] == [
+        (None, (0, 1), 1), (None, (0, math.inf), 1),
+    ]  # fmt: skip
+    assert with_best({"t/acc@T1": 0.5, "t/answer_entropy@T1": 0.5}).keys() == {"t/acc@T1", "t/acc@best", "t/answer_entropy@T1"}
     results = [Result(0, {}, {"a": 0.5, "b": 7.0, "c": 0.5}, lower_is_better=["c"])]
     made = {name: ruler_named(name, results) for name in "abc"}
     assert {name: (ruler.better, ruler.bounds) for name, ruler in made.items()} == {

@@ -16,8 +16,10 @@ from bl_trainer import BLConfig, BLTrainer, Objective, Threshold
 from bl_trainer.errors import RecipeError
 from bl_trainer.head.patch import add_scoring
 from bl_trainer.objectives.pricing import METRICS
+from bl_trainer.tokens.row_hash import sample_of
 from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.loss import ObjectiveLoss, TRLHead
+from bl_trainer.training.resume import _warn_of_other_rows
 from conftest import gap_near, make_double, make_llama, make_mixtral
 from ways import LORA, WAYS, Gradients, Ordered, build, relative_difference, resolve, train, weights
 
@@ -555,6 +557,18 @@ def test_other_rows_are_told_on_resuming(tokenizer, text_data, tmp_path, caplog)
         f"The training set has changed since {tmp_path / 'out' / 'checkpoint-2'}: it had {count} rows, and has {count - 1}"
         in (caplog.text)
     )
+
+
+def test_other_targets_are_told_on_resuming_where_the_record_has_them(tmp_path, caplog):
+    before, now = (
+        Dataset.from_list([{"input_ids": [5, 6, 7], "labels": labels}]) for labels in ([-100, 6, 7], [-100, -100, 7])
+    )
+    rows = sample_of(before)
+    for recorded, is_told in ((rows, True), ({key: rows[key] for key in ("count", "hash")}, False)):
+        caplog.clear()
+        (tmp_path / RECORD_FILE).write_text(json.dumps({"rows": recorded}))
+        _warn_of_other_rows(tmp_path, now)
+        assert ("The training set has changed" in caplog.text) is is_told
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}], ids=str)

@@ -1,6 +1,7 @@
 """Cross-fitting: two adapters of the learnability probe, each trained on half of the rows, score the other half."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .._util.files import replacing
@@ -21,7 +23,11 @@ from ..training.checkpoints import take_average
 from ..training.trainer import BLTrainer
 from .diagnoser import Diagnoser
 from .learnability import FEWEST, half_of, probe_arguments, probe_learning_rate
-from .score_files import ADAPTERS
+from .score_files import ADAPTERS, ScoreFolder
+
+RECORD = "bl_trainer.adapter"  # of a file's metadata: JSON, all that its adapter depends on
+
+PROCESSES = "processes"  # key of that: adapters of another number of them are as good, but not beside one of this number
 
 
 def halves_of(dataset: Dataset, text_field: str) -> np.ndarray:
@@ -54,16 +60,19 @@ class CrossFit:
         self.start = _state(diagnoser.model)
         self.adapters: list[dict[str, torch.Tensor]] = []
 
-    def fit(self, folder: Path) -> str:
-        """Train both adapters, or read those that an interrupted run left in `folder`; return a hash of their weights.
+    def fit(self, folder: ScoreFolder, weights: str | None) -> str:
+        """Train both adapters, or read those that an interrupted run of the same left; return a hash of their weights.
 
-        The model is as it was afterwards. Raises MeasurementError if training diverges or makes no step.
+        The same is that of rows, settings and the model's `weights`, a hash. The model is as it was afterwards. Raises
+        MeasurementError if training diverges or makes no step.
         """
-        accelerator, paths = self.diagnoser.accelerator, [folder / ADAPTERS / f"half-{half}.safetensors" for half in (0, 1)]
-        is_there = gather_object([[path.exists() for path in paths]])
+        accelerator = self.diagnoser.accelerator
+        paths = [folder.path / ADAPTERS / f"half-{half}.safetensors" for half in (0, 1)]
+        record = self._record(folder, weights)
+        usable = gather_object([_usable([_recorded(path) for path in paths], record)])
         for half, path in enumerate(paths):
-            if not all(each[half] for each in is_there):
-                self._train(half, path)
+            if not all(each[half] for each in usable):
+                self._train(half, path, record)
         accelerator.wait_for_everyone()
         self.adapters = [load_file(path) for path in paths]
         digest = hashlib.sha256()
@@ -80,7 +89,13 @@ class CrossFit:
         """Let the adapter do nothing, as before."""
         set_peft_model_state_dict(self.diagnoser.model, self.start)
 
-    def _train(self, half: int, path: Path) -> None:
+    def _record(self, folder: ScoreFolder, weights: str | None) -> dict[str, Any]:
+        """Return all that the adapters depend on."""
+        settings = {key: value for key, value in folder.settings.items() if key != "tokens"}
+        processes = self.diagnoser.accelerator.num_processes
+        return {**settings, "weights": weights, "row_hashes": folder.hash_of_rows(), PROCESSES: processes}
+
+    def _train(self, half: int, path: Path, record: dict[str, Any]) -> None:
         diagnoser = self.diagnoser
         rows = self._rows(half)
         args = probe_arguments(diagnoser.args, self.steps, self.learning_rate)
@@ -98,7 +113,7 @@ class CrossFit:
         if diagnoser.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
-                save_file(found, part)
+                save_file(found, part, metadata={RECORD: json.dumps(record, sort_keys=True)})
 
     def _rows(self, half: int) -> Dataset:
         """Return rows of a half in random order, prepared as they train, as many as the steps take at most."""
@@ -114,6 +129,21 @@ class CrossFit:
             return rows
         count = math.ceil(count * args.max_length * len(rows) / sum(map(len, rows["input_ids"])))
         return self.diagnoser.training_rows(dataset.select(numbers[:count]), packing=True)
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """Return what the adapter in a file depends on; None if there is no such file, or it can't be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[RECORD])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _usable(found: list[dict[str, Any] | None], record: dict[str, Any]) -> list[bool]:
+    """Return which of the adapters, by their records, serve a run of this record. Both are of one number of processes."""
+    pair = [{**each, PROCESSES: record[PROCESSES]} if each else None for each in found]
+    return [True, True] if found[0] == found[1] and pair[0] == record else [each == record for each in found]
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:

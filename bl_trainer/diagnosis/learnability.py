@@ -24,10 +24,13 @@ from transformers import TrainerCallback
 from ..errors import MeasurementError, RecipeError
 from ..head.lm_head import Head
 from ..head.ops import log_probs, score
+from ..head.targets import IGNORED
 from ..measurement.forward import count_targets, score_batch
 from ..measurement.means import Means
 from ..recipe.recipe import Recipe
+from ..tokens.aligned import MASKS
 from ..tokens.annotation import token_batch
+from ..tokens.names import TOKEN_WEIGHT
 from ..tokens.vocabulary import end_ids, special_ids, tokenizer_of
 from ..training.checkpoints import take_average
 from ..training.config import BLConfig
@@ -78,8 +81,8 @@ def halves(dataset: Any, seed: int, num_train: int, text_field: str = "text") ->
     """Return up to `num_train` examples of one half of the data set, and up to `PROBE_EXAMPLES` of the other.
 
     Taken in random order; of a stream, from its beginning. Examples that begin alike are in the same half, whatever their other
-    columns: those with the same prompt, the same messages up to the first answer, or the same text. Raises RecipeError if
-    either half has fewer than `FEWEST`.
+    columns: those with the same prompt, the same messages up to the first answer, the same tokens before the first target, or
+    the same text. Raises RecipeError if either half has fewer than `FEWEST`.
     """
     parts: tuple[list[Any], list[Any]] = [], []
     most = max(num_train, FEWEST), PROBE_EXAMPLES
@@ -106,14 +109,23 @@ def half_of(example: dict[str, Any], text_field: str) -> int:
 
 
 def _beginning(example: dict[str, Any], text_field: str) -> Any:
-    """Return what two examples must share to be of the same half."""
+    """Return what two examples must share to be of the same half. Of tokens that all train, that is all of them."""
     messages = example.get("messages")  # into which `arrange` has turned every other layout of conversations
     if example.get("prompt") is not None:
         return example["prompt"]
     if messages:
         answers = [i for i, turn in enumerate(messages) if turn.get("role") == "assistant"]
         return messages[: max(1, answers[0])] if answers else messages
-    return next((example[key] for key in (text_field, "input_ids") if example.get(key) is not None), example)
+    if example.get("input_ids") is None:
+        return example if example.get(text_field) is None else example[text_field]
+    ids = example["input_ids"]
+    if example.get("labels") is not None:
+        trains = [label != IGNORED for label in example["labels"]]
+    else:
+        rules = [example[key] for key in (*MASKS, TOKEN_WEIGHT) if example.get(key) is not None]
+        trains = [all(each) for each in zip(*rules, strict=True)]
+    first = trains.index(True) if True in trains else 0
+    return ids[:first] if first > 1 else ids  # of a start token alone, all rows would be alike
 
 
 class Probe:

@@ -121,8 +121,12 @@ class DiagnoseArguments:
         if self.compare:
             raise RecipeError("`--scores` are those of the recipe's own model. Run it without `--compare`.")
         folder = Path(self.scores)
-        if self.report and Path(self.report).absolute() == folder.absolute():
+        if self.report and Path(self.report).resolve() == folder.resolve():
             raise RecipeError("`--scores` and `--report` name the same folder. Write two; the files of scores load together.")
+        if self.report and folder.resolve() in Path(self.report).resolve().parents:
+            raise RecipeError(
+                f"`--report {self.report}` is within `--scores {folder}`, whose files load together. Write another folder."
+            )
         refuse_other_files(folder)
         _refuse_unwritable("scores", folder)
 

@@ -87,9 +87,10 @@ class RowScorer:
         missing = self.folder.missing(self.hashes)
         accelerator = self.trainer.accelerator
         if not missing:
+            self.folder.finish()
             return
         if self.cross_fit is not None:
-            self.hashes["adapters"] = self.cross_fit.fit(self.folder.path)
+            self.hashes["adapters"] = self.cross_fit.fit(self.folder, self.hashes["weights"])
             missing = self.folder.missing(self.hashes)
         own = missing[accelerator.process_index :: accelerator.num_processes]
         rows, hidden = sum(len(shard.rows) for shard in own), self.args.disable_tqdm or not accelerator.is_main_process
@@ -97,7 +98,7 @@ class RowScorer:
             self.trainer.observe(self._batches(own, missing[0]), self._observe)
         if self.cross_fit is not None:
             self.cross_fit.leave()
-            self.folder.finish()
+        self.folder.finish()
 
     # Rows
 

@@ -4,6 +4,7 @@ A file is written in one go once all its rows are scored, so that whatever is th
 from the number of rows of the data set alone: a run on another number of processes resumes the same files.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from .._util.files import replacing
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..recipe.recipe import Recipe
+from ..tokens.messages import short
 from ..tokens.row_hash import hashed_columns, hashes_of
 from .learnability import probe_adapter, probe_learning_rate
 
@@ -39,7 +41,31 @@ ADAPTERS = ".adapters"  # of cross-fitting, until all rows are scored; `datasets
 
 FITTED = ("fitted_mean_logp", "noise_score")  # with `--noise_steps`; null without targets
 
+# Of the recipe, beside batches: what the adapters of cross-fitting train by. `probe_arguments` sets schedule and warmup
+TRAINS = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "router_aux_loss_coef",
+    "train_sampling_strategy",
+    "shuffle_dataset",
+    "data_seed",
+)
+
+UNLIKE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of an adapter, which trains without them
+
 FIGURES = ("mean_p", "mean_logp", "improbable_share", "conflict_share", "entropy", "first_p", "end_p")  # null without targets
+
+
+AGAIN = "Remove this file; the same command writes it again."
 
 
 class Shard(NamedTuple):
@@ -121,6 +147,10 @@ class ScoreFolder:
         """Return the hash of each of a file's rows."""
         return hashes_of(self.dataset.select(shard.rows), self.columns)
 
+    def hash_of_rows(self) -> str:
+        """Return a hash of the hashes of all rows."""
+        return hashlib.sha256("".join(hashes_of(self.dataset, self.columns)).encode()).hexdigest()[:32]
+
     @property
     def is_fitted(self) -> bool:
         """Whether rows are also scored by adapters that have not seen them."""
@@ -158,7 +188,10 @@ class ScoreFolder:
                 raise RecipeError(f"{self._cannot} {path.name} is no file of this data set. {self._instead}")
         self._compare(present, {"schema": SCHEMA, **self.settings})
         for shard in present:
-            found = _read(self.path / shard.name, lambda path: pq.read_table(path, columns=["row_hash"]))["row_hash"]
+            path = self.path / shard.name
+            found = _read(path, lambda path: pq.read_table(path, columns=["row_hash"]))["row_hash"]
+            if len(found) != len(shard.rows):
+                raise RecipeError(f"{self._cannot} {path.name} holds {len(found)} of {len(shard.rows)} rows. {AGAIN}")
             for row, own, theirs in zip(shard.rows, self.hashes(shard), found.to_pylist(), strict=True):
                 if own != theirs:
                     raise RecipeError(f"{self._cannot} row {row} is another one in {shard.name}. {self._instead}")
@@ -168,14 +201,17 @@ class ScoreFolder:
             self._compare_file(self.path / shard.name, wanted)
 
     def _compare_file(self, path: Path, wanted: dict[str, Any]) -> None:
-        recorded = (_read(path, pq.read_schema).metadata or {}).get(KEY)
+        schema = _read(path, pq.read_schema)
+        recorded = (schema.metadata or {}).get(KEY)
         if recorded is None:
             raise RecipeError(f"{self._cannot} {path.name} does not say what it is of. {self._instead}")
         found = json.loads(recorded)
         for name, value in wanted.items():
-            if found.get(name) != value:
-                then = "" if name in HASHES else f" ({found.get(name)}, now {value})"
-                raise RecipeError(f"{self._cannot} {path.name} was written with another `{name}`{then}. {self._instead}")
+            if other := _other(name, found.get(name), value):
+                raise RecipeError(f"{self._cannot} {path.name} was written with another {other}. {self._instead}")
+        for column in (field.name for field in fields(self.logp, self.is_fitted)):
+            if column not in schema.names:
+                raise RecipeError(f"{self._cannot} {path.name} has no column `{column}`. {AGAIN}")
 
     @property
     def _cannot(self) -> str:
@@ -205,18 +241,37 @@ def _read(path: Path, how: Callable[[Path], Any]) -> Any:
         return how(path)
     except (OSError, pa.ArrowException) as error:
         why = sentence(error)
-        raise RecipeError(f"Cannot read {path}: {why}. Remove this file; the same command writes it again.") from error
+        raise RecipeError(f"Cannot read {path}: {why}. {AGAIN}") from error
+
+
+def _other(name: str, then: Any, now: Any) -> str | None:
+    """Return the first thing that two records have otherwise, by its name and with both values; None if there is none."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return next(filter(None, (_other(f"{name}.{key}", then.get(key), now.get(key)) for key in {**now, **then})), None)
+    if then == now:
+        return None
+    values = [short(each) if isinstance(each, dict) else each for each in (then, now)]
+    return f"`{name}`" if name in HASHES else f"`{name}` ({values[0]}, now {values[1]})"
 
 
 def _noise(recipe: Recipe) -> dict[str, Any]:
     """Return what the adapters of cross-fitting depend on besides."""
-    adapter: Any = probe_adapter(recipe)
-    return {
+    adapter, training = probe_adapter(recipe), recipe.training
+    config = {key: value for key, value in adapter.to_dict().items() if value and key not in UNLIKE}
+    found = {
         "steps": recipe.options.noise_steps,
         "learning_rate": probe_learning_rate(recipe),
         "rank": getattr(adapter, "r", None),
-        "seed": recipe.training.seed,
+        "seed": training.seed,
+        "batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        **{key: getattr(training, key, None) for key in TRAINS},
+        "adapter": config,
     }
+    return json.loads(json.dumps(found, sort_keys=True, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _settings(recipe: Recipe, rows: int) -> dict[str, Any]:

@@ -11,6 +11,22 @@ DISTINCT = "distinct_answers"
 ENTROPY = "answer_entropy"
 
 
+UNDIRECTED = re.compile(rf"(^|/)({DISTINCT}|{ENTROPY})($|[@:])")  # more is neither better nor worse; maybe TASK/METRIC
+
+
+def has_direction(metric: str) -> bool:
+    """Whether more of a metric, or less, is better; not of how answers differ."""
+    return UNDIRECTED.search(metric) is None
+
+
+def bounds_of(metric: str, values: Iterable[float]) -> tuple[float, float] | None:
+    """Return the bounds of a metric, as far as its name and `values` tell: 0 and 1 if all lie between these; None of others."""
+    found = UNDIRECTED.search(metric)
+    if found and found[2] == ENTROPY:
+        return 0.0, math.inf
+    return (0.0, 1.0) if all(0 <= value <= 1 for value in values) else None
+
+
 def pass_at(right: int, answers: int, k: int) -> float:
     """Return 1 - C(n - c, k) / C(n, k): without bias, the probability that one of `k` answers is right.
 

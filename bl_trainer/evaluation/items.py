@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,18 @@ from .exploration import diversity, pass_at, pass_name
 from .grading.reasoning import split_reasoning
 
 
-def item_rows(samples: list[dict[str, Any]], by: str | None = None, ks: Sequence[int] = ()) -> list[dict[str, Any]]:
+def item_rows(
+    samples: list[dict[str, Any]], by: str | None = None, ks: Sequence[int] = (), higher: Mapping[str, Any] = {}
+) -> list[dict[str, Any]]:
     """Return a row for each item; the harness has one for each item and filter.
 
     With `by`, a column of the data, each metric stands there again by the name METRIC:VALUE OF THAT COLUMN. `ks`: the k of
-    pass@k, which metrics get whose values are all 0 or 1.
+    pass@k, which metrics get whose values are all 0 or 1, unless lower is better. `higher`: metric -> whether higher is better,
+    as far as the task says it.
     """
     rows: dict[int, dict[str, Any]] = {}
-    judged = {metric for metric in _metrics(samples) if ks and all(map(_is_judged, (sample.get(metric) for sample in samples)))}
+    able = {metric for metric in _metrics(samples) if ks and higher.get(metric) is not False}
+    judged = {metric for metric in able if all(_is_judged(sample.get(metric)) for sample in samples)}
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         first = sample["filtered_resps"][0]
         is_choice = isinstance(first, (list, tuple)) and isinstance(first[0], float)  # log-likelihoods of continuations

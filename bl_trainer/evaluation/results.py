@@ -39,8 +39,9 @@ class Answered:
         """Return the items and the scores of one of the harness's tasks; `path`: of the file of items."""
         found = self.found
         by = (found["configs"][name].get("metadata") or {}).get("by")
-        rows = item_rows(found["samples"][name], by, self.options.ks)
-        scores = scores_of(found["results"][name], name, len(rows), path, rows, found["higher_is_better"].get(name, {}))
+        higher = found["higher_is_better"].get(name, {})
+        rows = item_rows(found["samples"][name], by, self.options.ks, higher)
+        scores = scores_of(found["results"][name], name, len(rows), path, rows, higher)
         for row in rows:
             row["metrics"] = {at_temperature(key, self.temperature): value for key, value in row["metrics"].items()}
         return rows, [{**score, "metric": at_temperature(score["metric"], self.temperature)} for score in scores]
@@ -145,7 +146,9 @@ class Results:
                 path = f"samples/{checkpoint.label}/{at_temperature(_file_name(name), way.temperature)}.jsonl"
                 rows, own = way.rows_and_scores(name, path)
                 if way.options.pass_at and not any(is_pass(metric) for row in rows for metric in row["metrics"]):
-                    logger.warning(f"`--pass_at` has no effect on {name}: it has no metric that is 0 or 1 for each answer.")
+                    logger.warning(
+                        f"`--pass_at` has no effect on {name}: it has no metric that is 1 for right answers, else 0."
+                    )
                 files[path] = "".join(_json(row) for row in rows)
                 scores += own
             for name in way.found.get("groups", {}):
@@ -231,12 +234,13 @@ class Results:
                 key = {name: old[name] for name in ("task", "metric")}
                 if key.items() <= new.items() and old["is_mean"] and new["is_mean"]:
                     items = [read_items(self.folder / each["samples"], old["metric"]) for each in (new, old)]
-                    found.append({**pair, **key, **paired_difference(*items)})
+                    found.append({**pair, **key, **paired_difference(items[0], items[1], old["metric"])})
                     whole = old["metric"].partition(":")[0] + MACRO
                     parts.setdefault(whole, []).append(found[-1])
-                    most[whole] = max(most.get(whole, 0.0), largest_difference(*items))
+                    most[whole] = max(most.get(whole, 0.0), largest_difference(*items, metric=old["metric"]))
                 elif key.items() <= new.items() and old["metric"].endswith(MACRO):
-                    found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", most[old["metric"]])})
+                    bounds = -most[old["metric"]], most[old["metric"]]
+                    found.append({**pair, **key, **macro(parts[old["metric"]][1:], "difference", bounds)})
         return found
 
 

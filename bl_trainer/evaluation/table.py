@@ -15,14 +15,19 @@ def table(results: Results) -> str:
     scores = [{**score, "checkpoint": entry["checkpoint"]} for entry in entries for score in entry["scores"]]
     scores.sort(key=lambda score: (score["task"], score["metric"]))  # checkpoints stay in their order
     counted = {key: name for key, name in COUNTED.items() if any(score.get(key) for score in scores)}
-    rows: list[tuple[str, ...]] = [("task", "metric", "checkpoint", "value ± standard error", "items", *counted.values())]
+    rows: list[tuple[str, ...]] = [
+        ("task", "metric", "checkpoint", "value ± standard error", "95 % interval", "items", *counted.values())
+    ]
     for s in scores:
         counts = [_share(s, key) for key in counted]
-        rows.append((*_names(s), _figure(s["value"], s["stderr"]), str(s["items"] or ""), *counts))
+        rows.append((*_names(s), _figure(s["value"], s["stderr"]), _range(s.get("interval")), str(s["items"] or ""), *counts))
     lines, differences = _columns(rows), results.differences()
     if differences:
         wide = [("task", "metric", "checkpoint", "difference", "95 % interval", "items")]
-        wide += [(*_names(d), _figure(d["difference"], d["stderr"], "+"), _range(d), str(d["items"])) for d in differences]
+        wide += [
+            (*_names(d), _figure(d["difference"], d["stderr"], "+"), _range(d["interval"], "+"), str(d["items"]))
+            for d in differences
+        ]
         lines += ["", f"Difference from {next(iter(results.prints))} on the same items:", *_columns(wide)]
     lines += [line for note in results.notes() for line in ("", f"Note: {note}")]
     return "\n".join(lines)
@@ -49,6 +54,8 @@ def _figure(value: Any, stderr: Any, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
 
 
-def _range(difference: dict[str, Any]) -> str:
-    low, high = difference["interval"] or (None, None)
-    return "not enough to tell" if low is None else f"{low:+.4f} to {high:+.4f}"
+def _range(interval: Sequence[float] | None, sign: str = "") -> str:
+    if interval is None:
+        return "not enough to tell" if sign else ""
+    low, high = interval
+    return f"{low:{sign}.4f} to {high:{sign}.4f}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ..errors import RecipeError
+from ..evaluation.exploration import bounds_of, has_direction
 
 SHARE = (0.0, 1.0)
 
@@ -25,13 +26,14 @@ class Measured(Protocol):
 class Ruler:
     """A metric of a run.
 
-    `better`: which way. `bounds`: the values that it can have. `column`: of compare.csv, where it is a mean over target tokens.
+    `better`: which way, None if neither is. `bounds`: the values that it can have. `column`: of compare.csv, where it is a mean
+    over target tokens.
     `logged`: the name under which a run logs it while it trains. `log`: the metric whose exp it is. `favours`: the objective
     that optimises it.
     """
 
     name: str
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower"] | None = "higher"
     bounds: tuple[float, float] = (-math.inf, math.inf)
     description: str = ""
     column: str | None = None
@@ -41,8 +43,8 @@ class Ruler:
 
     @property
     def sign(self) -> int:
-        """1 if higher is better, else -1."""
-        return 1 if self.better == "higher" else -1
+        """-1 if lower is better, else 1."""
+        return -1 if self.better == "lower" else 1
 
     @property
     def explanation(self) -> str:
@@ -103,11 +105,11 @@ def temperatures_of(name: str, measured: Iterable[str]) -> dict[str, float]:
 
 
 def with_best(scores: Mapping[str, float], lower_is_better: Iterable[str] = ()) -> dict[str, float]:
-    """Return scores of tasks, with METRIC@best for those that were measured at several temperatures."""
+    """Return scores of tasks, with METRIC@best for those that were measured at several temperatures and can be better."""
     lower, found = {*lower_is_better}, dict(scores)
     for name in scores:
         best = re.sub(AT, BEST, name)
-        if best != name:
+        if best != name and has_direction(name):
             better = min if name in lower else max
             found[best] = better(found.get(best, scores[name]), scores[name])
     return found
@@ -121,7 +123,8 @@ def show(value: float) -> str:
 def ruler_named(name: str, results: Iterable[Measured]) -> Ruler:
     """Return the ruler of a name.
 
-    A task's metric is better as its results say. It is a share if higher is better and all its values could be shares.
+    A task's metric is better as its results say, and how answers differ is neither. Unless lower is better, it is a share if
+    all its values could be shares; an entropy is none.
     """
     if name in RULERS:
         return RULERS[name]
@@ -129,7 +132,7 @@ def ruler_named(name: str, results: Iterable[Measured]) -> Ruler:
     if any(name in result.lower_is_better for result in results):
         return Ruler(name, "lower")
     every = [result.rulers[name] for result in results if name in result.rulers]
-    return Ruler(name, "higher", SHARE if all(0 <= value <= 1 for value in every) else (-math.inf, math.inf))
+    return Ruler(name, "higher" if has_direction(name) else None, bounds_of(name, every) or (-math.inf, math.inf))
 
 
 def rulers_in(results: Iterable[Measured]) -> list[Ruler]:

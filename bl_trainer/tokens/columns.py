@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from .._util.text import is_number
 from ..errors import RecipeError
 from ..objectives.pricing import LOSS_WEIGHT
 from .labels import columns_of, plain
+from .messages import GREATEST, fault_of_weight
 from .names import FILLS, MESSAGE_WEIGHT, REFERENCE, ROW, TEMPLATE, TOKEN_WEIGHT, WEIGHT
 from .spans import weighing_of
 
@@ -56,16 +56,19 @@ def _are_weights(values: pa.ChunkedArray, has_tokens: bool) -> bool:
         kind = values.type
     if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_float32(kind) or pa.types.is_float64(kind)):
         return False
-    return bool(pc.all(pc.and_(pc.is_finite(values), pc.greater_equal(values, 0))).as_py())
+    return bool(
+        pc.all(pc.and_(pc.less_equal(pc.cast(values, pa.float64(), safe=False), GREATEST), pc.greater_equal(values, 0))).as_py()
+    )
 
 
 def _check_weight(value: Any, row: int, name: str, column: str, has_tokens: bool) -> None:
     for each in value if isinstance(value, list) and value and has_tokens else [value]:  # a list: of each token
-        if not is_number(each) or each < 0:
+        wrong = fault_of_weight("a truth value" if isinstance(each, bool) else each)
+        if wrong:
             got = "is missing" if each is None else f"is {each!r}"
             raise RecipeError(
-                f"`{column}` of row {row} of the {name} set, counted from 0, {got}: it must be a number, 0 or above. Give "
-                "every row one, 1 where nothing is to change, or rename the column."
+                f"`{column}` of row {row} of the {name} set, counted from 0, {got}: it {wrong}. Give every row one, 1 where "
+                "nothing is to change, or rename the column."
             )
 
 

@@ -28,6 +28,7 @@ TRAINS = dict.fromkeys("weight weights loss train trainable trained training lea
 TRAINS |= dict.fromkeys("supervise supervised include included".split(), True)
 TRAINS |= dict.fromkeys("mask masks masked drop dropped ignore ignored skip skipped exclude excluded".split(), False)
 BESIDE = "is do on use calculate compute scale message turn token sample example instance row".split()
+GREATEST = (2 - 2**-23) * 2.0**127  # of float32
 NEGATIONS = ("no", "not", "dont")
 SPELLED = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -85,8 +86,8 @@ def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
     if _role(message) is None:
         return f"has a message from {short(_first_of(message, SPEAKERS))}, which is none of {', '.join(ROLES)}"
     weight = weight_of(message)
-    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
-        return f"has a message with `{MESSAGE_WEIGHT}: {short(weight)}`, which must be a number, 0 or above"
+    if wrong := fault_of_weight(weight):
+        return f"has a message with `{MESSAGE_WEIGHT}: {short(weight)}`, which {wrong}"
     key = next((key for key in message if key != MESSAGE_WEIGHT and has_no_say(key, message[key])), None)
     if key is None:
         return None
@@ -94,6 +95,13 @@ def _fault_of_message(message: dict[str, Any], keys: Keys) -> str | None:
         f"has a message with `{key}: {short(message[key])}`, which has no effect. Write `{MESSAGE_WEIGHT}: 0` for a "
         "message that does not train, another number to weight it, or `assistant_only_loss: true` to train answers alone"
     )
+
+
+def fault_of_weight(value: Any) -> str | None:
+    """Return what a weight must be, None if it is; costs are multiplied in float32, which has no greater number."""
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        return "must be a number, 0 or above"
+    return None if value <= GREATEST else f"must be at most {GREATEST:.2g}"
 
 
 def weight_of(message: dict[str, Any]) -> Any:

@@ -6,8 +6,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from .labels import OF_TOKENS, columns_of
+from .aligned import LENGTHS
+from .labels import SIZED, columns_of
 from .layouts import find_layout
+from .names import WEIGHT
 
 SAMPLED = 64  # rows that stand for a set, spread evenly
 
@@ -19,9 +21,9 @@ def row_hash(row: dict[str, Any]) -> str:
 
 
 def hashed_columns(dataset: Dataset, text_field: str) -> list[str]:
-    """Return the columns of a training set that are hashed: those that make its text."""
+    """Return the columns of a training set that are hashed: those that make its text, and those that choose its targets."""
     texts = find_layout(dataset[0], "the training set", text_field)
-    return [name for name in columns_of(dataset) if name in {*texts, *OF_TOKENS, "tools", "chat_template_kwargs"}]
+    return [name for name in columns_of(dataset) if name in {*texts, *SIZED, LENGTHS, "tools", "chat_template_kwargs"}]
 
 
 def hashes_of(dataset: Dataset, columns: list[str]) -> list[str]:
@@ -30,13 +32,19 @@ def hashes_of(dataset: Dataset, columns: list[str]) -> list[str]:
 
 
 def sample_of(dataset: Any) -> dict[str, Any] | None:
-    """Return the number of a training set's rows, and a hash of the tokens of 64 of them; None where it has no tokens yet."""
+    """Return the number of a training set's rows, and hashes of the tokens and of the targets of 64 of them.
+
+    `hash`: of the tokens. `targets`: of labels, masks, weights and `seq_lengths`. None where it has no tokens yet.
+    """
     if not isinstance(dataset, Dataset) or not len(dataset) or "input_ids" not in dataset.column_names:
         return None
     last = len(dataset) - 1
     numbers = sorted({i * last // (SAMPLED - 1) for i in range(SAMPLED)})
-    rows = dataset.with_format(None).select_columns(["input_ids"]).select(numbers)
-    return {"count": len(dataset), "hash": row_hash({"rows": [list(map(int, row["input_ids"])) for row in rows]})}
+    present = [name for name in (*SIZED, WEIGHT, LENGTHS) if name in dataset.column_names]
+    rows = [*dataset.with_format(None).select_columns(["input_ids", *present]).select(numbers)]
+    targets = row_hash({name: [row[name] for row in rows] for name in present})
+    tokens = row_hash({"rows": [list(map(int, row["input_ids"])) for row in rows]})
+    return {"count": len(dataset), "hash": tokens, "targets": targets}
 
 
 def _without_nulls(value: Any) -> Any:

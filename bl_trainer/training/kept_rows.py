@@ -36,8 +36,8 @@ class KeptRows:
     def of(cls, spec: str, dataset: Any, text_field: str) -> "KeptRows":
         """Return the rows of a training set that `drop_rows: spec` keeps.
 
-        Raises RecipeError on scores that can't be read, lack the column, or are not of exactly these rows, and if no row is
-        kept. A row without a score is kept if it has no target, as it trains nothing.
+        Raises RecipeError on scores that can't be read, lack the column, or are not of exactly these rows, and if no row with
+        a target is kept. A row without a score is kept if it has no target, as it trains nothing.
         """
         cut, rows = RowCut.parse(spec), plain(dataset)
         if not isinstance(rows, Dataset):
@@ -45,10 +45,13 @@ class KeptRows:
         table = _table(cut)
         hashes = hashes_of(rows, hashed_columns(rows, text_field))
         _refuse_others(cut, table, hashes)
-        dropped = cut.drops(_values(cut, table))
+        trains = _trains(table)
+        dropped = cut.drops(_values(cut, table, trains))
         numbers = np.flatnonzero(~dropped).tolist()
         if not numbers:
             raise RecipeError(f"{_cannot(cut)}: it drops all {len(hashes):,} rows. Move the number.")
+        if trains.any() and not trains[numbers].any():
+            raise RecipeError(f"{_cannot(cut)}: none of the rows that it keeps has a target. Move the number.")
         digest = hashlib.sha256(repr([(number, hashes[number]) for number in numbers]).encode()).hexdigest()[:16]
         return cls(numbers, {"rule": str(cut), "rows": len(hashes), "dropped": int(dropped.sum()), "hash": digest})
 
@@ -92,11 +95,17 @@ def _read(cut: RowCut, path: Path) -> pa.Table:
         names = [name for name in dict.fromkeys((*MATCHED, "targets", cut.column)) if name in schema.names]
         table = pq.read_table(path, columns=names)
     except (OSError, pa.ArrowException) as error:
+        if path.suffix.lower() != ".parquet":
+            raise RecipeError(f"{_cannot(cut)}: {path} is no Parquet file. Name one, or a folder of scores.") from error
         raise RecipeError(f"{_cannot(cut)}: {path} can't be read ({sentence(error)}). Score the rows again.") from error
     for name in (*MATCHED, cut.column):
         if name not in names:
             near = nearest(name, schema.names)
             raise RecipeError(f"{_cannot(cut)}: {path} has no column {name!r}.{near} Name a column of numbers.")
+    if not pa.types.is_integer(table["row"].type) or table["row"].null_count:
+        raise RecipeError(
+            f"{_cannot(cut)}: the column 'row' of {path} must hold integers without nulls. Number every row from 0."
+        )
     kind = schema.field(cut.column).type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise RecipeError(f"{_cannot(cut)}: the column {cut.column!r} holds {kind}. Name a column of numbers.")
@@ -125,12 +134,16 @@ def _problems(rows: list[Any], theirs: list[Any], hashes: list[str]) -> Iterator
         yield lacks.format(len(rows))
 
 
-def _values(cut: RowCut, table: pa.Table) -> np.ndarray:
+def _trains(table: pa.Table) -> np.ndarray:
+    """Return whether each row has a target; all do where the scores do not say."""
+    if "targets" not in table.column_names:
+        return np.ones(len(table), dtype=bool)
+    return table["targets"].to_numpy() > 0
+
+
+def _values(cut: RowCut, table: pa.Table, trains: np.ndarray) -> np.ndarray:
     """Return the score of each row; of one without a target NaN, which no comparison holds for."""
     values = table[cut.column].to_numpy().astype(np.float64)
-    trains = np.ones(len(values), dtype=bool)
-    if "targets" in table.column_names:
-        trains = table["targets"].to_numpy() > 0
     for row in np.flatnonzero(np.isnan(values) & trains):
         raise RecipeError(f"{_cannot(cut)}: {cut.column} of row {row} is missing or NaN. Choose another column.")
     return values

@@ -359,7 +359,7 @@ def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
 
 def _warn_of_other_rows(checkpoint: Path | None, dataset: Any) -> None:
     before, now = read_record(str(checkpoint)).get("rows"), sample_of(dataset)
-    if before and now and before != now:
+    if before and now and before != {key: now.get(key) for key in before}:  # an older record has fewer
         logger.warning(
             f"The training set has changed since {checkpoint}: it had {before['count']:,} rows, and has {now['count']:,}, at "
             "least some of them others. The run continues with the new ones, from the same place in their order."
