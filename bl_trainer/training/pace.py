@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+
+from .._util.transformers import has_length
 
 
 @dataclass(frozen=True)
