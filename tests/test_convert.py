@@ -387,6 +387,7 @@ def test_a_plugin_that_changes_training_is_told(rewrite):
     ("old", "gone"),
     [
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup_steps"),
+        ({"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"min_lr": 0}}, "lr_scheduler_kwargs"),
         ({"eval_strategy": "epoch", "eval_steps": 10}, "eval_steps"),
         ({"do_train": False}, "do_train"),
         ({"do_eval": True}, "do_eval"),

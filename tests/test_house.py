@@ -22,6 +22,7 @@ FOREIGN = {
     "bl_trainer.measurement.forward": {"_prepare_inputs"},  # transformers', which test_foreign.py looks for
     "bl_trainer.measurement.fingerprint": {"_save_to_state_dict"},  # torch's, of a module
     "bl_trainer.sweep.process": {"_run_exitfuncs"},  # of atexit, which processes of multiprocessing end without
+    "bl_trainer.training.pace": {"_train_batch_size"},  # transformers', which test_foreign.py looks for
     "bl_trainer.tokens.prepare": {"_prepare_dataset"},  # TRL's, which test_foreign.py looks for
 }
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # in spite of their names: of named tuples and of `os`

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -120,6 +121,10 @@ def test_values_that_trl_takes_are_taken(key, write):
     assert found == READ_AS.get(key, TAKEN[key])
 
 
+def test_a_default_test_split_may_be_written_out(write):
+    assert Recipe.read(write(dataset_test_split="test")).script.dataset_test_split == "test"
+
+
 def test_a_null_a_number_and_a_truth_may_be_spelled_as_trl_takes_them(write):
     spelled = {"max_length": "None", "neftune_noise_alpha": "none", "ddp_backend": None, "shuffle_dataset": 1}
     spelled |= {"logging_first_step": 0, "seed": "7", "learning_rate": "1e-5", "eval_accumulation_steps": 2.0}
@@ -210,7 +215,7 @@ BAD_RECIPES = [
     ({"overwrite_output_dir": True}, "`overwrite_output_dir` is not a recipe key any more. Remove it"),
     ({"dataset_mixer": {"a/b": 1.0}}, "Write `datasets: [{path: ..., split: train, fraction: ...}]` instead."),
     ({"dataset_mixture": {"datasets": []}}, "`datasets: [{path: ..., split: train, fraction: ...}], and test_split"),
-    ({"evaluation_strategy": "stepz"}, "`eval_strategy: stepz` is not allowed. Did you mean 'steps'?"),
+    ({"evaluation_strategy": "stepz"}, "`evaluation_strategy: stepz` is not allowed. Did you mean 'steps'?"),
     ({"gradient_checkpointing_use_reentrant": False}, "`gradient_checkpointing_kwargs: {use_reentrant: false}` instead."),
     ({"model_name_or_path": None}, "The recipe names no model."),
     ({"model_name_or_path": "./no/such/folder"}, "`model_name_or_path: ./no/such/folder` is not a folder."),
@@ -267,6 +272,33 @@ BAD_RECIPES = [
         "`warmup_steps: 2` does nothing under `lr_scheduler_type: constant`. Remove it, or write `constant_with_warmup`",
     ),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 3, "eval_strategy": "epoch"}, "`warmup_steps: 3` does"),
+    ({"lr_scheduler_type": "constant", "warmup_ratio": 0.03}, "`warmup_ratio: 0.03` does nothing under `lr_scheduler_type"),
+    *(
+        ({"lr_scheduler_type": name, "lr_scheduler_kwargs": {"min_lr": 0}}, f"`lr_scheduler_type: {name}` does not read")
+        for name in ("constant", "constant_with_warmup")
+    ),
+    ({"data_seed": 3, "dataset_streaming": True, "max_steps": 1}, "`data_seed` does not order the training rows under"),
+    ({"data_seed": 3, "accelerator_config": {"use_seedable_sampler": False}}, "under `accelerator_config: {use_seedable_s"),
+    *(
+        ({"dataset_streaming": True, "max_steps": 1, "train_sampling_strategy": name}, f"_strategy: {name}` has no effect on a")
+        for name in ("group_by_length", "batch_rebalance")
+        if name in recipe_fields().get("train_sampling_strategy", SimpleNamespace(choices=())).choices
+    ),
+    *(
+        [({"data_seed": 3, "train_sampling_strategy": "sequential"}, "under `train_sampling_strategy: sequential`. Remove")]
+        if "train_sampling_strategy" in recipe_fields()
+        else []
+    ),
+    *(
+        [
+            (
+                {"gradient_checkpointing": True, "activation_checkpointing": False},
+                "`gradient_checkpointing` is another name of `activation_checkpointing`, and the recipe gives both",
+            )
+        ]
+        if "activation_checkpointing" in recipe_fields()
+        else []
+    ),
     ({"optim": "adafactor", "adam_beta1": 0.9}, "`optim: adafactor` does not read `adam_beta1`. Remove what it does not read."),
     ({"optim": "adamw_torch", "optim_args": "foo=1"}, "`optim: adamw_torch` does not read `optim_args: foo=1`."),
     ({"optim": "sgd", "optim_target_modules": ["q_proj"]}, "`optim: sgd` does not read `optim_target_modules`."),

@@ -571,7 +571,14 @@ def test_other_targets_are_told_on_resuming_where_the_record_has_them(tmp_path, 
         assert ("The training set has changed" in caplog.text) is is_told
 
 
-@pytest.mark.parametrize("change", [{"lora_alpha": 64}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": 64}, {"use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}, {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}}, {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_an_adapter_is_not_resumed_by_another_configuration(change, tokenizer, text_data, tmp_path):
     """Its weights would fit, and be read at another scale."""
     lora, options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, {"save_strategy": "steps", "save_steps": 1}

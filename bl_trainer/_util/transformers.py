@@ -45,7 +45,7 @@ NAMES = {
     "EvalLoopOutput": "metrics of an evaluation",
     "TrainOutput": "a run that has all its steps",
     "jit_checkpoint_callback": "`enable_jit_checkpoint`, which saves at the end of a step",
-    "has_length": "the warning that an evaluation by several processes counts rows twice",
+    "has_length": "the steps of a resumed run, and the warning that an evaluation by several processes counts rows twice",
     "is_deepspeed_zero3_enabled": "measurements under ZeRO-3",
 }
 
@@ -62,6 +62,7 @@ METHODS = {
     "compute_loss_context_manager": "measurements under autocast",
     "evaluation_loop": "measurements and metrics",
     "prediction_step": "measurements",
+    "get_total_train_batch_size": "the place in the data where a run resumes",
     "get_tp_size": "the loss under tensor parallelism",
     "create_optimizer": "measurements under FSDP2 before training",
 }
@@ -70,6 +71,7 @@ METHODS = {
 ATTRIBUTES = {
     "model_accepts_loss_kwargs": "the count of the global batch's target tokens",
     "current_gradient_accumulation_steps": "`normalize: kept`, and the auxiliary loss",
+    "_train_batch_size": "the place where a run with `auto_find_batch_size` resumes",
     "is_fsdp_enabled": "measurements of sharded models",
     "is_deepspeed_enabled": "measurements of sharded models",
 }

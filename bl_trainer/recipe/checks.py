@@ -18,6 +18,7 @@ from .._util.text import listed, nearest, sentence
 from ..errors import RecipeError
 from ..objectives.pricing import METRICS
 from .model_checks import adapter_spares_the_head, attention_is_installed, chat_template_can_be_read
+from .reading import as_given
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -33,7 +34,7 @@ def check(recipe: "Recipe", rules: Iterable[Rule]) -> None:
             faults.append(rule(recipe))
         except RecipeError as error:  # what the rule asks about can't be read
             faults.append(str(error))
-    if found := [*dict.fromkeys(filter(None, faults))]:
+    if found := [*dict.fromkeys(as_given(fault, recipe.renamed) for fault in faults if fault)]:
         raise RecipeError(listed(found, "the recipe"))
 
 
@@ -103,8 +104,9 @@ def warmup_is_part_of_the_schedule(recipe: "Recipe") -> str | None:
         rates.append([rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in range(steps + 1)])
     if rates[0] != rates[1]:
         return None
-    key, name = f"warmup_steps: {training.warmup_steps:g}", training.lr_scheduler_type.value
-    return f"`{key}` does nothing under `lr_scheduler_type: {name}`. Remove it, or write `constant_with_warmup` or another."
+    key = "warmup_ratio" if "warmup_ratio" in recipe.given else "warmup_steps"  # an older transformers has both
+    what, name = f"`{key}: {getattr(training, key):g}`", training.lr_scheduler_type.value
+    return f"{what} does nothing under `lr_scheduler_type: {name}`. Remove it, or write `constant_with_warmup` or another."
 
 
 def schedule_takes_its_arguments(recipe: "Recipe") -> str | None:
@@ -112,13 +114,20 @@ def schedule_takes_its_arguments(recipe: "Recipe") -> str | None:
     training: Any = recipe.training
     kwargs = training.lr_scheduler_kwargs
     own = {} if kwargs is None else kwargs
+    name, warmup = training.lr_scheduler_type, training.get_warmup_steps(100)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
-        get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(100), 100, own)
+        get_scheduler(name, optimizer, warmup, 100, own)
     except Exception as error:  # a wrong argument is a TypeError or whatever the schedule makes of it
         given = "" if kwargs is None else f" with `lr_scheduler_kwargs: {kwargs!r}`"
-        return f"`lr_scheduler_type: {training.lr_scheduler_type.value}`{given} can't be had: {sentence(error)}"
-    return None
+        return f"`lr_scheduler_type: {name.value}`{given} can't be had: {sentence(error)}"
+    if not own:
+        return None
+    try:
+        get_scheduler(name, optimizer, warmup, 100, {**own, "an argument of no schedule": 0})
+    except Exception:  # it reads its arguments
+        return None
+    return f"`lr_scheduler_type: {name.value}` does not read `lr_scheduler_kwargs`. Remove one of them."
 
 
 def best_metric_is_reported(recipe: "Recipe") -> str | None:

@@ -18,6 +18,7 @@ from .reading import faults_of
 from .yaml_file import load_yaml
 
 WIDTH = 120
+UNREAD = ("constant", "constant_with_warmup")  # schedules that read no arguments
 UNWARMED = ("constant", "reduce_lr_on_plateau")  # schedules without warmup
 
 
@@ -98,11 +99,10 @@ def _drop_idle(draft: Draft) -> None:
         if draft.new.get(other) in values:
             del draft.new[key]
             draft.drop(key, f"it does nothing under `{other}: {draft.new[other]}`")
-    if not draft.new.get("warmup_steps"):
-        return
-    if draft.new.get("lr_scheduler_type") in UNWARMED:
-        value = draft.new.pop("warmup_steps")
-        draft.drop("warmup_steps", f"{value}: `lr_scheduler_type: {draft.new['lr_scheduler_type']}` has no warmup")
+    schedule = draft.new.get("lr_scheduler_type")
+    for key, schedules, lacks in (("warmup_steps", UNWARMED, "warmup"), ("lr_scheduler_kwargs", UNREAD, "arguments")):
+        if draft.new.get(key) and schedule in schedules:
+            draft.drop(key, f"{draft.new.pop(key)}: `lr_scheduler_type: {schedule}` has no {lacks}")
 
 
 def _write(texts: dict[Path, str]) -> None:

@@ -67,6 +67,12 @@ REPLACED = {
     "torchdynamo": "torch_compile_backend: {value}",
 }
 
+# Keys with two names in some versions of transformers
+CHECKPOINTING = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
 
 # Keys that do nothing unless another is set: key -> (the other key, what to write). Naming the other key, even to switch

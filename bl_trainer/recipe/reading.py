@@ -1,6 +1,7 @@
 """A recipe as its file and the command line give it: every wrong key and value is found before any library is loaded."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tri
     if keys.faults or tries:
         keys.faults += faults_of_objective(keys)
     if keys.faults:
+        keys.faults = [as_given(fault, keys.renamed) for fault in keys.faults]
         hint = f"`bl-trainer convert {where} -o NEW.yaml` rewrites the recipe of an older version." if is_old else ""
         several = len(keys.faults) > 1
         raise RecipeError(listed(keys.faults, where) + (f"{chr(10) if several else ' '}{hint}" if hint else ""))
@@ -238,6 +240,23 @@ def _meant(field: Field, value: Any) -> Any:
         return TRUTHS[value.lower()]
     wanted = " or ".join(NAMES[kind] for kind in NAMES if kind in field.kinds)
     raise RecipeError(f"`{field.name}: {value}` is of the wrong type. Write {wanted}.")
+
+
+def meant(key: str, value: Any) -> Any:
+    """Return what a key's value means, however it is spelled: `"1e-3"` is a number. A value that means nothing stays."""
+    if key not in recipe_fields():
+        return value
+    try:
+        return _meant(recipe_fields()[key], _checked(recipe_fields()[key], value))
+    except RecipeError:
+        return value
+
+
+def as_given(fault: str, renamed: dict[str, str]) -> str:
+    """Return a message with the names of keys that the recipe gives: `renamed` has its old names, and today's."""
+    for old, new in renamed.items():
+        fault = re.sub(rf"`{new}(?=[`:])", f"`{old}", fault)
+    return fault
 
 
 def unknown(key: str, value: Any, program: str, own: Iterable[str] = (), kind: str = "recipe key") -> str:

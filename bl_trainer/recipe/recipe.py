@@ -34,7 +34,7 @@ from .local_files import find_fault, local_files, unreadable_name
 from .model_checks import model_is_known, model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
 from .parser import DATACLASSES, Parser
-from .reading import read_keys
+from .reading import meant, read_keys
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Recipe:
     """A recipe, checked as far as it can be without loading data or model.
 
     `script`, `model`, `mixture`: TRL's own dataclasses; `training`: a `BLConfig`; `options`: the verb's own, if it has any.
-    `given`: the keys as file and command line give them, without secrets, to be recorded.
+    `given`: the keys of file and command line, with what their values mean, without secrets, to be recorded. `renamed`: old
+    names of keys that they use -> today's.
     """
 
     script: ScriptArguments
@@ -51,6 +52,7 @@ class Recipe:
     mixture: DatasetMixtureConfig
     options: Any = None
     given: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, argv: list[str], verb: str = "train", options: type | None = None) -> "Recipe":
@@ -60,13 +62,13 @@ class Recipe:
         """
         parser = Parser(DATACLASSES + ((options,) if options else ()), prog=f"bl-trainer {verb}", allow_abbrev=False)
         keys = read_keys(argv, verb, [each.name for each in fields(options)] if options else ())
-        given = dict(keys.config)
+        given = {key: meant(key, value) for key, value in keys.config.items()}
         os.environ.update({key: str(value) for key, value in keys.config.pop("env", {}).items()})
         script, training, model, mixture, *rest = parser.parse(keys.config, keys.argv)
         recipe = cls(script, training, model, mixture, *rest)
         for part in (script, training, model, mixture):
             given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, keys.argv)}
-        recipe.given = without_secrets(given)
+        recipe.given, recipe.renamed = without_secrets(given), keys.renamed
         check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
         if keys.renamed:
             names = ", ".join(f"`{old}` is now `{new}`" for old, new in keys.renamed.items())
@@ -219,7 +221,7 @@ class Recipe:
         requested, folder = training.resume_from_checkpoint, Path(training.output_dir or ".")
         refuse_unwritable(folder)
         defaults = {f.name: f.default for part in DATACLASSES for f in fields(part)}
-        given = Given(self.given, defaults, str(self.model.model_name_or_path), self.model.use_peft)
+        given = Given(self.given, defaults, str(self.model.model_name_or_path), self.model.use_peft, meant)
         try:
             plan = plan_resume(training, requested, processes=training.world_size, given=given)
         except ValueError as error:

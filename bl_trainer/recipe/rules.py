@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..tokens.row_cut import RowCut
-from .keys import IDLE_UNDER, NEEDS, PACKAGES, RANGES, TRACKERS
+from .fields import recipe_fields
+from .keys import CHECKPOINTING, IDLE_UNDER, NEEDS, PACKAGES, RANGES, TRACKERS
 from .paths import is_path, missing
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ Rule = Callable[["Keys"], Iterator[str]]
 def keys_do_something(keys: "Keys") -> Iterator[str]:
     for key in sorted(keys.given & NEEDS.keys()):
         other, line = NEEDS[key]
-        if other not in keys and not (key == "packing_strategy" and keys["eval_packing"]):
+        is_read = key == "packing_strategy" and keys["eval_packing"]
+        is_default = key == "dataset_test_split" and keys[key] == recipe_fields()[key].default  # TRL's, written out
+        if other not in keys and not is_read and not is_default:
             yield f"`{key}` does nothing without `{other}`. Write `{line}`, or remove `{key}`."
     for key in sorted(keys.given & IDLE_UNDER.keys()):
         other, values = IDLE_UNDER[key]
@@ -122,10 +125,38 @@ def streams_are_used_as_such(keys: "Keys") -> Iterator[str]:
         yield f"A streamed data set (`{key}: true`) has no length. Write `max_steps: ...`, the training steps."
     if keys["dataloader_drop_last"]:
         yield "`dataloader_drop_last` has no effect on a streamed data set. Remove it."
-    if "train_sampling_strategy" in keys and keys["train_sampling_strategy"] == "group_by_length":
-        yield "`train_sampling_strategy: group_by_length` has no effect on a streamed data set. Remove it."
+    if (strategy := _sampling(keys)) in ("group_by_length", "batch_rebalance"):
+        yield f"`train_sampling_strategy: {strategy}` has no effect on a streamed data set. Remove it."
     if keys["streaming"] and keys["test_split_size"] is not None:
         yield "`test_split_size` can't split a streamed mixture. Remove it, or `streaming: true`."
+
+
+def _sampling(keys: "Keys") -> str:
+    """Return the order of training rows; older transformers have no key for it."""
+    return keys["train_sampling_strategy"] if "train_sampling_strategy" in keys else "random"
+
+
+def order_is_drawn_by_its_seed(keys: "Keys") -> Iterator[str]:
+    """Accelerate's seedable sampler alone reads `data_seed`, and takes the place of a random one only."""
+    if keys["data_seed"] is None:
+        return
+    key = "streaming" if keys["streaming"] else "dataset_streaming"
+    own = keys["accelerator_config"]
+    if keys[key]:
+        why = f"`{key}: true`"
+    elif _sampling(keys) != "random":
+        why = f"`train_sampling_strategy: {_sampling(keys)}`"
+    elif isinstance(own, dict) and own.get("use_seedable_sampler") is False:
+        why = "`accelerator_config: {use_seedable_sampler: false}`"
+    else:
+        return
+    yield f"`data_seed` does not order the training rows under {why}. Remove one of them."
+
+
+def checkpointing_is_decided_once(keys: "Keys") -> Iterator[str]:
+    for old, new in CHECKPOINTING.items():
+        if old in keys and new in keys and keys[old] != keys[new]:
+            yield f"`{old}` is another name of `{new}`, and the recipe gives both another value. Remove `{old}`."
 
 
 def model_is_there(keys: "Keys") -> Iterator[str]:
@@ -214,6 +245,8 @@ def trackers_are_installed(keys: "Keys") -> Iterator[str]:
 KEY_RULES: tuple[Rule, ...] = (
     model_keys_are_given_once,
     streams_are_used_as_such,
+    order_is_drawn_by_its_seed,
+    checkpointing_is_decided_once,
     keys_do_something,
     compilation_is_decided_once,
     keyword_arguments_are_mappings_without_tokens,

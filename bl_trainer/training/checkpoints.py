@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickletools
 import re
 import shutil
 import zipfile
@@ -192,6 +193,30 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def pickled_text(path: Path, key: str) -> str | None:
+    """Return the text of `key` in a file of torch's; empty if there is none, None if the file can't be read.
+
+    It reads the pickle's instructions and runs none of them.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            name = next(name for name in file.namelist() if name.endswith("data.pkl"))
+            instructions = [*pickletools.genops(file.read(name))]
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        return None
+    memo: dict[Any, Any] = {}
+    last = None
+    for opcode, argument, _ in instructions:
+        if "PUT" in opcode.name:
+            memo[argument] = last
+            continue
+        value = memo.get(argument) if "GET" in opcode.name else argument
+        if last == key:
+            return value if isinstance(value, str) else ""
+        last = value
+    return ""
 
 
 def last_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:

@@ -179,6 +179,14 @@ class BLConfig(SFTConfig):
         refuse_bypass(self)
 
 
+def choice_of(args: Any) -> dict[str, Any] | None:
+    """Return by which metric `args` choose the best checkpoint, and in which direction; None if they choose none."""
+    metric = args.metric_for_best_model
+    if metric is None:
+        return None
+    return {"metric_for_best_model": f"eval_{metric.removeprefix('eval_')}", "greater_is_better": bool(args.greater_is_better)}
+
+
 def objective_of(args: Any) -> Objective:
     """Return the parsed objective of `args`; of a plain `SFTConfig`, or None, `nll`."""
     return args.parsed_objective if isinstance(args, BLConfig) else Objective.parse(getattr(args, "objective", "nll"))

@@ -1,9 +1,11 @@
 """What a run leaves behind of itself: what its checkpoints and its model card record, and the commands that use it."""
 
+import hashlib
+import inspect
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 from accelerate.utils import is_peft_model
 
 from .._util.files import write_text
+from ..objectives.objective import Objective
 from ..tokens.row_hash import sample_of
 from .card import before_and_after, write_card
 from .checkpoints import RECORD_FILE, quantization_in
+from .config import choice_of
+from .pace import Pace
 
 PACKAGES = ("bl_trainer", "trl", "transformers", "accelerate", "peft", "datasets", "torch")
 
@@ -38,10 +43,12 @@ class RunRecord:
 
     `quantization`: bitsandbytes' configuration of the base model, None if it was not quantised. `metrics`: of evaluations,
     before training and afterwards. `drop_rows`: what `drop_rows` left out, None if the recipe has no such key. `rows`: how many
-    the training set has, and a hash of 64 of them.
+    the training set has, and a hash of 64 of them. `objective_source`: a hash of the code of objectives of one's own, None
+    without any. `best`: by what the best checkpoint is chosen. `pace`: a `Pace`'s fields.
     """
 
     objective: dict[str, Any]
+    objective_source: str | None
     threshold: dict[str, Any]
     loss_head: str
     drop_rows: dict[str, Any] | None
@@ -49,7 +56,8 @@ class RunRecord:
     recipe: dict[str, Any] | None
     processes: int
     save_only_model: bool
-    num_train_epochs: float
+    best: dict[str, Any] | None
+    pace: dict[str, Any]
     versions: dict[str, str]
     base_model: str | None
     is_adapter: bool
@@ -61,6 +69,7 @@ class RunRecord:
         """Return the record of a `BLTrainer`."""
         return cls(
             objective=trainer.parsed_objective.resolved.to_dict(),
+            objective_source=source_of(trainer.parsed_objective),
             threshold=trainer.threshold.to_dict(),
             loss_head=trainer.loss_head,
             drop_rows=trainer.kept_rows.record if trainer.kept_rows else None,
@@ -68,7 +77,8 @@ class RunRecord:
             recipe=trainer.recipe,
             processes=trainer.accelerator.num_processes,
             save_only_model=trainer.args.save_only_model,
-            num_train_epochs=trainer.args.num_train_epochs,
+            best=choice_of(trainer.args),
+            pace=asdict(Pace.of(trainer, trainer.callback_handler.train_dataloader)),
             versions={package: version(package) for package in PACKAGES},
             base_model=getattr(trainer.model.config, "name_or_path", None) or None,
             is_adapter=is_peft_model(trainer.model),
@@ -97,6 +107,14 @@ class RunRecord:
         where = trainer.hub_model_id or str(folder)
         chats = bool(getattr(trainer.processing_class, "chat_template", None))
         write_card(folder / "README.md", vars(self), name or Path(where).name, where, chats, data)
+
+
+def source_of(objective: Objective) -> str | None:
+    """Return a hash of the code of an objective's functions that come by an import path; None without any, or any code."""
+    found = []
+    with suppress(OSError, TypeError):  # what was typed at a prompt has no code to read
+        found = [inspect.getsource(part.function) for _, part in objective.walk() if ":" in part.name]
+    return hashlib.blake2b("\n".join(found).encode(), digest_size=8).hexdigest() if found else None
 
 
 def _best_step(trainer: Any) -> int | None:

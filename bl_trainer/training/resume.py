@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,18 +19,23 @@ from .._util.process import is_first_here
 from ..errors import CheckpointError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold, spell_probability
-from ..tokens.row_hash import sample_of
-from .checkpoints import STATE_FILE, last_whole, read_json, read_record, why_broken
-from .config import objective_of, threshold_of
+from ..tokens.row_hash import SAMPLED, sample_of
+from .checkpoints import RECORD_FILE, STATE_FILE, last_whole, pickled_text, read_json, read_record, why_broken
+from .config import choice_of, objective_of, threshold_of
 from .kept_rows import KeptRows
+from .pace import Pace
+from .record import source_of
 
 logger = get_logger(__name__)
 
 # What must stay as it was; other keys may change, with a warning. A checkpoint's optimizer brings its own rate and moments
 FIXED = (
     "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "drop_rows",
-    "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save",
+    "use_dora", "use_rslora", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "lora_target_parameters",
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "model_revision",
 )  # fmt: skip
+
+SETS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")  # whose order means nothing
 
 OF_GROUPS = {
     "initial_lr": "learning_rate",
@@ -39,19 +44,27 @@ OF_GROUPS = {
     "eps": "adam_epsilon",
 }
 
-SCALES = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")  # of an adapter, by which its weights are read
+# Of an adapter's configuration: what its weights are of, and by which scale they are read
+OF_ADAPTERS = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
+    "target_parameters", "modules_to_save", "exclude_modules", "layers_to_transform", "bias",
+)  # fmt: skip
 
 FREE = ("output_dir", "resume_from_checkpoint", "env", "objective", "threshold", "model_name_or_path", "use_peft", "report_to")
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a recipe knows besides the training arguments: its keys as written, the keys' defaults, and its model."""
+    """What a recipe knows besides the training arguments: its keys, their defaults, and its model.
+
+    `meant`: returns what a key's value means, however it is spelled.
+    """
 
     keys: dict[str, Any]
     defaults: dict[str, Any]
     model: str
     use_peft: bool
+    meant: Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -73,14 +86,6 @@ class ResumePlan:
         path = (self.checkpoint or Path()) / STATE_FILE
         return TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
 
-    def is_finished(self, args: TrainingArguments) -> bool:
-        """Whether the checkpoint has all steps of a run with `args`, unless it is to be made longer or shorter."""
-        steps = args.max_steps
-        if steps <= 0:
-            is_same = read_record(str(self.checkpoint)).get("num_train_epochs") == args.num_train_epochs
-            steps = self.state.max_steps if is_same else 0
-        return 0 < steps <= self.state.global_step
-
     def say_skipped(self) -> None:
         """Warn on stderr of checkpoints that are skipped."""
         say(f"{path} is skipped, since {why}: it was not written to its end." for path, why in self.skipped.items())
@@ -100,8 +105,8 @@ def plan_resume(
     """Return what to resume from: nothing, the last whole checkpoint of `output_dir` (`true`), or the folder `requested`.
 
     It reads files and writes none. `processes`: how many train now. `given`: what the recipe says; without one, as in Python,
-    a folder's completeness, model and further keys are not looked at. Raises CheckpointError on a checkpoint that can't be
-    resumed from, or was trained with something else.
+    a folder's completeness and further keys are not looked at, and its model only by `take_up`. Raises CheckpointError on a
+    checkpoint that can't be resumed from, or was trained with something else.
     """
     asked, folder = str(requested or False), Path(args.output_dir or ".")
     skipped: dict[Path, str] = {}
@@ -117,20 +122,26 @@ def plan_resume(
     record = read_record(str(checkpoint))
     threshold = _recorded_threshold(checkpoint, record, asked_threshold)
     _refuse_other_loss(checkpoint, record, objective, threshold, asked_threshold)
+    _refuse_other_choice(checkpoint, record, args)
     refuse_lost_epoch(str(checkpoint))
-    warnings = list(_warn_of_processes(checkpoint, record, processes))
+    warnings = [*_warn_of_loss(checkpoint, record, objective), *_warn_of_processes(checkpoint, record, processes)]
     if given:
         _refuse_other_model(checkpoint, given)
-        warnings = [*_warn_of_changes(checkpoint, record, objective, given), *warnings]
+        warnings = [*_warn_of_changes(checkpoint, record, given), *warnings]
         if checkpoint.resolve().parent == folder.resolve():
             _refuse_earlier(checkpoint, folder)
     return ResumePlan(checkpoint, threshold, skipped, tuple(warnings))
 
 
 def planned_resume(args: TrainingArguments, requested: str | bool | ResumePlan | None, processes: int) -> ResumePlan:
-    """Return the plan that a recipe has made, or make one, with its warnings. Raises CheckpointError as `plan_resume`."""
+    """Return the plan that a recipe has made, or make one, with its warnings. Raises CheckpointError as `plan_resume`.
+
+    `requested`: as `train` was called; None for what `args` say. There `true` may find nothing, as in a recipe.
+    """
     if isinstance(requested, ResumePlan):
         return requested
+    if requested is None:
+        requested = str(args.resume_from_checkpoint or False)
     plan = plan_resume(args, requested, processes=processes)
     plan.say_skipped()
     if requested is True and plan.checkpoint is None:
@@ -159,11 +170,15 @@ def _refuse_broken(checkpoint: Path) -> None:
 def _refuse_earlier(checkpoint: Path, folder: Path) -> None:
     """Raise CheckpointError if `folder` has later checkpoints, which resuming from this one would overwrite."""
     last, _ = last_whole(folder)
-    if last is not None and last.name != checkpoint.name and int(last.name[11:]) > int(checkpoint.name[11:]):
+    if last is not None and _step_of(last) > _step_of(checkpoint):
         raise CheckpointError(
             f"Cannot resume from {checkpoint}: {last} is later, and would be overwritten. Write another "
             "`output_dir`, or move the later checkpoints away."
         )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int((read_json(checkpoint / STATE_FILE) or {}).get("global_step", 0))
 
 
 def _recorded_threshold(checkpoint: Path, record: dict[str, Any], asked: Threshold) -> Threshold:
@@ -202,6 +217,34 @@ def _refuse_other_loss(
             )
 
 
+def _refuse_other_choice(checkpoint: Path, record: dict[str, Any], args: TrainingArguments) -> None:
+    """Raise CheckpointError if scores would be compared with the checkpoint's best one, of another metric."""
+    before, now = record.get("best"), choice_of(args)
+    has_best = (read_json(checkpoint / STATE_FILE) or {}).get("best_metric") is not None
+    if before and now and before != now and has_best:
+        was, asked = (", ".join(f"`{key}: {str(value).lower()}`" for key, value in each.items()) for each in (before, now))
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: its best score is by {was}, and {asked} is asked for. Restore these keys, or "
+            "start a new run from that checkpoint as `model_name_or_path`."
+        )
+
+
+def _warn_of_loss(checkpoint: Path, record: dict[str, Any], objective: Objective) -> Iterator[str]:
+    """Yield what isn't known of the checkpoint's loss; raises CheckpointError if another trainer's was another than NLL."""
+    if record:
+        if record.get("objective_source") not in (None, source_of(objective)):
+            yield f"the code of the objective has changed since {checkpoint}: the run continues by the new one."
+        return
+    loss = pickled_text(checkpoint / "training_args.bin", "loss_type")
+    if loss is None:
+        yield f"{checkpoint} does not record its loss, which is taken for NLL. If it was another, start a new run."
+    elif loss not in ("", "nll", "chunked_nll"):
+        raise CheckpointError(
+            f"Cannot resume from {checkpoint}: it was trained with `loss_type: {loss}`. Start a new run from that checkpoint "
+            "as `model_name_or_path`."
+        )
+
+
 def _warn_of_processes(checkpoint: Path, record: dict[str, Any], processes: int) -> Iterator[str]:
     before = record.get("processes", processes)
     if before != processes:
@@ -211,7 +254,7 @@ def _warn_of_processes(checkpoint: Path, record: dict[str, Any], processes: int)
         )
 
 
-def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Objective, given: Given) -> Iterator[str]:
+def _warn_of_changes(checkpoint: Path, record: dict[str, Any], given: Given) -> Iterator[str]:
     """Yield which keys have changed since; raises CheckpointError if one of them is `FIXED`."""
     recorded = record.get("recipe")
     if recorded is None:
@@ -219,8 +262,8 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
     now = json.loads(json.dumps(given.keys, default=str))
     changed = {}
     for key in sorted({*recorded, *now} - set(FREE)):
-        before, after = (values.get(key, given.defaults.get(key)) for values in (recorded, now))
-        if before != after:
+        before, after = (given.meant(key, values.get(key, given.defaults.get(key))) for values in (recorded, now))
+        if _compared(key, before) != _compared(key, after):
             changed[key] = f"`{key}` from {before} to {after}"
     for key in FIXED:
         if key in changed:
@@ -230,11 +273,13 @@ def _warn_of_changes(checkpoint: Path, record: dict[str, Any], objective: Object
             )
     if changed:
         yield f"since {checkpoint} the recipe has changed: {', '.join(changed.values())}."
-    if "progress" in objective.statistics and {"max_steps", "num_train_epochs"} & changed.keys():
-        yield (
-            "the objective goes by training progress, which the change of length moves: the next step is at another point "
-            "of its schedule."
-        )
+
+
+def _compared(key: str, value: Any) -> Any:
+    """Return a value by which two spellings of the same are equal."""
+    if key not in SETS or value is None:
+        return value
+    return sorted(value) if isinstance(value, list) else [value]
 
 
 def refuse_lost_epoch(checkpoint: str) -> None:
@@ -263,22 +308,36 @@ def _refuse_other_model(checkpoint: Path, given: Given) -> None:
         raise CheckpointError(
             f"Cannot resume from {checkpoint}: it holds {holds}, and the recipe has {says}. Restore the checkpoint's recipe."
         )
-    base = (read_json(path) or {}).get("base_model_name_or_path")
-    if base and base != model and Path(base).resolve() != Path(model).resolve():
+    _refuse_other_base(checkpoint, model)
+
+
+def _refuse_other_base(checkpoint: Path, model: str) -> None:
+    """Raise CheckpointError if the checkpoint was trained from another model than `model`, a folder or Hub name.
+
+    A whole model of the same run, such as the checkpoint itself, may stand for the one that it was trained from.
+    """
+    path, what, key = checkpoint / "adapter_config.json", "it is an adapter of", "base_model_name_or_path"
+    bases: set[Any] = {model}
+    if not path.is_file():
+        path, what, key = checkpoint / RECORD_FILE, "it was trained from", "base_model"
+        bases |= {read_record(model).get(key)}
+    base = (read_json(path) or {}).get(key)
+    if base and model and base not in bases and Path(base).resolve() != Path(model).resolve():
         raise CheckpointError(
-            f"Cannot resume from {checkpoint}: it is an adapter of {base}, and the recipe's model is {model}. Write "
+            f"Cannot resume from {checkpoint}: {what} {base}, and the model is {model}. Write "
             f"`model_name_or_path: {base}`, or another `output_dir` for a new run. If it is the same model in another place, "
-            f"correct `base_model_name_or_path` in {path}."
+            f"correct `{key}` in {path}."
         )
 
 
-def take_up(trainer: Any, plan: ResumePlan) -> None:
+def take_up(trainer: Any, plan: ResumePlan) -> bool:
     """Let `trainer` go by the plan's threshold; print where it resumes, and warn of what differs from an uninterrupted run.
 
-    Raises CheckpointError if the checkpoint records another loss head, as heads round gradients differently, other rows, or
-    another adapter's configuration.
+    Returns whether the checkpoint has all steps of the trainer's run. Raises CheckpointError if it records another model, loss
+    head, as heads round gradients differently, other rows, or another adapter's configuration.
     """
-    checkpoint, state = plan.checkpoint, plan.state
+    checkpoint, state = plan.checkpoint or Path(), plan.state
+    _refuse_other_base(checkpoint, getattr(trainer.model.config, "name_or_path", None) or "")
     _refuse_other_head(checkpoint, trainer.loss_head)
     _refuse_other_rows(checkpoint, trainer.kept_rows)
     _refuse_other_adapter(checkpoint, trainer.model)
@@ -289,16 +348,46 @@ def take_up(trainer: Any, plan: ResumePlan) -> None:
             f"The threshold is p >= {spell_probability(threshold.above, 6)}: percentile {threshold.above_percentile:g}, as "
             f"{checkpoint} records it."
         )
+    pace = Pace.resumed(trainer, state)
+    steps = pace.length(trainer.args)
+    is_finished = 0 < steps <= state.global_step
+    if not is_finished:
+        for warning in (*_warn_of_order(checkpoint, state, trainer), *_warn_of_place(checkpoint, state, trainer, pace, steps)):
+            logger.warning(warning)
+    trainer.accelerator.print(f"Resuming from {checkpoint}, after step {state.global_step}.")
+    return is_finished
+
+
+def _warn_of_order(checkpoint: Path, state: TrainerState, trainer: Any) -> Iterator[str]:
+    """Yield why the libraries may give the examples in another order than in an uninterrupted run."""
+    args, rest = trainer.args, "the examples may come in another order than in an uninterrupted run."
     is_stream = isinstance(trainer.train_dataset, IterableDataset)
-    by_length = getattr(trainer.args, "train_sampling_strategy", "") == "group_by_length"
-    by_length |= bool(getattr(trainer.args, "group_by_length", False))  # an older transformers'
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    by_length = strategy == "group_by_length" or bool(getattr(args, "group_by_length", False))  # an older transformers'
     if (state.epoch or 0) > 1 and (is_stream or by_length):
         source = "stream" if is_stream else "set grouped by length"
-        logger.warning(
-            f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} the examples may come in another order "
-            "than in an uninterrupted run."
+        yield f"{checkpoint} is {state.epoch:.4g} epochs into its run: from a {source} {rest}"
+    is_seeded = getattr(args.accelerator_config, "use_seedable_sampler", True)
+    if not is_seeded and not (is_stream or by_length or strategy != "random"):
+        yield f"`accelerator_config: {{use_seedable_sampler: false}}` draws the order anew where a run resumes: {rest}"
+
+
+def _warn_of_place(checkpoint: Path, state: TrainerState, trainer: Any, pace: Pace, steps: int) -> Iterator[str]:
+    """Yield where the run goes on, in its data and in its objective's schedule, if not where the checkpoint was."""
+    step, recorded = state.global_step, read_record(str(checkpoint)).get("pace")
+    before, now = Pace(**recorded).at(step) if recorded else None, pace.at(step)
+    if before and before != now and not trainer.args.ignore_data_skip:
+        place, other = (f"example {examples:,} of epoch {epochs + 1}" for epochs, examples in (before, now))
+        yield (
+            f"{checkpoint} has trained up to {place}, and the run resumes after {other}: some examples are trained twice or "
+            "left out. To keep the place, restore the batch size, `gradient_accumulation_steps`, the number of processes, and "
+            "the number of rows."
         )
-    trainer.accelerator.print(f"Resuming from {checkpoint}, after step {state.global_step}.")
+    if "progress" in trainer.parsed_objective.statistics and state.max_steps != steps and min(state.max_steps, steps) > 0:
+        yield (
+            f"the objective goes by training progress, which the change of length from {state.max_steps:,} to {steps:,} steps "
+            f"moves: it resumes at {step / steps:.0%} of its schedule, where it was at {step / state.max_steps:.0%}."
+        )
 
 
 @contextmanager
@@ -338,13 +427,18 @@ def _refuse_other_adapter(checkpoint: Path | None, model: Any) -> None:
     path = (checkpoint or Path()) / "adapter_config.json"
     recorded, adapters = read_json(path) or {}, getattr(model, "peft_config", None) or {}
     config = next(iter(adapters.values()), None)
-    for key in SCALES if config is not None else ():
-        before, now = recorded.get(key), getattr(config, key, None)
+    for key in OF_ADAPTERS if config is not None else ():
+        before, now = (_as_recorded(value) for value in (recorded.get(key), getattr(config, key, None)))
         if key in recorded and before != now:
             raise CheckpointError(
                 f"Cannot resume from {checkpoint}: its adapter has `{key}` {before}, the trainer's {now}. Restore it, or "
                 "start a new run."
             )
+
+
+def _as_recorded(value: Any) -> Any:
+    """Return a value of an adapter's configuration as a file has it; lists are sets, and empty ones are none."""
+    return (sorted(value, key=str) if isinstance(value, (set, list, tuple)) else value) or None
 
 
 def _refuse_other_head(checkpoint: Path | None, loss_head: str) -> None:
@@ -361,8 +455,8 @@ def _warn_of_other_rows(checkpoint: Path | None, dataset: Any) -> None:
     before, now = read_record(str(checkpoint)).get("rows"), sample_of(dataset)
     if before and now and before != {key: now.get(key) for key in before}:  # an older record has fewer
         logger.warning(
-            f"The training set has changed since {checkpoint}: it had {before['count']:,} rows, and has {now['count']:,}, at "
-            "least some of them others. The run continues with the new ones, from the same place in their order."
+            f"The training set has changed since {checkpoint}: it had {before['count']:,} rows, and has {now['count']:,}. The "
+            f"number and the tokens of {SAMPLED} rows are compared, so more may differ. The run continues with the new rows."
         )
 
 

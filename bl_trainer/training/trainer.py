@@ -246,12 +246,12 @@ class BLTrainer(ScoringTrainer):
             refuse_frozen(self.model)
         else:  # `call_model_init` makes another model, which has another percentile
             self.threshold = threshold_of(self.args)
+            resume_from_checkpoint = resume_from_checkpoint or False  # the configuration's is not a trial's
         refuse_dropped_sets(self)
         with self._sigterm.listening():
             plan = planned_resume(self.args, resume_from_checkpoint, self.accelerator.num_processes)
             if plan.checkpoint is not None:
-                take_up(self, plan)
-                if plan.is_finished(self.args):
+                if take_up(self, plan):
                     return self._load_finished(plan)
             output = super().train(str(plan.checkpoint) if plan.checkpoint else None, trial, ignore_keys_for_eval)
             take_average(self.optimizer)
