@@ -143,7 +143,7 @@ def claims(results: Results) -> list[list[str]]:
         both(
             "By greedy answers the schedule of `anneal` adds nothing beyond chance to a = 0.5 e^-H.", "anneal", STEADY, "greedy"
         ),
-        both("At temperature 1 it does, as it sharpens more:", "anneal", STEADY, "sampled_1"),
+        both("At temperature 1 it does add, as it sharpens more:", "anneal", STEADY, "sampled_1"),
         both("With each at its best temperature:", "anneal", STEADY, "sampled"),
         [
             "Sharpening costs diversity. How much more than its share the more frequent of two valid answers gets, of 70 to "
@@ -309,7 +309,7 @@ def fallen(results: Results) -> list[list[str]]:
             "Nothing.",
         ],
         [
-            "Sharpening costs diversity: `anneal` has more total variation than `nll` on two answers valid as often.",
+            "Total variation shows what sharpening costs in diversity: `anneal` has more on two answers valid as often.",
             "Total variation counts wrong answers too, and `anneal` has more of these there.",
             "What valid answers have above their shares, above.",
         ],
