@@ -18,7 +18,6 @@ from .._util.text import listed, nearest, sentence
 from ..errors import RecipeError
 from ..objectives.pricing import METRICS
 from .model_checks import adapter_spares_the_head, attention_is_installed, chat_template_can_be_read
-from .reading import as_given
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -34,7 +33,7 @@ def check(recipe: "Recipe", rules: Iterable[Rule]) -> None:
             faults.append(rule(recipe))
         except RecipeError as error:  # what the rule asks about can't be read
             faults.append(str(error))
-    if found := [*dict.fromkeys(as_given(fault, recipe.renamed) for fault in faults if fault)]:
+    if found := [*dict.fromkeys(filter(None, faults))]:
         raise RecipeError(listed(found, "the recipe"))
 
 

@@ -34,7 +34,7 @@ from .local_files import find_fault, local_files, unreadable_name
 from .model_checks import model_is_known, model_knows_the_end
 from .output import refuse_disagreement, refuse_overwriting, refuse_unwritable
 from .parser import DATACLASSES, Parser
-from .reading import meant, read_keys
+from .reading import as_given, meant, read_keys
 
 
 @dataclass
@@ -42,8 +42,7 @@ class Recipe:
     """A recipe, checked as far as it can be without loading data or model.
 
     `script`, `model`, `mixture`: TRL's own dataclasses; `training`: a `BLConfig`; `options`: the verb's own, if it has any.
-    `given`: the keys of file and command line, with what their values mean, without secrets, to be recorded. `renamed`: old
-    names of keys that they use -> today's.
+    `given`: the keys of file and command line, with what their values mean, without secrets, to be recorded.
     """
 
     script: ScriptArguments
@@ -52,7 +51,6 @@ class Recipe:
     mixture: DatasetMixtureConfig
     options: Any = None
     given: dict[str, Any] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, argv: list[str], verb: str = "train", options: type | None = None) -> "Recipe":
@@ -68,8 +66,11 @@ class Recipe:
         recipe = cls(script, training, model, mixture, *rest)
         for part in (script, training, model, mixture):
             given |= {key: _as_given(value) for key, value in vars(part).items() if parser.is_given(key, keys.argv)}
-        recipe.given, recipe.renamed = without_secrets(given), keys.renamed
-        check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
+        recipe.given = without_secrets(given)
+        try:
+            check(recipe, RULES + (TRAINING_RULES if verb == "train" else ()))
+        except RecipeError as error:
+            raise RecipeError(as_given(str(error), keys.renamed)) from error
         if keys.renamed:
             names = ", ".join(f"`{old}` is now `{new}`" for old, new in keys.renamed.items())
             say([f"The recipe has keys of older versions, which were read by their new names: {names}."])
