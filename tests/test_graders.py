@@ -413,7 +413,7 @@ def test_values_bounds_currencies_and_scripts(gold, answer, right):
 
 def test_values_are_compared_off_the_main_thread():
     pairs = [("2^n", "\\sum_{k=0}^{n} \\binom{n}{k}"), ("H_n", "\\sum_{k=1}^{n}\\frac{1}{k}"), ("x^2-1", "(x-1)(x+1)")]
-    values.parsed.cache_clear()
+    values._parsed.cache_clear()
     with ThreadPoolExecutor(1) as pool:
         assert [*pool.map(lambda pair: is_same_math(*pair), pairs)] == [True, False, True]
 
@@ -427,8 +427,8 @@ def test_what_sympy_raises_is_no_equality(error, monkeypatch):
     assert grade_math({"gold": "\\sqrt{12}"}, ["\\boxed{2\\sqrt{3}}"]) == {"accuracy": 0}
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the time limit needs SIGALRM, which Windows lacks")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the time limit needs setitimer, which Windows lacks")
 def test_a_comparison_ends(monkeypatch):
     monkeypatch.setattr(values, "SECONDS", 1)
-    monkeypatch.setattr(values, "_compare", lambda *_: time.sleep(60))
+    monkeypatch.setattr(values, "_compare", lambda *_: all(iter(lambda: True, False)))  # goes on without end
     assert grade_math({"gold": "\\sqrt{12}"}, ["\\boxed{2\\sqrt{3}}"]) == {"accuracy": 0}

@@ -133,6 +133,14 @@ def test_next_turns_are_no_part_of_an_answer(turn):
     assert grade_math({"gold": "18"}, [f"So \\boxed{{18}}{turn}And now? \\boxed{{5}}"])["accuracy"] == 1
 
 
+@pytest.mark.parametrize("turn", ["\nQ: ", "\n\nProblem: ", "\nProblem 3: ", "\n## Problem 2\n", "\nQuestion: ", "\n\nuser\n"])
+def test_next_problems_end_an_answer_that_is_final(turn):
+    assert letter(f"The answer is C.{turn}And now?\nA: The answer is B.", DRUGS) == "C"
+    for said, other in (("The answer is 18.", "The answer is 6."), ("#### 18", "#### 5"), ("\\boxed{18}", "\\boxed{7}")):
+        assert grade_math({"gold": "18"}, [f"{said}{turn}And now?\nassistant\n{other}"])["accuracy"] == 1
+    assert grade_math({"gold": "18"}, [f"Let me begin.{turn}And now?\n\\boxed{{18}}"])["accuracy"] == 1
+
+
 @pytest.mark.parametrize("turn", ENDS)
 def test_special_tokens_end_answers_of_every_kind(turn):
     assert grade_math({"gold": "18"}, [f"\\boxed{{18}}{turn}\\boxed{{5}}"])["accuracy"] == 1

@@ -23,6 +23,10 @@ SIGNS = {
 }
 ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\u2061\u2062\u2063\ufeff"), "")
 PRIMES = re.compile(r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))")
+DEGREE = re.compile(
+    r"\^\s*\{\s*\\degree\s*\}|\^?\s*\\degree(?![A-Za-z])|(?<=[\d)}])\s*\\deg(?![A-Za-z])"
+    r"|(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\}|(?P<braced>\{\s*)?\\(?:text|mathrm)\s*\{\s*o\s*\}(?(braced)\s*\}))"
+)
 TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|\s+|.", re.DOTALL)
 
 SYNONYMS = {
@@ -48,8 +52,8 @@ STYLES = (
     "mathcal",
     "ensuremath",
 )
-UNSEEN = {"left", "right", "displaystyle", "textstyle", "limits", "nolimits", "rm", "bf", "it", "strut", "mathstrut", "bold"}
-UNSEEN |= {f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
+DELIMITED = {f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")} | {"left", "right"}
+UNSEEN = {"displaystyle", "textstyle", "limits", "nolimits", "rm", "bf", "it", "strut", "mathstrut", "bold", *DELIMITED}
 SIZES = ("tiny", "scriptsize", "footnotesize", "small", "normalsize", "large", "Large", "LARGE", "huge", "Huge")
 SPACES = (*SIZES, "checkmark", "quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "space", "nobreakspace")
 
@@ -109,7 +113,7 @@ class _Reader:
     def _command(self, name: str) -> str:
         name = SYNONYMS.get(name, name)
         if name in UNSEEN:
-            if self._next() == ".":  # of \left. and \right.
+            if name in DELIMITED and self._next() == ".":  # of \left. and \right.
                 self._take()
             return ""
         if name in SPACES:
@@ -218,11 +222,12 @@ def _ascii(text: str) -> str:
     text = text.replace("″", "''").replace("‴", "'''")
     text = "".join(SIGNS.get(sign, sign) for sign in text.translate(ZERO_WIDTH))
     text = unicodedata.normalize("NFKC", text)
+    text = DEGREE.sub(r"^\\circ ", text)
     text = PRIMES.sub(lambda match: "'" * match[0].count(r"\prime"), text)
     text = re.sub(r"\\!\s*", "", text)
     text = re.sub(r"\\[hv]space\*?\s*\{[^{}]*\}", " ", text)
     text = re.sub(r"\\phantom\s*\{[^{}]*\}", " ", text)
-    text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ",", text)
+    text = re.sub(r"(?<=\d)\{,\}(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)\{[.,]\}(?=\d)", ".", text)
     text = re.sub(r"^([^\w\\$]*)\$(?=[^$]*$)", r"\1\\$", text)  # the only one is a currency, not the begin of mathematics
     text = re.sub(r"\\\$(?! ?-?\d)|(?<!\\)\$|\\[()]|\\\[|\\\](?!\w)", " ", text)
@@ -232,8 +237,10 @@ def _ascii(text: str) -> str:
 
 
 NUMBER = r"(?:\d+(?:\.\d+)?)"
-GROUPED = re.compile(r"(?<![\d.,^_{\\])(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?![\d,]|\.\d* \d)")
-LISTED = re.compile(r"[(\[{]\d{1,3},\d{3}[)\]]")  # a pair, not a number
+GROUPED = re.compile(
+    r"(?P<open>_?\{|\\\{|[(\[]|\\langle)|(?P<close>\\\}|[})\]]|\\rangle)"
+    r"|(?<![\d.,^_\\])(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+)(?![\d,]|\.\d* \d)"
+)
 MIXED = re.compile(r"(?<![\w.^_{})\]!])(?<![\d)}] )(\d+) ?\\frac\{(\d+)\}\{(\d+)\}(?!\w)")
 SLASHED = re.compile(r"(?<![\w.^_{})\]!/])(?<![\d)}] )(\d+) (\d+)/(\d+)(?![\w/.])")
 SCIENTIFIC = re.compile(r"(?<![\w\\.])(\d+\.?\d*)[eE]([+-]?\d+)(?!\w)")
@@ -243,12 +250,27 @@ REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar)\{(\d+)\}|\(
 def _numbers(text: str) -> str:
     text = re.sub(r"(?<![\w.}])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<=\d)\.(?![\d\\(])", "", text)
-    if not LISTED.fullmatch(text):
-        text = GROUPED.sub(lambda match: re.sub(r"[, ]", "", match[1]), text)
+    text = _joined(text)
     text = SCIENTIFIC.sub(lambda match: rf"{match[1]}\times 10^{{{int(match[2])}}}", text)
     text = REPEATING.sub(_fraction, text)
     text = MIXED.sub(_mixed, text)
     return SLASHED.sub(_mixed, text)
+
+
+def _joined(text: str) -> str:
+    """Join the thousands of numbers; within brackets a comma sets numbers apart, unless a group begins with 0, as in 1,000."""
+    around: list[str] = []
+
+    def join(match: re.Match[str]) -> str:
+        if match["open"]:
+            around.append(match["open"])
+        elif match["close"]:
+            around[-1:] = []
+        elif "," not in match[0] or ",0" in match[0] or around[-1:] in ([], ["{"]):
+            return re.sub("[, ]", "", match[0])
+        return match[0]
+
+    return GROUPED.sub(join, text)
 
 
 def _mixed(match: re.Match[str]) -> str:

@@ -8,7 +8,7 @@ from ..choices import COLUMNS as CHOICES
 from ..choices import read_choices, right_index
 from .docs import read_docs
 from .exam import MOST_APART, Exam, spaced
-from .math import boxes
+from .math import JOINED, SEPARATED, boxes, is_denied
 from .reasoning import own_turn, without_reasoning
 
 WIDE = dict(zip(map(ord, "\uff1a\u3002\uff0c\uff0e\uff08\uff09\uff1b\u3001"), ":.,.();,", strict=True))  # punctuation
@@ -73,12 +73,18 @@ def letter(text: str, choices: list[str]) -> str | None:
     """
     exam, said = Exam(choices), _tidy(own_turn(without_reasoning(text)))
     spans = boxes(said)
-    for _, content, end in reversed(spans):
+    later, begun = None, len(said)
+    for begin, content, end in reversed(spans):
+        if is_denied(said, begin):
+            continue
         found = exam.boxed(said[content:end].strip()) if end - content <= MOST_APART else None
-        if found:
-            return found
+        if later:
+            return later if found in (None, "", later) or not _are_joined(said[end + 1 : begun]) else None
+        later, begun = found, begin
         if found == "":
             return exam.stated(exam.without_denied(exam.without_texts(said[end + 1 :]))) or None
+    if later:
+        return later
     plain = _without(said, spans)
     said = exam.without_denied(exam.without_texts(plain))
     found = exam.stated(said)
@@ -88,6 +94,11 @@ def letter(text: str, choices: list[str]) -> str | None:
     if is_plain:
         return exam.alone(said) or exam.meant(said)
     return exam.alone(said) or exam.left_over(said) or exam.meant(exam.without_analysis(plain))
+
+
+def _are_joined(between: str) -> bool:
+    """Whether a comma, "and" or "or" is all there is between two boxes."""
+    return JOINED.fullmatch(between) is not None and SEPARATED.search(between) is not None
 
 
 def _without(text: str, spans: list[tuple[int, int, int]]) -> str:

@@ -5,10 +5,10 @@ from typing import Any
 
 from .docs import read_docs
 from .latex import compact, spelled
-from .prose import STATED, stated
-from .reasoning import own_turn, without_reasoning
+from .prose import stated, unexplained
+from .reasoning import FINAL, STATED, own_turn, without_reasoning
 from .structure import NAME, ORDER, as_intervals, bounded, split, structure
-from .units import are_same_units, measured, number_of, unit_of
+from .units import are_same_units, counted_in, measured, number_of, unit_of, without_letter
 from .values import is_same_value, math_verify, parsed, verified
 
 MATH_GOLD = ("final_answer", "answer", "Answer", "solution", "completion")
@@ -19,6 +19,21 @@ BASED = re.compile(r"\(?(\d[0-9A-F]*)\)?_\{(\d+)\}")  # a number with its base
 BRACE = re.compile(r"\\\\|\\[{}]|\\(?:boxed|fbox)(?![A-Za-z])\s{0,8}\{|[{}]")
 HEADING = re.compile(r"####[ \t]{0,9}(?!(?:\d{1,9}[.):][ \t]{1,9})?[A-Za-z]{2})(\S[^\n]*)")
 JOINED = re.compile(r"[\s$,;]{0,20}(?:and|or|\\text\{ ?(?:and|or) ?\}|\\q?quad)?[\s$,;]{0,20}")
+SEPARATED = re.compile(r"[,;]|and|or")  # of boxes that are answers of their own, not one answer that is boxed again
+NOT = re.compile(r"(?:\bnot|n['\u2019]t)(?: (?:be|equal to))?[\s$*]{0,4}\Z", re.IGNORECASE)
+WITHDRAWN = re.compile(
+    r"\b(?:wait|oops|sorry|hold on|actually|correction)\b[^.?\n]{0,40}?\b(?<!not )(?<!no )"
+    r"(?:wrong|incorrect|not (?:right|correct)|mistake|error)\b(?!\s?\?)"
+    r"|\bI(?: have|['\u2019]ve)? made an? (?:\w{1,20} ){0,2}(?:mistake|error)\b|\bwait,? no\b|\bno,? wait\b",
+    re.IGNORECASE,
+)
+# An equation in one unknown, which is no name of its other side: 2x = 5, but not f(2) = 5 or x + y = 5
+OPERATION = re.compile(r"[-+*/^]|\\(?:frac|sqrt|cdot|times|div)(?![a-z])|\d *[A-Za-z\\]")
+GREEK = r"\\(?:alpha|beta|gamma|delta|theta|lambda|phi|omega)(?![a-z])"
+UNKNOWN = re.compile(rf"(?:{GREEK} ?|[A-Za-z])(?:_\{{[^{{}}]*\}})?")
+WORDS = re.compile(r"\\text\{|\\angle|\|")
+FUNCTION = re.compile(rf"(?!{GREEK})\\[A-Za-z]+(?:_\{{[^{{}}]*\}})?")
+PLAIN = re.compile(r"-?\d[\d.]*")
 ROUNDED = re.compile(r"(.+)\\approx(?![a-z])[^=]+")  # an exact value, and a rounded one
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|equiv)(?![a-z])")
 WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
@@ -89,31 +104,61 @@ def boxes(text: str) -> list[tuple[int, int, int]]:
 def final_answer(text: str) -> str | None:
     r"""Return what is in the last closed \boxed{} or \fbox{} of `text`, else what follows its last ####, else None.
 
-    A heading, whose #### words follow, or a number and words ("1. First"), is no such mark.
+    A heading, whose #### words follow, or a number and words ("1. First"), is no such mark. A box behind "not" is none either.
     """
-    found = boxes(text)
+    found = _final_boxes(text)
     if found:
         return text[found[-1][1] : found[-1][2]].strip()
     marks = HEADING.findall(text)
-    return marks[-1].strip() if marks else None
+    return unexplained(marks[-1].strip()) if marks else None
+
+
+def _final_boxes(text: str) -> list[tuple[int, int, int]]:
+    return [box for box in boxes(text) if not is_denied(text, box[0])]
+
+
+def is_denied(text: str, begin: int) -> bool:
+    """Whether "not" stands before what begins there."""
+    return NOT.search(text[max(0, begin - 30) : begin]) is not None
 
 
 def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    r"""Tell whether the final answer equals `gold`: the last \boxed{}, else what follows ####, else what is stated last."""
-    said = own_turn(without_reasoning(results[0]))
+    r"""Tell whether the final answer equals `gold`: the last \boxed{}, else what follows ####, else what is stated last.
+
+    Boxes with "and", "or" or a comma between them are one answer, a list. An answer that the text withdraws doesn't count.
+    """
+    gold, said = doc["gold"], _settled(own_turn(without_reasoning(results[0])))
+    for word in counted_in(str(doc.get("question") or "")):
+        one = re.compile(rf"\b{re.escape(word.lower().removesuffix('s'))}s?\b", re.IGNORECASE)
+        gold, said = one.sub("units", gold), one.sub("units", said)
+    listed, is_list = _listed(said)
+    if len(listed) > 1 and (is_same_math(gold, ", ".join(listed)) or (is_list and _differ(listed))):
+        return {"accuracy": float(is_same_math(gold, ", ".join(listed)))}
     found = final_answer(said)
-    is_right = is_same_math(doc["gold"], said if found is None else found, found is not None)
-    return {"accuracy": float(is_right or _is_same_list(doc["gold"], said))}
+    return {"accuracy": float(is_same_math(gold, said if found is None else found, found is not None))}
 
 
-def _is_same_list(gold: str, said: str) -> bool:
-    """Whether the last boxes, with nothing but a comma, "and" or "or" between them, are together what `gold` lists."""
-    found = boxes(said)[-MOST_PARTS:]
-    joined = 1
-    while joined < len(found) and JOINED.fullmatch(said[found[-joined - 1][2] + 1 : found[-joined][0]]):
+def _settled(said: str) -> str:
+    """Return what is said behind the last words that withdraw a final answer."""
+    withdrawn = list(WITHDRAWN.finditer(said))
+    return said[withdrawn[-1].end() :] if withdrawn and FINAL.search(said[: withdrawn[-1].start()]) else said
+
+
+def _listed(said: str) -> tuple[list[str], bool]:
+    """Return the last boxes with next to nothing between them, and whether a comma, "and" or "or" is."""
+    found = _final_boxes(said)[-MOST_PARTS:]
+    joined, is_list = 1, False
+    while joined < len(found):
+        between = said[found[-joined - 1][2] + 1 : found[-joined][0]]
+        if not JOINED.fullmatch(between):
+            break
+        is_list = is_list or SEPARATED.search(between) is not None
         joined += 1
-    parts = [said[content:end] for _, content, end in found[-joined:]]
-    return len(parts) > 1 and is_same_math(gold, ", ".join(parts))
+    return [said[content:end] for _, content, end in found[-joined:]], is_list
+
+
+def _differ(parts: list[str]) -> bool:
+    return not all(is_same_math(parts[-1], part) for part in parts[:-1])
 
 
 def is_same_math(gold: str, answer: str, is_bare: bool = True) -> bool:
@@ -195,7 +240,7 @@ def _is_same_structure(one: str, other: str) -> bool:
     if kind == other_kind == r"\{\}":
         return _are_same_sets(parts, others)
     if kind == other_kind:
-        return _are_same(parts, others, kind in ("list", r"\cup"))
+        return _are_same(parts, others, kind in ("list", r"\cup") and not _are_named_apart(parts, others))
     sides = [split(text, EQUALS) if each == "" else [text] for text, each in ((one, kind), (other, other_kind))]
     if max(map(len, sides)) > 1 and (len(sides[0]) == 1 or re.fullmatch(NAMES, sides[0][0])):
         return _is_same(sides[0][-1], sides[1][-1])
@@ -228,6 +273,12 @@ def _are_same_sets(one: list[str], other: list[str]) -> bool:
     inner, others = ([part for part in parts if structure(_bare(part))[0] == r"\{\}"] for parts in (one, other))
     plain, rest = ([part for part in parts if part not in sets] for parts, sets in ((one, inner), (other, others)))
     return _are_same(plain, rest, True) and _are_same(inner, others, True)
+
+
+def _are_named_apart(one: list[str], other: list[str]) -> bool:
+    """Whether one of two lists has different names, as in a=1, b=2, and the other one none, so that their order tells."""
+    names = [{split(part, EQUALS)[0] for part in parts if len(split(part, EQUALS)) > 1} for parts in (one, other)]
+    return max(map(len, names)) > 1 and min(map(len, names)) == 0
 
 
 def _are_same(one: list[str], other: list[str], is_unordered: bool) -> bool:
@@ -267,11 +318,14 @@ def _is_same_scalar(one: str, other: str) -> bool:
     if len(left) > 1 and len(right) > 1:
         is_same = compact(left[0]) == compact(right[0]) and _is_same(left[-1], right[-1])
         return is_same or _verify(one, other)
+    if len(left) == 1 and len(right) == 2 and _is_equation(right[0]):
+        return False
     if len(right) > 1 or (len(left) > 1 and re.fullmatch(NAME, left[0])):
         return _is_same(left[-1], right[-1])
     left, right = split(one, r"\\in(?![a-z])"), split(other, r"\\in(?![a-z])")
     if len(left) != len(right) or (len(left) > 1 and compact(left[0]) == compact(right[0])):
         return _is_same(left[-1], right[-1])
+    other = without_letter(other) if PLAIN.fullmatch(one) else other
     (value, unit), (other_value, other_unit) = measured(one), measured(other)
     if not are_same_units(unit, other_unit):
         return False
@@ -280,6 +334,15 @@ def _is_same_scalar(one: str, other: str) -> bool:
     if compact(value) == compact(other_value) or is_same_value(value, other_value):
         return True
     return unit == PERCENT and not other_unit and is_same_value(rf"\frac{{{value}}}{{100}}", other_value)
+
+
+def _is_equation(side: str) -> bool:
+    """Whether a side of an equation computes something of one unknown, instead of naming it."""
+    side = re.sub(r"\^\{-1\}(?= *\()", "", side)  # of an inverse function
+    if WORDS.search(side) or re.fullmatch(NAME, side) or not OPERATION.search(side):
+        return False
+    unknown = {*UNKNOWN.findall(FUNCTION.sub(" ", side))} - {"i", "e"}
+    return len(unknown) == 1
 
 
 def _verify(one: str, other: str) -> bool:

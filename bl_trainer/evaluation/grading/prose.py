@@ -3,19 +3,11 @@
 import re
 from itertools import pairwise
 
-from .reasoning import own_turn
+from .reasoning import STATED, own_turn
 from .units import changes, is_unit
 
 MOST_STATED = 300  # characters of a statement that is searched for an expression
 
-STATED = re.compile(
-    r"(?:\b(?:final_)?answers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=\uff1a])"
-    r"|\b(?:respuesta|resposta|risposta|r[e\u00e9]ponse|antwort)\b[^.\n]{0,60}?(?:\b(?:es|est|\u00e9|\u00e8|ist|lautet)\b|[:=])"
-    r"|\b\u043e\u0442\u0432\u0435\u0442\b\s?[:=\u2013\u2014]"
-    r"|(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)\s?(?:\u662f|\u4e3a|\u70ba|\u306f|[:=\uff1a])"
-    r"|(?:\uc815\ub2f5|\ub2f5)(?:\uc740|\s?[:=]))[\s:*_\uff1a]{0,8}",
-    re.IGNORECASE,
-)
 # A field of JSON, the element of a prompt's format, and a line in a fence of its own
 FIELD = re.compile(r"answers?[\"'*]{1,3}\s?:\s*\Z", re.IGNORECASE)
 JSON = re.compile(r"\"((?:[^\"\\\n]|\\.){1,300})\"|\[([^]\n]{1,300})\]|([^\",}\n]{1,300})(?=[,}\n])")
@@ -30,7 +22,8 @@ BEHIND_CJK = re.compile(
 # How a truncated line ends
 UNFINISHED = re.compile(
     r"(?::[\s*_]{0,4}|[+=\u00d7\u00b7\u00f7/]|\s[-*\u2212]|\\(?:times|cdot|div|pm)"
-    r"|(?<![\w\\])(?:and|or|of|plus|minus|times|divided|by|the|an|with|to|from|for|than|because|since|is|are|equals))\s*\Z",
+    r"|(?<![\w\\])(?:and|or|of|plus|minus|(?<![\d)}%] )times|divided|by|the|an|with|to|from|for|than"
+    r"|because|since|is|are|equals))\s*\Z",
     re.IGNORECASE,
 )
 HANGING = re.compile(r"(?<![*\s])\*\Z")  # a truncated product, unless emphasis began before
@@ -55,9 +48,11 @@ ADVERBS = re.compile(
 DOLLARS = r"\$\$([^$]{1,300})\$\$|\$(?!\s)([^$]{1,300})(?<!\s)\$(?!\d)|\$ ([^$]{1,300}) \$(?!\s?\d)"
 DISPLAYED = re.compile(r"(\\\[|\$\$)\s{0,9}\n([^\n$]{1,300})\n\s{0,9}(\\\]|\$\$)")  # on a line between its marks
 MATH = re.compile(rf"{DOLLARS}|\\\((.{{1,300}}?)\\\)|\\\[(.{{1,300}}?)\\\]", re.DOTALL)
+# Where an explanation of a value begins
 PROSE = re.compile(
-    r"[,;]?\s+\(?(?:because|since|as|so|which|where|when|after|if|for|by|in total|altogether|not)\b"
+    r"[,;]?\s+\(?(?:because|since|as|so|which|where|when|after|if|for(?! a (?:grand )?total of)|by|in total|altogether|not)\b"
     r"|[,;]\s+[A-Za-z]{2}|\s[-\u2014]\s(?=[A-Za-z]{2})"
+    r"|\s\((?!(?:or|and|at|up|mod|base|in base|sin|cos|tan|log|ln|sqrt|pi)\b)(?=[^()]{0,80}?(?<![A-Za-z\\])[A-Za-z]{2})"
 )
 MINUS = {**dict.fromkeys(map(ord, "\u2212\u2013\u2012\ufe63\uff0d"), "-"), **dict.fromkeys(map(ord, "\u00a0\u2009\u202f"), " ")}
 
@@ -84,7 +79,39 @@ LED = re.compile(
     r"\A(?:therefore|thus|hence|so|then|finally|consequently|altogether|overall|in total|as a result|in conclusion),\s+(?=\w)",
     re.IGNORECASE,
 )
-BEHIND = re.compile(r" ?([A-Za-z]+)(?:\^\{?\d\}?)?")
+LEADING = re.compile(  # a clause before the one that says what is so
+    r"\A(?:(?:so|thus|hence|therefore|then|and|but|now),? )?(?:after|in|since|if|when|for|by|with|because|as|at|during|on|of"
+    r"|from|over|among|within|given|out of|while|once)\b.{1,120}?, "
+    r"(?=(?!(?:which|because|since|as|so|where|when|after|if|for|by|not|and|or|but|plus|per|\w+ing)\b)[A-Za-z])",
+    re.IGNORECASE,
+)
+IS = re.compile(
+    r"(?<!which )(?<!that )\b(?:is|are|was|were|be|equals?)(?: (?:about|only|just|then|now|\w+ly))?[\s$:(*-]{1,4}$",
+    re.IGNORECASE,
+)
+REASON = re.compile(r",? because (?:(?!(?<!there) is |, ).)*$")  # that ends a sentence
+WORDED = re.compile(r"[A-Za-z]{2,} (?:[A-Za-z]|\$)")
+# Between a value and a number of what it is in, of, from or to do: 12 apples in 3 baskets, $12 to buy 3 books
+TRAILING = re.compile(
+    r"[ $]?(?:\s?(?!(?:is|are|was|were|be|has|have|had|equals?|gives?|makes?|costs?|gets?|needs?|leaves?|ends?|comes?|and|or|he"
+    r"|she|they|it|we|you|I)\b)[A-Za-z%$'\u2019-]+){0,3}?\s?"
+    r"(?:\b(?:in|on|from|with|per|over|within|during|across|among|for|every|each|out of)"
+    r"|(?<!total )(?<!sum )(?<!average )(?<!profit )(?<!cost )(?<!price )(?<!weight )\bof"
+    r"|\bto (?!(?:get|obtain|find|give|make|yield|be|reach|equal|form)\b)[a-z]+)"
+    r"(?: (?:the|all|these|those|her|his|their|its|my|our|about|just|only|each|every|first|next|last|remaining|other))*"
+    r"[\s$(]{1,4}",
+    re.IGNORECASE,
+)
+RATE = re.compile(r"[A-Za-z]{1,3}/[A-Za-z]{1,3}(?:\^\{?\d\}?)?")  # a unit behind a number, not letters
+EITHER = re.compile(r"(?: ?[A-Za-z%]+)?,? or \$?")
+SOUGHT = re.compile(
+    r"\b(?:get|find|compute|calculate|determine|obtain|reach|verify|check) (?:the|our|your|an) (?:final |correct )?$",
+    re.IGNORECASE,
+)
+SUPPOSED = re.compile(r"\blet (?:the|our) (?:final |correct )?$", re.IGNORECASE)
+CONCLUDED = re.compile(r"=|\b(?:so|thus|hence|therefore|then|finally|in conclusion)\b", re.IGNORECASE)
+LIST_MARK = re.compile(r"(?<=\n)[ \t]{0,9}[-*\u2022] (?=\S)")
+BEHIND = re.compile(r" ?(?!in [\w$])([A-Za-z]+)(?:\^\{?\d\}?)?")
 NEGATIVE = re.compile(r"(?<!\w)(?:minus|negative) (\$|\\\(|)(?=\d)", re.IGNORECASE)
 OUT_OF = re.compile(r"(?<![\w.,/])(\d+) out of (?:every )?(\d+)(?![\d.,]*\d)")
 BELOW = re.compile(r"(?: degrees?)? (?:below|under) zero", re.IGNORECASE)
@@ -99,7 +126,7 @@ BOUND_BEHIND = re.compile(
     rf"[ $\\)]{{0,3}}(?:[a-z]+ ){{0,2}}(?:(?:or|and) (?:{COMPARED}|above|below|up|over|under)|at (?:most|least))\b",
     re.IGNORECASE,
 )
-BETWEEN = re.compile(r" ?([A-Za-z]+)(?:,| and|, and)? ")
+BETWEEN = re.compile(r" ?(?!in\b)([A-Za-z]+)(?:,| and|, and)? ")
 LISTS = re.compile(
     r"(?<!\bthere )\bare(?: (?:all|both|either|exactly|just|simply))?:? "
     r"|\b(?:roots|solutions|zeros|zeroes|values|numbers|factors): ",
@@ -115,13 +142,9 @@ def stated(text: str) -> list[str]:
     """Return the expression that a text without a box states last, as a list of one, or none."""
     text = FENCED.sub(r"\1", own_turn(text))
     tagged = TAGGED.findall(text)
-    text = tagged[-1] if tagged else text
-    found = [
-        match
-        for match in STATED.finditer(text)
-        if not DENIES.search(match[0]) and not DENIED.search(text[max(0, match.start() - 60) : match.start()])
-    ]
-    if found:
+    text = LIST_MARK.sub("", DISPLAYED.sub(r"\1\2\3", tagged[-1] if tagged else text))
+    found = [match for match in STATED.finditer(text) if _states(text, match)]
+    if found and not _is_superseded(text, found[-1]):
         end = found[-1].end()
         field = FIELD.search(found[-1][0]) and JSON.match(text, end)
         if field:
@@ -129,12 +152,30 @@ def stated(text: str) -> list[str]:
         said = text[end : end + MOST_STATED]
         adverbs = ADVERBS.match(said)
         return _expression(_sentence(said[adverbs.end() :] if adverbs else said), 0)
-    lines = DISPLAYED.sub(r"\1\2\3", text[-4 * MOST_STATED :]).strip().split("\n")
+    lines = text[-4 * MOST_STATED :].strip().split("\n")
     line = re.sub(r"^(?:[-*\u2022]|[-=]>|[\u2192\u21d2]) ", "", lines[-1].strip())[-MOST_STATED:].strip()
     if _is_cut(line) or _is_enumerator(lines):
         return []
     last = re.split(r"(?<=[.!?])\s+", LABEL.sub(" ", line).strip())[-1]
     return [] if STATED.search(last) else _expression(last, -1)  # else the answer that it denies
+
+
+def _states(text: str, announced: re.Match[str]) -> bool:
+    """Whether words that announce an answer are followed by one: not denied, supposed, or how it is looked for."""
+    before = text[max(0, announced.start() - 60) : announced.start()]
+    if DENIES.search(announced[0]) or DENIED.search(before) or SUPPOSED.search(before):
+        return False
+    return not (SOUGHT.search(before) and re.match("[A-Za-z]{2}", text[announced.end() :]))
+
+
+def _is_superseded(text: str, announced: re.Match[str]) -> bool:
+    """Whether what is announced has no value, such as "an integer", and the text concludes one later."""
+    said = text[announced.end() : announced.end() + MOST_STATED]
+    sentence = _sentence(said)
+    if VALUE.search(sentence) or MATH.search(said):
+        return False
+    rest = text[text.find(sentence, announced.end()) + len(sentence) :].strip().rpartition("\n")[2][-MOST_STATED:]
+    return bool(CONCLUDED.search(rest) and VALUE.search(rest))
 
 
 def _is_cut(line: str) -> bool:
@@ -161,6 +202,10 @@ def _expression(text: str, which: int) -> list[str]:
     corrected = CORRECTED.match(text)
     text = NEGATIVE.sub(r"\1-", text[corrected.end() :] if corrected else text)
     found = list(MATH.finditer(text))
+    if found and which == 0 and WORDED.match(text):
+        which = next((i for i, math in enumerate(found) if IS.search(text[: math.start()])), -1)
+    if found and which < 0:
+        which = _main(text, found)
     if found and _is_bound(text, *found[which].span()):
         return [text]
     if found:
@@ -170,17 +215,75 @@ def _expression(text: str, which: int) -> list[str]:
         is_one = all(re.fullmatch(r"\s*(?:,|(?:,?\s*\w*\s*)(?:and|or))\s*", words) for words in between)
         return [MATH.sub(_inside, text[found[0].start() :])] if is_one and between else [_inside(found[which])]
     text = OUT_OF.sub(r"\1/\2", re.sub(r"\u2212 (?=\d)", "-", BEHIND_CJK.sub("", text)).translate(MINUS))
-    listed = _listed(re.sub(r"\*\*", "", text).strip(" .")) if which < 0 else []
+    text = re.sub(r"\*\*|(?<!\w)\*|\*(?!\w)", "", text).strip()
+    is_told = which < 0 or WORDED.match(text) is not None
+    listed = _listed(_trimmed(text)) if which < 0 else []
     if listed:
         return [", ".join(listed)]
-    if which < 0:
-        text = LED.sub("", text.rpartition("=")[2].strip(), count=1)
-    said = PROSE.split(re.sub(r"\*\*|(?<!\w)\*|\*(?!\w)", "", text).strip(), maxsplit=1)[0].strip(" .:")
-    runs = [run for run in RUN.finditer(said) if VALUE.search(run[0])]
-    is_prose = bool(re.search(r"(?<![A-Za-z\\{])[A-Za-z]{2}", said))
-    if runs and is_prose and (which < 0 or (len(runs) == 1 and re.match(r"[A-Za-z]{2,} [A-Za-z]", said))):
-        return [_measure(said, runs)]
-    return [said]
+    text = _main_clause(text) if is_told else text
+    text = unexplained(text, False) if is_told and which == 0 else text
+    said = _trimmed(unexplained(text.rpartition("=")[2].strip() if is_told else text, "=" in text))
+    runs = _runs(said)
+    if not (runs and is_told and re.search(r"(?<![A-Za-z\\{])[A-Za-z]{2}", said)):
+        at = _main(said, runs) if runs else 0
+        return [said[: _end(said, runs[at].end())] if at < len(runs) - 1 else said]
+    at = _first(said, runs) if "=" in text else _main(said, runs)
+    if at and EITHER.fullmatch(said[runs[at - 1].end() : runs[at].start()]):
+        either = [runs[at - 1][0], runs[at][0]]
+        if not _is_respelled(either):
+            return [", ".join(either)]
+    return [_measure(said, runs[: at + 1])]
+
+
+def _trimmed(said: str) -> str:
+    return re.sub(r"^(?:[ :]|\.(?!\d))+|[ .:]+$", "", said)
+
+
+def _runs(said: str) -> list[re.Match[str]]:
+    """Return the expressions with a value in a sentence."""
+    found = [run for run in RUN.finditer(said) if VALUE.search(run[0])]
+    return [run for run in found if not (RATE.fullmatch(run[0]) and re.search(r"[\d)}] $", said[: run.start()]))]
+
+
+def _main_clause(said: str) -> str:
+    """Return a sentence without what leads to its main clause, as in "After 5 days, he has 12", and without a reason."""
+    said = LED.sub("", said, count=1)
+    reason = REASON.search(said)
+    said = said[: reason.start()] if reason and _runs(said[: reason.start()]) else said
+    rest = LEADING.sub("", said, count=1)
+    return rest if _runs(rest) else said
+
+
+def unexplained(said: str, is_value: bool = True) -> str:
+    """Return an expression without the explanation behind it; no explanation begins before the first value.
+
+    Unless `is_value`, words may name other values before "is" and the one that they state.
+    """
+    runs = _runs(said)
+    told = None if is_value else next((run for run in runs if IS.search(said[: run.start()])), None)
+    first = told if told and re.match(r"\W*[A-Za-z]{2}", said) else runs[0] if runs else None
+    cut = PROSE.search(said, first.end() if first else 0)
+    left = said[: cut.start()] if cut else ""
+    is_open = left.count("{") != left.count("}") or len(re.findall(r"\$(?!\d)", left)) % 2  # in mathematics, no words explain
+    return left if left and not is_open else said
+
+
+def _first(said: str, runs: list[re.Match[str]]) -> int:
+    """Return which expression is the first behind "=", or the second where both are one, as in 7 hours 30 minutes."""
+    if len(runs) == 1:
+        return 0
+    between = said[runs[0].end() : runs[1].start()]
+    measure, word = BETWEEN.fullmatch(between), BEHIND.match(said, runs[1].end())
+    is_one = measure and word and is_unit(measure[1]) and is_unit(word[1])
+    return int(bool(is_one or TO.fullmatch(between) or EITHER.fullmatch(between)))
+
+
+def _main(said: str, found: list[re.Match[str]]) -> int:
+    """Return which expression of a sentence is the last that isn't but a number of what it is in, of or from."""
+    at = len(found) - 1
+    while at and TRAILING.fullmatch(said[found[at - 1].end() : found[at].start()]):
+        at -= 1
+    return at
 
 
 def _listed(said: str) -> list[str]:
@@ -227,18 +330,23 @@ def _measure(said: str, runs: list[re.Match[str]]) -> str:
     begin, end = runs[-1].span()
     if len(runs) > 1 and TO.fullmatch(said[runs[-2].end() : begin]) and not TURNS.search(said):
         return _range(said, runs[-2][0], runs[-1][0])
-    word = BEHIND.match(said, end)
-    while word and changes(word[1]):
-        end = word.end()
-        word = BEHIND.match(said, end)
+    end, word = _end(said, end), BEHIND.match(said, _end(said, end, False))
     if word and is_unit(word[1]):
-        end = word.end()
         between = BETWEEN.fullmatch(said[runs[-2].end() : begin]) if len(runs) > 1 else None
         if between and is_unit(between[1]) and between[1] != word[1]:
             begin = runs[-2].start()
     below = BELOW.match(said, end)
     end = below.end() if below else end
     return said if _is_bound(said, begin, end) else said[begin:end]
+
+
+def _end(said: str, end: int, with_unit: bool = True) -> int:
+    """Return where an expression that ends there ends with the words that change it, and its unit."""
+    word = BEHIND.match(said, end)
+    while word and changes(word[1]):
+        end = word.end()
+        word = BEHIND.match(said, end)
+    return word.end() if with_unit and word and is_unit(word[1]) else end
 
 
 def _is_bound(said: str, begin: int, end: int) -> bool:

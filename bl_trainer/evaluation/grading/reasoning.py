@@ -24,10 +24,27 @@ ENDED = re.compile(
     r"</s>|<\|(?:im_end|endoftext|eot_id|end_of_text|end|eom_id)\|>|<end_of_turn>"
     r"|<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user"
 )
-# "Question" begins a paragraph there, behind a number or letter, since an answer may restate the question before it says one
+STATED = re.compile(
+    r"(?:\b(?:final_)?answers?\b[^.\n]{0,60}?(?:\b(?:is|are|be)\b|[:=\uff1a])"
+    r"|\b(?:respuesta|resposta|risposta|r[e\u00e9]ponse|antwort)\b[^.\n]{0,60}?(?:\b(?:es|est|\u00e9|\u00e8|ist|lautet)\b|[:=])"
+    r"|\b\u043e\u0442\u0432\u0435\u0442\b\s?[:=\u2013\u2014]"
+    r"|(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)\s?(?:\u662f|\u4e3a|\u70ba|\u306f|[:=\uff1a])"
+    r"|(?:\uc815\ub2f5|\ub2f5)(?:\uc740|\s?[:=]))[\s:*_\uff1a]{0,8}",
+    re.IGNORECASE,
+)
+# "Question" begins a paragraph there, behind a number or letter, since an answer may restate the question before it says one.
+# Behind a final answer, any next problem ends it
 TURN = re.compile(
     r"\n[ \t]{0,9}(?:#{1,6} ?|\*\*)?(?:User|USER|Human|HUMAN|Instruction|INSTRUCTION) ?:"
     r"|\n[ \t]{0,9}\n[ \t]{0,9}(?:#{1,6} ?)?(?P<asks>Question|QUESTION) ?:"
+    r"|(?P<next>\n[ \t]{0,9}(?:"
+    r"(?:#{1,6} ?|\*\*)?(?:Q|(?:Question|Problem|Exercise)(?: \d{1,4})?)(?:\*\*)? ?:"
+    r"|(?:#{1,6} ?|\*\*)(?:Question|Problem|Exercise) \d{1,4}\b"
+    r"|(?:user|assistant)[ \t]{0,9}(?=\n)))"
+)
+FINAL = re.compile(
+    rf"\\(?:boxed|fbox)\s{{0,8}}\{{|####[ \t]{{0,9}}\S{{0,9}}\d|{STATED.pattern}[^\n]{{0,40}}?(?:\d|\\[a-z]|\b(?-i:[A-HJ])\b)",
+    re.IGNORECASE,
 )
 SAYS = re.compile(r"\d|\b[A-HJ]\b(?! [a-z])")
 
@@ -71,9 +88,9 @@ def without_reasoning(answer: str) -> str:
 
 def own_turn(said: str) -> str:
     """Return what an answer says before a next turn of its own making, which begins with who speaks, as in `User:`."""
-    begun, says = re.search(r"\S", said), SAYS.search(said)
+    begun, says, final = re.search(r"\S", said), SAYS.search(said), FINAL.search(said)
     for turn in TURN.finditer(said):
-        before = says if turn["asks"] else begun
+        before = final if turn["next"] else says if turn["asks"] else begun
         if before and before.start() < turn.start():
             return said[: turn.start()]
     return said

@@ -80,7 +80,7 @@ NUMBERS = {word: i for i, word in enumerate(ONES.split())} | {word: 10 * i for i
 OPERATORS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 NO_UNIT = re.compile(
-    r"\b(?:not|no|never|none|nor|neither|without|except|if|unless|or|plus|minus|over|least|most|zero|(?-i:[nxyz]))\b",
+    r"\b(?:not|no|never|none|nor|neither|without|except|if|unless|or|plus|minus|(?<!left )over|least|most|zero|(?-i:[nxyz]))\b",
     re.IGNORECASE,
 )
 BELOW = re.compile(r"(.*?) ?\b(?:below|under) zero")
@@ -91,12 +91,15 @@ GLUED = "|".join(
 )
 POWER = r"(?:\^\{-?\d\})?"
 STYLED = rf"\\text\{{[^{{}}]*\}}{POWER}"
-WORD = rf"(?:[A-Za-z]{{2,}}|(?<= )[mgshlLNJWVK])\.?{POWER}"
+WORD = rf"(?:[A-Za-z]{{2,}}|(?<=[ /])[mgshlLNJWVK])\.?{POWER}"
 BEHIND = re.compile(
     rf"(.*?[\d)}}!]|.*?\\(?:pi|infty) |.*? ?[a-z])(?<!\\text\{{) *((?:{STYLED})(?:[ /]*{STYLED}|[ /]+{WORD})*)"
-    rf"|(.*?(?<![A-Za-z])[\d)}}!]) ((?:{WORD})(?:[ /]+(?:{WORD}|{STYLED}))*)"
-    rf"|(-?[\d.]+)((?:{GLUED})s?{POWER})"
+    rf"|(.*?(?<![A-Za-z])[\d)}}!]) ((?:{WORD})(?:(?: an? |[ /]+)(?:{WORD}|{STYLED}))*)"
+    rf"|(-?[\d.]+)((?:{GLUED})s?{POWER}(?:/{WORD})?)"
+    rf"|(.*?(?<![A-Za-z])[\d)}}!]) ?(/ ?(?:{GLUED})s?{POWER}(?![A-Za-z]))"
 )
+LETTER = re.compile(r"(-?\d+(?:\.\d+)?)[mgshlLNJWV]")  # a unit, unless a name in the other expression
+RATIO = re.compile(rf"\\frac\{{ *({STYLED}) *\}}\{{ *({STYLED}) *\}}")
 DEGREES = re.compile(r"((?:(?!\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])).)+?) *\^\{\\circ *\} *(?:([CF])|\\text\{ ?([CF]) ?\})?")
 PERCENT = re.compile(r"(.+?) *%")
 CURRENCY = r"(?:[$€£¥₹]|(?<![A-Za-z])(?:Rs|USD|EUR|INR|CNY)(?![a-z])\.?)"
@@ -105,6 +108,7 @@ SIGNED = re.compile(rf"-? *({CURRENCY}) *-? *[\d(].*")
 BEHIND_SIGN = re.compile(r"(.*?[\d)}!]) *([€£¥₹])")
 # Words in scripts other than Latin and Greek, but for those that say more than a unit: half, or, not, more than
 FOREIGN = re.compile(r"(.*?[\d)}!]) *((?:(?![\x00-\u024f\u0370-\u03ff半多余餘以至到或不无無])[^\W\d_])+)")
+COUNTED = re.compile(r"\b(?:how many|number of|(?:answer|give it|expressed?) in) (?:whole )?([a-z]+)", re.IGNORECASE)
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 SCALE = re.compile(r"\b(?:degrees? )?(celsius|fahrenheit)\b", re.IGNORECASE)
 PIECE = re.compile(r"(/|\bper\b)|([%$€£¥₹]|[^\W\d_]+)(?:\^?(-?\d))?")
@@ -118,7 +122,7 @@ def measured(text: str) -> tuple[str, Unit]:
     Words that change a value do so: 7 million is 7000000, 7 tenths 7/10, 7 squared 7^2. Words such as "if" or "at most" are no
     unit: they stay with the value.
     """
-    text = text.strip()
+    text = RATIO.sub(r"\1/\2", text.strip())
     sign = SIGNED.fullmatch(text)
     if sign:
         value, unit = measured(BEFORE.sub("", text))
@@ -141,11 +145,22 @@ def measured(text: str) -> tuple[str, Unit]:
     found = BEHIND.fullmatch(text)
     if not found:
         return text, frozenset()
-    value, behind = next((found[i], found[i + 1]) for i in (1, 3, 5) if found[i])
+    value, behind = next((found[i], found[i + 1]) for i in (1, 3, 5, 7) if found[i])
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", behind).replace(" ^", "^")
-    words = " ".join(re.sub("[{}]", "", plain).split())
+    words = re.sub(r"(?<=\w) an? (?=\w)", " per ", " ".join(re.sub("[{}]", "", plain).split()))
     value, words = _changed(value.strip(), words)
     return (text, frozenset()) if NO_UNIT.search(words) else (value, unit_of(words))
+
+
+def without_letter(text: str) -> str:
+    """Return the number in a text such as 60g, whose letter is a unit beside a plain number; other texts as they are."""
+    found = LETTER.fullmatch(text)
+    return found[1] if found else text
+
+
+def counted_in(question: str) -> list[str]:
+    """Return the words that change a number but are what a question counts, as in "How many dozens"."""
+    return [word for word in COUNTED.findall(question) if changes(word) or changes(word.removesuffix("s"))]
 
 
 def _changed(value: str, words: str) -> tuple[str, str]:

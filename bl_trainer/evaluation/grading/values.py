@@ -5,9 +5,10 @@ import math
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 from ...errors import RecipeError
@@ -19,7 +20,7 @@ DIGITS = 40  # of numbers that aren't rational
 MOST_DIGITS = 10_000  # of large ones, which would else hide what is added to them
 MOST_READ = 600  # characters of an expression that math-verify reads
 MOST_BRACKETS = 8  # within each other, and bars; math-verify's time doubles with each
-SECONDS = 3  # of reading, of comparing, and of math-verify, which no expression of this size is meant to reach
+SECONDS = 3  # of CPU time, of reading, of comparing, and of math-verify, which no expression of this size is meant to reach
 POINTS = (
     ("1.7", "2.3", "0.6"),
     ("0.37", "3.1", "1.9"),
@@ -34,11 +35,15 @@ ANGLE = re.compile(r"(\d+(?:\.\d+)?) *\^\{\\circ *\}")  # in degrees, within a t
 TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 TOWER = re.compile(r"!|\^\{[^{}]*(?:\d{3}|\^)|\binom")
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once of its own time limit
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once where its own time limit is off
 
 
 class TooLarge(ValueError):
     """A number that would take too much time or memory."""
+
+
+class OutOfTime(BaseException):
+    """A computation that reached the time limit; no Exception, since sympy and math-verify catch most of these."""
 
 
 def math_verify() -> Any:
@@ -50,9 +55,17 @@ def math_verify() -> Any:
     return math_verify
 
 
-@lru_cache(maxsize=4096)
 def parsed(text: str) -> Any:
-    """Return an expression in the one spelling as sympy's, None if it isn't one."""
+    """Return an expression in the one spelling as sympy's, None if it isn't one or takes too long."""
+    try:
+        return _parsed(text)
+    except OutOfTime:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Any:
+    """Return an expression as sympy's, None if it isn't one. Raises OutOfTime, which is not kept as a result."""
     if not _is_readable(text):
         return None
     from latex2sympy2_extended import NormalizationConfig
@@ -61,16 +74,38 @@ def parsed(text: str) -> Any:
         basic_latex=False, units=False, malformed_operators=False, nits=False, boxed="last", equations=False
     )
     config = math_verify().LatexExtractionConfig(normalization_config=plain)
-    found = math_verify().parse(
-        rf"\boxed{{{_with_products(text)}}}", [config], fallback_mode="no_fallback", parsing_timeout=_seconds()
+    found = _timed(
+        math_verify().parse,
+        rf"\boxed{{{_with_products(text)}}}",
+        [config],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
     )
     return _with_imaginary_unit(found[0]) if found else None
 
 
-def _seconds() -> int | None:
-    """The time limit; None where there are no alarms (off the main thread, and on Windows) and sizes alone bound the work."""
-    has_alarms = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    return SECONDS if has_alarms else None
+def _timed(compute: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """Return what is computed. Raises OutOfTime after `SECONDS` of this thread's CPU time, which no other work uses up.
+
+    Off the main thread, and on Windows, there are no such alarms, and sizes alone bound the work.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        return compute(*values, **options)
+    end = time.thread_time() + SECONDS
+
+    def stop(number: int, frame: Any) -> None:
+        left = end - time.thread_time()
+        if left <= 0:
+            raise OutOfTime
+        signal.setitimer(signal.ITIMER_VIRTUAL, left)  # the alarm counts the time of all threads
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        return compute(*values, **options)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 
 def _is_readable(text: str) -> bool:
@@ -147,19 +182,15 @@ def _tried(compute: Callable[..., Any], *values: Any, otherwise: bool | None) ->
     What a model writes may be any expression, and sympy raises nearly any error on one that has no value or that it can't
     work with, RecursionError included. This must not end the evaluation of all other answers.
     """
-    math_verify()
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
     try:
-        return timeout(_seconds())(compute)(*values)
-    except (Exception, TimeoutException):
+        return _timed(compute, *values)
+    except (Exception, OutOfTime):
         return otherwise
 
 
 def verified(left: Any, right: Any) -> bool:
     """Whether math-verify takes two expressions of sympy's as the same."""
-    return bool(math_verify().verify(left, right, timeout_seconds=_seconds()))
+    return bool(_tried(partial(math_verify().verify, timeout_seconds=None), left, right, otherwise=False))
 
 
 def _compare_or_match(left: Any, right: Any) -> bool | None:
