@@ -233,8 +233,8 @@ def beside() -> str:
     for title, results in (("Twelve cells", stored()), ("Nine cells of the judge", stored(JUDGED))):
         both = results + stored(REFERENCES).of(results.models).on(results.cells)
         parts += [f"**{title}**", differences(both, whole)]
-        names = tuple(name for name in CANDIDATES if name in results.objectives)
-        picked = Ruling(both, (*names, *whole)).winner
+        known = [name for name in CANDIDATES if name in results.objectives]
+        picked = Ruling(both, (*known, *whole)).winner
         parts.append(f"With these two among the candidates the rule would pick `{picked}`.")
     return "\n\n".join(parts)
 
