@@ -222,7 +222,7 @@ def beside() -> str:
     """Return what the references do, beside the control and the one that sharpens, cell by cell."""
     names = [CONTROL, "anneal", *stored(REFERENCES).objectives]
     cells = telling()
-    columns = [(f"{cell}: format", in_format, cell) for cell in FORMATS]
+    columns: list[tuple[str, Any, str]] = [(f"{cell}: format", in_format, cell) for cell in FORMATS]
     for cell in SEVERAL:
         columns += [(f"{cell}: valid", valid, cell), (f"{cell}: above share", beyond, cell)]
     rows = [[f"`{name}`", *(shown(read(cells[cell], name, cell)) for _, read, cell in columns)] for name in names]
