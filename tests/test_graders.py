@@ -430,5 +430,5 @@ def test_what_sympy_raises_is_no_equality(error, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the time limit needs setitimer, which Windows lacks")
 def test_a_comparison_ends(monkeypatch):
     monkeypatch.setattr(values, "SECONDS", 1)
-    monkeypatch.setattr(values, "_compare", lambda *_: all(iter(lambda: True, False)))  # goes on without end
+    monkeypatch.setattr(values, "_compare", lambda *_: all(iter(lambda: True, False)))  # has no end
     assert grade_math({"gold": "\\sqrt{12}"}, ["\\boxed{2\\sqrt{3}}"]) == {"accuracy": 0}

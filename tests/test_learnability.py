@@ -232,7 +232,7 @@ TARGETS = {"labels": [-100, -100, 7, 7], "completion_mask": [0, 0, 1, 1], "assis
 
 @pytest.mark.parametrize("column", TARGETS)
 def test_halves_of_tokens_by_their_prompt(column):
-    """Those before the first target; of rows of which all tokens train, or all but a start token, all."""
+    """Those before the first target; all of a row that trains on all, or on all but a start token."""
     rows = [{"input_ids": [1, i % 100, i, 7], column: TARGETS[column]} for i in range(300)]
     asked = [{row["input_ids"][1] for row in part} for part in halves(Dataset.from_list(rows), 0, 10_000)]
     assert not asked[0] & asked[1]

@@ -373,7 +373,7 @@ def _warn_of_order(checkpoint: Path, state: TrainerState, trainer: Any) -> Itera
 
 
 def _warn_of_place(checkpoint: Path, state: TrainerState, trainer: Any, pace: Pace, steps: int) -> Iterator[str]:
-    """Yield where the run goes on, in its data and in its objective's schedule, if not where the checkpoint was."""
+    """Yield where the run resumes in its data and in its objective's schedule, if the checkpoint was elsewhere."""
     step, recorded = state.global_step, read_record(str(checkpoint)).get("pace")
     before, now = Pace(**recorded).at(step) if recorded else None, pace.at(step)
     if before and before != now and not trainer.args.ignore_data_skip:

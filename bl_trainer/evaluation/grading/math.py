@@ -139,7 +139,7 @@ def grade_math(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def _settled(said: str) -> str:
-    """Return what is said behind the last words that withdraw a final answer."""
+    """Return the text behind the last words that withdraw a final answer."""
     withdrawn = list(WITHDRAWN.finditer(said))
     return said[withdrawn[-1].end() :] if withdrawn and FINAL.search(said[: withdrawn[-1].start()]) else said
 
