@@ -174,6 +174,7 @@ figures: $(VENV)/installed
 	$(BIN)/python tools/claims_page.py
 	$(BIN)/python tools/ready_page.py
 	$(BIN)/python tools/facts_page.py
+	$(BIN)/python tools/pretrained_page.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(ADAPTERS) $(DOCS) site

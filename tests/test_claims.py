@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.mark.parametrize("name", ["claims", "default", "facts", "ready-for-rl"])
+@pytest.mark.parametrize("name", ["claims", "default", "facts", "pretrained", "ready-for-rl"])
 def test_a_page_is_the_tools(name: str, tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "tools" / f"{name.partition('-')[0]}_page.py"))["main"](str(tmp_path))
     assert (tmp_path / f"{name}.md").read_bytes() == (RESULTS / f"{name}.md").read_bytes(), "run `make figures`"

@@ -3,7 +3,7 @@
 import runpy
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ SETS = {
     "records": "the quickstart's records, which the model nearly knows; 30 % have the age and the city of nobody in particular",
     "codes": "the same with a code in place of each city, which the model cannot know; 30 % are as wrong",
 }
-COMMAND = f"python studies/pretrained_study.py --tasks {' '.join(SETS)}"
 PAGE = """# Noisy records on SmolLM2-135M
 
 <!-- Written by tools/pretrained_page.py (`make figures`) from pretrained.json.gz. -->
@@ -57,11 +56,12 @@ PAGE = """# Noisy records on SmolLM2-135M
 - **Judging**: seeds {seeds}, {examples} other rows, all right. An answer is right if its record is. T is the temperature, and
   one answer is sampled for each row.
 - **Intervals** are 95 %, paired by seed and row, over seeds and cities. They say nothing of other models, and are not
-  corrected for the number of comparisons.
+  corrected for the number of comparisons. Three seeds make them wide.
 
 {tables}
 
-Most probable, mean p, `nll` (nats) and drift, KL(base, tuned) in nats, are means per target token, without the end token.
+{missing}Most probable, mean p, `nll` (nats) and drift, KL(base, tuned) in nats, are means per target token, without the end
+token.
 """
 
 
@@ -146,10 +146,10 @@ def answer(tasks: dict[str, Task]) -> str:
     own = list(tasks.values())
     count = sum(len(task.others) for task in own)
     parts = []
-    for metric, words in (("sampled", "At T = 1"), ("cooler", "At T = 0.5"), ("greedy", "By greedy answers")):
+    for metric, words in (("sampled", "At T = 1"), ("cooler", "At T = 0.5"), ("greedy", "Greedy")):
         each = "; ".join(f"{signed(task.apart(study.ANNEAL, metric))} on {option}" for option, task in tasks.items())
         parts.append(
-            f"> {words} {beyond(own, metric)} of {count} differences to `nll` are above 0 beyond chance. `anneal`: {each}."
+            f"> {words}, `anneal` less `nll`: {each}. Above `nll` beyond chance: {beyond(own, metric)} of {count} objectives."
         )
     return "> **Answer.** " + "\n".join(parts).removeprefix("> ")
 
@@ -158,6 +158,11 @@ def results() -> dict[str, Any]:
     """Return the stored results of the sets of this page."""
     found = study.read_results(ROOT / "docs" / "results" / "pretrained.json.gz")
     return {option: found[option] for option in SETS if option in found}
+
+
+def command(tasks: Iterable[str]) -> str:
+    """Return the command that runs these sets."""
+    return f"python studies/pretrained_study.py --tasks {' '.join(tasks)}"
 
 
 def text(results: dict[str, Any]) -> str:
@@ -175,7 +180,7 @@ def text(results: dict[str, Any]) -> str:
         ]
     return PAGE.format(
         answer=answer(tasks),
-        command=COMMAND,
+        command=command(tasks),
         rank=study.RANK,
         batch=study.TRAINING["per_device_train_batch_size"],
         sets="\n".join(f"| `{each.option}` | {SETS[each.option]} | {each.steps} |" for each in own),
@@ -184,6 +189,7 @@ def text(results: dict[str, Any]) -> str:
         seeds=f"{seeds[0]} to {seeds[-1]}",
         examples=own[0].examples,
         tables="\n\n".join(parts),
+        missing="".join(f"Not run: `{each}`, {SETS[each]}.\n\n" for each in SETS if each not in tasks),
     )
 
 
