@@ -325,16 +325,20 @@ def task_of(name: str, noise: float) -> Task:
 def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]]) -> list[Scored]:
     """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool, and return those that judge.
 
-    The pilot's run first, then those at the learning rates that it has chosen.
+    The pilot's run first, then those at the learning rates that it has chosen: a sweep for each seed, so that more can follow.
     """
-    home, place = cell_folder(folder, task.name, task.noise), folder / "sweeps"
+    home = cell_folder(folder, task.name, task.noise)
+    place = folder / "sweeps" / home.name
     pilot = read_plan(home, "pilot", {"arms": list(task.arms), "learning_rate": list(task.rates), "seed": [PILOT_SEED]})
     pilot = replace(pilot, rank_by=task.pilot)
-    board = board_by(task.pilot, pilot, run(pilot, place / home.name / "pilot", task.name, task.noise))
+    board = board_by(task.pilot, pilot, run(pilot, place / "pilot", task.name, task.noise))
     chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in task.arms]
-    plan = read_plan(home, "main", {"arms": chosen, "seed": list(range(FIRST_SEED, FIRST_SEED + seeds))})
-    arms = run(plan, place / home.name / "main", task.name, task.noise)
-    return [arms[i] for i in sorted(arms)]
+    found = []
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        name = f"seed-{seed}"
+        arms = run(read_plan(home, name, {"arms": chosen, "seed": [seed]}), place / name, task.name, task.noise)
+        found += [arms[i] for i in sorted(arms)]
+    return found
 
 
 def read_results(path: Path) -> dict[str, Any]:

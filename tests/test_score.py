@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import math
 import re
 import runpy
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import bl_trainer
 from bl_trainer.cells import engine, pretraining, verb
@@ -20,6 +22,7 @@ from bl_trainer.cells.training import Course
 from bl_trainer.cells.transformer import Shape
 from bl_trainer.cells.verb import ScoreArguments
 from bl_trainer.cli import main
+from bl_trainer.errors import LossError
 from bl_trainer.objectives import Threshold
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +32,11 @@ DESIGN = engine.study_design()
 def mine(logp):
     """The square of the surprise."""
     return logp**2 / 2 - logp
+
+
+def narrow(logp):
+    """1 - p, and no number where p is near 1/36, that of each token under an untrained model."""
+    return 1 - logp.exp() + 1e-3 * torch.sqrt((logp - math.log(1 / 36)) ** 2 - 0.0025)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,12 @@ def small(monkeypatch):
     monkeypatch.setattr(pretraining, "COURSE", Course(steps=2, batch=4, warmup=1))
     quick = {"cells": ["plain", "suffix"], "rates": [1e-3], "course": Course(steps=1, batch=4, warmup=1)}
     monkeypatch.setattr(verb, "run", lambda *given, **keys: engine.run(*given, **keys, **quick))
+
+
+def test_an_objective_that_is_no_number_somewhere_is_not_ranked(small, tmp_path) -> None:
+    own = {"cells": ["plain"], "rates": [1e-3], "course": Course(steps=30, batch=16, warmup=1)}
+    with pytest.raises(LossError, match=r"Cannot score `test_score:narrow`: .* weights that are not finite"):
+        engine.run([engine.Entry.parse("mine", "test_score:narrow")], tmp_path, models=engine.models_of([0]), **own)
 
 
 def test_it_ranks_a_function_among_stored_results(small, tmp_path, monkeypatch, capsys) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import LossError
+from ..objectives import spell
 from ..objectives.objective import Objective
 from ..objectives.pricing import price
 from ..objectives.threshold import Threshold
@@ -56,7 +58,7 @@ def train(shape: Shape, start: Tensor, rows: Rows, arms: Sequence[Arm], course: 
     """Return the weights, (models, count), that training makes of `start`, of the same shape, which stays as it is.
 
     A step's batch is the next `course.batch` rows of an arm's set. All models are independent: in float64 each is what it is
-    when it trains alone, but for rounding.
+    when it trains alone, but for rounding. Raises LossError where an objective makes weights that are not finite.
     """
     stack = start.detach().clone()
     weights = {name: view.requires_grad_() for name, view in unpack(shape, stack).items()}
@@ -87,6 +89,12 @@ def train(shape: Shape, start: Tensor, rows: Rows, arms: Sequence[Arm], course: 
         for model, own, group, arm in zip(models, gradient, optimizer.param_groups, arms, strict=True):
             model.grad, group["lr"] = own, arm.rate * course.factor(step)
         optimizer.step()
+    for arm, is_finite in zip(arms, stack.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
+            raise LossError(
+                f"Cannot score `{spell(arm.objective.to_dict())}`: within {course.steps} steps at a learning rate of "
+                f"{arm.rate:g} it makes weights that are not finite. At some p its cost or its slope is no number."
+            )
     return stack.detach()
 
 

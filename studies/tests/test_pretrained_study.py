@@ -207,7 +207,8 @@ def test_the_page_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     base |= {"calibration_error": 0.125, "drift": 0.0}
     for task in tasks:
         pretrained_study.write_results(output, task, base, pretrained_study.run_task(tmp_path, task, 3, run))
-    main, pilot = ([each[1:] for each in ran if each[0] == name] for name in ("main", "pilot"))
+    pilot = [each[1:] for each in ran if each[0] == "pilot"]
+    main = [each[1:] for each in ran if each[0] == f"seed-{each[2]['seed']}"]
     assert (len(pilot), len(main)) == (2 * (6 + 4), 3 * (6 + 4))  # rates or seeds, and objectives of both sets
     assert {setting["seed"] for _, setting, _ in pilot} == {99}
     assert {setting["seed"] for _, setting, _ in main} == {100, 101, 102}
