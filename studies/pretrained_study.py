@@ -322,8 +322,8 @@ def task_of(name: str, noise: float) -> Task:
     return next(task for task in TASKS if (task.name, task.noise) == (name, noise))
 
 
-def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]]) -> list[Scored]:
-    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool, and return those that judge.
+def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, Scored]]) -> tuple[list[Scored], list[Scored]]:
+    """Run what is left of a task's arms by `run`, which is `continuum.sweep` but for its pool; return the pilot's and the rest.
 
     The pilot's run first, then those at the learning rates that it has chosen: a sweep for each seed, so that more can follow.
     """
@@ -331,25 +331,27 @@ def run_task(folder: Path, task: Task, seeds: int, run: Callable[..., dict[int, 
     place = folder / "sweeps" / home.name
     pilot = read_plan(home, "pilot", {"arms": list(task.arms), "learning_rate": list(task.rates), "seed": [PILOT_SEED]})
     pilot = replace(pilot, rank_by=task.pilot)
-    board = board_by(task.pilot, pilot, run(pilot, place / "pilot", task.name, task.noise))
+    tried = run(pilot, place / "pilot", task.name, task.noise)
+    board = board_by(task.pilot, pilot, tried)
     chosen = [{**arm, "learning_rate": row_of(board, arm).best["learning_rate"]} for arm in task.arms]
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         name = f"seed-{seed}"
         arms = run(read_plan(home, name, {"arms": chosen, "seed": [seed]}), place / name, task.name, task.noise)
         found += [arms[i] for i in sorted(arms)]
-    return found
+    return [tried[i] for i in sorted(tried)], found
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return a task's `base`, the pretrained model's metrics, and `arms`, by the task's option; {} without a file."""
+    """Return a task's `base`, the pretrained model's metrics, `pilot` and `arms`, by the task's option; {} without a file."""
     return json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {}
 
 
-def write_results(path: Path, task: Task, base: dict[str, float], arms: list[Scored]) -> None:
+def write_results(path: Path, task: Task, base: dict[str, float], pilot: list[Scored], arms: list[Scored]) -> None:
     """Write a task's results beside those of other tasks; numbers of six digits."""
     kept = [{"setting": each.setting, "items": each.items} for each in arms]
-    results = read_results(path) | {task.option: rounded({"base": base, "arms": kept})}
+    tried = [{"setting": each.setting, task.pilot: each.rulers[task.pilot]} for each in pilot]
+    results = read_results(path) | {task.option: rounded({"base": base, "pilot": tried, "arms": kept})}
     text = json.dumps(dict(sorted(results.items())), separators=(",", ":"))
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -370,7 +372,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(quickstart.MODEL), help="by default the one that `make quickstart` makes")
     parser.add_argument("--gsm8k", help="folder of train.jsonl and test.jsonl, in place of the Hub's openai/gsm8k")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", choices=OPTIONS, default=OPTIONS)
     parser.add_argument("--output", type=Path, default=Path("docs/results/pretrained.json.gz"))
     options = parser.parse_args()
@@ -382,7 +384,7 @@ def main() -> None:
         run = partial(sweep, pool=pool, jobs=options.jobs)
         for task in tasks:
             base = means(pool.submit(call, "evaluate", task.name, task.noise).result())
-            write_results(options.output, task, base, run_task(options.folder, task, options.seeds, run))
+            write_results(options.output, task, base, *run_task(options.folder, task, options.seeds, run))
 
 
 if __name__ == "__main__":

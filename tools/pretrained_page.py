@@ -51,12 +51,12 @@ PAGE = """# Noisy records on SmolLM2-135M
 {sets}
 
 - **Objectives**: `nll`, `anneal`, and a = c e^-H without its schedule, c = 0.5 or 1; on `records` `power 0.5` and `neg_p` too.
-- **Learning rate**: of {rates} the one with most right greedy answers at seed {pilot}, on the same test examples. "Edge" is
-  the lowest or the highest.
+- **Learning rate**: of {rates} the one with most right greedy answers at seed {pilot}, on the same test examples. In brackets:
+  these shares of right answers, in this order. A better rate may lie outside of the two.
 - **Judging**: seeds {seeds}, {examples} other rows, all right. An answer is right if its record is. T is the temperature, and
   one answer is sampled for each row.
 - **Intervals** are 95 %, paired by seed and row, over seeds and cities. They say nothing of other models, and are not
-  corrected for the number of comparisons. Three seeds make them wide.
+  corrected for the number of comparisons. The first three seeds left them too wide to tell anything, so the others were added.
 
 {tables}
 
@@ -76,9 +76,8 @@ def name(arm: dict[str, Any]) -> str:
 class Task:
     """A task's runs."""
 
-    def __init__(self, option: str, found: dict[str, Any]):
-        self.rates = next(each.rates for each in study.TASKS if each.option == option)
-        self.base = found["base"]
+    def __init__(self, found: dict[str, Any]):
+        self.base, self.pilot = found["base"], found["pilot"]
         self.runs = [
             Scored(i, each["setting"], means(each["items"]), items=each["items"]) for i, each in enumerate(found["arms"])
         ]
@@ -113,9 +112,11 @@ def as_if(run: Scored, metric: str, name: str) -> Scored:
 
 
 def rate(task: Task, arm: dict[str, Any]) -> str:
-    """Return an objective's learning rate, and whether it is the lowest or the highest."""
-    found = task.of(arm)[0].setting["learning_rate"]
-    return f"{found:g}" + (" (edge)" if found in (task.rates[0], task.rates[-1]) else "")
+    """Return an objective's learning rate, and what the pilot found at each."""
+    tried = {
+        each["setting"]["learning_rate"]: each["greedy"] for each in task.pilot if each["setting"] == each["setting"] | arm
+    }
+    return f"{task.of(arm)[0].setting['learning_rate']:g} ({', '.join(f'{tried[rate]:.3f}' for rate in sorted(tried))})"
 
 
 def levels(task: Task) -> str:
@@ -167,7 +168,7 @@ def command(tasks: Iterable[str]) -> str:
 
 def text(results: dict[str, Any]) -> str:
     """Return the page."""
-    tasks = {option: Task(option, results[option]) for option in SETS if option in results}
+    tasks = {option: Task(results[option]) for option in SETS if option in results}
     own = [each for each in study.TASKS if each.option in tasks]
     seeds = sorted({run.setting["seed"] for task in tasks.values() for run in task.runs})
     parts = []

@@ -206,7 +206,7 @@ def test_the_page_holds_the_arms(checkpoint, tmp_path, monkeypatch):
     base = {"greedy": 0.0, "sampled": 0.25, "cooler": 0.375, "accuracy": 0.5, "target_prob": 0.5, "nll": 0.75}
     base |= {"calibration_error": 0.125, "drift": 0.0}
     for task in tasks:
-        pretrained_study.write_results(output, task, base, pretrained_study.run_task(tmp_path, task, 3, run))
+        pretrained_study.write_results(output, task, base, *pretrained_study.run_task(tmp_path, task, 3, run))
     pilot = [each[1:] for each in ran if each[0] == "pilot"]
     main = [each[1:] for each in ran if each[0] == f"seed-{each[2]['seed']}"]
     assert (len(pilot), len(main)) == (2 * (6 + 4), 3 * (6 + 4))  # rates or seeds, and objectives of both sets
@@ -251,8 +251,10 @@ def test_the_page_holds_the_arms(checkpoint, tmp_path, monkeypatch):
 def test_a_task_is_stored_beside_the_others(tmp_path):
     first, second = pretrained_study.TASKS[:2]
     run = continuum.Scored(0, {"objective": "nll"}, {}, items={"nll": [1 / 3]})
+    pilot = continuum.Scored(0, {"objective": "nll"}, {"greedy": 0.25}, items={"greedy": [0.0, 0.5]})
     for task, base in ((first, {"nll": 1.0}), (second, {"nll": 2.0}), (first, {"nll": 3.0})):
-        pretrained_study.write_results(tmp_path / "found", task, base, [run])
+        pretrained_study.write_results(tmp_path / "found", task, base, [pilot], [run])
     arms = [{"setting": {"objective": "nll"}, "items": {"nll": [0.333333]}}]
-    stored = {"codes": {"base": {"nll": 2.0}, "arms": arms}, "records": {"base": {"nll": 3.0}, "arms": arms}}
+    own = {"pilot": [{"setting": {"objective": "nll"}, "greedy": 0.25}], "arms": arms}
+    stored = {"codes": {"base": {"nll": 2.0}, **own}, "records": {"base": {"nll": 3.0}, **own}}
     assert pretrained_study.read_results(tmp_path / "found") == stored
