@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl.data_utils import _tokenize
 
 from bl_trainer.cli import main
+from bl_trainer.errors import RecipeError
 from bl_trainer.evaluation import EvaluateArguments, evaluate, paired_difference, read_items
 from bl_trainer.evaluation.exploration import diversity, names_of
 from bl_trainer.evaluation.items import item_rows
@@ -181,6 +182,21 @@ def test_completion_is_the_plain_greedy_loop(kind, name, models, tmp_path, capsy
     assert entry["chat_template"] == (kind != "plain")
     assert f"chat template {'not ' if kind == 'plain' else ''}applied" in capsys.readouterr().out
     assert entry["versions"]["lm_eval"] == importlib.metadata.version("lm_eval")
+
+
+def test_format_is_the_share_of_answers_that_match_it_whole(models, tmp_path):
+    rows = rows_of("plain", models, "plain")
+    said = [greedy(*load(models, "plain"), row["prompt"], 20) for row in rows]
+    begin = next(answer[0] for answer in said if answer)
+    options = {"data": [f"completion={write_rows(tmp_path / 'test.jsonl', rows)}"], "max_new_tokens": 20}
+    (entry,) = run(models, tmp_path, "plain", **options, format=f"{re.escape(begin)}.*")["evaluations"]
+    found = {score["metric"]: score["value"] for score in entry["scores"]}
+    assert found["format"] == pytest.approx(np.mean([answer.strip().startswith(begin) for answer in said]))
+    assert 0 < found["format"] < 1
+    with pytest.raises(RecipeError, match=r"other options \(`format`: .*, now None\)"):
+        run(models, tmp_path, "plain", **options)
+    with pytest.raises(RecipeError, match=r"`--format \(` is not a regular expression: missing \), unterminated subpattern"):
+        run(models, tmp_path, "plain", **options, format="(")
 
 
 def test_temperatures_are_evaluations_of_their_own(models, tmp_path):

@@ -195,6 +195,9 @@ def test_a_sweep_ranks_by_them():
     for name in ("gsm8k/accuracy,pass@4", "gsm8k/distinct_answers", "medical/answer_entropy", "medical/accuracy,pass@2:macro"):
         rank_is_measured(Design(name, samples=4))
     rank_is_measured(Design("gsm8k/accuracy,pass@3", samples=4, pass_at=[3]))
+    rank_is_measured(Design("gsm8k/format", format=r".*\\boxed\{.+\}.*"))
+    with pytest.raises(RecipeError, match=r"`rank_by: gsm8k/format` is not a metric"):
+        rank_is_measured(Design("gsm8k/format"))
     for options in ({"samples": 4}, {}):
         with pytest.raises(RecipeError, match=r"`rank_by: gsm8k/accuracy,pass@8` is not a metric"):
             rank_is_measured(Design("gsm8k/accuracy,pass@8", **options))

@@ -9,6 +9,7 @@ from .grading.math import final_answer
 
 DISTINCT = "distinct_answers"
 ENTROPY = "answer_entropy"
+FORMAT = "format"
 
 
 UNDIRECTED = re.compile(rf"(^|/)({DISTINCT}|{ENTROPY})($|[@:])")  # more is neither better nor worse; maybe TASK/METRIC

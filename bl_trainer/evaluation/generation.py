@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from functools import cached_property
@@ -14,6 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from .._util.text import sentence
 from ..errors import RecipeError
 from ..prepare.format import ASSISTANT, USER, Format
+from .exploration import FORMAT
 from .grading.reasoning import split_reasoning
 from .options import EvaluateArguments
 
@@ -33,6 +35,7 @@ class Generation(ConfigurableTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
         first = self.own_prompt(self.eval_docs[0])
         self.is_chat = None if first is None else isinstance(first, list)  # None: the question becomes a prompt either way
+        self.answer_format: re.Pattern[str] | None = None
         self.most_tokens: Any = (self.config.generation_kwargs or {}).get("max_gen_toks")
 
     @cached_property
@@ -83,6 +86,9 @@ class Generation(ConfigurableTask):
         kwargs["until"] += [f"\n{USER}"] if any(map(_is_written, prompts)) else []
         self.set_config("generation_kwargs", kwargs, update=True)
         self.set_config("repeats", options.samples)
+        if options.format:
+            self.answer_format = re.compile(options.format, re.DOTALL)
+            self._aggregation_list[FORMAT], self._higher_is_better[FORMAT] = mean_of_items, True
 
     def fewshot_context(
         self,
@@ -142,8 +148,9 @@ class Generation(ConfigurableTask):
 
     def _graded(self, doc: dict[str, Any], answer: str) -> dict[str, Any]:
         """Return each metric of an answer. Raises RecipeError if the task's code fails: all answers are lost then."""
+        own = {FORMAT: float(bool(self.answer_format.fullmatch(answer.strip())))} if self.answer_format else {}
         try:
-            return self.config.process_results(doc, [answer])
+            return self.config.process_results(doc, [answer]) | own
         except Exception as error:
             row = next((f"row {i + 1}" for i, each in enumerate(self.eval_docs) if each == doc), "a row")
             said = repr(answer[:80] + "..." * (len(answer) > 80))

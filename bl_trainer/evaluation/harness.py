@@ -124,7 +124,7 @@ class Tasks:
                 raise RecipeError(f"The data of {name!r} are {kind} chat template. Leave `--apply_chat_template` out.")
 
     def _check_generation(self, task: Any) -> None:
-        for key in ("samples", "pass_at", "temperature", "temperatures", "max_new_tokens"):
+        for key in ("samples", "pass_at", "temperature", "temperatures", "format", "max_new_tokens"):
             value = getattr(self.options, key)
             if value != EvaluateArguments.__dataclass_fields__[key].default:
                 shown = " ".join(map(str, value)) if isinstance(value, list) else value

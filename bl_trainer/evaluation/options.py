@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -102,6 +103,10 @@ class EvaluateArguments:
     temperatures: list[float] | None = field(
         default=None,
         metadata={"help": "Besides greedy answers, sample `samples` at each of these, e.g. 1 0.5 0.25; as METRIC@T0.5."},
+    )
+    format: str | None = field(
+        default=None,
+        metadata={"help": "Regular expression of a whole answer; `format` is then the share of answers that it matches."},
     )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Tokens to generate, if not the task's own number."})
     apply_chat_template: bool | None = field(
@@ -209,6 +214,10 @@ class EvaluateArguments:
         self.pass_at = sorted({*self.pass_at})
 
     def _check_choices(self) -> None:
+        try:
+            re.compile(self.format or "")
+        except re.error as error:
+            raise RecipeError(f"`--format {self.format}` is not a regular expression: {sentence(error)}.") from error
         if self.backend not in BACKENDS:
             raise RecipeError(f"`--backend {self.backend}` is not allowed. Allowed: {', '.join(BACKENDS)}.")
         if self.backend == "vllm" and not find_spec("vllm"):
@@ -280,8 +289,8 @@ class EvaluateArguments:
 
     def deciding(self, task: str) -> dict[str, Any]:
         """Return the options on which the results of `task` depend; files by their content."""
-        keys = ("limit", "num_fewshot", "samples", "pass_at", "temperature", "temperatures", "max_new_tokens",
-                "apply_chat_template", "backend")  # fmt: skip
+        keys = ("limit", "num_fewshot", "samples", "pass_at", "temperature", "temperatures", "format",
+                "max_new_tokens", "apply_chat_template", "backend")  # fmt: skip
         own = self.files().get(task)
         files = [*([own] if own else []), *(task_files(Path(task)) if Path(task).is_file() else ())]
         digests = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}

@@ -11,7 +11,7 @@ import yaml
 from .._util.text import nearest
 from ..errors import RecipeError
 from ..evaluation import EvaluateArguments
-from ..evaluation.exploration import at_temperature, names_of
+from ..evaluation.exploration import FORMAT, at_temperature, names_of
 from ..evaluation.task_files import metrics_of
 from ..recipe.local_files import local_files
 from ..recipe.paths import is_path
@@ -90,6 +90,7 @@ def _refuse_unmeasured(design: Design, key: str, ours: list[str]) -> None:
 def _names(task: str, options: EvaluateArguments) -> list[str]:
     """Return the task's metrics by the names that `rank_by` gives them."""
     metrics = metrics_of(task)
+    metrics = [*metrics, FORMAT] if metrics and options.format else metrics
     found = []
     for temperature, own in options.decodings():
         names = [*metrics, *(names_of(metrics, own.ks, own.samples) if metrics else [])]
