@@ -278,6 +278,8 @@ UNKNOWN = [
     ([{"conversations": [{"speaker": "a", "utterance": "b"}]}], "of the train set: their keys are speaker, utterance. Rename"),
     ([{"conversations": [{"from": "narrator", "value": "b"}]}], "a message from \"narrator\", which is none of human, user"),
     ([{"a": CHAT[0], "b": CHAT[0]}], "Cannot choose among the columns a, b of the train set: each holds messages. Remove all"),
+    ([{"prompt": CHAT[0][:1], "answer": CHAT[0][1:]}], "Cannot train on `answer` of the train set: it holds answers, and"),
+    ([{"question": "a", "turn": CHAT[0][1:]}], "what is asked. Rename `question` to `prompt` and `turn` to `completion`."),
     ([{"instruction": "a", "output": "b"}], "can't make a training text of its columns instruction, output. Rename `inst"),
     ([{"prompt": CHAT[0][:1], "completion": "b"}], "'completion' is \"b\", not messages with role and content"),
     ([{"conversations": ["a", "b"]}], "'conversations' is [\"a\", \"b\"], not messages with role and content"),

@@ -318,6 +318,15 @@ def test_effective_temperatures_are_shown():
     assert "equals nll sampled at its effective temperature" in text
 
 
+def test_the_page_explains_a_swept_threshold_where_one_is_swept():
+    said = "The threshold of <code>nll, p &gt;= 0.1</code> is the 10th percentile of p"
+    assert said in page(made(recommendation=recommend(made())), Path("out"))
+    weak = made(placement=place(0.1, (0.05, 0.15)), recipe=RecipeFacts("neg_p", 0.2, 1e-5, False))
+    text = page(replace(weak, recommendation=recommend(weak)), Path("out"))
+    assert "<code>neg_p, p &gt;= 0.2</code>" in text
+    assert "The threshold of" not in text
+
+
 def test_readers_take_every_report():
     hostile = "<script>alert(1)</script>"
     report = replace(full(), model=hostile, groups={hostile: total()})

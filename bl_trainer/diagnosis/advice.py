@@ -135,7 +135,7 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
     for region in regions:
         arms += [arm for arm in SWEPT[region] if arm not in arms]
     if regions != ["weak"]:
-        arms.append({"objective": "nll", "threshold": max(report.percentiles[str(SWEPT_PERCENTILE)], TINY)})
+        arms.append(swept_threshold(report))
     if recipe.threshold is not None:  # which an arm would inherit
         arms = [{"threshold": None, **arm} for arm in arms]
     if recipe.chooses_by_loss:  # which a threshold forbids, and which compares nothing
@@ -144,6 +144,11 @@ def _arms(report: Report, regions: list[str]) -> list[dict[str, Any]]:
     if _key(mine) not in map(_key, arms):
         arms.append({key: value for key, value in mine.items() if value is not None})
     return arms
+
+
+def swept_threshold(report: Report) -> dict[str, Any]:
+    """Return the arm of NLL on tokens above the percentile that is swept."""
+    return {"objective": "nll", "threshold": max(report.percentiles[str(SWEPT_PERCENTILE)], TINY)}
 
 
 def _key(arm: dict[str, Any]) -> tuple[str, str]:

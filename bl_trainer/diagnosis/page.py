@@ -12,7 +12,7 @@ from .._util.files import write_bytes, write_text
 from ..measurement.results import Comparison
 from ..pages.figures import render
 from ..pages.html import fill, script, script_json, to_json
-from .advice import CONTRADICTED, LEARNABLE, NOISE, SOME, SWEPT_PERCENTILE, UNSEEN, sweep_cost, sweep_yaml
+from .advice import CONTRADICTED, LEARNABLE, NOISE, SOME, SWEPT_PERCENTILE, UNSEEN, sweep_cost, sweep_yaml, swept_threshold
 from .figures import ALT_TEXTS, figure, figure_size, figures
 from .report import Learnability, Report
 from .rows_page import ScoredRows, write_rows
@@ -90,6 +90,8 @@ def page(report: Report, folder: Path, has_rows: bool = False) -> str:
         arms=[arm_name(arm) for arm in report.recommendation.arms],
         sweep_cost=sweep_cost(report),
         swept_percentile=SWEPT_PERCENTILE,
+        sweeps_threshold=any(arm == arm | swept_threshold(report) for arm in report.recommendation.arms)
+        and arm_name(swept_threshold(report)),
         learnable=LEARNABLE,
         some=SOME,
         noise=NOISE,

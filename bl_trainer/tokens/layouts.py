@@ -145,6 +145,7 @@ def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str
     others = [key for key in first if key not in own and keys_of(read(key, first[key])) is not None]
     found = next((each for each in standard if {*each} <= filled), None)
     if found is None and len(others) == 1:
+        _refuse_half(first, others[0], where)
         return (others[0],)
     found = found or next((each for each in standard if {*each} <= {*first}), None)
     if found is None:
@@ -155,6 +156,18 @@ def find_layout(first: dict[str, Any], where: str, text_field: str) -> tuple[str
     for column in found if are_chats(first, found, text_field) else ():
         refuse_keys(read(column, first[column]), column, where)
     return found
+
+
+def _refuse_half(first: dict[str, Any], column: str, where: str) -> None:
+    """Raise RecipeError where a column of another name holds the answers, and a column of text or messages what is asked."""
+    asked = next((key for key in QUESTIONS if key in first), None)
+    is_answer = all(message["role"] == "assistant" for message in as_messages(read(column, first[column])))
+    if asked and (is_answer or keys_of(first[asked]) is not None):
+        renamed = "" if asked == "prompt" else f"`{asked}` to `prompt` and "
+        raise RecipeError(
+            f"Cannot train on `{column}` of {where}: it holds answers, and `{asked}` what is asked. Rename {renamed}`{column}` "
+            "to `completion`."
+        )
 
 
 def _no_layout(first: dict[str, Any], where: str, text_field: str, others: list[str]) -> RecipeError:
