@@ -26,10 +26,10 @@ define install
 endef
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart$(comma)sweep)
+	$(call install,$(VENV),constraints.txt,dev$(comma)quickstart$(comma)sweep$(comma)evaluation)
 
 $(VENV)/tests: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[data,qlora,deepspeed,evaluation,postgresql,studies]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[data,qlora,deepspeed,postgresql,studies]" --constraint constraints.txt
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt

@@ -1069,7 +1069,7 @@ def test_vllm_is_given_the_checkpoint(models, tmp_path, monkeypatch):
     module = ModuleType("lm_eval.models.vllm_causallms")
     module.VLLM = lambda *args, **kwargs: given.append((args, kwargs))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("bl_trainer.evaluation.options.find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr("bl_trainer.evaluation.options.find_spec", lambda name: name in ("lm_eval", "vllm"))
     options = EvaluateArguments(
         model=[str(models / "plain"), str(models / "adapter")],
         tasks=["gsm8k"],

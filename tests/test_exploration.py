@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,3 +205,10 @@ def test_a_sweep_ranks_by_them():
     assert [*filter(is_of_all, ["accuracy", "accuracy,strict", "accuracy:pass", *names_of(["a"], [2], 2)])] == names_of(
         ["a"], [2], 2
     )
+
+
+def test_a_sweep_that_can_not_evaluate_says_so_at_once(monkeypatch):
+    monkeypatch.setattr("bl_trainer.evaluation.options.find_spec", lambda name: None)
+    design = SimpleNamespace(base={"model_name_or_path": "m"}, rank_by="gsm8k/accuracy", evaluate={"tasks": ["gsm8k"]})
+    with pytest.raises(RecipeError, match=r"Evaluation needs lm-evaluation-harness. Run `pip install '\.\[evaluation\]'`"):
+        rank_is_measured(design)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .._util.process import is_first
-from ..errors import RecipeError
 from .items import read_items
 from .options import EvaluateArguments
 from .results import Answered, Results
@@ -37,10 +36,6 @@ def run_tasks(options: EvaluateArguments, say: Callable[[str], None] = lambda li
     missing = {
         checkpoint.name: [task for task in options.tasks if not results.has(checkpoint, task)] for checkpoint in checkpoints
     }
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise RecipeError(f"Evaluation needs lm-evaluation-harness ({error}). Run `pip install '.[evaluation]'`.") from error
     from .harness import Tasks, find_model, load_model, run
 
     for checkpoint in checkpoints:

@@ -163,7 +163,9 @@ class EvaluateArguments:
         return parser.parse({}, argv)[0]
 
     def check(self) -> None:
-        """Raise RecipeError on a value that can't be; lists are taken apart."""
+        """Raise RecipeError on a value that can't be, or if the harness is not installed; lists are taken apart."""
+        if not find_spec("lm_eval"):
+            raise RecipeError("Evaluation needs lm-evaluation-harness. Run `pip install '.[evaluation]'`.")
         self.tasks = list(dict.fromkeys(name for part in self.tasks for name in part.split(",") if name))
         self.model = list(dict.fromkeys(self.model))
         for key, example in (("model", "out/model"), ("tasks", "gsm8k"), ("output", "out/evaluation")):
