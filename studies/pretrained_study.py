@@ -86,7 +86,7 @@ class Task:
     """How arms train on a data set, and are judged.
 
     `noise`: share of wrong training examples. `examples`: held out. `new_tokens`: of an answer at most. `pilot`: the ruler by
-    which the pilot chooses the learning rate among `rates`. `arms`: the objectives.
+    which the pilot chooses the learning rate among `rates`, after `pilot_steps` or as many as the others. `arms`: the objectives.
     """
 
     name: str
@@ -97,6 +97,11 @@ class Task:
     pilot: str = "greedy"
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     arms: tuple[Any, ...] = tuple(ARMS)
+    pilot_steps: int | None = None
+
+    def steps_of(self, seed: int) -> int:
+        """How many steps a run takes."""
+        return self.pilot_steps or self.steps if seed == PILOT_SEED else self.steps
 
     @property
     def has_cities(self) -> bool:
@@ -116,7 +121,7 @@ class Task:
 
 TASKS = (
     Task("records", 32, 48, noise=0.3, rates=(1e-3, 3e-3)),
-    Task("codes", 40, 48, noise=0.3, rates=(1e-3, 3e-3), arms=(ARMS[0], ANNEAL, *TEMPERED)),
+    Task("codes", 80, 48, noise=0.3, rates=(1e-3, 3e-3), arms=(ARMS[0], ANNEAL, *TEMPERED), pilot_steps=40),
     Task("records", 32, 48),
     Task("figfont", 24, 12, pilot="accuracy"),
     Task("gsm8k", 16, 256, examples=64, pilot="accuracy"),
@@ -212,7 +217,7 @@ class Pretrained:
         torch.manual_seed(seed)
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(self.base, lora)
-        keys = {"learning_rate": learning_rate, "seed": seed, "max_steps": task.steps, **TRAINING}
+        keys = {"learning_rate": learning_rate, "seed": seed, "max_steps": task.steps_of(seed), **TRAINING}
         with redirect_stdout(io.StringIO()), TemporaryDirectory() as unused:
             rows, args = Dataset.from_list(self._read(task, "train")), BLConfig(unused, objective=objective, **keys)
             BLTrainer(model, args, train_dataset=rows, processing_class=self.tokenizer).train()

@@ -281,7 +281,7 @@ def fact_claims() -> list[list[str]]:
 def noisy_claims() -> list[list[str]]:
     """Return how `anneal` compares with `nll` on noisy records."""
     study = PRETRAINED["study"]
-    tasks = {option: PRETRAINED["Task"](found) for option, found in PRETRAINED["results"]().items()}
+    tasks = {option: PRETRAINED["Task"](option, found) for option, found in PRETRAINED["results"]().items()}
     words = {"sampled": "T = 1", "cooler": "T = 0.5", "greedy": "greedy"}
     figures = []
     for option, task in tasks.items():

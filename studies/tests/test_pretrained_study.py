@@ -245,7 +245,7 @@ def test_the_page_holds_the_arms(checkpoint, tmp_path, monkeypatch):
         mean = statistics.mean(statistics.mean(each[ours]) for each in arms("codes", TEMPERED[0]))
         mean -= statistics.mean(statistics.mean(each[theirs]) for each in arms("codes", NLL))
         assert cell.startswith(f"{mean:+.3f} (")
-    assert "`python studies/pretrained_study.py --tasks records codes` fine-tunes" in text
+    assert all(f"| 100 to 102 | `--tasks {name} --seeds 3` |" in text for name in ("records", "codes"))
 
 
 def test_a_task_is_stored_beside_the_others(tmp_path):
