@@ -86,7 +86,7 @@ class Task:
     """How arms train on a data set, and are judged.
 
     `noise`: share of wrong training examples. `examples`: held out. `new_tokens`: of an answer at most. `pilot`: the ruler by
-    which the pilot chooses the learning rate among `rates`, after `pilot_steps` or as many as the others. `arms`: the objectives.
+    which the pilot chooses the learning rate among `rates`. `arms`: the objectives. `pilot_steps`: by default `steps`.
     """
 
     name: str

@@ -53,8 +53,8 @@ of {batch}.
 
 - **Objectives**: `nll`, `anneal`, and a = c e^-H without its schedule, c = 0.5 or 1; on `records` `power 0.5` and `neg_p` too.
 - **Learning rate**: of {rates} the one with most right greedy answers at seed {pilot}, on the same test examples. In brackets:
-  these shares of right answers, in this order. A better rate may lie outside of the two. On `codes` the pilot's runs have {short}
-  steps. They answer so little right that the judged ones were made longer.
+  these shares of right answers, in this order. A better rate may lie outside of the two. On `codes` the pilot's runs have
+  {short} steps. They answer so little right that the judged ones were made longer.
 - **Judging**: other seeds and {examples} other rows, all right. An answer is right if its record is. T is the temperature, and
   one answer is sampled for each row.
 - **Intervals** are 95 %, paired by seed and row, over seeds and cities. They say nothing of other models, and are not
