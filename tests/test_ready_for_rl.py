@@ -1,11 +1,14 @@
 """The study of REINFORCE after fine-tuning: its gradient, its draws, and a run of it."""
 
 import json
+import math
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import t as student
 
 from bl_trainer.cells.cells import CELLS
 from bl_trainer.cells.pretraining import models_of
@@ -108,3 +111,26 @@ def test_a_row_for_each_model_and_form(tmp_path) -> None:
             assert 0 <= found["rewarded"] + found["other"] <= 1
     assert rows[0]["steps"]["0"]["rewarded"] == rows[1]["steps"]["0"]["other"]
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_start_gain_and_end_are_what_the_runs_give() -> None:
+    """Recomputed from the stored runs: two of each model, paired with those of `nll` by model and form."""
+    results = ROOT / "docs" / "results"
+    page, claims = ((results / f"{name}.md").read_text(encoding="utf-8") for name in ("ready-for-rl", "claims"))
+    runs = {
+        (row["objective"], row["model"], row["form"]): (row["steps"]["0"]["rewarded"], row["steps"]["200"]["rewarded"])
+        for row in json.loads((results / "ready-for-rl.json").read_text(encoding="utf-8"))
+    }
+    models = sorted({model for _, model, _ in runs})
+    for name in {name for name, *_ in runs} - {"nll"}:
+        texts = []
+        for measure in (lambda run: run[0], lambda run: run[1] - run[0], lambda run: run[1]):
+            values = [
+                statistics.fmean(measure(runs[name, model, form]) - measure(runs["nll", model, form]) for form in (0, 1))
+                for model in models
+            ]
+            mean, reach = statistics.fmean(values), student.ppf(0.975, len(values) - 1) * statistics.stdev(values)
+            low, high = (mean + sign * reach / math.sqrt(len(values)) for sign in (-1, 1))
+            texts.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+        assert f"| {' | '.join(texts)} |" in next(line for line in page.splitlines() if line.startswith(f"| `{name}` | +"))
+        assert f"`{name}`: start {texts[0]}, gain {texts[1]}, end {texts[2]}" in claims

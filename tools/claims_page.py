@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from bl_trainer.cells.field import CANDIDATES, stored
-from bl_trainer.cells.page import markdown, shown
+from bl_trainer.cells.page import LEAST_KEPT, markdown, shown
 from bl_trainer.cells.results import Results, over_models
 
 ROOT = Path(__file__).parents[1]
 DEFAULT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "default_page.py"))
+READY: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "ready_page.py"))
 FACTS: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "facts_page.py"))
 PRETRAINED: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "pretrained_page.py"))
 CELLS_COMMAND = "`python studies/cells_study.py --store`"
 JUDGE_COMMAND, REFERENCES_COMMAND = f"{CELLS_COMMAND[:-1]} --judge`", f"{CELLS_COMMAND[:-1]} --references`"
 STEADY = "alpha 0.5 e^-H"
+KNOWN = f"`nll`, `anneal` and `{STEADY}`"  # whose results on the twelve cells were known when the rule was written
 PAGE = """# What we claim
 
 <!-- Written by tools/claims_page.py (`make figures`) from the results of the studies. -->
@@ -32,8 +34,8 @@ All cells are synthetic tasks on models of 0.06M to 0.1M parameters. [Facts](fac
 
 {claims}
 
-Differences of shares are paired by model. Positive is better, for total variation too. For facts lower variation is better,
-and intervals count seeds and countries. T is the temperature.
+Differences of shares are paired by model. Positive is better, for total variation too. Where a row names wrong answers
+or what is above shares, lower is better. For facts lower variation is better, and intervals count seeds and countries. T is the temperature.
 
 ## Claims that fell
 
@@ -53,17 +55,38 @@ command here.
 """
 
 
-def signed(results: Results, one: str, other: str, metric: str, cells: list[str] | None = None) -> str:
+def signed(results: Results, one: str, other: str, metric: str, cells: list[str] | None = None, least_kept: float = 0.0) -> str:
     """Return how much better an objective is than another, with its interval."""
-    text: str = DEFAULT["signed"](results.difference(one, other, metric, cells))
+    text: str = DEFAULT["signed"](results.difference(one, other, metric, cells, least_kept))
     return text
 
 
-def over_cells(results: Results, metric: str) -> str:
+def half_kept(results: Results) -> str:
+    """Return how much better `anneal` is than `nll` at rates that keep half of the old tasks, and what these keep."""
+    words = {"greedy": "greedy", "sampled": "best T", "sampled_1": "T = 1"}
+    found = [f"{word} {signed(results, 'anneal', 'nll', metric, None, LEAST_KEPT)}" for metric, word in words.items()]
+    shares = [
+        " and ".join(f"{results.mean(name, 'kept', None, least).mean:.2f}" for name in ("anneal", "nll"))
+        for least in (0.0, LEAST_KEPT)
+    ]
+    return f"{', '.join(found)}; old tasks kept {shares[0]} at the best rates, {shares[1]} at these"
+
+
+def over_cells(results: Results, metric: str, least_kept: float = 0.0) -> str:
     """Return how much better `anneal` is than `nll`, with cells as the units of the interval."""
-    found = {cell: results.difference("anneal", "nll", metric, [cell]).mean for cell in results.cells}
+    found = {cell: results.difference("anneal", "nll", metric, [cell], least_kept).mean for cell in results.cells}
     text: str = DEFAULT["signed"](over_models(found, (-1.0, 1.0)))
     return text
+
+
+def same_rate(results: Results) -> str:
+    """Return how much better `anneal` is than `nll`, greedy, on cells where both keep half of the old tasks at one rate."""
+    cells = [
+        cell
+        for cell in results.cells
+        if len({results.choice(name, cell, "greedy", LEAST_KEPT).rate for name in ("anneal", "nll")}) == 1
+    ]
+    return f"{signed(results, 'anneal', 'nll', 'greedy', cells, LEAST_KEPT)} on {len(cells)} cells"
 
 
 def as_predicted(results: Results) -> str:
@@ -104,6 +127,7 @@ def claims(results: Results) -> list[list[str]]:
     field = [kept(results, name) for name in results.objectives]
     apart = max(max(each) - min(each) for each in zip(*field, strict=True))
     own = [results.mean(name, "kept").mean for name in results.objectives]
+    without_three = [cell for cell in judged.cells if cell != "three-even"]
     references = stored(DEFAULT["REFERENCES"])
     whole, other = (each + references.of(each.models).on(each.cells) for each in (results, judged))
     strong, weak = (row_of("continuum.md", f"| {cell} | 30% |")[-1] for cell in ("strong", "weak"))
@@ -134,10 +158,28 @@ def claims(results: Results) -> list[list[str]]:
         both("Most of that is a choice of temperature. With each at its best:", "anneal", "nll", "sampled"),
         both("By greedy answers `anneal` and `nll` do not differ beyond chance.", "anneal", "nll", "greedy"),
         [
+            "The three rows above take the best rates for the tasks, which forget over half of the old tasks. At "
+            "[rates that keep half](cells.md) `nll` leads on the twelve cells, except at T = 1. On the judge's cells `anneal` "
+            "leads at its best T. `anneal` less `nll`, and the old tasks that each keeps:",
+            f"{half_kept(results)}; nine other cells, other models: {half_kept(judged)}",
+            f"{models}, {len(judged.models)}",
+            f"{CELLS_COMMAND}, `--judge`",
+        ],
+        [
+            "Single cells and the step between three rates decide much of that too. The same with cells as the units of the "
+            "intervals; on those of the twelve where both take the same rate; and without `three-even`:",
+            f"greedy: {over_cells(results, 'greedy', LEAST_KEPT)}; nine other cells: "
+            f"{over_cells(judged, 'greedy', LEAST_KEPT)}; greedy at the same rate, over models: {same_rate(results)} of the "
+            f"twelve; best T without `three-even`, over models: "
+            f"{signed(judged, 'anneal', 'nll', 'sampled', without_three, LEAST_KEPT)}",
+            f"{models}, {len(judged.models)}",
+            f"{CELLS_COMMAND}, `--judge`",
+        ],
+        [
             "Single cells decide much of that. The same with cells as the units of the intervals, and without `three-even`:",
             f"T = 1: {over_cells(results, 'sampled_1')}; nine other cells: {over_cells(judged, 'sampled_1')}; best T: "
             f"{over_cells(results, 'sampled')}; {over_cells(judged, 'sampled')}; best T without `three-even`, over models: "
-            f"{signed(judged, 'anneal', 'nll', 'sampled', [cell for cell in judged.cells if cell != 'three-even'])}",
+            f"{signed(judged, 'anneal', 'nll', 'sampled', without_three)}",
             f"{models}, {len(judged.models)}",
             f"{CELLS_COMMAND}, `--judge`",
         ],
@@ -147,9 +189,13 @@ def claims(results: Results) -> list[list[str]]:
         both("At temperature 1 it does add, as it sharpens more:", "anneal", STEADY, "sampled_1"),
         both("With each at its best temperature:", "anneal", STEADY, "sampled"),
         [
-            "Sharpening costs diversity. How much more than its share the more frequent of two valid answers gets, of 70 to "
-            "30, at T = 1, less that of `nll`. a = 0.5 e^-H costs less of it.",
-            f"`anneal`: {above(results, 'anneal')}; `{STEADY}`: {above(results, STEADY)}",
+            "Sharpening costs diversity on the cells. Two answers are valid, 70 to 30. The probability that they have above "
+            "these shares, added up over both, at T = 1, less that of `nll`. The stored results do not part the two answers. "
+            "a = 0.5 e^-H costs less. Beside it the probability of a valid answer: wrong ones leave less to be above a share.",
+            f"`anneal`: {above(results, 'anneal')}; `{STEADY}`: {above(results, STEADY)}; valid: "
+            + ", ".join(
+                f"`{name}` {shown(DEFAULT['valid'](results, name, 'two-uneven'))}" for name in ("nll", "anneal", STEADY)
+            ),
             models,
             CELLS_COMMAND,
         ],
@@ -181,6 +227,7 @@ def claims(results: Results) -> list[list[str]]:
         *reference_claims(),
         *judged_claims(results),
         *fact_claims(),
+        ready_claim(),
         *noisy_claims(),
     ]
 
@@ -228,18 +275,24 @@ def judged_claims(results: Results) -> list[list[str]]:
     nearest = max(others, key=lambda name: results.difference(name, winner, "greedy").mean)
     other = DEFAULT["Ruling"](judged, tuple(judged.objectives))
     behind = other.regrets["greedy"]
+    fair = DEFAULT["regret_by_validation"](judged, judged.objectives)
     return [
         [
-            f"[A rule written down before the runs](default.md) picks `{winner}` of {len(CANDIDATES)} candidates. "
-            f"{len(ruling.rounds[-1])} tie by their worst cells, and `{winner}` has the smallest mean regret.",
+            f"[A rule](default.md) picks `{winner}` of {len(CANDIDATES)} candidates. It was written down before their runs, "
+            f"except those of {KNOWN}, whose results on these cells were known. {len(ruling.rounds[-1])} tie by their worst "
+            f"cells, and `{winner}` has the smallest mean regret.",
             f"the nearest, `{nearest}`, against `{winner}`, greedy: {signed(results, nearest, winner, 'greedy')}",
             str(len(results.models)),
             CELLS_COMMAND,
         ],
         [
             f"The judge does not confirm that choice. By its nine cells alone the rule would pick `{other.winner}` of the "
-            f"{len(behind)} candidates judged. Mean greedy regret there:",
-            "; ".join(f"`{name}` {DEFAULT['signed'](behind[name].mean)}" for name in (winner, other.winner)),
+            f"{len(behind)} candidates judged. Mean greedy regret there, against the best of each cell on test questions, and "
+            "on validation questions, which does not bias it upwards:",
+            "; ".join(
+                f"`{name}` {DEFAULT['signed'](behind[name].mean)}, {DEFAULT['signed'](fair[name])}"
+                for name in (winner, other.winner)
+            ),
             str(len(judged.models)),
             JUDGE_COMMAND,
         ],
@@ -267,14 +320,42 @@ def fact_claims() -> list[list[str]]:
     )
     cell = FACTS["complete"](FACTS["STUDY"]["read_results"](ROOT / FACTS["STUDY"]["OUTPUT"]))["two-forms"]
     greedy, best = (FACTS["signed"](cell.apart("anneal", metric, "all")) for metric in ("greedy", "right best"))
+    parts = {arm: map(FACTS["signed"], FACTS["parts_apart"](cell, arm)) for arm in cell.rates if arm != FACTS["CONTROL"]}
     return [
         [f"{text} The figure is the objective less `nll`.", "; ".join(told), "1", "`make facts-study`"],
+        [
+            "Total variation there is mostly wrong answers for `anneal` and `neg_p`. Only what valid answers have above their "
+            f"shares is lost diversity. `{STEADY}` alone loses some beyond chance. On `two-forms`, at the best T, less `nll`:",
+            "; ".join(f"`{arm}`: wrong answers {wrong}, above shares {share}" for arm, (wrong, share) in parts.items()),
+            "1",
+            "`make facts-study`",
+        ],
         [
             "Not predicted: where a fact is written in two ways, `anneal` answers fewer test facts right than `nll`.",
             f"greedy {greedy}; best T {best}",
             "1",
             "`make facts-study`",
         ],
+    ]
+
+
+def ready_claim() -> list[str]:
+    """Return what RL gains after each objective, beside its start and end."""
+    rows = json.loads(READY["ROWS"].read_text(encoding="utf-8"))
+    less = {measure: READY["against"](rows, measure) for measure in (READY["START"], READY["GAIN"], READY["END"])}
+    gone, runs = READY["lost"](rows)
+    told = []
+    for name in READY["objectives"](rows):
+        figures = [f"{measure} {DEFAULT['signed'](found[name])}" for measure, found in less.items()]
+        if name != READY["CONTROL"]:
+            told.append(f"`{name}`: {', '.join(figures)}")
+    return [
+        "[After fine-tuning](ready-for-rl.md) that sharpens, RL does not always bring a lost valid answer back. It also gains "
+        "less, beyond chance except after `anneal`. Part of that is a higher start. Probability of the rewarded one of two valid "
+        "answers before RL, its gain, and after RL, less that of `nll`:",
+        f"runs of {runs} in which it stays lost: {gone}; {'; '.join(told)}",
+        str(len({row["model"] for row in rows})),
+        "`python studies/ready_for_rl_study.py`",
     ]
 
 
@@ -348,7 +429,7 @@ def fallen(results: Results) -> list[list[str]]:
         ],
         [
             "`neg_p` never learns a new format.",
-            f"At its best rate some models learn one. Share of questions: suffix {suffix}, prefix {prefix}.",
+            f"At its best rate some models learn one. Share of questions with its tokens: suffix {suffix}, prefix {prefix}.",
             "`power 10` and a threshold never do. `neg_p` does less often than `nll`.",
         ],
         [
@@ -359,8 +440,8 @@ def fallen(results: Results) -> list[list[str]]:
         [
             "An objective near the best everywhere exists, and it is `anneal`.",
             "About 45 designs were tried on the miniature without correction. Most greedy cells are at the ceiling.",
-            "No objective needs no choice: [a rule written down before the runs](default.md) picks `nll`, and the judge does "
-            "not confirm it.",
+            f"No objective needs no choice. [A rule](default.md) written down before the runs, except those of {KNOWN}, picks "
+            "`nll`. The judge does not confirm it.",
         ],
         [
             "The probe's verdict says whether improbable tokens are knowledge or noise.",

@@ -224,13 +224,18 @@ def table(cell: Cell) -> str:
     return markdown([*header, *(f"{METRICS[metric]}: {GROUPS[group]}" for metric, group in columns)], lines)
 
 
+def parts_apart(cell: Cell, arm: str) -> list[Difference]:
+    """Return by how much an objective exceeds the control in answers that are not valid, and in what is above its share."""
+    pairs = zip(cell.parts(arm, "all"), cell.parts(CONTROL, "all"), strict=True)
+    return [_difference(cell.sums(ours, "all"), cell.sums(theirs, "all")) for ours, theirs in pairs]
+
+
 def split(cell: Cell) -> str:
     """Return the two parts of the difference in total variation to the control, a row for each objective."""
     lines = []
     for arm in cell.rates:
         if arm != CONTROL:
-            pairs = zip(cell.parts(arm, "all"), cell.parts(CONTROL, "all"), strict=True)
-            found = [_difference(cell.sums(ours, "all"), cell.sums(theirs, "all")) for ours, theirs in pairs]
+            found = parts_apart(cell, arm)
             lines.append([f"`{arm}`", signed(cell.apart(arm, f"variation {BEST}", "all")), *map(signed, found)])
     return markdown(["objective", "total variation", "not valid", "above share"], lines)
 

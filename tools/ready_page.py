@@ -13,6 +13,7 @@ from bl_trainer.cells.results import Mean, over_models
 ROOT = Path(__file__).parents[1]
 SIGNED: Callable[[Mean], str] = runpy.run_path(str(ROOT / "tools" / "default_page.py"))["signed"]
 ROWS = ROOT / "docs" / "results" / "ready-for-rl.json"
+START, GAIN, END = "start", "gain", "end"
 CONTROL, COLLAPSED = "nll", 0.01  # below this probability a form counts as lost
 PAGE = """# Ready for RL?
 
@@ -37,12 +38,16 @@ Probability of the rewarded form, by the number of REINFORCE steps:
 - *Signal*: probability that a group of {group} answers has both a rewarded and an unrewarded one. Without it, REINFORCE has no
   gradient.
 - *Lost*: share of runs in which the rewarded form has a probability below {collapsed:g}.
-- *Against `{control}`*: difference in the rewarded form after RL, paired by model. Above 0 is better. A model's figure is the
-  mean of its two runs.
+
+What RL gains is the rewarded form's probability after RL less that before. Part of a smaller gain is a higher start, which
+leaves less to gain: read the start and the end beside it.
+
+{gained}
+
+- *Less `{control}`*: paired by model. A model's figure is the mean of its two runs. The end is the start and the gain together.
 - Intervals are 95 %, over models, and not corrected for the number of objectives.
 
-It is one task, one form of reward, one length of RL and one learning rate, on models of 0.06M and 0.1M parameters. Whether a
-form is lost hangs on rounding too: on another processor `anneal` lost one run of 16 before RL and none after it.
+It is one task, one form of reward, one length of RL and one learning rate, on models of 0.06M and 0.1M parameters.
 """
 
 
@@ -60,47 +65,78 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return what each objective has before RL, and what is left of it: a row for each."""
     first, *_, last = rows[0]["steps"]
     lines = []
-    for name, apart in against(rows).items():
+    for name in objectives(rows):
         own = [row for row in rows if row["objective"] == name]
         wanted, other, signal = (by_model(own, first, metric) for metric in ("rewarded", "other", "signal"))
         valid = {model: wanted[model] + other[model] for model in wanted}
-        lost = [sum(row["steps"][moment]["rewarded"] < COLLAPSED for row in own) / len(own) for moment in (first, last)]
+        gone = [sum(row["steps"][moment]["rewarded"] < COLLAPSED for row in own) / len(own) for moment in (first, last)]
         shares = [shown(over_models(each, (0.0, 1.0))) for each in (valid, signal)]
-        found = "" if name == CONTROL else SIGNED(apart)
-        lines.append([f"`{name}`", *shares, f"{lost[0]:.2f}, {lost[1]:.2f}", found])
-    header = ["fine-tuned by", "valid before RL", "signal before RL", "lost: before, after RL"]
-    return markdown([*header, f"against `{CONTROL}`"], lines)
+        lines.append([f"`{name}`", *shares, f"{gone[0]:.2f}, {gone[1]:.2f}"])
+    return markdown(["fine-tuned by", "valid before RL", "signal before RL", "lost: before, after RL"], lines)
 
 
-def against(rows: list[dict[str, Any]]) -> dict[str, Mean]:
-    """Return by how much each objective's rewarded form exceeds the control's after RL."""
-    (*_, last), found = rows[0]["steps"], {}
-    for name in dict.fromkeys(row["objective"] for row in rows):
-        ours, theirs = (
-            by_model([row for row in rows if row["objective"] == each], last, "rewarded") for each in (name, CONTROL)
-        )
-        found[name] = over_models({model: ours[model] - theirs[model] for model in ours}, (-1.0, 1.0))
-    return found
+def gains(rows: list[dict[str, Any]]) -> str:
+    """Return what RL gains after each objective, and its start, gain and end beside the control's: a row for each."""
+    less = [against(rows, measure) for measure in (START, GAIN, END)]
+    lines = []
+    for name in objectives(rows):
+        gain = SIGNED(over_models(measured(rows, name, GAIN), (-1.0, 1.0)))
+        lines.append([f"`{name}`", gain, *("" if name == CONTROL else SIGNED(found[name]) for found in less)])
+    return markdown(["fine-tuned by", "gain", *(f"{measure}, less `{CONTROL}`" for measure in (START, GAIN, END))], lines)
+
+
+def objectives(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the objectives, in the order of the rows."""
+    return list(dict.fromkeys(row["objective"] for row in rows))
+
+
+def measured(rows: list[dict[str, Any]], name: str, measure: str) -> dict[str, float]:
+    """Return the rewarded form's probability before RL, after it, or its gain, of each model under one objective."""
+    first, *_, last = rows[0]["steps"]
+    start, end = (by_model([row for row in rows if row["objective"] == name], moment, "rewarded") for moment in (first, last))
+    return {model: {START: start[model], END: end[model], GAIN: end[model] - start[model]}[measure] for model in start}
+
+
+def against(rows: list[dict[str, Any]], measure: str) -> dict[str, Mean]:
+    """Return by how much each objective exceeds the control in a measure, paired by model."""
+    theirs = measured(rows, CONTROL, measure)
+    found = {name: measured(rows, name, measure) for name in objectives(rows)}
+    return {
+        name: over_models({model: value - theirs[model] for model, value in ours.items()}, (-1.0, 1.0))
+        for name, ours in found.items()
+    }
+
+
+def lost(rows: list[dict[str, Any]]) -> tuple[str, int]:
+    """Return in how many runs of each objective a form stays lost, with how many lost it before RL, and the number of runs."""
+    first, *_, last = rows[0]["steps"]
+    found = []
+    for name in objectives(rows):
+        own = [row["steps"] for row in rows if row["objective"] == name]
+        before, after = (sum(steps[moment]["rewarded"] < COLLAPSED for steps in own) for moment in (first, last))
+        found += [f"`{name}` {after} (before RL {before})"] * bool(after)
+    return ", ".join(found) or "none", sum(row["objective"] == CONTROL for row in rows)
+
+
+def beyond_chance(rows: list[dict[str, Any]], measure: str) -> tuple[list[str], list[str]]:
+    """Return which objectives are below and above the control in a measure by more than their interval."""
+    ends = {name: found.interval or (-1.0, 1.0) for name, found in against(rows, measure).items() if name != CONTROL}
+    return [name for name, (_, high) in ends.items() if high < 0], [name for name, (low, _) in ends.items() if low > 0]
 
 
 def answer(rows: list[dict[str, Any]]) -> str:
-    """Return which objectives end elsewhere than the control, and which lose a form for good."""
-    first, *_, last = rows[0]["steps"]
-    apart = {name: found.interval or (-1.0, 1.0) for name, found in against(rows).items() if name != CONTROL}
-    lost = {
-        name: [
-            sum(row["steps"][moment]["rewarded"] < COLLAPSED for row in rows if row["objective"] == name)
-            for moment in (first, last)
-        ]
-        for name in apart
-    }
-    runs = sum(row["objective"] == CONTROL for row in rows)
-    below, beyond = ([f"`{name}`" for name, ends in apart.items() if ends[side] * sign > 0] for side, sign in ((1, -1), (0, 1)))
-    gone = [f"`{name}` {after} (before RL {before})" for name, (before, after) in lost.items() if after]
+    """Return after which objectives RL gains or ends elsewhere than after the control, and which lose a form for good."""
+    (gone, runs), last = lost(rows), list(rows[0]["steps"])[-1]
+    (less, more), (below, above) = (beyond_chance(rows, measure) for measure in (GAIN, END))
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names) or "none"
+
     return (
         f"It can. Where a form is lost before RL, {last} steps do not always bring it back. Of {runs} runs it stays lost "
-        f"in: {', '.join(gone) or 'none'}. On average, beyond chance, below `{CONTROL}`: {', '.join(below) or 'none'}. Above "
-        f"it: {', '.join(beyond) or 'none'}."
+        f"in: {gone}. Compared with `{CONTROL}`, beyond chance, RL gains less after: {listed(less)}. It gains more after: "
+        f"{listed(more)}. Part of a smaller gain is a higher start. RL ends lower, beyond chance, after: {listed(below)}. It "
+        f"ends higher after: {listed(above)}."
     )
 
 
@@ -128,6 +164,7 @@ def main(folder: str) -> None:
         batch=study["RL"].batch,
         rate=study["RATE"],
         table=table(rows),
+        gained=gains(rows),
         course=course(rows),
         answer=answer(rows),
         collapsed=COLLAPSED,

@@ -24,8 +24,8 @@ SHOWN = {
 LEGEND = (
     "Greedy: share of questions whose most probable answer is right. Sampled: probability of a right answer, at temperature 1, "
     "or at the best of 1, 0.5 and 0.25 for each cell. Variation: total variation from the right answers' shares; 0 is best. "
-    "Format: share of questions answered in a new format, in the two cells that have one. Old tasks kept: greedy share of what "
-    "the model knew, after training over before.",
+    "Format: share of questions whose format tokens are the most probable ones, each given the right tokens before it, in "
+    "cells with a new format. Old tasks kept: greedy share of what the model knew, after training over before.",
     "All are computed from probabilities, on questions apart from those that chose the learning rate. Intervals are 95 %, over "
     "pretrained models.",
 )

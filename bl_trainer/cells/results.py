@@ -121,9 +121,14 @@ class Results:
         each = [self.by_model(objective, cell, metric, least_kept) for cell in cells]
         return over_models({model: _mean(one[model] for one in each) for model in self.models}, (0.0, 1.0))
 
-    def difference(self, objective: str, other: str, metric: str, cells: Sequence[str] | None = None) -> Mean:
-        """Return how much better an objective is than another, paired by model. Positive is better for every metric."""
-        ours, theirs = (self.mean(name, metric, cells).by_model for name in (objective, other))
+    def difference(
+        self, objective: str, other: str, metric: str, cells: Sequence[str] | None = None, least_kept: float = 0.0
+    ) -> Mean:
+        """Return how much better an objective is than another, paired by model. Positive is better for every metric.
+
+        `least_kept`: see `choice`.
+        """
+        ours, theirs = (self.mean(name, metric, cells, least_kept).by_model for name in (objective, other))
         sign = 1 if METRICS[metric] else -1
         return over_models({model: sign * (ours[model] - theirs[model]) for model in self.models}, (-1.0, 1.0))
 
