@@ -35,7 +35,8 @@ All cells are synthetic tasks on models of 0.06M to 0.1M parameters. [Facts](fac
 {claims}
 
 Differences of shares are paired by model. Positive is better, for total variation too. Where a row names wrong answers
-or what is above shares, lower is better. For facts lower variation is better, and intervals count seeds and countries. T is the temperature.
+or what is above shares, lower is better. For facts lower variation is better, and intervals count seeds and countries.
+T is the temperature.
 
 ## Claims that fell
 
@@ -69,7 +70,7 @@ def half_kept(results: Results) -> str:
         " and ".join(f"{results.mean(name, 'kept', None, least).mean:.2f}" for name in ("anneal", "nll"))
         for least in (0.0, LEAST_KEPT)
     ]
-    return f"{', '.join(found)}; old tasks kept {shares[0]} at the best rates, {shares[1]} at these"
+    return f"{', '.join(found)}; old tasks kept, greedy: {shares[0]} at the best rates, {shares[1]} at these"
 
 
 def over_cells(results: Results, metric: str, least_kept: float = 0.0) -> str:
@@ -160,7 +161,8 @@ def claims(results: Results) -> list[list[str]]:
         [
             "The three rows above take the best rates for the tasks, which forget over half of the old tasks. At "
             "[rates that keep half](cells.md) `nll` leads on the twelve cells, except at T = 1. On the judge's cells `anneal` "
-            "leads at its best T. `anneal` less `nll`, and the old tasks that each keeps:",
+            "leads at its best T. Where no rate keeps half, the one that keeps the most counts. `anneal` less `nll`, and the old "
+            "tasks that each keeps:",
             f"{half_kept(results)}; nine other cells, other models: {half_kept(judged)}",
             f"{models}, {len(judged.models)}",
             f"{CELLS_COMMAND}, `--judge`",
@@ -351,8 +353,8 @@ def ready_claim() -> list[str]:
             told.append(f"`{name}`: {', '.join(figures)}")
     return [
         "[After fine-tuning](ready-for-rl.md) that sharpens, RL does not always bring a lost valid answer back. It also gains "
-        "less, beyond chance except after `anneal`. Part of that is a higher start. Probability of the rewarded one of two valid "
-        "answers before RL, its gain, and after RL, less that of `nll`:",
+        "less, beyond chance except after `anneal`. Part of that is a higher start. Probability of the rewarded one of two "
+        "valid answers before RL, its gain, and after RL, less that of `nll`:",
         f"runs of {runs} in which it stays lost: {gone}; {'; '.join(told)}",
         str(len({row["model"] for row in rows})),
         "`python studies/ready_for_rl_study.py`",
