@@ -161,8 +161,8 @@ def claims(results: Results) -> list[list[str]]:
         [
             "The three rows above take the best rates for the tasks, which forget over half of the old tasks. At "
             "[rates that keep half](cells.md) `nll` leads on the twelve cells, except at T = 1. On the judge's cells `anneal` "
-            "leads at its best T. Where no rate keeps half, the one that keeps the most counts. `anneal` less `nll`, and the old "
-            "tasks that each keeps:",
+            "leads at its best T. Where no rate keeps half, the one that keeps the most counts. `anneal` less `nll`, and the "
+            "old tasks that each keeps:",
             f"{half_kept(results)}; nine other cells, other models: {half_kept(judged)}",
             f"{models}, {len(judged.models)}",
             f"{CELLS_COMMAND}, `--judge`",
