@@ -34,7 +34,7 @@ def test_the_readme_has_the_figures_of_the_claims() -> None:
     figures = re.findall(r"[+-]\d\.\d{3} \([^)]*\)", readme)
     assert len(figures) == 9
     assert all(figure in claims for figure in figures)
-    assert f"on 12 tasks and {len(stored().models)} models" in readme
+    assert f"12 tasks, {len(stored().models)} models" in readme
 
 
 def with_interval(values: list[float]) -> str:

@@ -166,11 +166,6 @@ def results() -> dict[str, Any]:
     return {option: found[option] for option in SETS if option in found}
 
 
-def command(tasks: dict[str, Task]) -> str:
-    """Return the commands that run these sets."""
-    return "`, `".join(f"python studies/pretrained_study.py {task.options}" for task in tasks.values())
-
-
 def text(results: dict[str, Any]) -> str:
     """Return the page."""
     tasks = {option: Task(option, results[option]) for option in SETS if option in results}
