@@ -479,6 +479,7 @@ BAD = [
     ({"name": "neg_p", "mix": [{"name": "nll", "wieght": 1}]}, "got {'name': 'nll', 'wieght': 1}. Did you mean 'weight'?"),
     ({"name": f"{__name__}:has_a_weight"}, "has a parameter 'weight', which in a recipe means the same for every objective"),
     ({"name": f"{__name__}:begins_at_once"}, "is not finite at log p = -50 and progress 0. It must be"),
+    ({"name": "power", "alpha": 0, 5: None}, "A decimal comma must be a point: write e.g. `0.5`, not `0,5`."),  # `alpha: 0,5`
     ({"name": "anneal", "over": [0.2, 1]}, "'over' is not one of them. For another schedule give `start` and `end` the"),
     ({"name": "focal", "gamma": "2"}, "`gamma` of objective 'focal' must be a finite number, got '2'. Leave out the qu"),
     ({"name": "neg_p", "special_tokens": True}, "it must be a name or a mapping with `name`, got True. Write `special_t"),

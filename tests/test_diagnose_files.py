@@ -53,6 +53,7 @@ def test_the_function_takes_them_too(checkpoint, tmp_path, no_accelerator):
         (["--model", "m", "--data", "d.jsonl", "--report", "r", "--max_tokens", "-1"], "must not be negative"),
         (["--report", "r"], "No recipe is given. Write `diagnose --config recipe.yaml`, or `--model M --data D.jsonl`."),
         (["m", "d.jsonl"], "or `--model M --data D.jsonl`."),
+        (["r.yaml"], "given: `r.yaml` needs `--config` before it. Write `diagnose --config r.yaml`, or `--model"),
         (["--model", "./m", "--data", "d.jsonl", "--report", "r"], "^`--model ./m` is not a folder.$"),
         (["--model", "m", "--data", "d.jsonl", "--repotr", "r"], "Did you mean `--report`\\? See `bl-trainer diagnose --help`"),
     ],

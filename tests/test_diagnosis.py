@@ -997,6 +997,7 @@ def test_percentile_of_a_streamed_set(tokenizer, tmp_path):
         ({"above_percentile": "ten"}, "must be a number above 0 and below 100, got 'ten'"),
         (10, "must be a probability between 0 and 1, got 10. For a percentile write `threshold: {above_percentile: 10}`"),
         ({"above_percentil": 10}, "Did you mean 'above_percentile'"),
+        ({"above": 0, 2: None}, "A decimal comma must be a point"),
     ],
     ids=str,
 )

@@ -554,6 +554,17 @@ def test_a_row_without_an_answer_is_named_where_only_answers_train(tokenizer):
         check({"messages": CHAT[0][:1]}, 1)
 
 
+def test_a_template_without_marks_is_named_where_only_answers_train(write, tokenizer, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text(STRICT)
+    options = {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "t.jinja"), "max_steps": 1}
+    argv = write([{"messages": each} for each in CHAT], **options)
+    said = refusal(argv, capsys)
+    assert said.startswith("error: Cannot use `assistant_only_loss: true`: the chat template does not mark the assistant's turns")
+    assert said.endswith("or split each row into the columns `prompt` and `completion` and remove the key.")
+    (tmp_path / "t.jinja").write_text(STRICT + "{%- generation %}{% endgeneration %}")
+    Recipe.read(argv).load_datasets()
+
+
 def test_rows_with_gaps_are_checked_once(monkeypatch):
     checked, check = [], layouts.fault_of
     monkeypatch.setattr(layouts, "fault_of", lambda value, *args: checked.append(value) or check(value, *args))

@@ -196,7 +196,17 @@ BAD_RECIPES = [
     ({"objective": "negp"}, "Unknown objective 'negp'. Did you mean 'neg_p'?"),
     ({"objective": "power"}, "Objective 'power' takes alpha: 'alpha' is missing."),
     ({"objective": {"name": "nll", "alpha": 3}}, "takes no parameters of its own: 'alpha' is not one of them"),
-    ({"threshold": 1.2}, "`threshold` `above` must be a probability between 0 and 1, got 1.2."),
+    *(
+        (
+            {"objective": text},
+            f"Cannot read `objective: {text}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on the "
+            """command line as JSON: `--objective '{"name": "power", "alpha": 2}'`.""",
+        )
+        for text in ("power:2", "power alpha=2", "power 2", "power:alpha=2")
+    ),
+    ({"threshold": 1.2}, "`threshold` `above` must be a probability between 0 and 1, got 1.2. For a percentile write"),
+    ({"threshold": -0.1}, "`threshold` `above` must be a probability between 0 and 1, got -0.1.\n"),
+    ({"threshold": {"below": 10}}, "`threshold` `below` must be a probability between 0 and 1, got 10.\n"),
     ({"threshold": {"above": 0.9, "below": 0.2}}, "`threshold` keeps no token: above = 0.9 exceeds below = 0.2."),
     ({"threshold": {"above_percentil": 10}}, "Unknown key 'above_percentil' in `threshold`."),
     ({"loss_type": "dft"}, "`loss_type: dft` would change the objective."),
@@ -328,7 +338,19 @@ BAD_RECIPES = [
     ({"learning_rate": [1e-4]}, "`learning_rate: [0.0001]` is of the wrong type. Write a number."),
     ({"per_device_train_batch_size": 2.5}, "`per_device_train_batch_size: 2.5` is of the wrong type. Write a whole number."),
     ({"packing": 2}, "`packing: 2` is of the wrong type. Write true or false."),
-    ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+    (
+        {"load_best_model_at_end": True},
+        "needs an evaluation at each checkpoint, got `eval_strategy: no` and `save_strategy: steps`. Write `eval_strategy: ste",
+    ),
+    ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "`save_strategy: steps`. Write `save_strategy: epoch`."),
+    (
+        {"load_best_model_at_end": True, "save_strategy": "no"},
+        "Write `eval_strategy: steps` and `save_strategy: steps`.",
+    ),
+    (
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 20, "save_steps": 50},
+        "`save_steps: 50` must be a multiple of `eval_steps: 20`. Write `save_steps: 20`.",
+    ),
 ]
 # An older transformers still has, and obeys, some of the keys that the newest one lacks
 BAD_RECIPES = [(changes, message) for changes, message in BAD_RECIPES if not changes.keys() & REPLACED.keys() & KEYS]

@@ -97,10 +97,10 @@ MISTAKES = {
     "arms: [nll]": r"`arms: \['nll'\]` must be a list of mappings",
     "learning_rate: []": r"`learning_rate: \[\]` is an empty list, which leaves no run",
     "learning_rate: 1.0e-3": r"`learning_rate: 0.001` must be a list of values to try, or a range",
-    "arms: [{objektive: nll}]": "In a run of the sweep: Unknown recipe key 'objektive'. Did you mean 'objective'",
+    "arms: [{objektive: nll}]": r"In a run of the sweep \({.*objektive: nll.*}\): Unknown recipe key 'objektive'. Did you mean 'objective'",
     "arms: [{objective: nlll}]": "Unknown objective 'nlll'. Did you mean 'nll'",
     "arms: [{objective: nll}, {objective: {name: nll}}]": "Two runs are the same: nll",
-    "lora_r: [8]": "In a run of the sweep: `lora_r` does nothing without `use_peft`",
+    "lora_r: [8]": r"In a run of the sweep \({lora_r: 8, .*}\): `lora_r` does nothing without `use_peft`",
     "output_dir: [a, b]": "`output_dir` can't be swept",
     "rank_by: bleu": "`rank_by: bleu` is not a metric. Allowed: accuracy, nll",
     "rank_by: loss": "`rank_by: loss` is not a metric",
@@ -493,7 +493,7 @@ def test_runs_start_anew_where_forks_fail(tmp_path, monkeypatch, capsys):
 
 
 def test_what_keeps_an_arm_from_going_on_is_refused_at_once(make):
-    with pytest.raises(RecipeError, match="In a run of the sweep: `save_only_model: true` leaves out of the checkpoints"):
+    with pytest.raises(RecipeError, match=r"In a run of the sweep \(.*\): `save_only_model: true` leaves out of the checkpoints"):
         make(GRID, save_only_model=True)
     assert make(GRID).recipe_of({})["save_total_limit"] == 1
     assert make(GRID, save_total_limit=3).recipe_of({})["save_total_limit"] == 3

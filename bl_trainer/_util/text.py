@@ -13,7 +13,12 @@ SECRETS = ("hub_token", "push_to_hub_token")  # keys whose values are neither sh
 
 
 def nearest(name: Any, allowed: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing."""
+    """Return ` Did you mean 'x'?` if one of `allowed` looks like `name`, or nothing.
+
+    A number is no name: YAML reads `{alpha: 0,5}` as the two keys `alpha` and `5`.
+    """
+    if type(name) in (int, float):
+        return " A decimal comma must be a point: write e.g. `0.5`, not `0,5`."
     match = difflib.get_close_matches(str(name), list(allowed), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
 

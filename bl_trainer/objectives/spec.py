@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
@@ -93,6 +94,12 @@ def read_composition(spec: Mapping[str, Any], parse: "Callable[[Any], Objective]
 
 def function_of(name: str) -> Callable[..., Tensor]:
     """Return the function behind a name in `OBJECTIVES` or an import path. Raises RecipeError."""
+    head = re.split(r"\W", name)[0]
+    if head in OBJECTIVES and name != head and not name.partition(":")[2].isidentifier():
+        raise RecipeError(
+            f"Cannot read `objective: {name}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on the "
+            """command line as JSON: `--objective '{"name": "power", "alpha": 2}'`."""
+        )
     if ":" in name:
         return _import(name)
     if name not in OBJECTIVES:

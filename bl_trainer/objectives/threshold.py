@@ -37,9 +37,8 @@ class Threshold:
         for name in ("above", "below"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value <= 1:
-                percentile = (
-                    f" For a percentile write `threshold: {{above_percentile: {value:g}}}`." if is_number(value) else ""
-                )
+                is_rank = name == "above" and is_number(value) and 1 < value < 100
+                percentile = f" For a percentile write `threshold: {{above_percentile: {value:g}}}`." if is_rank else ""
                 raise RecipeError(f"`threshold` `{name}` must be a probability between 0 and 1, got {value!r}.{percentile}")
         if self.above > self.below:
             raise RecipeError(

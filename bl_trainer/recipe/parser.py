@@ -17,6 +17,8 @@ class Parser(TrlParser):
     """TRL's parser, made to reject what it would ignore and to end in one sentence."""
 
     def error(self, message: str) -> Any:
+        if wrong := re.fullmatch(r"argument (--\w+)\S*: invalid (int|float) value: '(.*)'", message):
+            message = f"`{wrong[1]} {wrong[3]}` must be {'a whole number' if wrong[2] == 'int' else 'a number'}"
         raise RecipeError(message[:1].upper() + message[1:] + ".")
 
     @property

@@ -59,7 +59,9 @@ def read_keys(argv: list[str], verb: str = "train", own: Iterable[str] = (), tri
         argv = argv[:index] + argv[index + 2 :]
     if not keys.config and not any(arg.split("=", 1)[0].replace("-", "_") == "__model_name_or_path" for arg in argv):
         instead = ", or `--model M --data D.jsonl`" if {"model", "data"} <= own else ""
-        raise RecipeError(f"No recipe is given. Write `{verb} --config recipe.yaml`{instead}.")
+        path = next((arg for arg in argv if not arg.startswith("-") and arg.endswith((".yaml", ".yml"))), None)
+        found = f": `{path}` needs `--config` before it" if path else ""
+        raise RecipeError(f"No recipe is given{found}. Write `{verb} --config {path or 'recipe.yaml'}`{instead}.")
     _read_file(keys, own, verb)
     is_old = any(key in REPLACED for key in keys.config)
     _read_command_line(keys, argv, own, verb)
@@ -213,7 +215,7 @@ def _checked(field: Field, value: Any) -> Any:
     if value is None and type(None) in field.kinds:
         return None
     if field.choices and value not in field.choices:
-        near, several = nearest(value, map(str, field.choices)), ", ".join(map(str, field.choices))
+        near, several = nearest(str(value), map(str, field.choices)), ", ".join(map(str, field.choices))
         allowed = "" if near and len(several) > LISTED else f" Allowed: {several}."
         raise RecipeError(f"`{key}: {shown}` is not allowed.{near}{allowed}")
     return value

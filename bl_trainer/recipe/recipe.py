@@ -24,7 +24,7 @@ from ..tokens.idle import check_labels
 from ..tokens.labels import columns_of
 from ..tokens.layouts import CHATS, RowError, arrange, check_stream
 from ..tokens.reference import reference_source, refuse_lost_context
-from ..tokens.rendering import RenderedRow
+from ..tokens.rendering import RenderedRow, refuse_unmarked
 from ..training.config import BLConfig
 from ..training.resume import Given, ResumePlan, plan_resume, say
 from .checks import RULES, TRAINING_RULES, check
@@ -195,6 +195,9 @@ class Recipe:
             template = Path(path).read_text(encoding="utf-8")
         elif path:
             template = AutoTokenizer.from_pretrained(path).chat_template
+        if self.training.assistant_only_loss:
+            processing_class.chat_template = template or processing_class.chat_template
+            refuse_unmarked(processing_class)
         check = RenderedRow(processing_class, template, f"the {split} set", self.training.assistant_only_loss)
         if isinstance(dataset, IterableDataset):
             dataset = check_stream(dataset, f"the {split} set", self.training.dataset_text_field)

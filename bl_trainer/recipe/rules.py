@@ -109,6 +109,25 @@ def first_evaluation_has_a_set(keys: "Keys") -> Iterator[str]:
         yield "`eval_on_start` needs an evaluation set. Write `eval_strategy: steps` or `epoch`."
 
 
+def best_model_is_evaluated(keys: "Keys") -> Iterator[str]:
+    evaluate, save = keys["eval_strategy"], keys["save_strategy"]
+    if not keys["load_best_model_at_end"] or save == "best":
+        return
+    wanted = next((strategy for strategy in (evaluate, save) if strategy != "no"), "steps")
+    lines = [f"`{key}: {wanted}`" for key in ("eval_strategy", "save_strategy") if keys[key] != wanted]
+    if lines:
+        yield (
+            f"`load_best_model_at_end: true` needs an evaluation at each checkpoint, got `eval_strategy: {evaluate}` and "
+            f"`save_strategy: {save}`. Write {' and '.join(lines)}."
+        )
+    every, steps = keys["eval_steps"] or keys["logging_steps"], keys["save_steps"]
+    if not lines and wanted == "steps" and min(every, steps) >= 1 and steps % every:
+        yield (
+            f"`load_best_model_at_end: true` needs an evaluation at each checkpoint: `save_steps: {steps:g}` must be a multiple "
+            f"of `eval_steps: {every:g}`. Write `save_steps: {every:g}`."
+        )
+
+
 def data_has_one_source(keys: "Keys") -> Iterator[str]:
     if {"datasets", "dataset_name"} & (keys.given - keys.values.keys()):
         return  # one has a mistake of its own
@@ -256,6 +275,7 @@ KEY_RULES: tuple[Rule, ...] = (
     intervals_are_positive,
     checkpoints_hold_what_resuming_needs,
     first_evaluation_has_a_set,
+    best_model_is_evaluated,
     quantised_models_train_adapters,
 )
 

@@ -17,7 +17,7 @@ from ..recipe.local_files import local_files
 from ..recipe.paths import is_path
 from ..recipe.recipe import Recipe
 from .budget import check_budget
-from .design import Design, describe, evaluate_argv
+from .design import Design, Setting, describe, evaluate_argv
 from .rulers import LOGGED, RULERS, with_best
 from .samplers import MODULES, build
 
@@ -178,7 +178,7 @@ def arms_can_train(design: Design) -> None:
     """The train verb takes every arm's recipe, and no two of these are the same."""
     seen: set[str] = set()
     for point in design.points():
-        training = check_arm(design.recipe_at(point)).training
+        training = check_arm(design.recipe_at(point), point).training
         written = {"objective": training.parsed_objective.to_dict(), "threshold": training.parsed_threshold.to_dict()}
         name = json.dumps({**point, **written}, sort_keys=True)  # objectives written out, so that equal ones look alike
         if name in seen:
@@ -186,12 +186,13 @@ def arms_can_train(design: Design) -> None:
         seen.add(name)
 
 
-def check_arm(recipe: dict[str, Any]) -> Recipe:
-    """Return an arm's recipe as the train verb will read it."""
+def check_arm(recipe: dict[str, Any], point: Setting | None = None) -> Recipe:
+    """Return an arm's recipe as the train verb will read it; an error names its `point`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump({"output_dir": str(Path(folder) / "out"), **recipe}), encoding="utf-8")
         try:
             return Recipe.read(["--config", str(path)])
         except RecipeError as error:
-            raise RecipeError(f"In a run of the sweep: {error}") from error
+            which = f" ({yaml.safe_dump(point, default_flow_style=True, sort_keys=False, width=1000).strip()})" if point else ""
+            raise RecipeError(f"In a run of the sweep{which}: {str(error).replace(str(path), 'its recipe')}") from error

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List
 from transformers import ProcessorMixin
+from trl import get_training_chat_template
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from .._util.cached import Cached
@@ -43,6 +44,21 @@ def check_rendering(dataset: Any, processing_class: Any, chat_template: str | No
         with PartialState().local_main_process_first():  # the others find the result in the cache
             _check_set(dataset, check, args.dataset_num_proc)
     return dataset
+
+
+def refuse_unmarked(processing_class: Any) -> None:
+    """Raise RecipeError if the chat template doesn't mark what `assistant_only_loss` trains, and TRL can't mark it either."""
+    template = getattr(processing_class, "chat_template", None)
+    if template is None or re.search(r"{%-?\s*generation\s*-?%}", str(template)):
+        return
+    try:
+        get_training_chat_template(processing_class)
+    except ValueError as error:
+        raise RecipeError(
+            "Cannot use `assistant_only_loss: true`: the chat template does not mark the assistant's turns by `{% generation "
+            "%}`, and TRL knows no such version of it. Set `chat_template_path` to a template with the marks, or split each "
+            "row into the columns `prompt` and `completion` and remove the key."
+        ) from error
 
 
 def _check_set(dataset: Dataset, check: "RenderedRow", num_proc: int | None) -> None:
