@@ -18,7 +18,9 @@ ACCUMULATED = 2  # micro-batches per step
 def main(model: str, data: str, steps: int = 10) -> dict[str, float]:
     """Train `model` for a few steps of two rows each, and return the metrics of the last step."""
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(line)["text"] for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line).get("text") for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    if None in rows:
+        raise SystemExit(f"error: Cannot train on {data}: line {rows.index(None) + 1} has no `text`. Add the column `text`.")
     optimizer, metrics = torch.optim.AdamW(network.parameters(), lr=1e-5), LossMetrics()
     for step in range(steps):
         batches = [tokenizer(rows[(ACCUMULATED * step + i) % len(rows)], return_tensors="pt") for i in range(ACCUMULATED)]

@@ -113,6 +113,8 @@ def compare(run: Path) -> None:
     """Print a table of the base model and the tuned one on the held-out records, and a few answers of both."""
     from bl_trainer.training.next_steps import next_steps
 
+    if not [*run.glob("checkpoint-*")]:
+        raise SystemExit(f"error: {run} holds no checkpoint. Name a run's output_dir with `--run`, or run `make quickstart`.")
     (last,) = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1:]
     history = [entry for entry in json.loads((last / "trainer_state.json").read_text())["log_history"] if "eval_nll" in entry]
     rows = [json.loads(line) for line in (FOLDER / "data" / "test.jsonl").read_text().splitlines()]

@@ -531,7 +531,7 @@ def files(folder, models):
             "runs code that the model writes. Add `--confirm_run_unsafe_code`, best in a container.",
         ),
         ({"tasks": "humaneval", "data": None}, "The task 'humaneval' runs code that the model writes."),
-        ({"tasks": "gsm8k", "data": None}, "The task 'gsm8k' can't be loaded: "),
+        ({"tasks": "gsm8k", "data": None}, "it needs the data set openai/gsm8k, but it is not in the cache, and HF_HUB_OFF"),
         ({"data": None}, "`--tasks completion` needs your data. Write `--data completion=path.jsonl`."),
         ({"data": "test.jsonl"}, "`--data test.jsonl` must be task=path, of a .jsonl, .json, .parquet or .csv file."),
         ({"data": "completion=gone.jsonl"}, "`--data completion=gone.jsonl`: there is no such file."),

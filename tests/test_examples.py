@@ -44,6 +44,12 @@ def test_pytorch_loop_is_what_the_trainer_does(checkpoint, data, capsys):
     assert capsys.readouterr().out.startswith("step 1: ")
 
 
+def test_pytorch_loop_names_a_row_without_text(checkpoint, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"prompt": "a"}\n')
+    with pytest.raises(SystemExit, match=r"d.jsonl: line 2 has no `text`"):
+        example("pytorch_loop")["main"](str(checkpoint), tmp_path / "d.jsonl", 2)
+
+
 def test_merge_and_generate(checkpoint, tokenizer, tmp_path):
     run = adapter(checkpoint, tmp_path / "run", tokenizer)
     answer = example("merge_and_generate")["main"](str(run), str(tmp_path / "merged"), "one two")

@@ -1,6 +1,7 @@
 """Runs that could not learn, and labels, keys and columns that would have no effect: refused before training, in words."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from bl_trainer.errors import RecipeError
 from bl_trainer.tokens.idle import check_labels
 from bl_trainer.tokens.labels import _count_blank, check_ids, check_rows
 from bl_trainer.tokens.layouts import arrange
-from bl_trainer.training.guards import FEW, refuse_dropped, refuse_dropped_sets, warn_of_few
+from bl_trainer.training.guards import FEW, refuse_dropped, refuse_dropped_sets, warn_of_few, warn_of_idle
 from conftest import make_llama, sizes, write_recipe
 from ways import Gradients, build, train, weights
 
@@ -173,7 +174,7 @@ class TestFewTokens:
         share = trainer.state.log_history[0]["kept_fraction"]
         assert 0 < share < FEW
         assert len(said) == 1
-        assert said[0].startswith(f"Only {100 * share:.2g} % of the target tokens train: the others are outside the threshold")
+        assert said[0].startswith(f"Only {100 * share:.2g} % of the target tokens train: the others are outside `thresh")
         assert "Widen `threshold` unless this is meant" in said[0]
 
     def test_of_a_percentile_are_meant(self, tokenizer, text_data, tmp_path, monkeypatch):
@@ -181,6 +182,23 @@ class TestFewTokens:
         said, trainer = self.said(tokenizer, text_data.select(range(8)), tmp_path, monkeypatch, threshold)
         assert 0 < trainer.state.log_history[0]["kept_fraction"] < FEW
         assert not said
+
+    def test_the_threshold_is_spelled_as_in_a_recipe(self, monkeypatch):
+        said = []
+        monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
+        for threshold in (Threshold(0.2), Threshold(0.2, 0.9), Threshold(0.3, 0.9, above_percentile=10)):
+            warn_of_idle({"kept_fraction": 0, "target_prob": 0.1}, threshold, [])
+        spelled = ["0.2", "{above: 0.2, below: 0.9}", "{above_percentile: 10, below: 0.9}"]
+        assert [line.split(" within ")[1].split(" (")[0] for line in said] == [f"`threshold: {text}`" for text in spelled]
+
+    def test_a_stretch_is_told_of_once(self, monkeypatch):
+        said = []
+        monkeypatch.setattr("bl_trainer.training.guards.logger.warning", said.append)
+        idle, history = {"loss": 0.0, "kept_fraction": 0, "target_prob": 0.1}, []
+        for means in (idle, idle, {**idle, "kept_fraction": 0.5}, idle, {**idle, "kept_fraction": math.nan}):
+            warn_of_idle(means, Threshold(0.2), history)
+            history += [means, {"eval_loss": 0.0}]
+        assert len(said) == 3
 
     def test_of_most_nothing_is_said(self):
         warn_of_few({"kept_fraction": 0.5, "target_prob": 0.1}, Threshold(0.1), [])

@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from bl_trainer import BLConfig, BLTrainer
 from bl_trainer._util.cached import VERSIONS, Cached
-from bl_trainer._util.hub import why_unavailable
+from bl_trainer._util.hub import why_no_data, why_unavailable
 from bl_trainer.cli import main
 from bl_trainer.errors import RecipeError
 from bl_trainer.recipe.recipe import Recipe
@@ -559,7 +559,7 @@ def test_a_template_without_marks_is_named_where_only_answers_train(write, token
     options = {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "t.jinja"), "max_steps": 1}
     argv = write([{"messages": each} for each in CHAT], **options)
     said = refusal(argv, capsys)
-    assert said.startswith("error: Cannot use `assistant_only_loss: true`: the chat template does not mark the assistant's turns")
+    assert said.startswith("error: Cannot use `assistant_only_loss: true`: the chat template does not mark the assistant's")
     assert said.endswith("or split each row into the columns `prompt` and `completion` and remove the key.")
     (tmp_path / "t.jinja").write_text(STRICT + "{%- generation %}{% endgeneration %}")
     Recipe.read(argv).load_datasets()
@@ -892,6 +892,16 @@ def test_a_model_that_is_nowhere_is_said_soon_where_there_is_no_hub(offline, wri
         {"model_name_or_path": "no/such", "attn_implementation": "flex_attention"},
     ):
         assert "it is not in the cache, and " in refusal(write([{"text": "a"}], **options), capsys)
+
+
+def test_data_that_are_nowhere_are_named(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    where = "it is not in the cache, and HF_HUB_OFFLINE is set. Correct the name, or download the data set."
+    assert refusal(write(dataset_name="no/such"), capsys) == f"error: Cannot load `dataset_name: no/such`: {where}"
+    said = refusal(write(dataset_name=None, datasets=[{"path": "no/such"}]), capsys)
+    assert said == f"error: Cannot load `datasets` (no/such): {where}"
+    (tmp_path / "cache/some___data/default/0.0.0/hash").mkdir(parents=True)
+    assert why_no_data("some/data") is None
 
 
 def test_what_is_in_the_cache_is_taken_from_there(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -154,7 +155,9 @@ def test_rest_of_the_report_and_the_model_stay(checkpoint, tmp_path, capsys):
     assert digest() == before
     for key in plain.keys() - {"recommendation"}:
         assert probed[key] == plain[key], key
-    assert "Learnability probe: 2 steps of an adapter by nll at learning rate 0.0002 on 16 rows of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Learnability probe: 2 steps of an adapter by nll at learning rate 0.0002 on 16" in said
+    assert re.search(r" on (?:16 of the )?(\d+) rows drawn from half", said)[1] == re.search(r"; (\d+) rows of ", said)[1]
 
 
 def test_repeats(checkpoint, tmp_path):

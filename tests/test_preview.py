@@ -85,7 +85,8 @@ def test_parts_of_packed_rows_and_streams_are_printed(double_checkpoint, tmp_pat
 
 def test_a_wrong_number_is_refused(double_checkpoint, data_folder, tmp_path, capsys):
     recipe = str(write_recipe(tmp_path, double_checkpoint, data_folder))
-    for value, message in (("-1", "`--show -1` must not be negative; 0 prints no row."), ("x", "`--show x` must be a whole number.")):
+    wrong = {"-1": "`--show -1` must not be negative; 0 prints no row.", "x": "`--show x` must be a whole number."}
+    for value, message in wrong.items():
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--config", recipe, "--show", value])
         assert stopped.value.code == 2

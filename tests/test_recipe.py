@@ -199,8 +199,8 @@ BAD_RECIPES = [
     *(
         (
             {"objective": text},
-            f"Cannot read `objective: {text}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on the "
-            """command line as JSON: `--objective '{"name": "power", "alpha": 2}'`.""",
+            f"Cannot read `objective: {text}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on "
+            """the command line as JSON: `--objective '{"name": "power", "alpha": 2}'`.""",
         )
         for text in ("power:2", "power alpha=2", "power 2", "power:alpha=2")
     ),

@@ -22,6 +22,20 @@ def why_unavailable(name: str, revision: str | None = None, file: str = "config.
     return f"it is not in the cache, and {reason}" if reason else None
 
 
+def why_no_data(name: str) -> str | None:
+    """Return why the data set `name` can't be had: not in the cache of `datasets`, and no Hub to ask; None if it may be."""
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _why_silent()
+    if reason is None:
+        return None
+    from datasets.load import CachedDatasetModuleFactory
+
+    try:
+        CachedDatasetModuleFactory(name).get_module()
+        return None
+    except FileNotFoundError:
+        return f"it is not in the cache, and {reason}"
+
+
 def _why_silent() -> str | None:
     """Return why the Hub gives no answer, whichever, to a request; None if it does."""
     for attempt in range(TRIES):

@@ -14,6 +14,13 @@ def warn_once(message: str) -> None:
         logging.getLogger("bl_trainer").warning(message)
 
 
+def get_logger(name: str) -> logging.Logger:
+    """Return a logger that writes in the first process alone; accelerate's puts a rank before each message."""
+    logger = logging.getLogger(name)
+    logger.addFilter(lambda record: is_first())
+    return logger
+
+
 def quieten() -> None:
     """Keep back three messages that tell a user nothing, and that another package causes.
 

@@ -80,12 +80,12 @@ def by_cell(results: Results, metric: str) -> tuple[list[str], list[list[str]]]:
 def verdict(results: Results, objective: str, control: str) -> str:
     """Return one sentence on an objective, beside a control."""
     found = results.difference(objective, control, "greedy")
-    side = "more" if found.mean >= 0 else "less"
+    right, other = (results.mean(name, "greedy").mean for name in (objective, control))
     interval = "" if found.interval is None else f" (95 % interval {found.interval[0]:+.3f} to {found.interval[1]:+.3f})"
     count = len(results.objectives)
     return (
-        f"{objective} answers {abs(found.mean):.3f} {side} of the questions right than {control}{interval}, greedily; it is "
-        f"number {results.rank(objective, 'greedy')} of {count}."
+        f"{objective} answers {right:.3f} of the questions right and {control} {other:.3f}, both greedy: {found.mean:+.3f}"
+        f"{interval}. It ranks {results.rank(objective, 'greedy')} of {count}."
     )
 
 

@@ -165,8 +165,8 @@ def _reasons(report: Report, regions: list[str]) -> list[str]:
         reasons.insert(0, _learnability_reason(probe))
     if _is_open(report, regions):
         reasons.append(
-            "anneal is among them: on small synthetic tasks its samples at temperature 1 were right more often than nll's, "
-            "and hardly more often with each at its best temperature (docs/results/claims.md)."
+            "The sweep tries `anneal` too: on small synthetic tasks its samples at temperature 1 were right more often than "
+            "nll's, and hardly more often with each at its best temperature (docs/results/claims.md)."
         )
     reasons.append(
         f"The cuts {CUTS[0]:.3f} and {CUTS[1]:.3f} are the middles of the gaps between the groups that the paper measured; it "

@@ -197,11 +197,12 @@ class Probe:
 
     def cost(self) -> str:
         """Say what `run` will do."""
+        drawn = "" if self.train_examples == len(self.first) else f" of the {len(self.first):,}"
         return (
             f"Learnability probe: {self.steps} steps of an adapter by nll at learning rate {self.learning_rate:.2g} on "
-            f"{self.train_examples:,} rows of half of the data, {self.train_tokens:,} tokens forward and backward; then "
-            f"{self.tokens:,} target tokens of {self.examples:,} other examples, four times forward. The recipe's model stays "
-            "as it is."
+            f"{self.train_examples:,}{drawn} rows drawn from half of the data, {self.train_tokens:,} tokens forward and "
+            f"backward; then {self.tokens:,} target tokens of {self.examples:,} other examples, four times forward. The "
+            "recipe's model stays as it is."
         )
 
     def run(self) -> Learnability:

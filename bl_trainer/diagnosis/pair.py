@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from .._util.logs import get_logger
 from ..errors import RecipeError
 from ..head.lm_head import Head
 from ..head.ops import TokenDivergences, TokenScores, compare, score

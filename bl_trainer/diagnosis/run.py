@@ -5,12 +5,12 @@ import tempfile
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 
+from .._util.logs import get_logger
 from .._util.process import is_parallel
 from .._util.transformers import is_deepspeed_zero3_enabled
 from ..errors import RecipeError

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from .._util.hub import why_unavailable
+from .._util.hub import why_no_data, why_unavailable
 from .._util.lm_eval import load_yaml, share_out, without_git
 from .._util.text import nearest, sentence
 from ..errors import RecipeError
@@ -65,6 +65,12 @@ class Tasks:
             raise RecipeError(f"`--tasks {name}` needs your data. Write `--data {name}=path.jsonl`.")
         if path is not None and (not source or "group" in config):
             raise RecipeError(f"`--data {name}=...`: that is a group of tasks. Name one of them.")
+        data = str(config.get("dataset_path") or "")
+        if path is None and data.count("/") == 1 and not Path(data).exists() and (fault := why_no_data(data)):
+            raise RecipeError(
+                f"The task {name!r} can't be loaded: it needs the data set {data}, but {fault}. Download it, or write `--data "
+                f"{name}=path.jsonl`."
+            )
         try:
             loaded = self.manager.load([name if path is None else with_data(load_yaml(source), name, path)])
         except RecipeError as error:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import IterableDataset
 from huggingface_hub.constants import HF_HOME
 
 from .._util.files import write_text
+from .._util.logs import get_logger
 from ..errors import MeasurementError
 from ..objectives.threshold import spell_probability
 from .fingerprint import fingerprint

@@ -97,8 +97,8 @@ def function_of(name: str) -> Callable[..., Tensor]:
     head = re.split(r"\W", name)[0]
     if head in OBJECTIVES and name != head and not name.partition(":")[2].isidentifier():
         raise RecipeError(
-            f"Cannot read `objective: {name}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on the "
-            """command line as JSON: `--objective '{"name": "power", "alpha": 2}'`."""
+            f"Cannot read `objective: {name}`: parameters go in a mapping. Write `objective: {{name: power, alpha: 2}}`, on "
+            """the command line as JSON: `--objective '{"name": "power", "alpha": 2}'`."""
         )
     if ":" in name:
         return _import(name)

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 from trl import DatasetMixtureConfig, ScriptArguments
 
+from .._util.hub import why_no_data
 from ..errors import RecipeError
 from ..tokens.layouts import align, arrange
 from ..tokens.names import REFERENCE, TOKEN_WEIGHT, WEIGHT
@@ -48,10 +49,12 @@ def load_dataset(script: ScriptArguments) -> Any:
 
 
 def _refuse_cached_folder(name: str, config: str | None) -> None:
-    """Raise FileNotFoundError if `name` is of no folder here, and `datasets` would give its cache of one elsewhere.
+    """Raise FileNotFoundError if `name` can't be had, or `datasets` would give its cache of a folder elsewhere.
 
-    It does so where the Hub can't be reached, for any folder of that name which it has read before.
+    It gives that where the Hub can't be reached, for any folder of that name which it has read before.
     """
+    if name.count("/") < 2 and (fault := why_no_data(name)):
+        raise FileNotFoundError(f"{fault}. Correct the name, or download the data set.")
     if "/" not in name and len(datasets.load_dataset_builder(name, config).hash or "") < COMMIT:
         raise FileNotFoundError(
             f"there is no file or folder {name} in {Path.cwd()}, the Hub does not give it, and the cache has one from elsewhere"

@@ -123,8 +123,8 @@ def best_model_is_evaluated(keys: "Keys") -> Iterator[str]:
     every, steps = keys["eval_steps"] or keys["logging_steps"], keys["save_steps"]
     if not lines and wanted == "steps" and min(every, steps) >= 1 and steps % every:
         yield (
-            f"`load_best_model_at_end: true` needs an evaluation at each checkpoint: `save_steps: {steps:g}` must be a multiple "
-            f"of `eval_steps: {every:g}`. Write `save_steps: {every:g}`."
+            f"`load_best_model_at_end: true` needs an evaluation at each checkpoint: `save_steps: {steps:g}` must be a "
+            f"multiple of `eval_steps: {every:g}`. Write `save_steps: {every:g}`."
         )
 
 

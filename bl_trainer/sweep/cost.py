@@ -102,7 +102,7 @@ def counted(design: Design) -> str:
             f"{min(FINALISTS, design.groups)} of {design.groups} objectives at seeds {', '.join(others)}:"
         )
     if not design.trials:
-        return f"{design.count} runs: {points} settings at seeds {', '.join([first, *others])}:"
+        return f"{design.count} runs: {points} settings at seed{'s' if others else ''} {', '.join([first, *others])}:"
     then = f"; then the best of each, at seeds {', '.join(others)}" if others else ""
     return f"{design.trials} points drawn for {points} settings in turn, at seed {first}{then}:"
 

@@ -101,7 +101,7 @@ class Plan(Design):
                 "unlike things."
             )
         if len(self.judging_seeds) < LEAST_SEEDS:
-            self.notes.append("Fewer than three seeds: what training itself varies by is not, or badly, known.")
+            self.notes.append("Fewer than three seeds: too few to tell a difference between settings from chance.")
 
     def _doubts(self) -> Iterator[str]:
         """Yield what a search of ranges leaves to be desired."""

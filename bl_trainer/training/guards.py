@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
+from .._util.logs import get_logger
 from .._util.text import nearest
 from .._util.transformers import Conv1D, has_length
 from ..errors import MeasurementError, RecipeError
@@ -153,19 +153,42 @@ def refuse_unlearnt(has_begun: bool, has_met_targets: bool) -> None:
         )
 
 
-def warn_of_idle(means: dict[str, float], threshold: Threshold, grad_norm: float | None = None) -> None:
-    """Warn if nothing has trained since the last log, by its `means`, or if its `grad_norm` is not finite."""
-    if math.isnan(means.get("kept_fraction", 0)):
+def _spelled(threshold: Threshold) -> str:
+    """Return a threshold as a recipe has it."""
+    given = {key: value for key, value in threshold.to_dict().items() if value != Threshold().to_dict().get(key)}
+    if threshold.above_percentile is not None:
+        given.pop("above", None)  # which it has come to
+    text = f"{threshold.above}" if [*given] == ["above"] else f"{{{', '.join(f'{key}: {given[key]}' for key in given)}}}"
+    return f"`threshold: {text}`"
+
+
+def _idle(means: dict[str, float]) -> str | None:
+    """Return what a log's means lack where nothing has trained: targets, kept ones, weight."""
+    kept = means.get("kept_fraction", 1)
+    return "target" if math.isnan(kept) else "kept" if kept == 0 else "weight" if means.get("gradient_weight") == 0 else None
+
+
+def warn_of_idle(
+    means: dict[str, float], threshold: Threshold, history: list[dict[str, float]], grad_norm: float | None = None
+) -> None:
+    """Warn if nothing has trained since the last log, by its `means`, or if its `grad_norm` is not finite.
+
+    Not again while the last log in `history` lacked the same.
+    """
+    lacks = _idle(means)
+    if lacks == _idle(next((entry for entry in reversed(history) if "loss" in entry), {})):
+        lacks = None
+    if lacks == "target":
         logger.warning(
             "Nothing trains: since the last log no row had a target; every label was -100. Check `labels`, the masks and "
             "`max_length`."
         )
-    elif means.get("kept_fraction") == 0:
+    elif lacks == "kept":
         logger.warning(
-            f"Nothing trains: since the last log no target token was within the threshold {threshold.to_dict()} "
+            f"Nothing trains: since the last log no target token was within {_spelled(threshold)} "
             f"(kept_fraction 0, mean target_prob {means['target_prob']:.2g}). Widen `threshold`."
         )
-    elif means.get("gradient_weight") == 0:
+    elif lacks == "weight":
         logger.warning(
             "Nothing trains: since the last log every target token had the weight 0 (gradient_weight 0, mean target_prob "
             f"{means['target_prob']:.2g}). Take an objective with more weight there, or larger numbers in the column "
@@ -186,7 +209,7 @@ def warn_of_few(means: dict[str, float], threshold: Threshold, history: list[dic
     share, is_first = means.get("kept_fraction", math.nan), not any("loss" in entry for entry in history)
     if is_first and 0 < share < FEW and threshold.above_percentile is None:
         logger.warning(
-            f"Only {100 * share:.2g} % of the target tokens train: the others are outside the threshold {threshold.to_dict()} "
+            f"Only {100 * share:.2g} % of the target tokens train: the others are outside {_spelled(threshold)} "
             f"(mean target_prob {means['target_prob']:.2g}). Widen `threshold` unless this is meant; `bl-trainer diagnose` "
             "shows how probable the tokens are."
         )

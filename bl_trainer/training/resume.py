@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import IterableDataset
 from packaging.version import Version
 from transformers import TrainerState, TrainingArguments
 
+from .._util.logs import get_logger
 from .._util.process import is_first_here
 from ..errors import CheckpointError
 from ..objectives.objective import Objective

@@ -45,7 +45,6 @@ def _differences(trainer: Any, weighs: bool) -> list[str]:
     if trainer.parsed_objective.to_dict() != {"name": "nll"}:
         return []
     reasons = {
-        "it is averaged over the steps since the last log, `nll` over their tokens": trainer.args.logging_steps != 1,
         "it has the auxiliary loss of the experts": trainer.aux_loss_enabled and trainer.router_aux_loss_coef,
         "the threshold drops tokens from it": not trainer.threshold.keeps_all,
         f"`{WEIGHT}` multiplies its tokens": weighs,

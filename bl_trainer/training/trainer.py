@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
@@ -23,6 +22,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from .._util.logs import get_logger
 from .._util.transformers import EvalLoopOutput, TrainOutput, tracked_as
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
@@ -211,7 +211,7 @@ class BLTrainer(ScoringTrainer):
         if "loss" in logs or "train_loss" in logs:
             means = self._pop_means("train")
             logs.update({name: means[name] for name in METRICS if name in means})
-            warn_of_idle(means, self.threshold, logs.get("grad_norm"))
+            warn_of_idle(means, self.threshold, self.state.log_history, logs.get("grad_norm"))
             warn_of_few(means, self.threshold, self.state.log_history)
             logs.update(self.objective_loss.scheduled_at(progress_of(self.state, before=1)))  # by which the last step was made
         with tracked_as(group):
@@ -229,7 +229,6 @@ class BLTrainer(ScoringTrainer):
         means = self._pop_means("eval")
         refuse_unevaluated(means, metric_key_prefix)
         if means and output.metrics is not None:
-            warn_of_idle(means, self.threshold)
             coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
             means = evaluated(means, self.threshold, coefficient)
             means |= self.objective_loss.scheduled_at(progress_of(self.state))
