@@ -341,11 +341,11 @@ JUDGED = [
     (figures(RATHER, RATHER), "knowledge", ""),
     (figures(RATHER, RATHER, 0.2, SURELY), "both", ""),
     (figures(RATHER, RATHER - 2 * RISING, NOISE - 0.02), "knowledge", ""),
-    (figures(RATHER, RATHER, NOISE + 0.02), "undecided", "there is knowledge, and at most 0.120 is noise"),
+    (figures(RATHER, RATHER, NOISE + 0.02), "undecided", "there is knowledge, and about 0.120 is not predictable"),
     (figures(HARDLY, HARDLY, 0.2, SURELY), "noise", ""),
     (figures(HARDLY, HARDLY - RISING / 2, 0.2, SURELY), "noise", ""),
-    (figures(HARDLY, HARDLY, 0.4), "undecided", "at most 0.400 is noise: more steps or other rows may"),
-    (figures(HARDLY, HARDLY, 0.2, BARELY), "undecided", "at most 0.200 is noise"),
+    (figures(HARDLY, HARDLY, 0.4), "undecided", "about 0.400 is not predictable: it may be noise, or need"),
+    (figures(HARDLY, HARDLY, 0.2, BARELY), "undecided", "about 0.200 is not predictable"),
     (figures(HARDLY, HARDLY, NOISE - 0.02), "little", ""),
     (figures(HARDLY, 0.0, 0.01, low=0.12), "little", ""),
     (figures(SLIGHTLY, SLIGHTLY, NOISE - 0.02), "undecided", "may be enough for objectives to differ"),
@@ -354,7 +354,7 @@ JUDGED = [
     (figures(HARDLY, HARDLY - 2 * RISING, 0.2, SURELY), "undecided", "still rising"),
     (figures(HARDLY, None, 0.2, SURELY), "undecided", "still rising"),
     (figures(0.0, 0.0, 0.2, SURELY, gain=MOVED / 2), "undecided", "hardly moved"),
-    (figures(HARDLY, HARDLY, NOISE - 0.005), "undecided", "is noise"),
+    (figures(HARDLY, HARDLY, NOISE - 0.005), "undecided", "not predictable"),
     (figures(RATHER, RATHER, reach=None), "undecided", "too few examples"),
 ]
 
@@ -403,7 +403,7 @@ def test_recommendation_follows_the_probe(possible, verdict, regions, checkpoint
     assert {"objective": "nll"} in advice.arms
     first, second, *_ = advice.reasons
     assert first.startswith(f"Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples {learnable:.3f} (")
-    assert "0.400 are not, which bounds the noise. Rows of the same context contradict 0.000." in first
+    assert "0.400 are not. Rows of the same context contradict 0.000." in first
     assert first.endswith(UNSEEN)
     assert ("undecided, since it rains" in first) == (verdict == "undecided")
     overruled = second.endswith(f"model-{' or model-'.join(possible)}.")

@@ -49,7 +49,7 @@ VERDICTS = {
 }
 UNSEEN = (
     "The probe can't tell consistent errors from knowledge. It can't tell a rare valid answer, or a fact that one row alone "
-    "states, from noise."
+    "states, from noise. There may be more noise than is not predictable (docs/results/verdict.md)."
 )
 
 
@@ -57,20 +57,21 @@ def judge(probe: Learnability) -> tuple[str, str]:
     """Return what the probe says of a data set's improbable targets, and, if it can't tell, why.
 
     There is knowledge where the predictable share reaches `LEARNABLE`, and none below `SOME`. There is noise where rows of the
-    same context contradict a share of `CONTRADICTED`. There is none where the share that is not predictable, an upper bound, is
-    below `NOISE`. `knowledge`, `noise`, `both`, or `little` of either; `undecided` in between, where an interval crosses a
-    cut, or where training has not ended what it can predict. Improbable targets without a control may be either.
+    same context contradict a share of `CONTRADICTED`. There is little where the share that is not predictable is below `NOISE`.
+    That share estimates the improbable noise, and is no bound: some random labels gain more than their controls.
+    `knowledge`, `noise`, `both`, or `little` of either; `undecided` in between, where an interval crosses a cut, or where
+    training has not ended what it can predict. Improbable targets without a control may be either.
     """
     found, lost = probe.found, probe.without_control
     if found.learnable_interval is None or found.noise_interval is None or found.contradicted_interval is None:
         return "undecided", "there are too few examples for an interval: measure more"
     low, high = found.learnable_interval
     is_noisy, is_clean = found.contradicted_interval[0] >= CONTRADICTED, found.noise_interval[1] < NOISE
-    bound = f"at most {found.noise:.3f} is noise: more steps or other rows may predict it"
+    rest = f"about {found.noise:.3f} is not predictable: it may be noise, or need more steps or other rows"
     if low >= LEARNABLE:
         if is_noisy or is_clean:
             return ("both" if is_noisy else "knowledge"), ""
-        return "undecided", f"there is knowledge, and {bound}"
+        return "undecided", f"there is knowledge, and {rest}"
     high += lost / found.tokens if lost else 0.0
     rise = math.inf if probe.half_way is None else found.learnable - probe.half_way.learnable
     if abs(found.gain) < MOVED:
@@ -85,7 +86,7 @@ def judge(probe: Learnability) -> tuple[str, str]:
         return "undecided", reached + either
     if is_noisy or is_clean:
         return ("noise" if is_noisy else "little"), ""
-    return "undecided", bound
+    return "undecided", rest
 
 
 def recommend(report: Report) -> Advice:
@@ -190,8 +191,8 @@ def _learnability_reason(probe: Learnability) -> str:
     left_out = f" {lost:,} improbable targets are left out: no place serves them as a control." if lost else ""
     return (
         f"Of the content {found.low:.3f} is improbable (p < {probe.below:g}). After {probe.steps} steps on other "
-        f"examples {found.learnable:.3f}{shown} are predictable, and {found.noise:.3f} are not, which bounds the noise. Rows "
-        f"of the same context contradict {found.contradicted:.3f}. It is {said}.{left_out} {UNSEEN}"
+        f"examples {found.learnable:.3f}{shown} are predictable, and {found.noise:.3f} are not. Rows of the same context "
+        f"contradict {found.contradicted:.3f}. It is {said}.{left_out} {UNSEEN}"
     )
 
 

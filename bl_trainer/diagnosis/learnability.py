@@ -136,13 +136,14 @@ class Probe:
     repeat, are predictable; one that these contradict is not. Of the rest training decides. Its control is the same token at
     another place, at which it is not the target and as improbable: of `CANDIDATES` places taken at random, that at which its
     log p is nearest. s is the sign of the token's gain in log p at its own place less its gain at the other. Training that says
-    nothing of where the token belongs gives s = 1 as often as s = -1, however common the token is. An improbable target none of
-    whose places will do has no control, s = 0, and counts in `without_control`.
+    nothing of the place gives s = 1 as often as s = -1, however common the token is. Training that learns where random tokens
+    are likely gives s = 1 more often, so `noise` can be too low. An improbable target none of whose places will do has no
+    control, s = 0, and counts in `without_control`.
 
     Found are means over the second half's content, `VALUES`: `learnable`, the mean of 1 for what the rows show to be
     predictable, 0 for what they contradict, s for other improbable targets, 0 for others; `low`, the share of improbable
-    targets; `noise`, `low` less `learnable`, an upper bound; `contradicted`, a share of it; `gain`, the mean rise
-    of log p, in nats.
+    targets; `noise`, `low` less `learnable`, which estimates the improbable noise; `contradicted`, a share of it; `gain`, the
+    mean rise of log p, in nats.
 
     `first`: tokenised examples to train on. `batches`: of the second half, as diagnosis collates them; this process's. `most`:
     target tokens of all processes to ask about, at most `PROBE_TOKENS`; 0 for those. Raises MeasurementError if there are none.

@@ -126,7 +126,7 @@ def _next(report: Report, folder: Path) -> dict[str, str]:
 
 def _halves(probe: Learnability) -> Table:
     parts = {f"after {probe.steps // 2} steps": probe.half_way, f"after {probe.steps} steps": probe.found}
-    header = ["share of the content", "improbable", "predictable", "noise, at most", "contradicted", "mean rise of log p"]
+    header = ["share of the content", "improbable", "predictable", "not predictable", "contradicted", "mean rise of log p"]
     rows = [
         [name, f"{part.low:.4f}", interval_text(part.learnable, part.learnable_interval),
          interval_text(part.noise, part.noise_interval), interval_text(part.contradicted, part.contradicted_interval),
