@@ -130,15 +130,31 @@ def test_counts_of_the_page(part, name):
     flagged = [len([row for row in clean if row[key] > 0.05]) for key in ("contradicted", "noise")]
     assert "{0} of {2} by what rows contradict, {1} of {2} by what is not".format(*flagged, len(clean)) in VERDICT
     noisy = torch.tensor(
-        [[row["true"]["noise"], row["low"] - row["true"]["knowledge"], row["noise"]] for row in rows if row not in clean]
+        [
+            [row["true"]["noise"], row["low"] - row["true"]["knowledge"], row["noise"], row["noise_high"]]
+            for row in rows
+            if row not in clean
+        ]
     ).double()
     found = len([row for row in rows if row not in clean and row["verdict"] in {"noise", "both"}])
     assert f"- **Noisy cells found noisy**: {found} of {len(noisy)}." in VERDICT
     for i, kind in enumerate(("all noise", "improbable noise")):
         more = noisy[:, i] - noisy[:, 2]
         line = next(line for line in VERDICT.splitlines() if line.startswith(f"| {name}, {kind} |"))
-        _, _, count, some, much, most, mean, _ = (cell.strip() for cell in line.split("|"))
+        _, _, count, some, much, above, most, mean, _ = (cell.strip() for cell in line.split("|"))
         assert (int(count), int(much)) == (len(noisy), (more > 0.05).sum())
+        assert int(above) == pytest.approx((noisy[:, i] > noisy[:, 3]).sum().item(), abs=1)
         assert int(some) == pytest.approx((more > 1e-6).sum().item(), abs=1)  # by rounding
-        assert float(most) == pytest.approx(more.max().item(), abs=6e-4)
+        assert float(most.split(",")[0]) == pytest.approx(more.max().item(), abs=6e-4)
         assert float(mean) == pytest.approx(more.mean().item(), abs=6e-4)
+
+
+def test_the_guide_has_the_figures_of_the_page():
+    guide = " ".join((ROOT / "docs" / "guide" / "diagnose.md").read_text().split())
+    outcomes = Counter(map(outcome, STORED["new"]))
+    noisy = [row["verdict"] for row in STORED["new"] if row["cell"].endswith("noise")]
+    assert "Of 160 verdicts {right} are right, {undecided} undecided, and {wrong} wrong.".format(**outcomes) in guide
+    found = sum(verdict in ("noise", "both") for verdict in noisy)
+    assert f"It found noise in {found} of {len(noisy)} noisy cases" in guide
+    wrong = {(row["verdict"], row["cell"]) for row in STORED["new"] if outcome(row) == "wrong"}
+    assert wrong == {("knowledge", "same-noise")}

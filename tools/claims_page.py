@@ -15,6 +15,7 @@ DEFAULT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "default_page.py")
 READY: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "ready_page.py"))
 FACTS: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "facts_page.py"))
 PRETRAINED: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "pretrained_page.py"))
+VERDICT: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "verdict_page.py"))
 CELLS_COMMAND = "`python studies/cells_study.py --store`"
 JUDGE_COMMAND, REFERENCES_COMMAND = f"{CELLS_COMMAND[:-1]} --judge`", f"{CELLS_COMMAND[:-1]} --references`"
 STEADY = "alpha 0.5 e^-H"
@@ -389,6 +390,7 @@ def fallen(results: Results) -> list[list[str]]:
     cells = DEFAULT["telling"]()
     suffix, prefix = (shown(DEFAULT["in_format"](cells[cell], "neg_p", cell)) for cell in ("suffix", "prefix"))
     neither = shown(DEFAULT["valid"](cells["two-even"], "power 10", "two-even"))
+    verdicts = VERDICT["counts"](json.loads(VERDICT["MEASURED"].read_text(encoding="utf-8"))["new"])
     return [
         [
             "`anneal` is within 0.035 (greedy) and 0.085 (sampled) of the best fixed objective in every cell.",
@@ -448,7 +450,8 @@ def fallen(results: Results) -> list[list[str]]:
         [
             "The probe's verdict says whether improbable tokens are knowledge or noise.",
             "It agreed on the eight cells that its cuts came from. Elsewhere it erred.",
-            "Noise is an upper bound now, and [the verdict](verdict.md) was not wrong on 20 cells, but often undecided.",
+            f"[On new cells and models](verdict.md) {verdicts['right']} verdicts are right, {verdicts['undecided']} undecided and "
+            f"{verdicts['wrong']} wrong. Its noise is an estimate.",
         ],
     ]
 

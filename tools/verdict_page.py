@@ -69,10 +69,10 @@ A verdict is wrong in these cases:
 ## What is not predictable is no bound
 
 The share that is not predictable estimates the improbable noise. The table counts the verdicts on noisy cells where there is
-more noise than that.
+more noise than that, and than the upper end of its interval.
 
-| | verdicts | noise is more | by more than {flagged:g} | at most by | on average by |
-|---|---|---|---|---|---|
+| | verdicts | noise is more | by more than {flagged:g} | more than the interval's end | at most by | on average by |
+|---|---|---|---|---|---|---|
 {exceeded}
 
 Training can learn where random letters are likely. For example, it learns the positions of letters among a format's tokens.
@@ -177,9 +177,10 @@ def _exceeded(parts: dict[str, list[dict[str, Any]]]) -> str:
         for kind, of in {"all noise": lambda row: row["true"]["noise"], "improbable noise": _improbable}.items():
             more = [of(row) - row["noise"] for row in noisy]
             numbers = [len(more), sum(each > 0 for each in more), sum(each > FLAGGED for each in more)]
-            lines.append(
-                f"| {name}, {kind} | {' | '.join(map(str, numbers))} | {max(more):.3f} | {statistics.fmean(more):+.3f} |"
-            )
+            numbers.append(sum(of(row) > row["noise_high"] for row in noisy))
+            most, cell = max(zip(more, (row["cell"] for row in noisy), strict=True))
+            shown = f"{' | '.join(map(str, numbers))} | {most:.3f}, {cell} | {statistics.fmean(more):+.3f}"
+            lines.append(f"| {name}, {kind} | {shown} |")
     return "\n".join(lines)
 
 
