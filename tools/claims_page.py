@@ -450,8 +450,8 @@ def fallen(results: Results) -> list[list[str]]:
         [
             "The probe's verdict says whether improbable tokens are knowledge or noise.",
             "It agreed on the eight cells that its cuts came from. Elsewhere it erred.",
-            f"[On new cells and models](verdict.md) {verdicts['right']} verdicts are right, {verdicts['undecided']} undecided and "
-            f"{verdicts['wrong']} wrong. Its noise is an estimate.",
+            f"[On new cells and models](verdict.md) {verdicts['right']} verdicts are right, {verdicts['undecided']} undecided "
+            f"and {verdicts['wrong']} wrong. Its noise is an estimate.",
         ],
     ]
 
