@@ -4,15 +4,19 @@ import json
 import random
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -36,6 +40,8 @@ from bl_trainer.head.ops import objective_head, score
 from bl_trainer.head.patch import add_scoring
 from bl_trainer.head.verification import HEADS, verify_head, verify_separation
 from bl_trainer.objectives.pricing import price
+from bl_trainer.tokens.collators import CheckedCollator
+from bl_trainer.tokens.names import JOINED
 from bl_trainer.training.checkpoints import RECORD_FILE
 from bl_trainer.training.refusals import refuse_no_causal_lm
 from conftest import make_llama, make_mixtral, sizes
@@ -361,6 +367,85 @@ def test_a_model_in_which_packed_examples_see_each_other_is_refused(options, tok
     ):
         build(BLTrainer, tokenizer, text_data, tmp_path, model=model, **options)
     build(BLTrainer, tokenizer, text_data, tmp_path, model=model, packing=True, packing_strategy="wrapped", max_length=64)
+
+
+def flattened(features, *, mask=None, drop=(), **options):
+    """Collate as transformers' own collator does; `drop`: keys to leave out, `mask`: kind of attention mask to add."""
+    batch = DataCollatorWithFlattening(**options)(features)
+    owner = torch.cat([torch.full((len(each["input_ids"]),), i) for i, each in enumerate(features)])
+    sees = (owner[:, None] == owner) & torch.ones(len(owner), len(owner)).tril().bool()
+    masks = {
+        None: {},
+        "tokens": {"attention_mask": torch.ones_like(batch["input_ids"])},
+        "bool": {"attention_mask": sees[None, None]},
+        "float": {"attention_mask": torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]},
+    }
+    return {key: value for key, value in {**batch, **masks[mask]}.items() if key not in drop}
+
+
+def packed_by_the_user(features):
+    """Collate rows that are packed already, and leave out where their examples end."""
+    ids = torch.tensor([each["input_ids"] for each in features])
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+gpt_oss = partial(make_mixture, "GptOss")  # which makes its masks without positions
+OWN_COLLATORS = {
+    "positions": (make_llama, flattened, True),
+    "no_packed_masks": (gpt_oss, flattened, False),
+    "one_example_a_row": (gpt_oss, DataCollatorForSeq2Seq, True),
+    "ends_as_well": (make_llama, partial(flattened, return_flash_attn_kwargs=True), True),
+    "ends_that_eager_attention_ignores": (
+        make_llama, partial(flattened, return_flash_attn_kwargs=True, drop=["position_ids"]), False
+    ),
+    "nothing": (make_llama, partial(flattened, drop=["position_ids"]), False),
+    "a_mask_that_makes_one_example_of_them": (make_llama, partial(flattened, mask="tokens"), False),
+    "a_mask_of_pairs": (make_llama, partial(flattened, mask="float", drop=["position_ids"]), True),
+    "a_mask_of_pairs_that_eager_attention_adds": (make_llama, partial(flattened, mask="bool"), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("name", OWN_COLLATORS)
+def test_examples_that_an_own_collator_joins_do_not_see_each_other(name, evaluates, tokenizer, text_data, tmp_path):
+    make, collator, is_apart = OWN_COLLATORS[name]
+    model = make(tokenizer)
+    model.set_attn_implementation("eager")
+    collator = collator(tokenizer) if isinstance(collator, type) else collator
+    made = {"data_collator": collator}
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, model, eval_data=text_data, made=made)
+    message = f"Cannot train {type(model).__name__} on packed rows: an example would see .* Let the `data_collator` give one"
+    with nullcontext() if is_apart else pytest.raises(RecipeError, match=message):
+        trainer.evaluate() if evaluates else trainer.train()
+
+
+def test_an_own_collator_that_leaves_out_where_packed_examples_end_is_refused(tokenizer, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [2, 2]}] * 8)
+    trainer = build(BLTrainer, tokenizer, rows, tmp_path, made={"data_collator": packed_by_the_user})
+    with pytest.raises(RecipeError, match="an example would see those before it in its row"):
+        trainer.train()
+
+
+def test_trls_collator_that_the_user_makes_is_verified_before_training(tokenizer, text_data, tmp_path):
+    made = {"data_collator": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)}
+    with pytest.raises(RecipeError, match=r"an example would see those before it in its row\. Remove `packing`"):
+        build(BLTrainer, tokenizer, text_data, tmp_path, make_mixture("GptOss", tokenizer), made=made)
+
+
+def joined(batch):
+    return JOINED in CheckedCollator(lambda features: dict(batch))([{}] * len(batch["labels"]))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_positions_of_padding_are_no_other_example(left):
+    ids = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]]) if left else torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8]])
+    mask, labels = (ids != 0).long(), ids.masked_fill(ids == 0, -100)
+    for padding in (0, 1):
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, padding)
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+        assert not joined(batch)
+    batch["position_ids"] = torch.tensor([[0, 1, 0, 1]] * 2)
+    assert joined(batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pad_sequence
 from .._util.trl import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 from ..errors import RecipeError
 from ..head.targets import IGNORED
+from .aligned import LENGTHS
 from .annotation import group_name
 from .labels import check_example, refuse_shifted
-from .names import EXAMPLE_LENGTHS, EXAMPLES, FILLS, GROUP, LENGTH, OWNER, POSITION, REFERENCE, ROW, TEMPLATE, WEIGHT
+from .names import EXAMPLE_LENGTHS, EXAMPLES, FILLS, GROUP, JOINED, LENGTH, OWNER, POSITION, REFERENCE, ROW, TEMPLATE, WEIGHT
 from .template import segments
 
 
@@ -117,7 +118,7 @@ class TokenCollator(DataCollatorForLanguageModeling):
 class CheckedCollator:
     """A collator of the user's own, whose labels may mask more than the rows' own do, and not less.
 
-    It may add one target to each row, an end token.
+    It may add one target to each row, an end token. A batch that has several examples in a row gets `JOINED`, (rows,).
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -135,7 +136,26 @@ class CheckedCollator:
                     f"Cannot train: the `data_collator` makes {(labels != IGNORED).sum()} targets of rows whose `labels` have "
                     f"{most}, so prompts or padding would train. Leave it out, or let it keep `labels`, with -100 for padding."
                 )
+            if _are_joined(features, batch):
+                batch[JOINED] = torch.ones(len(ids), dtype=torch.bool)
         return batch
+
+
+def _are_joined(features: list[Any], batch: Mapping[str, Any]) -> bool:
+    """Whether a row of a batch holds several examples, which the model has to keep apart by what the batch says of them."""
+    labels, mask, positions = (batch.get(key) for key in ("labels", "attention_mask", "position_ids"))
+    packed = [each[LENGTHS] for each in features if isinstance(each, Mapping) and each.get(LENGTHS) is not None]
+    ends = batch.get("cu_seq_lens_q")
+    examples = len(features) - len(packed) + sum(map(len, packed)), 0 if ends is None else torch.as_tensor(ends).numel() - 1
+    if max(examples) > len(labels):
+        return True
+    if not isinstance(positions, Tensor) or positions.shape != labels.shape:
+        return False
+    restarts = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:  # padding in front has positions too
+        restarts = restarts & mask[:, :-1].bool()
+    trains_later = (labels[:, 1:] != IGNORED).flip(1).cumsum(1).flip(1) > 0  # behind the last target is padding
+    return bool((restarts & trains_later).any())
 
 
 class ImageCollator(DataCollatorForVisionLanguageModeling):

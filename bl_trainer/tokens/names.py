@@ -14,6 +14,8 @@ TEMPLATE = "bl_template"  # 1 for a token that the chat template made
 
 EXAMPLE_LENGTHS = "example_lengths"  # of a batch in padding-free mode: tokens of each example in its one row
 
+JOINED = "bl_joined"  # of a batch: there where a row of it may hold several examples
+
 # What diagnosis adds
 INDEX = "bl_index"  # of a stream's row: its place in the stream
 

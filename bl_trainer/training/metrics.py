@@ -54,10 +54,11 @@ class TokenMetrics:
 
     def count(self, inputs: dict[str, Any]) -> None:
         """Count the tokens that a micro-batch of the training set holds, padding apart."""
-        if "attention_mask" in inputs:
-            self._read = self._read + inputs["attention_mask"].sum()
-        elif "position_ids" in inputs:  # padding-free
-            self._read = self._read + inputs["position_ids"].size(1)
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            self._read = self._read + mask.sum()
+        elif mask is not None or "position_ids" in inputs:  # padding-free
+            self._read = self._read + inputs["input_ids"].numel()
         else:
             raise RecipeError("Cannot count tokens: the batch has neither `attention_mask` nor `position_ids`. Add one.")
 

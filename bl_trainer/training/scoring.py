@@ -21,7 +21,7 @@ from ..objectives.threshold import Threshold
 from ..tokens.collators import collator_of
 from ..tokens.formatting import formatted
 from ..tokens.labels import check_rows, columns_of, plain
-from ..tokens.names import REFERENCE, ROW, TEMPLATE, WEIGHT
+from ..tokens.names import JOINED, REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
 from ..tokens.vocabulary import tokenizer_of, warn_of_two_starts
@@ -47,12 +47,15 @@ class ScoringTrainer(SFTTrainer):
 
     _observer: Callable[..., None] | None = None
     _is_verified = False
+    _are_apart: bool  # whether examples that a collator joins in a row need no verification, or no further one
 
     def __init__(self, **arguments: Any) -> None:
         setup = Setup.check(arguments)
         self.parsed_objective, self.threshold, self.reference = setup.objective, setup.threshold, setup.reference
         self.kept_rows = setup.kept
+        self._may_join = setup.arguments.get("data_collator") is not None  # examples in a row, which no setting tells of
         super().__init__(**setup.arguments)
+        self.padding_free |= getattr(self.data_collator, "padding_free", False)  # TRL's own, made by the user
         self.train_dataset = check_loaded(self, setup.arguments)
         self.add_heads(self.model)
         self.verify_whole()
@@ -77,7 +80,8 @@ class ScoringTrainer(SFTTrainer):
         add_scoring(base)
         if self.aux_loss_enabled and not has_balancing_loss(base, self.args):
             self.aux_loss_enabled = base.config.get_text_config().output_router_logits = False
-        self.reference_head, self._is_verified = self._why_reference_head(), False
+        self.reference_head = self._why_reference_head()
+        self._is_verified, self._are_apart = False, not self._may_join
         refuse_copied_tied_head(base, getattr(self.args, "chat_template_path", None))
 
     def _why_reference_head(self) -> str | None:
@@ -96,8 +100,11 @@ class ScoringTrainer(SFTTrainer):
 
     def _is_sharded(self) -> bool:
         """Whether a forward pass needs the model as training places it."""
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        return sharded or any(parameter.is_meta for parameter in self.model.parameters())
+        return self._is_spread() or any(parameter.is_meta for parameter in self.model.parameters())
+
+    def _is_spread(self) -> bool:
+        """Whether the weights are spread over processes, which then run each forward pass together."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def heads_in_use(self) -> set[str]:
         """Return the loss heads that this run computes with; percentiles are measured with `bl_trainer`'s own."""
@@ -124,6 +131,22 @@ class ScoringTrainer(SFTTrainer):
             self._is_verified = True  # the measurement below asks again
             ids = torch.zeros(1, 2, dtype=torch.long)
             self.observe([{"input_ids": ids, "labels": ids}], lambda model, batch: self.verify(model))
+
+    def _prepare_inputs(self, inputs):
+        batch = super()._prepare_inputs(inputs)
+        self._verify_apart(batch.pop(JOINED, None) is not None, batch)
+        return batch
+
+    def _verify_apart(self, joined: bool, batch: dict[str, Any]) -> None:
+        """Verify the model at the first batch in which a user's own collator has joined examples; `joined`: whether here."""
+        if self._are_apart:
+            return
+        if self._is_spread():  # one process may have such a batch before the others
+            joined = bool(self.accelerator.reduce(torch.tensor(int(joined), device=self.accelerator.device), reduction="sum"))
+        if joined:
+            self._are_apart = True
+            with self.accelerator.autocast():
+                verify_separation(self.model, trains=not self._is_sharded(), batch=batch)
 
     # Measurement
 
