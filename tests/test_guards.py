@@ -629,6 +629,65 @@ def test_a_prepared_set_may_be_evaluated_again(tokenizer, pair_data, tmp_path):
     assert trainer.evaluate(trainer.train_dataset)["eval_nll"] == pytest.approx(trainer.evaluate()["eval_nll"], rel=1e-6)
 
 
+def results_of(rows, tokenizer, data, tmp_path, **options):
+    """Yield the metrics, or the refusal, of a set given to the constructor, to `evaluate`, in a mapping, to `predict`."""
+    calls = {
+        "eval": lambda: build(BLTrainer, tokenizer, data, tmp_path, eval_data=rows, **options).evaluate(),
+        "evaluate": lambda: build(BLTrainer, tokenizer, data, tmp_path, **options).evaluate(rows),
+        "one": lambda: build(BLTrainer, tokenizer, data, tmp_path, **options).evaluate({"one": rows}),
+        "test": lambda: build(BLTrainer, tokenizer, data, tmp_path, **options).predict(rows).metrics,
+    }
+    for name, call in calls.items():
+        try:
+            found = {key.split("_", 1)[-1].removeprefix("one_"): value for key, value in call().items()}
+            yield {key: found[key] for key in ("loss", "nll", "kept_fraction")}
+        except RecipeError as error:
+            yield str(error).replace(f"{'eval' if name == 'evaluate' else name} set", "eval set")
+
+
+PACKED = {"packing": True, "max_length": 32, "packing_strategy": "bfd"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({**GOOD, "token_weight": [0.0, 1.0, 0.3, 2.0]}, {}, None),
+        ({**GOOD, "token_weight": [0.0, -1.0, 0.3, 2.0]}, {}, "`token_weight` of row 0 of the eval set"),
+        ({**IDS, "completion_mask": [0, 0, 1, 1]}, {}, "has no effect without its key"),
+        ({**IDS, "completion_mask": [0, 0, 1, 1]}, {"completion_only_loss": False}, None),
+        ({**GOOD, "seq_lengths": [2, 2]}, {}, "packed examples would see each other"),
+        ({**GOOD, "seq_lengths": [2, 2]}, {"padding_free": True}, None),
+        ({**GOOD, "position_ids": [0, 1, 0, 1]}, {}, "The column `position_ids` of the eval set has no effect"),
+        ({**GOOD, "objectiv_weight": 1.0}, {}, "Did you mean `objective_weight`"),
+        ({"input_ids": [5, 6, 7, 4000]}, {}, "and the model has embeddings for 0 to"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {}, None),
+        ({"question": "a", "answer": "b"}, {}, "TRL can't make a training text of its columns"),
+        ({"prompt": "a", "completion": "bcd"}, {}, None),
+        ({"text": "abcdefgh"}, PACKED, None),
+        ({**IDS, "assistant_masks": [0, 0, 1, 1]}, {"dataset_kwargs": {"skip_prepare_dataset": True}}, "Add `labels`"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_set_that_comes_later_is_treated_as_the_evaluation_set(row, options, message, tokenizer, text_data, tmp_path):
+    data = as_data([GOOD] * 8) if "dataset_kwargs" in options else text_data
+    first, *others = results_of(as_data([row] * 4), tokenizer, data, tmp_path, **options)
+    assert message in first if message else isinstance(first, dict)
+    for found in others:
+        assert found == first if message else found == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_packed_examples_are_not_packed_again(streamed, tokenizer, text_data, tmp_path):
+    data = text_data.to_iterable_dataset() if streamed else text_data
+    trainer = build(BLTrainer, tokenizer, data, tmp_path, eval_data=data, **PACKED)
+    nll = trainer.evaluate()["eval_nll"]
+    for found in (
+        trainer.evaluate(trainer.eval_dataset)["eval_nll"], trainer.evaluate(trainer.train_dataset)["eval_nll"],
+        trainer.evaluate({"one": data})["eval_one_nll"], trainer.predict(trainer.eval_dataset).metrics["test_nll"],
+    ):  # fmt: skip
+        assert found == pytest.approx(nll, rel=1e-5)
+
+
 class TestLabels:
     WRONG = [
         ({**IDS, "labels": [7, 8]}, "`labels` has 2 numbers for 4 tokens. Give one number for each of `input_ids`"),

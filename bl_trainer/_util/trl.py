@@ -40,5 +40,6 @@ ATTRIBUTES = {
     "completion_only_loss": "the targets of `diagnose --probe`, whose data may be laid out otherwise than the training set's",
     "_is_vision_dataset": "the refusals to diagnose images, and to train on text what sees later tokens",
     "_signature_columns": "columns of tokens",
+    "_skip_prepare_dataset": "the preparation of a data set for `predict`",
     "padding_free": "the refusal of models in which packed examples see each other",
 }

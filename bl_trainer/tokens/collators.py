@@ -141,9 +141,10 @@ class CheckedCollator:
         return batch
 
 
-def _are_joined(features: list[Any], batch: Mapping[str, Any]) -> bool:
+def _are_joined(features: list[Any], batch: dict[str, Any]) -> bool:
     """Whether a row of a batch holds several examples, which the model has to keep apart by what the batch says of them."""
-    labels, mask, positions = (batch.get(key) for key in ("labels", "attention_mask", "position_ids"))
+    labels: Tensor = batch["labels"]
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     packed = [each[LENGTHS] for each in features if isinstance(each, Mapping) and each.get(LENGTHS) is not None]
     ends = batch.get("cu_seq_lens_q")
     examples = len(features) - len(packed) + sum(map(len, packed)), 0 if ends is None else torch.as_tensor(ends).numel() - 1

@@ -29,27 +29,32 @@ def check_labels(sets: Mapping[str, Any], args: Any, owns_text: bool = False) ->
         args: An `SFTConfig`, or None.
         owns_text: Whether a `formatting_func` renders the examples.
     """
-    firsts = {name: first_row(dataset) for name, dataset in sets.items()}
-    asks, trained = getattr(args, "completion_only_loss", None), next(iter(firsts), "")
-    for name, first in firsts.items():
-        if first is None:
-            raise RecipeError(f"The {name} set is empty.")
-        if asks is None and {"prompt", "completion"} <= firsts[trained].keys():
-            asks = True
-        if name == trained:  # a key may have no effect on evaluation sets
+    asks, trained = getattr(args, "completion_only_loss", None), next(iter(sets), "")
+    for name, dataset in sets.items():
+        first = first_row(dataset)
+        if name == trained and first is not None:  # a key may have no effect on evaluation sets
+            asks = True if asks is None and {"prompt", "completion"} <= first.keys() else asks
             _refuse_idle_keys(first, name, args, owns_text)
-        if "input_ids" in first:
-            if isinstance(sets[name], IterableDataset) or not hasattr(first["input_ids"], "__len__"):
-                check_row(first, 0, name)  # a stream's others are checked as they are read
-            _refuse_idle_on_tokens(first, name, args, asks)
-        else:
-            _refuse_idle_on_text(first, name)
-        _warn_of_weights(first, name)
-        if isinstance(sets[name], Dataset):
-            check_rows(sets[name], name)
-            refuse_untrained(sets[name], name, getattr(args, "assistant_only_loss", False), bool(asks))
-        if {"input_ids", "labels"} <= first.keys():
-            _refuse_shifted(first, name)
+        check_labels_of(dataset, name, args, asks)
+
+
+def check_labels_of(dataset: Any, name: str, args: Any, completion_only: bool | None) -> None:
+    """Raise RecipeError on one set, as `check_labels`. `completion_only`: None where nobody has decided."""
+    first = first_row(dataset)
+    if first is None:
+        raise RecipeError(f"The {name} set is empty.")
+    if "input_ids" in first:
+        if isinstance(dataset, IterableDataset) or not hasattr(first["input_ids"], "__len__"):
+            check_row(first, 0, name)  # a stream's others are checked as they are read
+        _refuse_idle_on_tokens(first, name, args, completion_only)
+    else:
+        _refuse_idle_on_text(first, name)
+    _warn_of_weights(first, name)
+    if isinstance(dataset, Dataset):
+        check_rows(dataset, name)
+        refuse_untrained(dataset, name, getattr(args, "assistant_only_loss", False), bool(completion_only))
+    if {"input_ids", "labels"} <= first.keys():
+        _refuse_shifted(first, name)
 
 
 def _refuse_shifted(first: dict[str, Any], name: str) -> None:
@@ -142,6 +147,11 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
             f"The column `completion_mask` of the {name} set has no effect without its key. Write `completion_only_loss: "
             "true`, or remove the column."
         )
+    if ruled and _is_prepared(args):
+        raise RecipeError(
+            f"The column `{ruled[0]}` of the {name} set has no effect: under `skip_prepare_dataset` nothing makes labels of it. "
+            "Add `labels`, -100 where no token trains, or remove the key."
+        )
     if "position_ids" in first:
         raise RecipeError(
             f"The column `position_ids` of the {name} set has no effect: the examples of a row would see each other. Give one "
@@ -158,8 +168,11 @@ def _keeps_apart(args: Any) -> bool:
     """Whether the column `seq_lengths` of rows that are packed already keeps their examples apart."""
     packs = getattr(args, "packing", False)
     flattens = getattr(args, "padding_free", False) or (packs and args.packing_strategy.startswith("bfd"))
-    is_prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
-    return flattens and (is_prepared or not packs)
+    return flattens and (_is_prepared(args) or not packs)
+
+
+def _is_prepared(args: Any) -> bool:
+    return bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False))
 
 
 def _refuse_unread(first: dict[str, Any], name: str) -> None:

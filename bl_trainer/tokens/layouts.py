@@ -1,5 +1,6 @@
 """Layouts of training rows: the common ones turned into TRL's columns, and the row that can't be trained on as it stands."""
 
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -107,22 +108,23 @@ def arrange_all(given: dict[str, Any]) -> dict[str, Any]:
     Raises RecipeError if the training set is none.
     """
     _refuse_no_set(given.get("train_dataset"))
-    args, evaluated = given.get("args"), given.get("eval_dataset")
-    options = getattr(args, "dataset_kwargs", None) or {}
-    if given.get("formatting_func") is not None or options.get("skip_prepare_dataset"):
-        return given
-
-    def arranged(name: str, dataset: Any) -> Any:
-        is_set = isinstance(dataset, (Dataset, IterableDataset))
-        how = getattr(args, "dataset_text_field", "text"), getattr(args, "dataset_num_proc", None)
-        return arrange(dataset, f"the {name} set", *how) if is_set else dataset
-
-    made = {"train_dataset": arranged("train", given.get("train_dataset"))}
+    made, evaluated = {"train_dataset": arrange_one(given, given.get("train_dataset"), "train")}, given.get("eval_dataset")
     if isinstance(evaluated, dict):
-        made["eval_dataset"] = {name: arranged(name, dataset) for name, dataset in evaluated.items()}
+        made["eval_dataset"] = {name: arrange_one(given, dataset, name) for name, dataset in evaluated.items()}
     elif evaluated is not None:
-        made["eval_dataset"] = arranged("eval", evaluated)
+        made["eval_dataset"] = arrange_one(given, evaluated, "eval")
     return {**given, **made}
+
+
+def arrange_one(given: Mapping[str, Any], dataset: Any, name: str) -> Any:
+    """Return the data set `name` arranged, unless a trainer's arguments say that it is not to be prepared as it is."""
+    args = given.get("args")
+    options = getattr(args, "dataset_kwargs", None) or {}
+    is_own = given.get("formatting_func") is not None or options.get("skip_prepare_dataset")
+    if is_own or not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
+    how = getattr(args, "dataset_text_field", "text"), getattr(args, "dataset_num_proc", None)
+    return arrange(dataset, f"the {name} set", *how)
 
 
 def _refuse_no_set(dataset: Any) -> None:

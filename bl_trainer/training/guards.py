@@ -312,12 +312,26 @@ def check_loaded(trainer: Any, given: Mapping[str, Any]) -> Any:
     return refuse_unknown_ids(trainer, given)
 
 
+def check_another(trainer: Any, given: Any, prepared: Any, name: str) -> Any:
+    """Return a set that a trainer gets later, `prepared` of what is `given`; raises as `check_length` and `check_ids`."""
+    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    size = _embeddings_of(trainer)
+    check_length(model, prepared, name)
+    if isinstance(given, Dataset):
+        check_ids(given, name, size)
+    return check_ids(prepared, f"prepared {name}", size)
+
+
+def _embeddings_of(trainer: Any) -> int | None:
+    return getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+
+
 def refuse_unknown_ids(trainer: Any, given: Mapping[str, Any]) -> Any:
     """Return the training set; raises RecipeError on a token id without an embedding, in a stream when the row is read.
 
     The evaluation sets are replaced by ones that are checked.
     """
-    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+    size = _embeddings_of(trainer)
     for name in ("train", "eval"):
         source = given.get(f"{name}_dataset")  # whose rows have the numbers that the user knows
         for part in source.values() if isinstance(source, dict) else [source]:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from trl import SFTTrainer
 
@@ -25,7 +27,7 @@ from ..tokens.names import JOINED, REFERENCE, ROW, TEMPLATE, WEIGHT
 from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
 from ..tokens.vocabulary import tokenizer_of, warn_of_two_starts
-from .guards import check_loaded
+from .guards import check_another, check_loaded
 from .refusals import has_balancing_loss, refuse_copied_tied_head
 from .setup import Setup
 
@@ -52,11 +54,14 @@ class ScoringTrainer(SFTTrainer):
     def __init__(self, **arguments: Any) -> None:
         setup = Setup.check(arguments)
         self.parsed_objective, self.threshold, self.reference = setup.objective, setup.threshold, setup.reference
-        self.kept_rows = setup.kept
+        self.kept_rows, self._setup = setup.kept, setup
+        self._ready: WeakSet[Any] = WeakSet()  # data sets that are prepared, or need no preparation
         self._may_join = setup.arguments.get("data_collator") is not None  # examples in a row, which no setting tells of
         super().__init__(**setup.arguments)
         self.padding_free |= getattr(self.data_collator, "padding_free", False)  # TRL's own, made by the user
         self.train_dataset = check_loaded(self, setup.arguments)
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        self._ready.update(each for each in (self.train_dataset, *evaluated) if each is not None)
         self.add_heads(self.model)
         self.verify_whole()
         self.data_collator = collator_of(self)
@@ -216,7 +221,32 @@ class ScoringTrainer(SFTTrainer):
         return prepared
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        return self.make_ready(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))
+        if dataset in self._ready:  # packing it again would join examples that are packed
+            return dataset
+        prepared = self.make_ready(Rows(dataset, processing_class, args, packing, formatting_func, dataset_name))
+        self._ready.add(prepared)
+        return prepared
+
+    def _take(self, dataset: Any, name: str) -> Any:
+        """Return a data set given after construction, checked and prepared as the evaluation sets were. Raises RecipeError."""
+        if not isinstance(dataset, (Dataset, IterableDataset)) or dataset in self._ready:
+            return dataset
+        args, formatting_func = self.args, self._setup.arguments.get("formatting_func")
+        given = prepared = self._setup.check_another(dataset, name, self.completion_only_loss)
+        if not self._skip_prepare_dataset:
+            packing = args.packing if args.eval_packing is None else args.eval_packing
+            prepared = self._prepare_dataset(given, self.processing_class, args, packing, formatting_func, name)
+        prepared = check_another(self, given, prepared, name)
+        self._ready.add(prepared)
+        return prepared
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._take(each, name) for name, each in eval_dataset.items()}
+        return super().evaluate(self._take(eval_dataset, "eval"), ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        return super().predict(self._take(test_dataset, "test"), ignore_keys, metric_key_prefix)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -15,9 +15,9 @@ from ..errors import DependencyError, RecipeError
 from ..objectives.objective import Objective
 from ..objectives.threshold import Threshold
 from ..tokens.columns import check_columns
-from ..tokens.idle import check_labels
+from ..tokens.idle import check_labels, check_labels_of
 from ..tokens.labels import columns_of, plain
-from ..tokens.layouts import arrange_all
+from ..tokens.layouts import arrange_all, arrange_one
 from ..tokens.prepare import refuse_untargeted
 from ..tokens.reference import reference_source, refuse_lost_context
 from ..tokens.spans import weighing_of
@@ -73,6 +73,19 @@ class Setup:
         refuse_no_target(refuse_no_causal_lm(given["model"], args), given.get("peft_config"))
         return cls(given, objective, threshold, reference, kept)
 
+    def check_another(self, dataset: Any, name: str, completion_only: bool) -> Any:
+        """Return a data set that the trainer gets later, arranged and checked as its evaluation sets were.
+
+        `completion_only`: whether the trainer leaves prompts out. Raises RecipeError.
+        """
+        given, args = self.arguments, self.arguments.get("args")
+        dataset = arrange_one(given, dataset, name)
+        _check_columns(given, args, self.objective, dataset, name)
+        if not _has_own_collator(given):
+            check_labels_of(dataset, name, args, completion_only or getattr(args, "completion_only_loss", None))
+            _refuse_untargeted(args, dataset, name)
+        return dataset
+
 
 def _kept(given: dict[str, Any], args: Any) -> tuple[dict[str, Any], KeptRows | None]:
     """Return the arguments without the rows that `drop_rows` drops, and which it keeps."""
@@ -102,15 +115,23 @@ def _sets(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_sets(given: Mapping[str, Any], args: Any, objective: Objective) -> None:
     """Raise RecipeError on columns and labels that are wrong, or that would be lost on their way."""
-    marks = objective.special_tokens is not None
     for name, dataset in _sets(given).items():
-        check_columns(dataset, name, marks, _obstacle(given, args, marks, any(weighing_of(dataset))))
+        _check_columns(given, args, objective, dataset, name)
     if not _has_own_collator(given):
         check_labels(_sets(given), args, given.get("formatting_func") is not None)
-        prepared = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
         for name, dataset in _sets(given).items():
-            if prepared and isinstance(dataset, Dataset):
-                refuse_untargeted(plain(dataset), name, args)
+            _refuse_untargeted(args, dataset, name)
+
+
+def _check_columns(given: Mapping[str, Any], args: Any, objective: Objective, dataset: Any, name: str) -> None:
+    marks = objective.special_tokens is not None
+    check_columns(dataset, name, marks, _obstacle(given, args, marks, any(weighing_of(dataset))))
+
+
+def _refuse_untargeted(args: Any, dataset: Any, name: str) -> None:
+    """Raise RecipeError on a set without a target that nothing prepares."""
+    if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset") and isinstance(dataset, Dataset):
+        refuse_untargeted(plain(dataset), name, args)
 
 
 def _has_own_collator(given: Mapping[str, Any]) -> bool:
