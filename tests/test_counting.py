@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 
+from bl_trainer.errors import RecipeError
 from bl_trainer.measurement.forward import Lockstep
+from bl_trainer.tokens.collators import CheckedCollator
+from bl_trainer.tokens.names import EXAMPLE_LENGTHS
+from bl_trainer.training.metrics import own_targets
 from conftest import make_llama
 from ways import Ordered, relative_difference, train
 
@@ -85,3 +89,22 @@ def test_bar_of_a_measurement_ends_full():
         assert len(list(dealt)) == 2
     assert "100%" in shown.getvalue()
     assert "6/6" in shown.getvalue()
+
+
+def padded_by_the_user(features):
+    """Collate in rows of two examples each."""
+    return {"input_ids": (ids := torch.full((2, 8), 5)), "labels": ids}
+
+
+def test_examples_repeated_for_the_last_batch_do_not_count_where_a_collator_joins_them():
+    features = [{"input_ids": [5] * size} for size in (4, 2, 3)]
+    state = SimpleNamespace(end_of_dataloader=True, remainder=4)
+    accelerator = SimpleNamespace(gradient_state=state, parallelism_config=None, num_processes=2, process_index=1)
+    batch = CheckedCollator(DataCollatorWithFlattening())(features)
+    counted = own_targets(accelerator, torch.ones(1, 8, dtype=torch.bool), batch[EXAMPLE_LENGTHS])
+    assert counted.tolist() == [[True] * 4 + [False] * 4]  # one example of three
+    unknown = CheckedCollator(padded_by_the_user)([*features, features[0]])[EXAMPLE_LENGTHS]
+    with pytest.raises(RecipeError, match=r"Cannot evaluate on 2 processes: .* Let it give one row per example"):
+        own_targets(accelerator, torch.ones(2, 7, dtype=torch.bool), unknown)
+    state.remainder = 0
+    assert own_targets(accelerator, torch.ones(2, 7, dtype=torch.bool), unknown).all()

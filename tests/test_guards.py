@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
 )
@@ -922,6 +925,24 @@ def test_an_auxiliary_loss_is_the_models_own_or_none(make, tokenizer, text_data,
 def test_an_auxiliary_loss_that_a_model_has_not_is_refused(tokenizer, text_data, tmp_path):
     with pytest.raises(RecipeError, match=r"Llama4ForCausalLM has none of its own. Remove `router_aux_loss_coef: 0.5`"):
         build(BLTrainer, tokenizer, text_data, tmp_path, make_llama4(tokenizer), router_aux_loss_coef=0.5)
+
+
+def make_jetmoe(tokenizer, **options):
+    """Make a mixture of experts whose own forward reads another name of the coefficient."""
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
+    return JetMoeForCausalLM(JetMoeConfig(**sizes(tokenizer, **experts, **options)))
+
+
+def test_an_auxiliary_loss_whose_coefficient_has_another_name_is_refused(tokenizer, text_data, tmp_path):
+    model = make_jetmoe(tokenizer, output_router_logits=True, aux_loss_coef=0.1)
+    message = "the configuration of JetMoeForCausalLM has no `router_aux_loss_coef`. Write it in the recipe, 0 to train without"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        build(BLTrainer, tokenizer, text_data, tmp_path, model)
+    for each, coefficient in ((make_jetmoe(tokenizer), None), (model, 0.0), (model, 0.1)):  # it asks for none by default
+        log = train(BLTrainer, tokenizer, text_data, tmp_path, each, router_aux_loss_coef=coefficient).state.log_history[0]
+        assert log["loss"] - log["nll"] == pytest.approx((coefficient or 0.0) * log.get("aux_loss", 0.0), abs=1e-5)
+        assert bool(log.get("aux_loss")) == bool(coefficient)
 
 
 def test_an_auxiliary_loss_that_needs_more_is_refused(tokenizer, text_data, tmp_path):

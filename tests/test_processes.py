@@ -50,6 +50,7 @@ COMPOSED = {
 CASES = {
     "padded": {"objective": {"name": "power", "alpha": 0.5}},
     "padding_free": {"objective": "neg_p", "padding_free": True},
+    "flattened": {"objective": "neg_p"},  # by a collator of the user's own
     "entropy": {"objective": "test_trainer:pushes_entropy"},
     "nll": {},
     "kept": {"objective": "neg_p"},

@@ -284,6 +284,19 @@ def test_auxiliary_loss_comes_to_the_device_of_the_loss(tokenizer, monkeypatch):
     assert tokens.aux_loss.device == tokens.cost.device == there
 
 
+@pytest.mark.parametrize("name", ["nll", "entropy", "loss", "perplexity", "num_tokens", "objective_alpha", "eval_nll"])
+def test_a_metric_of_the_users_own_does_not_take_a_name_of_ours(name, tokenizer, text_data, tmp_path):
+    objective = {"name": "power", "alpha": {"from": 0, "to": 1}}
+    options = {"eval_data": text_data.select(range(4)), "compute_metrics": lambda prediction: {name: 42.0}}
+    trainer = build(BLTrainer, tokenizer, text_data, tmp_path, objective=objective, **options)
+    with pytest.raises(
+        RecipeError, match=f"`compute_metrics` returns `{name}`, a name of the trainer's own metrics. Rename it"
+    ):
+        trainer.evaluate()
+    trainer.compute_metrics = lambda prediction: {"own": 42.0}
+    assert trainer.evaluate()["eval_own"] == 42.0
+
+
 def test_several_evaluation_sets_have_metrics_of_their_own(tokenizer, text_data, tmp_path):
     parts = {"a": text_data.select(range(9)), "b": text_data.select(range(9, 20))}
     trainer = train(

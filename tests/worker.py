@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorWithFlattening
 
 import sharded
 from bl_trainer import BLConfig
@@ -30,8 +30,9 @@ def run(case, tokenizer, output):
     model = make_llama(tokenizer) if case["name"] == "float32" else make_double(tokenizer)
     if case["name"] == "reference":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    collator = DataCollatorWithFlattening() if case["name"] == "flattened" else None
     trainer = Ordered(
-        model=model, args=args, processing_class=tokenizer, callbacks=[seen],
+        model=model, data_collator=collator, args=args, processing_class=tokenizer, callbacks=[seen],
         train_dataset=Dataset.from_list(case["train"]), eval_dataset=evaluation,
     )  # fmt: skip
     trainer.train()

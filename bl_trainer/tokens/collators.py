@@ -118,7 +118,8 @@ class TokenCollator(DataCollatorForLanguageModeling):
 class CheckedCollator:
     """A collator of the user's own, whose labels may mask more than the rows' own do, and not less.
 
-    It may add one target to each row, an end token. A batch that has several examples in a row gets `JOINED`, (rows,).
+    It may add one target to each row, an end token. A batch that has several examples in a row gets `JOINED`, (rows,), one
+    with another number of rows than examples `EXAMPLE_LENGTHS`.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
@@ -136,6 +137,10 @@ class CheckedCollator:
                     f"Cannot train: the `data_collator` makes {(labels != IGNORED).sum()} targets of rows whose `labels` have "
                     f"{most}, so prompts or padding would train. Leave it out, or let it keep `labels`, with -100 for padding."
                 )
+            if len(ids) != len(features):
+                sizes = [len(each["input_ids"]) for each in features if isinstance(each, Mapping) and "input_ids" in each]
+                is_known = len(ids) == 1 and len(sizes) == len(features) and sum(sizes) == ids.shape[1]
+                batch[EXAMPLE_LENGTHS] = torch.tensor(sizes if is_known else [], dtype=torch.long)
             if _are_joined(features, batch):
                 batch[JOINED] = torch.ones(len(ids), dtype=torch.bool)
         return batch

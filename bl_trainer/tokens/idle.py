@@ -149,7 +149,7 @@ def _refuse_idle_on_tokens(first: dict[str, Any], name: str, args: Any, completi
         )
     if ruled and _is_prepared(args):
         raise RecipeError(
-            f"The column `{ruled[0]}` of the {name} set has no effect: under `skip_prepare_dataset` nothing makes labels of it. "
+            f"The column `{ruled[0]}` of the {name} set has no effect: `skip_prepare_dataset` makes no labels of it. "
             "Add `labels`, -100 where no token trains, or remove the key."
         )
     if "position_ids" in first:

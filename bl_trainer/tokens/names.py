@@ -12,7 +12,9 @@ ROW = "bl_row"  # number of the training set's row that an example, or with pack
 
 TEMPLATE = "bl_template"  # 1 for a token that the chat template made
 
-EXAMPLE_LENGTHS = "example_lengths"  # of a batch in padding-free mode: tokens of each example in its one row
+EXAMPLE_LENGTHS = (
+    "example_lengths"  # of a batch with more or fewer rows than examples: tokens of each in its one row; else none
+)
 
 JOINED = "bl_joined"  # of a batch: there where a row of it may hold several examples
 

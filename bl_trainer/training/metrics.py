@@ -1,5 +1,7 @@
 """The metrics of a run: exact means over target tokens, summed on the device and fetched once per log."""
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +78,9 @@ class TokenMetrics:
         return {name: mean_of(total, tokens) for name, total in sums.items()}
 
 
+EVALUATED = (*METRICS, "loss", "perplexity", "num_tokens", "aux_loss")  # what an evaluation reports or logs
+
+
 def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficient: float) -> dict[str, float]:
     """Return what an evaluation reports, from `TokenMetrics.pop`: `loss` as training minimises it, and `perplexity`."""
     found = {name: means[name] for name in METRICS}
@@ -84,16 +89,43 @@ def evaluated(means: dict[str, float], threshold: Threshold, aux_loss_coefficien
     return {**found, "loss": loss + aux_loss_coefficient * means["aux_loss"], "perplexity": perplexity}
 
 
+@contextmanager
+def owning_names(trainer: Any, prefix: str, names: Collection[str]) -> Iterator[None]:
+    """Let a trainer's `compute_metrics` raise RecipeError if it returns one of `names`, with or without `prefix`."""
+    given = trainer.compute_metrics
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        found = given(*args, **kwargs)
+        taken = [name for name in found or () if name.removeprefix(f"{prefix}_") in names]
+        if taken:
+            raise RecipeError(
+                f"Cannot evaluate: `compute_metrics` returns `{taken[0]}`, a name of the trainer's own metrics. Rename it."
+            )
+        return found
+
+    trainer.compute_metrics = given and computed
+    try:
+        yield
+    finally:
+        trainer.compute_metrics = given
+
+
 def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
     """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes.
 
-    `is_target`: bool (batch, length). `example_lengths`: tokens of each example of a padding-free batch, whose one row holds
-    them all. Returns the targets that count.
+    `is_target`: bool (batch, length). `example_lengths`: tokens of each example of a batch whose one row holds them all, none
+    where it is unknown which tokens are whose. Returns the targets that count. Raises RecipeError where it can't tell them.
     """
     state, parallelism = accelerator.gradient_state, accelerator.parallelism_config
     sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
     if accelerator.num_processes <= sharers or not state.end_of_dataloader or state.remainder <= 0:
         return is_target
+    if example_lengths is not None and not len(example_lengths):
+        raise RecipeError(
+            f"Cannot evaluate on {accelerator.num_processes} processes: accelerate repeats examples to fill the last batch. "
+            "Nothing tells which tokens of the `data_collator`'s rows are theirs. Let it give one row per example, or one row "
+            "of all examples without padding."
+        )
     examples = len(is_target) if example_lengths is None else len(example_lengths)
     own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
     is_own = torch.zeros_like(is_target)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..errors import RecipeError
 from ..tokens.labels import targets_of
-from ..tokens.names import EXAMPLE_LENGTHS, FILLS, ROW
+from ..tokens.names import EXAMPLE_LENGTHS, FILLS, JOINED, ROW
 from ..tokens.prepare import Rows, training_parts
 from ..tokens.vocabulary import token_texts, tokenizer_of
 from .loss import TokenLoss, progress_of
@@ -51,7 +51,7 @@ def preview(trainer: BLTrainer, dataset: Any, count: int) -> str:
     losses: list[TokenLoss] = []
 
     def observe(model: Any, batch: dict[str, Any]) -> None:
-        inputs = {key: value for key, value in batch.items() if key not in (EXAMPLE_LENGTHS, ROW)}
+        inputs = {key: value for key, value in batch.items() if key not in (EXAMPLE_LENGTHS, JOINED, ROW)}
         inputs = send_to_device({**inputs, "use_cache": False}, trainer.accelerator.device)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             losses.append(trainer.objective_loss(model, inputs, progress_of(trainer.state)))

@@ -213,6 +213,17 @@ def has_balancing_loss(base: Any, args: Any) -> bool:
     return False
 
 
+def refuse_unweighted(base: Any, args: Any) -> None:
+    """Raise RecipeError if a model is to add its load-balancing loss, and nothing that TRL reads has its coefficient."""
+    config = base.config.get_text_config()
+    is_told = hasattr(config, "router_aux_loss_coef") or getattr(args, "router_aux_loss_coef", None) is not None
+    if getattr(config, "output_router_logits", False) and not is_told and has_balancing_loss(base, args):
+        raise RecipeError(
+            f"Cannot add the auxiliary loss that `output_router_logits: true` asks for: the configuration of "
+            f"{type(base).__name__} has no `router_aux_loss_coef`. Write it in the recipe, 0 to train without."
+        )
+
+
 def refuse_lost_adapter(model: Any, has_adapter: bool) -> None:
     """Raise RecipeError if `model_init` returned a model without the adapter that the trainer's first model has."""
     if has_adapter and not is_peft_model(model):

@@ -28,7 +28,7 @@ from ..tokens.prepare import Rows, Wanted, prepare
 from ..tokens.rendering import check_rendering
 from ..tokens.vocabulary import tokenizer_of, warn_of_two_starts
 from .guards import check_another, check_loaded
-from .refusals import has_balancing_loss, refuse_copied_tied_head
+from .refusals import has_balancing_loss, refuse_copied_tied_head, refuse_unweighted
 from .setup import Setup
 
 
@@ -83,6 +83,7 @@ class ScoringTrainer(SFTTrainer):
         sums = ("log_sum_sq_probs",) if "log_sum_sq_probs" in self.parsed_objective.statistics else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", *sums, "is_top1"))
         add_scoring(base)
+        refuse_unweighted(base, self.args)
         if self.aux_loss_enabled and not has_balancing_loss(base, self.args):
             self.aux_loss_enabled = base.config.get_text_config().output_router_logits = False
         self.reference_head = self._why_reference_head()
@@ -227,11 +228,12 @@ class ScoringTrainer(SFTTrainer):
         self._ready.add(prepared)
         return prepared
 
-    def _take(self, dataset: Any, name: str) -> Any:
+    def _prepare_given(self, dataset: Any, name: str) -> Any:
         """Return a data set given after construction, checked and prepared as the evaluation sets were. Raises RecipeError."""
         if not isinstance(dataset, (Dataset, IterableDataset)) or dataset in self._ready:
             return dataset
-        args, formatting_func = self.args, self._setup.arguments.get("formatting_func")
+        args: Any = self.args
+        formatting_func = self._setup.arguments.get("formatting_func")
         given = prepared = self._setup.check_another(dataset, name, self.completion_only_loss)
         if not self._skip_prepare_dataset:
             packing = args.packing if args.eval_packing is None else args.eval_packing
@@ -242,11 +244,11 @@ class ScoringTrainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._take(each, name) for name, each in eval_dataset.items()}
-        return super().evaluate(self._take(eval_dataset, "eval"), ignore_keys, metric_key_prefix)
+            eval_dataset = {name: self._prepare_given(each, name) for name, each in eval_dataset.items()}
+        return super().evaluate(self._prepare_given(eval_dataset, "eval"), ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        return super().predict(self._take(test_dataset, "test"), ignore_keys, metric_key_prefix)
+        return super().predict(self._prepare_given(test_dataset, "test"), ignore_keys, metric_key_prefix)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -51,7 +51,7 @@ from .guards import (
     warn_of_repeats,
 )
 from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, progress_of
-from .metrics import TokenMetrics, evaluated, own_targets
+from .metrics import EVALUATED, TokenMetrics, evaluated, own_targets, owning_names
 from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_lost_adapter, refuse_searched
@@ -225,13 +225,14 @@ class BLTrainer(ScoringTrainer):
         self.resolve_threshold()
         self.token_metrics.clear("eval")
         warn_of_repeats(dataloader.dataset, self.accelerator.num_processes)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        scheduled = self.objective_loss.scheduled_at(progress_of(self.state))
+        with owning_names(self, metric_key_prefix, {*EVALUATED, *scheduled}):
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._pop_means("eval")
         refuse_unevaluated(means, metric_key_prefix)
         if means and output.metrics is not None:
             coefficient = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
-            means = evaluated(means, self.threshold, coefficient)
-            means |= self.objective_loss.scheduled_at(progress_of(self.state))
+            means = evaluated(means, self.threshold, coefficient) | scheduled
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
