@@ -1,5 +1,6 @@
 """Adapters: the gradient of `BLTrainer` from transformers' own trainer, and what each stack's adapter refuses."""
 
+import json
 import re
 import sys
 from functools import partial
@@ -11,12 +12,12 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from torch.utils.data import IterableDataset as TorchStream
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import attached
 from attached import CASES, Kept, options, rows
 from bl_trainer.adapters import axolotl, llamafactory, swift, unsloth, verl
-from bl_trainer.adapters.contract import refuse_settings, refuse_weights, with_targets
+from bl_trainer.adapters.contract import REPEATED, refuse_settings, refuse_weights, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
 from conftest import make_double, make_llama, make_mixtral
@@ -133,6 +134,30 @@ def test_evaluation_leaves_out_what_nothing_predicts_and_what_predict_has_seen(t
     p = logits[0, :-1].softmax(-1)[torch.arange(7), torch.tensor(tokens[1:])][[0, 1, 3, 4, 5, 6]]
     assert found["eval_loss"] == pytest.approx(1 - p.mean().item())
     assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(p.mean().item())
+
+
+def test_an_evaluation_on_two_processes_counts_each_row_once(tokenizer, tmp_path):
+    """Of five rows, accelerate repeats some to fill the last batch."""
+    make_double(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    codes, said = ranks(tmp_path, attached.evaluate, tmp_path)
+    assert codes == [0, 0], said[0][-4000:]
+    found = json.loads((tmp_path / "evaluations.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    unknown = {"joined", "stream"}
+    assert {name: each["warned"] for name, each in found.items() if each["warned"]} == {name: [REPEATED] for name in unknown}
+    for name in found.keys() - unknown:
+        logp = []
+        for row in map(attached.packed if name == "packed" else dict, rows(len(tokenizer))[:5]):
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+            labels[[i for i, at in enumerate(row.get("position_ids", [0])) if at == 0]] = -100
+            with torch.no_grad():
+                positions = {"position_ids": torch.tensor([row["position_ids"]])} if name == "packed" else {}
+                scores = model(ids, use_cache=False, **positions).logits[0, :-1].log_softmax(-1)
+            logp.append(scores[torch.arange(len(scores)), labels[1:].clamp(min=0)][labels[1:] != -100])
+        every = torch.cat(logp)
+        assert found[name]["eval_nll"] == pytest.approx(-every.mean().item()), name
+        assert found[name]["eval_loss"] == pytest.approx(1 - every.exp().mean().item()), name
 
 
 class Dividing(Trainer):

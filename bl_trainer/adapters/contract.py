@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 
 from .._util.bitsandbytes import keep_trainable
+from .._util.logs import warn_once
 from ..errors import LossError, RecipeError
 from ..head.targets import IGNORED, are_shifted
+from ..losses.metrics import own_targets
 from ..losses.pricing import SPLIT_BATCH
 from ..tokens.names import TOKEN_WEIGHT, WEIGHT
 
 WEIGHTS = (WEIGHT, TOKEN_WEIGHT)  # columns that only `BLTrainer` reads
 UNREAD = "only `BLTrainer` weights rows and tokens. Remove it, or use `BLTrainer`."
+REPEATED = (
+    "The metrics of an evaluation may count some rows twice: accelerate repeats rows to fill the last batch of all processes, "
+    "and here they can't be told from the others. Evaluate in one process for exact means."
+)
 
 
 def refuse_settings(args: Any) -> None:
@@ -100,7 +106,9 @@ def watch(trainer: Any, loss: Any) -> None:
         return loop(*args, **kwargs)
 
     def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return predict(model, with_targets(inputs) if "labels" in inputs else inputs, *args, **kwargs)
+        if "labels" in inputs:
+            inputs = without_repeats(trainer, with_targets(inputs))
+        return predict(model, inputs, *args, **kwargs)
 
     def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for key in [key for key in logs if key == "loss" or (key.endswith("_loss") and key != "train_loss")][:1]:
@@ -137,3 +145,29 @@ def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         begins[:, 1:] |= examples[:, 1:] != examples[:, :-1]
     batch["labels"] = labels.masked_fill(begins, IGNORED)
     return batch
+
+
+def without_repeats(trainer: Any, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Return a batch of an evaluation without targets in the rows that accelerate repeats to fill the last batch.
+
+    It warns where they can't be told from others: of a stream of unknown length, and of packed rows that are joined to one.
+    """
+    labels, accelerator = batch["labels"], trainer.accelerator
+    joined, state = trainer.args.per_device_eval_batch_size, accelerator.gradient_state
+    lengths = example_lengths(batch) if len(labels) == 1 < joined else None
+    is_unknown = lengths is not None and len(lengths) != joined
+    is_unknown |= state.remainder < 0 and not trainer.args.dataloader_drop_last
+    if accelerator.num_processes > 1 and state.end_of_dataloader and is_unknown:
+        warn_once(REPEATED)
+    counted = own_targets(accelerator, labels != IGNORED, None if is_unknown else lengths)
+    batch["labels"] = labels.masked_fill(~counted, IGNORED)
+    return batch
+
+
+def example_lengths(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the tokens of each example of a padding-free batch, whose one row holds them all; None if it has no positions."""
+    positions = batch.get("position_ids")
+    if positions is None or positions.shape != batch["labels"].shape:
+        return None
+    begins = (positions[0] == 0).nonzero()[:, 0]
+    return torch.diff(begins, append=begins.new_tensor([positions.shape[1]]))

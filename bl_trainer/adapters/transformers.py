@@ -50,11 +50,12 @@ class TrainerLoss:
     def metrics(self, mode: str) -> dict[str, float]:
         """Return what `BLTrainer` logs of `train` or `eval`, over all processes, since the last call.
 
-        Of `eval` with the loss: transformers' own is a mean of the means of batches, which a batch of few targets would bias.
+        Of `eval` with the loss, without a router's: transformers' own is a mean of the means of batches, which a batch of few
+        targets would bias.
         """
         found = self.loss.metrics(mode, self.trainer.accelerator.reduce)
         made = {name: value for name, value in found.items() if name in METRICS}
-        if mode == "eval" and found and not self.adds_router_loss:
+        if mode == "eval" and found:
             made["loss"] = loss_of(found, self.loss.threshold)
         return made
 

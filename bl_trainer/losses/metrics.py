@@ -1,10 +1,12 @@
 """What losses report: exact means over target tokens, summed on the device and fetched once."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from ..head.ops import TokenCosts
 from ..objectives.pricing import METRICS
 from ..objectives.threshold import Threshold
@@ -63,6 +65,33 @@ def loss_of(means: Mapping[str, float], threshold: Threshold) -> float:
     if threshold.normalize != "kept":
         return means["objective"]
     return means["objective"] / means["kept_fraction"] if means["kept_fraction"] else 0.0
+
+
+def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
+    """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes.
+
+    `is_target`: bool (batch, length). `example_lengths`: tokens of each example of a batch whose one row holds them all, none
+    where it is unknown which tokens are whose. Returns the targets that count. Raises RecipeError where it can't tell them.
+    """
+    state, parallelism = accelerator.gradient_state, getattr(accelerator, "parallelism_config", None)
+    sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
+    repeats = accelerator.num_processes > sharers and accelerator.even_batches
+    if not repeats or not state.end_of_dataloader or state.remainder <= 0:
+        return is_target
+    if example_lengths is not None and not len(example_lengths):
+        raise RecipeError(
+            f"Cannot evaluate on {accelerator.num_processes} processes: accelerate repeats examples to fill the last batch. "
+            "Nothing tells which tokens of the `data_collator`'s rows are theirs. Let it give one row per example, or one row "
+            "of all examples without padding."
+        )
+    examples = len(is_target) if example_lengths is None else len(example_lengths)
+    own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
+    is_own = torch.zeros_like(is_target)
+    if example_lengths is None:
+        is_own[:own] = True
+    else:
+        is_own[:, : int(example_lengths[:own].sum())] = True
+    return is_target & is_own
 
 
 class LossMetrics:

@@ -108,29 +108,3 @@ def owning_names(trainer: Any, prefix: str, names: Collection[str]) -> Iterator[
         yield
     finally:
         trainer.compute_metrics = given
-
-
-def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:
-    """Mask out the examples that accelerate repeats to fill the last batch of an evaluation on several processes.
-
-    `is_target`: bool (batch, length). `example_lengths`: tokens of each example of a batch whose one row holds them all, none
-    where it is unknown which tokens are whose. Returns the targets that count. Raises RecipeError where it can't tell them.
-    """
-    state, parallelism = accelerator.gradient_state, accelerator.parallelism_config
-    sharers = parallelism.non_data_parallel_size if parallelism is not None else 1  # processes that get the same examples
-    if accelerator.num_processes <= sharers or not state.end_of_dataloader or state.remainder <= 0:
-        return is_target
-    if example_lengths is not None and not len(example_lengths):
-        raise RecipeError(
-            f"Cannot evaluate on {accelerator.num_processes} processes: accelerate repeats examples to fill the last batch. "
-            "Nothing tells which tokens of the `data_collator`'s rows are theirs. Let it give one row per example, or one row "
-            "of all examples without padding."
-        )
-    examples = len(is_target) if example_lengths is None else len(example_lengths)
-    own = min(max(state.remainder - accelerator.process_index // sharers * examples, 0), examples)
-    is_own = torch.zeros_like(is_target)
-    if example_lengths is None:
-        is_own[:own] = True
-    else:
-        is_own[:, : int(example_lengths[:own].sum())] = True
-    return is_target & is_own

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .._util.logs import get_logger
 from .._util.transformers import EvalLoopOutput, TrainOutput, tracked_as
+from ..losses.metrics import own_targets
 from ..measurement.percentiles import resolve_percentile
 from ..objectives.pricing import METRICS
 from ..tokens.labels import warn_of_untrained
@@ -51,7 +52,7 @@ from .guards import (
     warn_of_repeats,
 )
 from .loss import ObjectiveLoss, OwnHead, TRLHead, explains_lost_images, mean_over_batch, progress_of
-from .metrics import EVALUATED, TokenMetrics, evaluated, own_targets, owning_names
+from .metrics import EVALUATED, TokenMetrics, evaluated, owning_names
 from .metrics_log import group
 from .record import PAPER, RunRecord
 from .refusals import refuse_lost_adapter, refuse_searched
