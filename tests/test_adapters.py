@@ -20,6 +20,7 @@ from bl_trainer.adapters import axolotl, llamafactory, swift, unsloth, verl
 from bl_trainer.adapters.contract import REPEATED, refuse_settings, refuse_weights, with_targets
 from bl_trainer.adapters.transformers import TrainerLoss, attach
 from bl_trainer.errors import LossError, RecipeError
+from bl_trainer.objectives import Objective, Threshold
 from conftest import make_double, make_llama, make_mixtral
 from forking import ranks
 from ways import Ordered, relative_difference, train
@@ -235,9 +236,47 @@ def test_what_would_be_another_gradient_ends_training_before_the_first_step(give
     ],
 )
 def test_settings_that_change_the_loss_are_refused(settings, message):
-    args = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True, **settings}
+    args = {
+        "label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "average_tokens_across_devices": True,
+        "metric_for_best_model": None, "eval_strategy": "no", **settings,
+    }  # fmt: skip
     with pytest.raises(RecipeError, match=message):
-        refuse_settings(SimpleNamespace(**args))
+        refuse_settings(SimpleNamespace(**args), Objective.parse("nll"), Threshold())
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize("objective", [{"threshold": 0.01}, {"objective": "neg_p"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [BEST, PLATEAU, {**BEST, "metric_for_best_model": "eval_a_loss"}, {**BEST, "metric_for_best_model": "loss"}],
+    ids=["best", "plateau", "one of several sets", "by name"],
+)
+def test_a_loss_that_compares_no_models_chooses_none(settings, objective, tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path, **settings)
+    with pytest.raises(
+        RecipeError, match=r"Cannot choose by `metric_for_best_model: .*loss`.* Set .*nll`"
+    ):
+        attach(trainer, **{"objective": "nll", **objective})
+
+
+def test_nll_chooses_the_best_checkpoint(tokenizer, tmp_path):
+    """By its own loss, or by name; never the highest, which transformers takes by default."""
+    attach(build(tokenizer, tmp_path, **BEST)[0], "nll")
+    attach(build(tokenizer, tmp_path, metric_for_best_model="loss")[0], "neg_p")  # as ms-swift does without evaluation
+    trainer, _ = build(tokenizer, tmp_path, **BEST, metric_for_best_model="eval_nll")
+    with pytest.raises(RecipeError, match=r"Cannot choose by the highest `eval_nll`.* Set `greater_is_better: false`"):
+        attach(trainer, "neg_p")
+    settings = {"metric_for_best_model": "nll", "greater_is_better": False, "learning_rate": 0.1, "max_steps": 3}
+    trainer, _ = build(tokenizer, tmp_path, **{**BEST, **settings}, eval_steps=1, save_steps=1)
+    attach(trainer, "nll", 0.02)
+    trainer.train()
+    logs = {each["step"]: each["eval_nll"] for each in trainer.state.log_history if "eval_nll" in each}
+    assert len(logs) == 3
+    assert trainer.state.best_metric == min(logs.values())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{min(logs, key=logs.get)}")
 
 
 def test_two_losses_at_once_are_refused(tokenizer, tmp_path):
@@ -413,7 +452,10 @@ def swift_trainer(**template):
     )  # fmt: skip
 
 
-SWIFT = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "enable_dft_loss": False, "gradient_accumulation_steps": 1}
+SWIFT = {
+    "label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "enable_dft_loss": False, "gradient_accumulation_steps": 1,
+    "metric_for_best_model": "loss", "greater_is_better": False, "eval_strategy": "no",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -423,6 +465,7 @@ SWIFT = {"label_smoothing_factor": 0.0, "n_gpu": 1, "world_size": 1, "enable_dft
         ({"task_type": "embedding"}, {}, "`task_type: embedding`"),
         ({}, {"enable_dft_loss": True}, "`enable_dft_loss`"),
         ({}, {"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1`"),
+        ({}, {"eval_strategy": "steps"}, "`metric_for_best_model: loss`"),
     ],
 )
 def test_swift_settings_that_would_train_something_else(template, args, message):

@@ -10,8 +10,9 @@ from .._util.bitsandbytes import keep_trainable
 from .._util.logs import warn_once
 from ..errors import LossError, RecipeError
 from ..head.targets import IGNORED, are_shifted
-from ..losses.metrics import own_targets
+from ..losses.metrics import compares_models, own_targets
 from ..losses.pricing import SPLIT_BATCH
+from ..objectives import Objective, Threshold
 from ..tokens.names import TOKEN_WEIGHT, WEIGHT
 
 WEIGHTS = (WEIGHT, TOKEN_WEIGHT)  # columns that only `BLTrainer` reads
@@ -22,8 +23,11 @@ REPEATED = (
 )
 
 
-def refuse_settings(args: Any) -> None:
-    """Raise RecipeError if `args`, transformers' `TrainingArguments`, change the loss or its average; it lists all mistakes."""
+def refuse_settings(args: Any, objective: Objective, threshold: Threshold) -> None:
+    """Raise RecipeError if `args`, transformers' `TrainingArguments`, change the loss or its average, or choose by it.
+
+    It lists all mistakes.
+    """
     mistakes = []
     if smoothing := getattr(args, "label_smoothing_factor", 0):
         mistakes.append(f"`label_smoothing_factor: {smoothing}` is a loss of its own. Set it to 0.")
@@ -31,8 +35,24 @@ def refuse_settings(args: Any) -> None:
         mistakes.append(SPLIT_BATCH)
     if args.world_size > 1 and not args.average_tokens_across_devices:
         mistakes.append("each process would average over its own targets. Set `average_tokens_across_devices: true`.")
+    mistakes = [f"Cannot train the objective: {mistake}" for mistake in mistakes] + _wrong_choice(args, objective, threshold)
     if mistakes:
-        raise RecipeError("\n".join(f"Cannot train the objective: {mistake}" for mistake in mistakes))
+        raise RecipeError("\n".join(mistakes))
+
+
+def _wrong_choice(args: Any, objective: Objective, threshold: Threshold) -> list[str]:
+    """Return what is wrong with the metric that chooses checkpoints, or the learning rate under `reduce_lr_on_plateau`."""
+    metric = args.metric_for_best_model or ""
+    if args.eval_strategy == "no":  # ms-swift names a metric always
+        return []
+    if metric.endswith("loss") and not compares_models(objective, threshold):
+        return [
+            f"Cannot choose by `metric_for_best_model: {metric}`: only the loss of `objective: nll` without `threshold` tells "
+            "the better model. Set `metric_for_best_model: nll` and `greater_is_better: false`."
+        ]
+    if metric.endswith("nll") and args.greater_is_better:
+        return [f"Cannot choose by the highest `{metric}`: the lowest is the best. Set `greater_is_better: false`."]
+    return []
 
 
 def refuse_split_rows(trainer: Any) -> None:

@@ -34,9 +34,9 @@ class TrainerLoss:
     adds_router_loss = False  # whether the trainer adds a router's auxiliary loss itself
 
     def __init__(self, trainer: Any, args: Any, objective: Any, threshold: Any = None):
-        refuse_settings(args)
         self.trainer, self.calls = trainer, 0
         self.loss = as_loss(objective, threshold, progress=self._progress, micro_batches=self._micro_batches)
+        refuse_settings(args, self.loss.objective, self.loss.threshold)
         watch(trainer, self)
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

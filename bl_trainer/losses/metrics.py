@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..head.ops import TokenCosts
+from ..objectives.objective import Objective
 from ..objectives.pricing import METRICS
 from ..objectives.threshold import Threshold
 
@@ -65,6 +66,11 @@ def loss_of(means: Mapping[str, float], threshold: Threshold) -> float:
     if threshold.normalize != "kept":
         return means["objective"]
     return means["objective"] / means["kept_fraction"] if means["kept_fraction"] else 0.0
+
+
+def compares_models(objective: Objective, threshold: Threshold) -> bool:
+    """Whether the lower loss tells the better model: NLL's itself over all targets, which no other is."""
+    return objective.to_dict() == {"name": "nll"} and threshold.keeps_all
 
 
 def own_targets(accelerator: Any, is_target: Tensor, example_lengths: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .._util.text import SECRETS, listed
 from ..errors import RecipeError
+from ..losses.metrics import compares_models
 from ..objectives.objective import Objective
 from ..objectives.spec import named
 from ..objectives.threshold import Threshold
@@ -162,7 +163,7 @@ class BLConfig(SFTConfig):
         self._keep_as_written("objective", objective)
         self._keep_as_written("threshold", threshold)
         chooses = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
-        is_ruler = objective.to_dict() == {"name": "nll"} and threshold.keeps_all  # no other loss compares models
+        is_ruler = compares_models(objective, threshold)
         if self.metric_for_best_model is None and chooses and not is_ruler:
             self.metric_for_best_model = "eval_nll"
         metric = self.metric_for_best_model or ""
