@@ -137,6 +137,32 @@ def test_evaluation_leaves_out_what_nothing_predicts_and_what_predict_has_seen(t
     assert trainer.state.log_history[-1]["eval_target_prob"] == pytest.approx(p.mean().item())
 
 
+def test_metrics_of_the_users_own_stay_as_they_are(tokenizer, tmp_path):
+    """By whatever name, with several sets, and in a prediction."""
+    trainer, _ = build(tokenizer, tmp_path)
+    data = trainer.eval_dataset
+    attach(trainer, "neg_p")
+    trainer.compute_metrics = lambda prediction: {"eval_ce_loss": 42.0, "ce_loss": 41.0, "ce_runtime": 40.0}
+    found = trainer.evaluate(eval_dataset=data, metric_key_prefix="eval")
+    assert (found["eval_ce_loss"], found["eval_ce_runtime"]) == (41.0, 40.0)  # transformers adds the prefix to the latter two
+    assert "eval_ce_nll" not in found
+    assert found["eval_loss"] == pytest.approx(1 - found["eval_target_prob"])
+    both = trainer.evaluate({"a": data, "b_loss": data})
+    assert both["eval_a_nll"] == both["eval_b_loss_nll"] == found["eval_nll"]
+    assert both["eval_a_loss"] == both["eval_b_loss_loss"] == found["eval_loss"]
+    assert trainer.predict(data).metrics["test_nll"] == found["eval_nll"]
+
+
+@pytest.mark.parametrize("name", ["nll", "eval_nll", "loss", "eval_loss", "entropy"])
+def test_a_metric_of_two_meanings_is_refused(name, tokenizer, tmp_path):
+    trainer, _ = build(tokenizer, tmp_path)
+    attach(trainer, "neg_p")
+    trainer.compute_metrics = compute = lambda prediction: {name: 42.0}
+    with pytest.raises(RecipeError, match=f"Cannot report `{name}` twice: `compute_metrics` returns it too"):
+        trainer.evaluate()
+    assert trainer.compute_metrics is compute
+
+
 def test_an_evaluation_on_two_processes_counts_each_row_once(tokenizer, tmp_path):
     """Of five rows, accelerate repeats some to fill the last batch."""
     make_double(tokenizer).save_pretrained(tmp_path / "model")
@@ -256,9 +282,7 @@ PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"
 )
 def test_a_loss_that_compares_no_models_chooses_none(settings, objective, tokenizer, tmp_path):
     trainer, _ = build(tokenizer, tmp_path, **settings)
-    with pytest.raises(
-        RecipeError, match=r"Cannot choose by `metric_for_best_model: .*loss`.* Set .*nll`"
-    ):
+    with pytest.raises(RecipeError, match=r"Cannot choose by `metric_for_best_model: .*loss`.* Set .*nll`"):
         attach(trainer, **{"objective": "nll", **objective})
 
 
@@ -495,11 +519,11 @@ def test_swift_keeps_4_bit_weights_trainable(monkeypatch):
     for first in ("get_batch_samples", "evaluation_loop"):
         trainer = swift_trainer()
         del trainer.model
-        trainer.get_batch_samples = trainer.evaluation_loop = lambda *args: args
+        trainer.get_batch_samples = trainer.evaluation_loop = lambda *args: SimpleNamespace(metrics={})
         trainer.accelerator.parallelism_config, trainer.accelerator.reduce = None, lambda sums: sums
         swift.SwiftLoss(trainer, SimpleNamespace(**SWIFT), "neg_p")
         trainer.model, layer.support_avx512bf16_for_cpu = torch.nn.Sequential(layer), True
-        getattr(trainer, first)([])
+        getattr(trainer, first)([], "")
         assert layer.support_avx512bf16_for_cpu is False
 
 

@@ -1,6 +1,7 @@
 """What a trainer must keep for its gradient to be that of the objective's mean cost over an optimizer step's targets."""
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..head.targets import IGNORED, are_shifted
 from ..losses.metrics import compares_models, own_targets
 from ..losses.pricing import SPLIT_BATCH
 from ..objectives import Objective, Threshold
+from ..objectives.pricing import METRICS
 from ..tokens.names import TOKEN_WEIGHT, WEIGHT
 
 WEIGHTS = (WEIGHT, TOKEN_WEIGHT)  # columns that only `BLTrainer` reads
@@ -119,11 +121,21 @@ def watch(trainer: Any, loss: Any) -> None:
             raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
         return found
 
-    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         keep_trainable(trainer.model)
         refuse_weights(trainer, looked)
-        loss.forget("eval")  # what `predict` has left, which no log takes
-        return loop(*args, **kwargs)
+        loss.forget("eval")  # what a failed evaluation has left
+        with refusing_clashes(trainer, metric_key_prefix):
+            output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        found = loss.metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
 
     def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if "labels" in inputs:
@@ -131,14 +143,36 @@ def watch(trainer: Any, loss: Any) -> None:
         return predict(model, inputs, *args, **kwargs)
 
     def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for key in [key for key in logs if key == "loss" or (key.endswith("_loss") and key != "train_loss")][:1]:
-            mode, prefix = "train" if key == "loss" else "eval", key.removesuffix("loss")
-            logs.update({prefix + name: value for name, value in loss.metrics(mode).items()})
+        if "loss" in logs:
+            logs.update(loss.metrics("train"))
         log(logs, *args, **kwargs)
 
     trainer.get_batch_samples, trainer.compute_loss, trainer.log = get_batch_samples, compute_loss, logged
     trainer.evaluation_loop, trainer.prediction_step = evaluation_loop, prediction_step
     trainer.loss_is_scaled_for_ga = True
+
+
+@contextmanager
+def refusing_clashes(trainer: Any, prefix: str) -> Iterator[None]:
+    """Raise RecipeError if the trainer's `compute_metrics` returns a metric of the objective's own name."""
+    compute: Any = getattr(trainer, "compute_metrics", None)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        found = compute(*args, **kwargs)
+        for name in (*METRICS, "loss"):
+            for key in (name, f"{prefix}_{name}"):
+                if key in (found or {}):
+                    raise RecipeError(f"Cannot report `{key}` twice: `compute_metrics` returns it too. Rename its metric.")
+        return found
+
+    if compute is None:
+        yield
+        return
+    trainer.compute_metrics = checked
+    try:
+        yield
+    finally:
+        trainer.compute_metrics = compute
 
 
 def with_targets(batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
