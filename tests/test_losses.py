@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import SequentialSampler
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import MaskedLMOutput, Seq2SeqLMOutput
 
 import sharing
@@ -20,6 +20,7 @@ from bl_trainer import LossMetrics, Objective, Threshold, as_loss, fused_objecti
 from bl_trainer.errors import LossError
 from bl_trainer.head import blocks as module
 from bl_trainer.head.logits import objective_of_logits
+from bl_trainer.losses import functional
 from bl_trainer.losses.pricing import _is_count
 from bl_trainer.objectives.pricing import METRICS
 from conftest import make_double
@@ -584,3 +585,46 @@ def test_log_p_that_is_rounded_to_above_0_is_that_of_p_1(spec):
         assert gradient.isfinite().all()
         found.append((cost.detach(), gradient))
     torch.testing.assert_close(found[0], found[1])
+
+
+def gpt2(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).double()
+
+
+def trained(model, tokenizer, folder, steps, first, monkeypatch):
+    """Train transformers' trainer a step on rows whose first token has a label, and return its gradient and the warnings."""
+    said = []
+    monkeypatch.setattr(functional.logger, "warning", said.append)
+    rows = Dataset.from_list([{"input_ids": [*range(5, 9 + i)], "labels": [first(5), *range(6, 9 + i)]} for i in range(4)])
+    args = TrainingArguments(
+        folder, max_steps=1, per_device_train_batch_size=4 // steps, gradient_accumulation_steps=steps, use_cpu=True,
+        learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    seen = Gradients()
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    Trainer(model, args, collator, rows, callbacks=[seen], compute_loss_func=as_loss("neg_p")).train()
+    return seen.first, said
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("make", [make_double, gpt2], ids=["llama", "gpt2"])
+def test_a_count_that_may_have_first_labels_is_spoken_of(make, steps, tokenizer, tmp_path, monkeypatch):
+    """transformers 5.23 counts them for GPT-2. Without accumulation the loss knows that it does not for others."""
+    right, silent = trained(make(tokenizer), tokenizer, tmp_path, steps, lambda token: -100, monkeypatch)
+    found, said = trained(make(tokenizer), tokenizer, tmp_path, steps, lambda token: token, monkeypatch)
+    is_right = relative_difference(found, right) < 1e-9
+    assert silent == []
+    assert said == ([] if is_right and steps == 1 else [functional.FIRST_LABEL])
+
+
+def test_the_loss_speaks_of_first_labels_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(functional.logger, "warning", said.append)
+    loss, labels = as_loss("nll"), torch.tensor([[1, 2, 3, 4]])
+    for count in (torch.tensor(4), 8, 8):
+        loss({"logits": torch.zeros(1, 4, 7)}, labels, count)
+    assert len(said) == 1
+    as_loss("nll")({"logits": torch.zeros(1, 4, 7)}, labels)  # it counts itself
+    assert len(said) == 1

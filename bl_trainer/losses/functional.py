@@ -7,6 +7,7 @@
 All give the costs and gradients that `BLTrainer` trains with. `LossMetrics` collects what they report.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,20 @@ from ..errors import LossError
 from ..head.lm_head import Head, whole
 from ..head.logits import objective_of_logits
 from ..head.ops import objective_head
+from ..head.targets import IGNORED
 from ..objectives.objective import Objective
 from ..objectives.pricing import LOSS_WEIGHT, masked_cost
 from ..objectives.threshold import Threshold, trains
 from .inputs import at_targets, check_bounds, check_labels, check_states, gathered, logits_of, read_targets, targets_of
 from .metrics import LossMetrics
 from .pricing import COLUMNS, GIVEN, Pricing
+
+logger = logging.getLogger(__name__)
+FIRST_LABEL = (
+    "The first token of a row has a label, which nothing predicts. Trainers may count it as a target, as transformers does for "
+    "GPT-2. The loss and its gradient are then too small. Write `labels[:, 0] = -100` in the data collator, or use "
+    "`bl_trainer.adapters.transformers.attach`."
+)
 
 
 @dataclass(eq=False)
@@ -33,6 +42,7 @@ class ObjectiveOfLogits:
     pricing: Pricing
     micro_batches: int | Callable[[], int] | None
     seen: LossMetrics = field(default_factory=LossMetrics)
+    knows_count: bool = False  # whether it has compared the trainer's count with first labels that are no targets
 
     @property
     def objective(self) -> Objective:
@@ -50,13 +60,18 @@ class ObjectiveOfLogits:
         """Return the loss of a micro-batch, a scalar; see `as_loss`."""
         logits, labels = logits_of(outputs), gathered(labels)
         columns = {name: gathered(column) for name, column in columns.items()}
-        check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
+        has_first = check_labels(labels, logits.shape[:2], logits.shape[-1], "logits")
         self.pricing.check_given(columns, COLUMNS, labels.shape, ("num_items_in_batch",))
         targets = targets_of(labels.to(logits.device))
         price, extras = self.pricing.pricer(), self.pricing.extras
         costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, at_targets(targets, columns))
         self.seen.add_costs(costs)
-        return self.pricing.mean(costs, num_items_in_batch, self.micro_batches)
+        loss = self.pricing.mean(costs, num_items_in_batch, self.micro_batches)
+        if has_first and num_items_in_batch is not None and not self.knows_count:
+            self.knows_count = True
+            if float(num_items_in_batch) >= int((labels != IGNORED).sum()):  # a right count may be less
+                logger.warning(FIRST_LABEL)
+        return loss
 
     def metrics(self, mode: str = "train", reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the means over all target tokens since the last call; see `LossMetrics.pop`."""
@@ -81,7 +96,8 @@ def as_loss(
         outputs: A mapping or an object with `logits`, (batch, length, vocabulary).
         labels: (batch, length) token ids, unshifted: logits at t predict the label at t + 1. -100 is no target.
         num_items_in_batch: Target tokens of all micro-batches (and processes) whose losses are added, a number or a tensor.
-            The value of a tensor on an accelerator is not checked, since reading it would wait for the device.
+            The value of a tensor on an accelerator is not checked, since reading it would wait for the device. A warning
+            says once that it may count first labels of rows, which are no targets.
         ref_logp, is_special, objective_weight: Tensors of the shape of `labels`, where the objective or the data have them.
 
     Its method `metrics(mode="train", reduce=None)` returns what `BLTrainer` logs, as means since the last call.

@@ -95,8 +95,11 @@ def check_bounds(scale: Any, softcap: Any) -> None:
         )
 
 
-def check_labels(labels: Any, shape: torch.Size, vocabulary: int, of: str) -> None:
-    """Raise LossError unless `labels` are ids of the vocabulary, one for each of the model's outputs."""
+def check_labels(labels: Any, shape: torch.Size, vocabulary: int, of: str) -> bool:
+    """Raise LossError unless `labels` are ids of the vocabulary, one for each of the model's outputs.
+
+    Returns whether a row's first token is a label, which nothing predicts. One synchronisation for both.
+    """
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise LossError(
@@ -107,12 +110,15 @@ def check_labels(labels: Any, shape: torch.Size, vocabulary: int, of: str) -> No
             f"Cannot compute the loss: labels have shape {tuple(labels.shape)}, the {of} {tuple(shape)}. Give labels that are "
             "neither shifted nor truncated; the loss shifts them itself."
         )
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= vocabulary)]
-    if len(wrong):
+    is_wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= vocabulary)
+    has_wrong, has_first = torch.stack([is_wrong.any(), (labels[..., :1] != IGNORED).any()]).tolist()
+    if has_wrong:
+        wrong = labels[is_wrong][0].item()
         raise LossError(
-            f"Cannot compute the loss: a label is {wrong[0].item()}, outside of the vocabulary of {vocabulary} tokens. Write "
-            "-100 where no target is; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
+            f"Cannot compute the loss: a label is {wrong}, outside of the vocabulary of {vocabulary} tokens. Write -100 where no "
+            "target is; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
         )
+    return bool(has_first)
 
 
 def read_targets(labels: Any, logp: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
