@@ -209,6 +209,7 @@ ALOUD = [
     ({"stage": "sft", "packing": True}, "`packing`: rows packed together"),
     ({"stage": "sft", "mask_history": True}, "`mask_history`"),
     ({"max_seq_length": 64, "packing": True}, "`packing`: TRL before 0.18"),
+    ({"max_seq_length": 64}, "`completion_only_loss`: TRL before 0.17 trained on the prompts of prompt-completion data too"),
     ({"loss_type": "other"}, "`loss_type`: other has no counterpart"),
     ({"datasets": [{"path": "d"}], "eval_strategy": "epoch"}, "`eval_strategy`: a mixture holds out no rows"),
     ({"dataset_mixture": {"datasets": [{"id": "d", "weight": 0.001}]}}, "`weight`: 0.001 of train became its first 1%"),
@@ -224,6 +225,12 @@ ALOUD = [
 def test_what_trains_otherwise_is_loud(old, said, rewrite):
     _, changed = rewrite({"output_dir": "o", **old})
     assert any(each.startswith(said) for each in changed), changed
+
+
+@pytest.mark.parametrize("key", [{"max_seq_length": 64, "completion_only_loss": False}, {"max_length": 64}], ids=str)
+def test_prompts_are_spoken_of_only_where_an_old_recipe_leaves_them_out(key, rewrite):
+    new, changed = rewrite({"output_dir": "o", **key})
+    assert (new["max_length"], changed) == (64, [])
 
 
 def test_what_an_axolotl_data_set_says_of_the_usual_layout_changes_nothing(rewrite):

@@ -115,8 +115,8 @@ def check_labels(labels: Any, shape: torch.Size, vocabulary: int, of: str) -> bo
     if has_wrong:
         wrong = labels[is_wrong][0].item()
         raise LossError(
-            f"Cannot compute the loss: a label is {wrong}, outside of the vocabulary of {vocabulary} tokens. Write -100 where no "
-            "target is; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
+            f"Cannot compute the loss: a label is {wrong}, outside of the vocabulary of {vocabulary} tokens. Write -100 where "
+            "no target is; for added tokens call `model.resize_token_embeddings(len(tokenizer))`."
         )
     return bool(has_first)
 

@@ -243,6 +243,14 @@ def _packing(draft: Draft, value: Any) -> None:
         draft.lose("packing", why)
 
 
+def _max_seq_length(draft: Draft, value: Any) -> None:
+    """Take the old name of `max_length`, and speak of prompts, on which TRL of that time trained."""
+    draft.put("max_length", value, "was `max_seq_length`")
+    if draft.old.get("completion_only_loss") is None:
+        why = "TRL before 0.17 trained on the prompts of prompt-completion data too; `completion_only_loss: false` keeps that"
+        draft.lose("completion_only_loss", why)
+
+
 def _loss_type(draft: Draft, value: Any) -> None:
     if value == "dft":
         draft.put("objective", "dft", "was `loss_type: dft`")
@@ -267,6 +275,7 @@ _TRL: dict[str, Handler] = {
     "dataset_mixer": _mixer,
     "dataset_splits": _unless_mixed(_splits),
     "dataset_configs": _unless_mixed(_configs),
+    "max_seq_length": _max_seq_length,
     "warmup_ratio": _warmup,
     "response_template": losing("response_template", "write `assistant_only_loss: true`, or prompt-completion data"),
     "instruction_template": losing("instruction_template", "write `assistant_only_loss: true`, or prompt-completion data"),
