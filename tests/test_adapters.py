@@ -519,11 +519,11 @@ def test_swift_keeps_4_bit_weights_trainable(monkeypatch):
     for first in ("get_batch_samples", "evaluation_loop"):
         trainer = swift_trainer()
         del trainer.model
-        trainer.get_batch_samples = trainer.evaluation_loop = lambda *args: SimpleNamespace(metrics={})
+        trainer.get_batch_samples = trainer.evaluation_loop = lambda *args, **prefix: SimpleNamespace(metrics={})
         trainer.accelerator.parallelism_config, trainer.accelerator.reduce = None, lambda sums: sums
         swift.SwiftLoss(trainer, SimpleNamespace(**SWIFT), "neg_p")
         trainer.model, layer.support_avx512bf16_for_cpu = torch.nn.Sequential(layer), True
-        getattr(trainer, first)([], "")
+        getattr(trainer, first)([])
         assert layer.support_avx512bf16_for_cpu is False
 
 

@@ -121,18 +121,12 @@ def watch(trainer: Any, loss: Any) -> None:
             raise LossError(f"Cannot train the objective: {name} computes a loss of its own. Turn off its other loss.")
         return found
 
-    def evaluation_loop(
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         keep_trainable(trainer.model)
         refuse_weights(trainer, looked)
         loss.forget("eval")  # what a failed evaluation has left
         with refusing_clashes(trainer, metric_key_prefix):
-            output = loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            output = loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = loss.metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output

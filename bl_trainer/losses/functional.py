@@ -42,7 +42,9 @@ class ObjectiveOfLogits:
     pricing: Pricing
     micro_batches: int | Callable[[], int] | None
     seen: LossMetrics = field(default_factory=LossMetrics)
-    knows_count: bool = False  # whether it has compared the trainer's count with first labels that are no targets
+    _knows_count: bool = field(
+        default=False, init=False
+    )  # whether it has compared the trainer's count with first labels that are no targets
 
     @property
     def objective(self) -> Objective:
@@ -67,8 +69,8 @@ class ObjectiveOfLogits:
         costs = objective_of_logits(logits, targets.index, targets.ids, price, extras, at_targets(targets, columns))
         self.seen.add_costs(costs)
         loss = self.pricing.mean(costs, num_items_in_batch, self.micro_batches)
-        if has_first and num_items_in_batch is not None and not self.knows_count:
-            self.knows_count = True
+        if has_first and num_items_in_batch is not None and not self._knows_count:
+            self._knows_count = True
             if float(num_items_in_batch) >= int((labels != IGNORED).sum()):  # a right count may be less
                 logger.warning(FIRST_LABEL)
         return loss
