@@ -42,9 +42,8 @@ class ObjectiveOfLogits:
     pricing: Pricing
     micro_batches: int | Callable[[], int] | None
     seen: LossMetrics = field(default_factory=LossMetrics)
-    _knows_count: bool = field(
-        default=False, init=False
-    )  # whether it has compared the trainer's count with first labels that are no targets
+    # Whether it has compared the trainer's count with first labels that are no targets
+    _knows_count: bool = field(default=False, init=False)
 
     @property
     def objective(self) -> Objective:
