@@ -209,10 +209,10 @@ STORED = [
     b'{"evaluations": [], "differences": 5}', b'{"evaluations": [], "differences": [5]}', b'{"evaluations": [{"task": 5}]}',
 ]  # fmt: skip
 OPTIONS = [
-    ("--limit x", "Argument --limit: invalid float value: 'x'."),
+    ("--limit x", "`--limit x` must be a number."),
     ("--seed 4294967296", "`--seed 4294967296` must be below 4294967296."),
     ("--batch_size 1.5", "`--batch_size 1.5` must be a number above 0, or auto."),
-    ("--samples 1.5", "Argument --samples: invalid int value: '1.5'."),
+    ("--samples 1.5", "`--samples 1.5` must be a whole number."),
     ("--data completion=", "`--data completion=` must be task=path"),
 ]
 

@@ -9,10 +9,10 @@ from tqdm import tqdm
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, TrainerCallback
 
 from bl_trainer.errors import RecipeError
+from bl_trainer.losses.metrics import own_targets
 from bl_trainer.measurement.forward import Lockstep
 from bl_trainer.tokens.collators import CheckedCollator
 from bl_trainer.tokens.names import EXAMPLE_LENGTHS
-from bl_trainer.training.metrics import own_targets
 from conftest import make_llama
 from ways import Ordered, relative_difference, train
 
@@ -99,7 +99,9 @@ def padded_by_the_user(features):
 def test_examples_repeated_for_the_last_batch_do_not_count_where_a_collator_joins_them():
     features = [{"input_ids": [5] * size} for size in (4, 2, 3)]
     state = SimpleNamespace(end_of_dataloader=True, remainder=4)
-    accelerator = SimpleNamespace(gradient_state=state, parallelism_config=None, num_processes=2, process_index=1)
+    accelerator = SimpleNamespace(
+        gradient_state=state, parallelism_config=None, num_processes=2, process_index=1, even_batches=True
+    )
     batch = CheckedCollator(DataCollatorWithFlattening())(features)
     counted = own_targets(accelerator, torch.ones(1, 8, dtype=torch.bool), batch[EXAMPLE_LENGTHS])
     assert counted.tolist() == [[True] * 4 + [False] * 4]  # one example of three

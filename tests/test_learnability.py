@@ -399,7 +399,7 @@ def test_recommendation_follows_the_probe(possible, verdict, regions, checkpoint
     assert advice.arms[: len(arms)] == arms
     assert any("threshold" in arm for arm in advice.arms) == (regions != ["weak"])
     assert ({"objective": "anneal"} in advice.arms) == (regions != ["strong"])
-    assert any(reason.startswith("anneal is among them") for reason in advice.reasons) == (verdict == "undecided")
+    assert any(reason.startswith("The sweep tries `anneal` too") for reason in advice.reasons) == (verdict == "undecided")
     assert {"objective": "nll"} in advice.arms
     first, second, *_ = advice.reasons
     assert first.startswith(f"Of the content 0.500 is improbable (p < 0.1). After 40 steps on other examples {learnable:.3f} (")

@@ -113,7 +113,7 @@ def test_a_secret_seed_runs_the_others_too(small, tmp_path, capsys) -> None:
     results = Results.from_json(found)
     assert results.objectives == ["neg_p", "nll", "deft"]
     assert results.models == ["small-4711", "large-4712"]
-    assert "than nll" in capsys.readouterr().out
+    assert "right and nll 0." in capsys.readouterr().out
 
 
 def test_stored_results_are_of_the_cells_and_models_of_today() -> None:

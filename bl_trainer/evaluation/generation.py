@@ -31,11 +31,12 @@ class Generation(ConfigurableTask):
     is the list of their values, and the score the mean of the items' means (Avg@k).
     """
 
+    answer_format: re.Pattern[str] | None = None
+
     def __init__(self, config: dict[str, Any]):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
         first = self.own_prompt(self.eval_docs[0])
         self.is_chat = None if first is None else isinstance(first, list)  # None: the question becomes a prompt either way
-        self.answer_format: re.Pattern[str] | None = None
         self.most_tokens: Any = (self.config.generation_kwargs or {}).get("max_gen_toks")
 
     @cached_property
