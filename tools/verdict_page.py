@@ -32,7 +32,8 @@ models. Their noise and knowledge are known. It has two parts:
   was chosen on it.
 
 All weights of a model train, at one learning rate, in place of the LoRA adapter of `diagnose`. The measurement and the verdict
-are the probe's own functions. Some of the first cells are those of [`bl-trainer score`](../guide/score.md).
+are the probe's own functions. Some of the first cells are those of [`bl-trainer score`](../guide/score.md). Another
+processor pretrains slightly other models, so single verdicts may differ there.
 
 ## New cells and models
 
