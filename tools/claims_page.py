@@ -365,7 +365,7 @@ def ready_claim() -> list[str]:
 NOISY = {
     "records": "On [noisy records](pretrained.md), which SmolLM2-135M nearly knows, `anneal` answers more right than `nll` at "
     "T = 1, and not beyond chance where `nll` is read at T = 0.5. Right answers, less those of `nll`:",
-    "codes": "The same with codes that the model cannot know:",
+    "codes": "The same with codes that the model cannot know. Over three seeds nothing is beyond chance:",
 }
 
 

@@ -54,7 +54,7 @@ of {batch}.
 - **Objectives**: `nll`, `anneal`, and a = c e^-H without its schedule, c = 0.5 or 1; on `records` `power 0.5` and `neg_p` too.
 - **Learning rate**: of {rates} the one with most right greedy answers at seed {pilot}, on the same test examples. In brackets:
   these shares of right answers, in this order. A better rate may lie outside of the two. On `codes` the pilot's runs have
-  {short} steps. They answer so little right that the judged ones were made longer.
+  {short} steps. They answer so little right that they hardly tell the rates apart, and that the judged runs were made longer.
 - **Judging**: other seeds and {examples} other rows, all right. An answer is right if its record is. T is the temperature, and
   one answer is sampled for each row.
 - **Intervals** are 95 %, paired by seed and row, over seeds and cities. They say nothing of other models, and are not
@@ -141,10 +141,11 @@ def differences(task: Task) -> str:
     return markdown(["objective", *(METRICS[metric] for metric in ANSWERS), f"T = 1, less {control} at T = 0.5"], lines)
 
 
-def beyond(tasks: Sequence[Task], metric: str) -> int:
-    """Return how many objectives answer more right than CONTROL beyond chance, over tasks."""
+def beyond(tasks: Sequence[Task], metric: str) -> tuple[int, int]:
+    """Return how many objectives answer more right than CONTROL beyond chance, and how many less, over tasks."""
     found = [task.apart(arm, metric).interval for task in tasks for arm in task.others]
-    return sum(interval is not None and interval[0] > 0 for interval in found)
+    known = [interval for interval in found if interval is not None]
+    return sum(low > 0 for low, _ in known), sum(high < 0 for _, high in known)
 
 
 def answer(tasks: dict[str, Task]) -> str:
@@ -154,8 +155,9 @@ def answer(tasks: dict[str, Task]) -> str:
     parts = []
     for metric, words in (("sampled", "At T = 1"), ("cooler", "At T = 0.5"), ("greedy", "Greedy")):
         each = "; ".join(f"{signed(task.apart(study.ANNEAL, metric))} on {option}" for option, task in tasks.items())
+        above, below = beyond(own, metric)
         parts.append(
-            f"> {words}, `anneal` less `nll`: {each}. Above `nll` beyond chance: {beyond(own, metric)} of {count} objectives."
+            f"> {words}, `anneal` less `nll`: {each}. Of {count} objectives {above} are above `nll` beyond chance, {below} below."
         )
     return "> **Answer.** " + "\n".join(parts).removeprefix("> ")
 
