@@ -157,7 +157,8 @@ def answer(tasks: dict[str, Task]) -> str:
         each = "; ".join(f"{signed(task.apart(study.ANNEAL, metric))} on {option}" for option, task in tasks.items())
         above, below = beyond(own, metric)
         parts.append(
-            f"> {words}, `anneal` less `nll`: {each}. Of {count} objectives {above} are above `nll` beyond chance, {below} below."
+            f"> {words}, `anneal` less `nll`: {each}. Of {count} comparisons with `nll` {above} are above it beyond chance, "
+            f"{below} below."
         )
     return "> **Answer.** " + "\n".join(parts).removeprefix("> ")
 
